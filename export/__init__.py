@@ -1,0 +1,1 @@
+"""A checkpoint directory in, a deployable directory out."""

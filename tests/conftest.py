@@ -1,0 +1,76 @@
+"""Models every test can share: the real trained demo model, and pico models for speed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from toolchain.checkpoint import copy_companions, open_checkpoint
+from toolchain.gguf_import import demo_gguf, import_gguf
+from toolchain.layout import LayerLayout
+from toolchain.surgery import write_pruned
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test may reach a model hub."""
+    import os
+
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path_factory.mktemp("hf")), TOKENIZERS_PARALLELISM="false")
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, a real trained model, as a bfloat16 model directory."""
+    directory = tmp_path_factory.mktemp("models") / "smollm2-135m"
+    import_gguf(demo_gguf(), directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pruned_demo(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model without attention in layers 0 and 12, and with every layer's FFN of another width."""
+    directory = tmp_path_factory.mktemp("models") / "smollm2-135m-pruned"
+    directory.mkdir()
+    prune_by_hand(demo_model, directory, removed_attention={0, 12}, width=lambda layer: 1536 - 8 * (layer + 1))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pico_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of four narrow layers with untied embeddings and the demo model's tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "pico"
+    make_pico(directory)
+    copy_companions(demo_model, directory)
+    return directory
+
+
+def make_pico(directory: Path, **overrides: object) -> None:
+    """Writes a random Llama in float32; ``overrides`` go into its config."""
+    torch.manual_seed(0)
+    settings: dict[str, object] = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 49152, "max_position_embeddings": 256, "initializer_range": 0.2,
+    }  # fmt: skip
+    config = LlamaConfig(**(settings | overrides))  # type: ignore[arg-type]
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def prune_by_hand(
+    source: Path, directory: Path, *, removed_attention: set[int], width: Callable[[int], int]
+) -> list[np.ndarray]:
+    """Prunes to a given layout, keeping neurons spread evenly over each layer; returns them."""
+    checkpoint = open_checkpoint(source)
+    layout = [
+        LayerLayout(attention=layer not in removed_attention, intermediate_size=width(layer))
+        for layer in range(len(checkpoint.layout))
+    ]
+    full = checkpoint.config["intermediate_size"]
+    kept = [np.linspace(0, full - 1, each.intermediate_size).round().astype(np.int64) for each in layout]
+    write_pruned(checkpoint, layout, kept, directory)
+    return kept

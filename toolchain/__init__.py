@@ -1,0 +1,1 @@
+"""Models, data and plans: everything that decides what to prune and writes the pruned checkpoint."""

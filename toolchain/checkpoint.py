@@ -1,0 +1,315 @@
+"""Model directories in and out: config, safetensors shards, tokenizer files. Weights are streamed, never held whole."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from toolchain.errors import SenteiError
+from toolchain.families import Family, family_of
+from toolchain.layout import LayerLayout, read_layout
+
+MAX_SHARD_BYTES = 5_000_000_000
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor: its file, shape and dtype."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened and checked model directory; its weights stay on disk.
+
+    Attributes:
+        directory: Where it is.
+        config: ``config.json`` as written.
+        family: Its entry in the table of families.
+        layout: One entry a decoder layer.
+        tensors: What the safetensors headers list, by name.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    family: Family
+    layout: tuple[LayerLayout, ...]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether any layer differs from the others."""
+        return "per_layer_config" in self.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype most of the weights are stored in."""
+        stored = [info.dtype for info in self.tensors.values() for _ in info.shape]
+        return max(set(stored), key=stored.count)
+
+    @property
+    def num_parameters(self) -> int:
+        """All stored parameters; tied embeddings count once."""
+        return sum(torch.Size(info.shape).numel() for info in self.tensors.values())
+
+    @property
+    def num_block_parameters(self) -> int:
+        """Parameters of the decoder blocks, norms included: what sparsity is a fraction of."""
+        prefix = f"{self.family.layers}."
+        return sum(torch.Size(i.shape).numel() for name, i in self.tensors.items() if name.startswith(prefix))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all stored tensors in bytes."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads one tensor as stored.
+
+        Raises:
+            SenteiError: The file is damaged.
+        """
+        info = self.tensors[name]
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise SenteiError(f"{info.file}: tensor {name} cannot be read ({error}).") from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every tensor's name, dtype, shape and bytes, sorted by name: equal weights, equal fingerprint."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
+            digest.update(self.read(name).contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def resolve_model(model: str) -> Path:
+    """Turns a local directory or a hub id into a local directory, downloading from the hub if need be.
+
+    Raises:
+        SenteiError: Neither a directory nor a model the hub can give.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith(".") or path.parent.is_dir():
+        raise SenteiError(f"Model directory {model} does not exist.", "Give a directory, or a hub id such as org/name.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", *_COMPANIONS]))
+    except Exception as error:  # whatever the hub client raises, the reader needs the same sentence
+        raise SenteiError(
+            f"{model} is neither a directory here nor could it be fetched from the hub ({type(error).__name__}).",
+            "Check the name and the connection, or give a local directory.",
+        ) from error
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Opens a model directory and checks config, layout and safetensors headers against each other.
+
+    Raises:
+        SenteiError: Missing or empty directory, unsupported family, pickle-only weights, damaged safetensors, or
+            tensors that do not fit the layout.
+    """
+    config = _read_config(directory)
+    family = family_of(config)
+    layout = read_layout(config)
+    checkpoint = Checkpoint(directory, config, family, layout, _read_headers(directory))
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def companion_files(directory: Path) -> list[Path]:
+    """The files that travel with the weights: tokenizer, chat template, generation config, licence."""
+    found = {path for pattern in _COMPANIONS for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.suffix not in {".py", ".bin", ".safetensors"})
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies :func:`companion_files` from one model directory into another."""
+    for path in companion_files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Writes ``config.json``."""
+    (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_weights(
+    directory: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    load: Callable[[str], torch.Tensor],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Writes safetensors, one file or numbered shards, with an index; holds one shard in memory at a time.
+
+    Args:
+        directory: An existing directory.
+        tensors: Shape and dtype by name, in the order to write.
+        load: Returns a tensor of that name, shape and dtype.
+        max_shard_bytes: No shard is larger, unless a single tensor is.
+        on_tensor: Called after each tensor, for progress.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name in tensors:
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + sizes[name] > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = {}
+        for name in names:
+            tensor = load(name).contiguous()
+            expected_shape, expected_dtype = tensors[name]
+            assert tuple(tensor.shape) == expected_shape and tensor.dtype == expected_dtype, name
+            shard[name] = tensor
+            weight_map[name] = file
+            on_tensor(name)
+        _save_file(shard, directory / file)
+    # Also for a single file: without an index vLLM takes every *.safetensors, the plan's scores too, for weights.
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_file(shard: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library wraps the operating system's error in its own type; a full disk must stay recognisable.
+        raise OSError(f"{path}: {error}") from error
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise SenteiError(f"Model directory {directory} does not exist.")
+    path = directory / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if any(directory.iterdir()) else "is empty"
+        raise SenteiError(f"Model directory {directory} {what}.", "Give a directory in Hugging Face format.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SenteiError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise SenteiError(f"{path} does not hold an object.")
+    return config
+
+
+def _shard_files(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise SenteiError(f"{index} is not a valid safetensors index ({error}).") from error
+        for name in names:
+            if Path(name).name != name:
+                raise SenteiError(f"{index} points outside its directory ({name!r}).")
+            if not (directory / name).is_file():
+                raise SenteiError(f"{directory}: shard {name} is missing.", "Download or copy the model again.")
+        return [directory / name for name in names]
+    if (directory / _SINGLE).is_file():
+        return [directory / _SINGLE]
+    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)]
+    if pickles:
+        raise SenteiError(
+            f"{directory} holds its weights only as pickle ({sorted(pickles)[0]}), which can run code when loaded.",
+            "Convert it to safetensors first.",
+        )
+    raise SenteiError(f"{directory} holds no safetensors weights.", f"Expected {_SINGLE} or {_INDEX}.")
+
+
+def _read_headers(directory: Path) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for path in _shard_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                    header = file.get_slice(name)
+                    dtype = _DTYPES.get(header.get_dtype())
+                    if dtype is None:
+                        raise SenteiError(
+                            f"{path}: tensor {name} is stored as {header.get_dtype()}; quantised checkpoints are not "
+                            "supported.",
+                            f"Prune the unquantised model ({', '.join(_DTYPES)}).",
+                        )
+                    tensors[name] = TensorInfo(path, tuple(header.get_shape()), dtype)
+        except (SafetensorError, OSError) as error:
+            raise SenteiError(f"{path} is corrupt or truncated ({error}).", "Download or copy it again.") from error
+    return tensors
+
+
+def layer_tensor_names(checkpoint: Checkpoint, layer: int, submodule: str) -> list[str]:
+    """Names of the stored tensors below one submodule of one decoder layer."""
+    prefix = f"{checkpoint.family.layers}.{layer}.{submodule}."
+    return [name for name in checkpoint.tensors if name.startswith(prefix)]
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    family, tensors = checkpoint.family, checkpoint.tensors
+    for index, layer in enumerate(checkpoint.layout):
+        where = f"{checkpoint.directory}: layer {index}"
+        for part, norm, kept in (
+            (family.attention, family.attention_norm, layer.attention),
+            (family.ffn, family.ffn_norm, layer.intermediate_size > 0),
+        ):
+            found = layer_tensor_names(checkpoint, index, part) + layer_tensor_names(checkpoint, index, norm)
+            if kept != bool(found):
+                missing = "has no weights of" if kept else "has weights of the skipped"
+                raise SenteiError(f"{where} {missing} {part}; config.json says otherwise.")
+        if layer.intermediate_size:
+            _check_widths(where, tensors, family, f"{family.layers}.{index}", layer.intermediate_size)
+    beyond = f"{family.layers}.{len(checkpoint.layout)}."
+    if any(name.startswith(beyond) for name in tensors):
+        raise SenteiError(
+            f"{checkpoint.directory} holds more layers than num_hidden_layers = {len(checkpoint.layout)} says."
+        )
+
+
+def _check_widths(where: str, tensors: Mapping[str, TensorInfo], family: Family, layer: str, width: int) -> None:
+    sides: Iterable[tuple[str, int]] = [(name, 0) for name in family.ffn_inputs] + [(family.ffn_output, 1)]
+    for name, dimension in sides:
+        info = tensors.get(f"{layer}.{name}.weight")
+        if info is None:
+            raise SenteiError(f"{where} has no tensor {name}.weight.")
+        if len(info.shape) != 2 or info.shape[dimension] != width:
+            raise SenteiError(
+                f"{where}: {name}.weight has shape {list(info.shape)}, but config.json says intermediate_size {width}."
+            )

