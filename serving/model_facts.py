@@ -1,0 +1,260 @@
+"""What can be said of a model without running it: sizes, bytes and operations per token, and the speed-up they promise.
+
+The expectation is deliberately simple and every formula stands in the results: decode reads all weights and the KV
+cache once a step; prefill does all matrix products once a prompt token.
+"""
+
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolchain.checkpoint import Checkpoint, open_checkpoint
+from toolchain.errors import MissingDependencyError, SenteiError
+
+PREFILL_FORMULA = (
+    "gain = FLOPs of the original / FLOPs of the pruned model for one prompt of input_len tokens; FLOPs = "
+    "2 x block matrix parameters x input_len + 2 x head parameters x positions the engine computes logits for "
+    "+ 2 x input_len^2 x query width per attending layer (causal scores and values)"
+)
+DECODE_FORMULA = (
+    "gain = bytes read per step by the original / by the pruned model; bytes = all weights (the head's included, an "
+    "untied embedding table left out: only its looked-up rows are read) + concurrency x KV bytes per token x "
+    "(input_len + output_len / 2); holds where memory is the bound, at small batches"
+)
+END_TO_END_FORMULA = (
+    "gain = E2EL / (TTFT / prefill gain + (E2EL - TTFT) / decode gain), with the original's measured medians"
+)
+SIZE_FORMULAS: Mapping[str, tuple[str, str]] = {
+    "num_parameters": ("parameters", "all stored parameters; tied embeddings count once"),
+    "weight_bytes": ("bytes", "all stored weight tensors"),
+    "size_on_disk_bytes": ("bytes", "all files of the directory"),
+    "kv_bytes_per_token": ("bytes", "2 x key-value heads x head_dim x bytes per element, summed over attending layers"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """One model as the engine runs it.
+
+    Attributes:
+        num_parameters: All of them; ``None`` where packed weights hide the count.
+        weight_bytes: Stored weights.
+        size_on_disk_bytes: The whole directory.
+        kv_bytes_per_token: Of one sequence.
+        vocab_size: Token ids go from 0 to one less.
+        max_len: Longest sequence, in tokens.
+        decode_weight_bytes: Weights read by one decode step, in the dtype that is computed in.
+        block_matrix_parameters: Parameters of the matrix products that see every token.
+        head_parameters: Parameters of the product that gives logits.
+        head_every_position: Whether prefill computes logits for every prompt token, not only for the last.
+        attention_width: Query heads x head_dim, summed over attending layers.
+    """
+
+    num_parameters: int | None
+    weight_bytes: int
+    size_on_disk_bytes: int
+    kv_bytes_per_token: int
+    vocab_size: int
+    max_len: int
+    decode_weight_bytes: int
+    block_matrix_parameters: int
+    head_parameters: int
+    head_every_position: bool
+    attention_width: int
+
+    def prefill_flops(self, input_len: int) -> int:
+        """Floating-point operations of one prompt; see :data:`PREFILL_FORMULA`."""
+        positions = input_len if self.head_every_position else 1
+        linear = 2 * self.block_matrix_parameters * input_len + 2 * self.head_parameters * positions
+        return linear + 2 * input_len**2 * self.attention_width
+
+    def decode_bytes(self, *, input_len: int, output_len: int, concurrency: int) -> int:
+        """Bytes read by one decode step; see :data:`DECODE_FORMULA`."""
+        context = input_len + output_len // 2
+        return self.decode_weight_bytes + concurrency * self.kv_bytes_per_token * context
+
+
+def checkpoint_facts(directory: Path, dtype: str | None) -> ModelFacts:
+    """Facts of a model directory that Transformers or vLLM will run in ``dtype`` (its own by default).
+
+    Raises:
+        SenteiError: Not a good checkpoint.
+    """
+    checkpoint = open_checkpoint(directory)
+    itemsize = (getattr(torch, dtype) if dtype else checkpoint.dtype).itemsize
+    sizes = {name: math.prod(info.shape) for name, info in checkpoint.tensors.items()}
+    matrices = {name for name, info in checkpoint.tensors.items() if len(info.shape) == 2}
+    prefix = f"{checkpoint.family.layers}."
+    head, unread = _head_and_embedding(checkpoint)
+    query_width, kv_width = _attention_widths(checkpoint.config)
+    num_attending = sum(layer.attention for layer in checkpoint.layout)
+    return ModelFacts(
+        num_parameters=checkpoint.num_parameters,
+        weight_bytes=checkpoint.weight_bytes,
+        size_on_disk_bytes=_size_on_disk(directory),
+        kv_bytes_per_token=2 * kv_width * itemsize * num_attending,
+        vocab_size=checkpoint.config["vocab_size"],
+        max_len=checkpoint.config["max_position_embeddings"],
+        decode_weight_bytes=itemsize * sum(size for name, size in sizes.items() if name not in unread),
+        block_matrix_parameters=sum(sizes[name] for name in matrices if name.startswith(prefix)),
+        head_parameters=sizes[head],
+        head_every_position=False,
+        attention_width=query_width * num_attending,
+    )
+
+
+def _head_and_embedding(checkpoint: Checkpoint) -> tuple[str, set[str]]:
+    """The tensor that gives logits, and those a decode step does not read whole."""
+    embedding = "model.embed_tokens.weight"
+    if checkpoint.config.get("tie_word_embeddings", False) or "lm_head.weight" not in checkpoint.tensors:
+        return embedding, set()
+    return "lm_head.weight", {embedding}
+
+
+def _attention_widths(config: Mapping[str, Any]) -> tuple[int, int]:
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    return heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
+
+
+def onnx_facts(directory: Path) -> ModelFacts:
+    """Facts of an ONNX export, read from its graph and ``genai_config.json``; weights stay on disk.
+
+    Raises:
+        SenteiError: Not an export with ``model.onnx`` and ``genai_config.json``.
+        MissingDependencyError: onnx is not installed.
+    """
+    settings_file = directory / "genai_config.json"
+    if not settings_file.is_file():
+        raise SenteiError(f"{directory} has no genai_config.json.", "Give a directory that sentei export onnx wrote.")
+    try:
+        onnx: Any = importlib.import_module("onnx")
+    except ImportError as error:
+        raise MissingDependencyError("onnx", "onnx") from error
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))["model"]
+    decoder = settings["decoder"]
+    graph = onnx.load(directory / decoder["filename"], load_external_data=False).graph
+    counts = _OnnxCounts(onnx, graph)
+    caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
+    kv_itemsize = {1: 4, 10: 2, 16: 2}[caches[0].type.tensor_type.elem_type] if caches else 0
+    head_dim, num_attending = decoder["head_size"], len(caches) // 2
+    return ModelFacts(
+        num_parameters=counts.num_parameters,
+        weight_bytes=counts.weight_bytes,
+        size_on_disk_bytes=_size_on_disk(directory),
+        kv_bytes_per_token=decoder["num_key_value_heads"] * head_dim * kv_itemsize * len(caches),
+        vocab_size=settings["vocab_size"],
+        max_len=settings["context_length"],
+        decode_weight_bytes=counts.decode_bytes,
+        block_matrix_parameters=counts.matrix_parameters - counts.head_parameters,
+        head_parameters=counts.head_parameters,
+        head_every_position=counts.head_every_position,
+        attention_width=decoder["num_attention_heads"] * head_dim * num_attending,
+    )
+
+
+class _OnnxCounts:
+    """Walks a decoder's graph once: which weights are multiplied with, which are only looked up."""
+
+    def __init__(self, onnx: Any, graph: Any) -> None:
+        self.num_parameters: int | None = 0
+        self.weight_bytes = self.decode_bytes = self.matrix_parameters = self.head_parameters = 0
+        sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
+        nbytes = {t.name: sizes[t.name] * _bits(onnx, t.data_type) // 8 for t in graph.initializer}
+        self.weight_bytes = sum(nbytes.values())
+        read = set()
+        for node in graph.node:
+            # Gather reads rows; the rotary tables (inputs of GroupQueryAttention) are read by position.
+            if node.op_type not in ("Gather", "GatherBlockQuantized", "GroupQueryAttention"):
+                read |= {name for name in node.input if name in sizes}
+            parameters = _matrix_parameters(node, sizes)
+            self.matrix_parameters += parameters
+            if parameters and "lm_head" in node.name:
+                self.head_parameters = parameters
+        self.decode_bytes = sum(nbytes[name] for name in read)
+        packed = any(node.op_type == "MatMulNBits" for node in graph.node)
+        tables = {name for name in sizes if name.startswith(("cos_cache", "sin_cache"))}
+        floats = {t.name for t in graph.initializer if t.data_type in (1, 10, 16)}
+        self.num_parameters = None if packed else sum(sizes[name] for name in floats - tables)
+        logits = next(value for value in graph.output if value.name == "logits")
+        self.head_every_position = logits.type.tensor_type.shape.dim[1].dim_value != 1
+
+
+def _matrix_parameters(node: Any, sizes: Mapping[str, int]) -> int:
+    if node.op_type == "MatMulNBits":
+        shape = {attribute.name: attribute.i for attribute in node.attribute}
+        return shape["K"] * shape["N"]
+    if node.op_type in ("MatMul", "Gemm") and node.input[1] in sizes:
+        return sizes[node.input[1]]
+    return 0
+
+
+def _bits(onnx: Any, data_type: int) -> int:
+    if data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4):
+        return 4
+    return 8 * int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
+
+
+def _size_on_disk(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def compare_sizes(original: ModelFacts, pruned: ModelFacts) -> dict[str, dict[str, Any]]:
+    """The sizes of both models side by side, each with its unit, formula and ratio pruned/original."""
+    return {
+        name: size_entry(getattr(original, name), getattr(pruned, name), unit=unit, formula=formula)
+        for name, (unit, formula) in SIZE_FORMULAS.items()
+    }
+
+
+def size_entry(original: int | None, pruned: int | None, *, unit: str, formula: str) -> dict[str, Any]:
+    """One line of the table of sizes; unknown is null."""
+    ratio = pruned / original if original and pruned is not None else None
+    return {"unit": unit, "formula": formula, "original": original, "pruned": pruned, "ratio": ratio}
+
+
+def expected_gains(
+    original: ModelFacts,
+    pruned: ModelFacts,
+    *,
+    input_len: int,
+    output_len: int,
+    concurrency: int,
+    original_medians: Mapping[str, float | None],
+) -> dict[str, dict[str, Any]]:
+    """The speed-up that parameters alone promise, by metric; above 1 is faster.
+
+    Args:
+        original: Facts of the unpruned model.
+        pruned: Facts of the pruned model.
+        input_len: Prompt tokens.
+        output_len: Output tokens.
+        concurrency: Sequences decoded together.
+        original_medians: The original's measured medians, which say how much of a request is prefill.
+    """
+    flops = [model.prefill_flops(input_len) for model in (original, pruned)]
+    shape = {"input_len": input_len, "output_len": output_len, "concurrency": concurrency}
+    read = [model.decode_bytes(**shape) for model in (original, pruned)]
+    prefill, decode = flops[0] / flops[1], read[0] / read[1]
+    expected = {
+        "mean_ttft_ms": {
+            "phase": "prefill", "gain": prefill, "formula": PREFILL_FORMULA, "original_flops": flops[0],
+            "pruned_flops": flops[1],
+        },
+        "mean_tpot_ms": {
+            "phase": "decode", "gain": decode, "formula": DECODE_FORMULA, "original_bytes": read[0],
+            "pruned_bytes": read[1],
+        },
+    }  # fmt: skip
+    ttft, e2el = original_medians["mean_ttft_ms"], original_medians["mean_e2el_ms"]
+    if ttft and e2el:
+        gain = e2el / (ttft / prefill + (e2el - ttft) / decode)
+        for name in ("mean_e2el_ms", "output_throughput", "total_token_throughput"):
+            expected[name] = {"phase": "prefill and decode", "gain": gain, "formula": END_TO_END_FORMULA}
+    return expected

@@ -1,0 +1,195 @@
+"""From timestamps to vLLM's metrics, and from repeats to a ratio with a confidence interval.
+
+Names and formulas are those of ``vllm bench serve``, so that the figures of every engine can stand in one table.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any, Literal
+
+from toolchain.errors import MissingDependencyError
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestTimes:
+    """One request's timestamps, in seconds of one clock.
+
+    Attributes:
+        start_s: When the prompt was handed over.
+        token_times_s: When each output token was there; at least one.
+    """
+
+    start_s: float
+    token_times_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What a metric is called, in which unit, which direction is better, and how it is computed."""
+
+    name: str
+    unit: str
+    better: Literal["lower", "higher"]
+    formula: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        name="output_throughput", unit="tokens/s", better="higher",
+        formula="output tokens of all requests / wall-clock time of the repeat",
+    ),
+    Metric(
+        name="total_token_throughput", unit="tokens/s", better="higher",
+        formula="(input + output tokens of all requests) / wall-clock time of the repeat",
+    ),
+    Metric(
+        name="mean_ttft_ms", unit="ms", better="lower",
+        formula="TTFT = time from handing over the prompt to the first output token; mean over requests",
+    ),
+    Metric(
+        name="mean_tpot_ms", unit="ms", better="lower",
+        formula="TPOT = (E2EL - TTFT) / (output tokens - 1); mean over requests",
+    ),
+    Metric(
+        name="mean_itl_ms", unit="ms", better="lower",
+        formula="ITL = gap between consecutive output tokens (vLLM: chunks); mean over the pooled gaps",
+    ),
+    Metric(
+        name="p99_itl_ms", unit="ms", better="lower",
+        formula="99th percentile of the pooled gaps, linearly interpolated",
+    ),
+    Metric(
+        name="mean_e2el_ms", unit="ms", better="lower",
+        formula="E2EL = time from handing over the prompt to the last output token; mean over requests",
+    ),
+)  # fmt: skip
+PRIMARY_METRIC = "output_throughput"
+RATIO_FORMULA = (
+    "Each repeat measures both models next to each other, in alternating order. ratio = exp(mean of "
+    "ln(pruned / original) over repeats), with the 95 % t-interval of that mean; gain = the ratio where higher is "
+    "better, its inverse where lower is better, so that a gain above 1 is always an improvement. An interval that "
+    "contains 1 shows no difference."
+)
+
+
+def request_metrics(requests: Sequence[RequestTimes], *, input_len: int) -> dict[str, float | None]:
+    """One repeat's metrics.
+
+    Args:
+        requests: At least one.
+        input_len: Tokens of each prompt.
+
+    Returns:
+        A value for each of :data:`METRICS`; ``None`` where it is undefined (no gaps with one output token).
+    """
+    duration_s = max(r.token_times_s[-1] for r in requests) - min(r.start_s for r in requests)
+    num_output_tokens = sum(len(r.token_times_s) for r in requests)
+    ttft_s = [r.token_times_s[0] - r.start_s for r in requests]
+    tpot_s = [
+        (r.token_times_s[-1] - r.token_times_s[0]) / (len(r.token_times_s) - 1)
+        for r in requests
+        if len(r.token_times_s) > 1
+    ]
+    gaps_s = [
+        later - earlier for r in requests for earlier, later in zip(r.token_times_s, r.token_times_s[1:], strict=False)
+    ]
+    return {
+        "output_throughput": num_output_tokens / duration_s,
+        "total_token_throughput": (num_output_tokens + input_len * len(requests)) / duration_s,
+        "mean_ttft_ms": 1000 * fmean(ttft_s),
+        "mean_tpot_ms": 1000 * fmean(tpot_s) if tpot_s else None,
+        "mean_itl_ms": 1000 * fmean(gaps_s) if gaps_s else None,
+        "p99_itl_ms": 1000 * percentile(gaps_s, 99) if gaps_s else None,
+        "mean_e2el_ms": 1000 * fmean(r.token_times_s[-1] - r.start_s for r in requests),
+    }
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Percentile with linear interpolation, as ``numpy.percentile`` does it and vLLM uses it."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def check_statistics() -> None:
+    """Refuses to start what could not be evaluated in the end.
+
+    Raises:
+        MissingDependencyError: scipy is not installed.
+    """
+    try:
+        import scipy.stats  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("scipy", "demo") from error
+
+
+def ratio_interval(original: Sequence[float], pruned: Sequence[float]) -> dict[str, float]:
+    """The ratio pruned/original and its t-interval, from paired repeats.
+
+    Args:
+        original: One positive value a repeat.
+        pruned: The values measured beside them.
+
+    Returns:
+        ``value`` (geometric mean of the pairs' ratios), ``low``, ``high`` and ``confidence``.
+    """
+    from scipy.stats import t
+
+    logs = [math.log(after / before) for before, after in zip(original, pruned, strict=True)]
+    center, count = fmean(logs), len(logs)
+    standard_error = math.sqrt(sum((log - center) ** 2 for log in logs) / (count - 1) / count)
+    margin = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * standard_error
+    return {
+        "value": math.exp(center),
+        "low": math.exp(center - margin),
+        "high": math.exp(center + margin),
+        "confidence": CONFIDENCE,
+    }
+
+
+def compare(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Sets the models' repeats side by side, metric by metric.
+
+    Args:
+        runs: One mapping a repeat, with ``original`` and ``pruned`` metrics.
+
+    Returns:
+        By metric name: what it is, each model's median and values, ``ratio``, ``gain`` and ``verdict`` (``better``,
+        ``worse`` or ``no difference shown``). Metrics that are undefined for this workload are null.
+    """
+    return {metric.name: _compare_metric(metric, runs) for metric in METRICS}
+
+
+def _compare_metric(metric: Metric, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    values = {side: [run[side].get(metric.name) for run in runs] for side in ("original", "pruned")}
+    defined = all(value is not None and value > 0 for side in values.values() for value in side)
+    ratio = ratio_interval(values["original"], values["pruned"]) if defined else None
+    gain = _gain(ratio, metric.better) if ratio else None
+    return {
+        "unit": metric.unit,
+        "better": metric.better,
+        "formula": metric.formula,
+        **{side: {"median": median(each) if defined else None, "values": each} for side, each in values.items()},
+        "ratio": ratio,
+        "gain": gain,
+        "verdict": _verdict(gain) if gain else None,
+    }
+
+
+def _gain(ratio: Mapping[str, float], better: str) -> dict[str, float]:
+    if better == "higher":
+        return dict(ratio)
+    inverse = {"value": 1 / ratio["value"], "low": 1 / ratio["high"], "high": 1 / ratio["low"]}
+    return {**inverse, "confidence": ratio["confidence"]}
+
+
+def _verdict(gain: Mapping[str, float]) -> str:
+    if gain["low"] > 1:
+        return "better"
+    return "worse" if gain["high"] < 1 else "no difference shown"

@@ -1,0 +1,171 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from serving import benchmark as benchmark_module
+from serving.benchmark import alternate, benchmark, random_prompts
+from serving.model_facts import checkpoint_facts, expected_gains
+from serving.worker_process import Worker, running_worker
+from tests.conftest import make_pico, prune_by_hand
+from toolchain.checkpoint import copy_companions
+from toolchain.errors import SenteiError
+
+TINY = {"input_len": 12, "output_len": 4, "repeats": 3}
+
+
+@pytest.fixture(scope="module")
+def pruned_pico(pico_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "pico-pruned"
+    directory.mkdir()
+    prune_by_hand(pico_model, directory, removed_attention={0, 2}, width=lambda layer: 24 + 8 * (layer % 2))
+    copy_companions(pico_model, directory)
+    return directory
+
+
+def check_results(results, out, *, engine, repeats):
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert (results["schema_version"], results["kind"], results["engine"]) == (1, "benchmark", engine)
+    (measurement,) = results["measurements"]
+    assert [run["repeat"] for run in measurement["runs"]] == list(range(repeats))
+    for metric in measurement["metrics"].values():
+        assert metric["formula"]
+        assert metric["gain"]["low"] <= metric["gain"]["value"] <= metric["gain"]["high"]
+        assert len(metric["original"]["values"]) == repeats
+    assert measurement["expected"]["mean_tpot_ms"]["gain"] > 1
+    assert measurement["expected"]["mean_ttft_ms"]["gain"] > 1
+    assert results["sizes"]["weight_bytes"]["ratio"] < 1
+    assert results["sizes"]["kv_bytes_per_token"]["ratio"] == pytest.approx(0.5)
+    assert results["environment"]["versions"]["torch"]
+
+
+def test_transformers_end_to_end(pico_model, pruned_pico, tmp_path):
+    told = []
+    results = benchmark(
+        pico_model, pruned_pico, engine="transformers", out=tmp_path / "out", concurrency=2, num_prompts=4,
+        device="cpu", on_progress=told.append, **TINY,
+    )  # fmt: skip
+    check_results(results, tmp_path / "out", engine="transformers", repeats=3)
+    assert len(told) == 6
+    assert (
+        results["sizes"]["peak_memory_bytes"]["original"] > results["models"]["original"]["baseline_memory_bytes"] > 0
+    )
+    assert results["measurements"][0]["workload"]["num_prompts"] == 4
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_order_alternates():
+    asked = []
+
+    def measure(side, repeat):
+        asked.append((side, repeat))
+        return {"output_throughput": 1.0}
+
+    alternate(measure, 3, lambda message: None)
+    assert asked == [
+        ("original", 0), ("pruned", 0), ("pruned", 1), ("original", 1), ("original", 2), ("pruned", 2),
+    ]  # fmt: skip
+
+
+def test_prompts_are_the_same_for_the_same_seed():
+    assert random_prompts(2, 5, 100, 3) == random_prompts(2, 5, 100, 3) != random_prompts(2, 5, 100, 4)
+
+
+def test_expectation_from_parameters(tmp_path):
+    make_pico(tmp_path / "a", vocab_size=64)
+    facts = checkpoint_facts(tmp_path / "a", None)
+    block = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    assert facts.block_matrix_parameters == block
+    assert facts.head_parameters == 64 * 32
+    assert facts.decode_weight_bytes == 4 * (block + 64 * 32 + 9 * 32)
+    assert facts.kv_bytes_per_token == 4 * 2 * 16 * 4
+    assert facts.prefill_flops(10) == 2 * block * 10 + 2 * 64 * 32 + 2 * 100 * 32 * 4
+    medians = {"mean_ttft_ms": 50.0, "mean_e2el_ms": 100.0}
+    same = expected_gains(facts, facts, input_len=8, output_len=8, concurrency=1, original_medians=medians)
+    assert {entry["gain"] for entry in same.values()} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repeats": 2}, "repeats"),
+        ({"input_len": 0}, "input_len"),
+        ({"input_len": 1000}, "do not fit"),
+        ({"concurrency": 4, "num_prompts": 2}, "num_prompts"),
+        ({"dtype": "int3"}, "dtype"),
+        ({"engine": "llama"}, "Engine"),
+        ({"engine_options": ["--x"]}, "options"),
+    ],
+)
+def test_bad_settings_are_refused_before_work(pico_model, pruned_pico, tmp_path, settings, message):
+    with pytest.raises(SenteiError, match=message):
+        benchmark(pico_model, pruned_pico, out=tmp_path / "out", **({"engine": "transformers", **TINY} | settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_output_directory_is_refused(pico_model, pruned_pico, tmp_path):
+    (tmp_path / "kept.txt").write_text("mine")
+    with pytest.raises(SenteiError, match="not empty"):
+        benchmark(pico_model, pruned_pico, engine="transformers", out=tmp_path, **TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_a_dying_worker_is_reported_and_leaves_nothing(pico_model, pruned_pico, tmp_path, monkeypatch):
+    ask = benchmark_module._ask
+
+    def kill_then_ask(worker, *args):
+        if worker.name == "pruned":
+            worker.process.send_signal(signal.SIGKILL)
+        return ask(worker, *args)
+
+    monkeypatch.setattr(benchmark_module, "_ask", kill_then_ask)
+    with pytest.raises(SenteiError, match="measured the pruned model was killed by signal 9"):
+        benchmark(pico_model, pruned_pico, engine="transformers", out=tmp_path / "out", **TINY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_crashing_worker_shows_its_last_words(tmp_path):
+    with running_worker("pruned", tmp_path / "log") as worker, pytest.raises(SenteiError, match="KeyError: 'no such"):
+        worker.ask("load", engine="no such engine", directory="x", device="cpu", dtype=None)
+
+
+def test_a_worker_passes_bad_input_on(tmp_path):
+    with running_worker("original", tmp_path / "log") as worker, pytest.raises(SenteiError, match="does not exist"):
+        worker.ask("load", engine="transformers", directory=str(tmp_path / "none"), device="cpu", dtype=None)
+
+
+def test_workers_die_with_a_killed_parent(tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path; from serving.worker_process import Worker\n"
+        f"w = Worker('original', Path({str(tmp_path / 'log')!r}))\n"
+        "print(w.process.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        pid = int(parent.stdout.readline())
+        time.sleep(1)
+        parent.kill()
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if _is_zombie(pid):
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlived its parent")
+
+
+def _is_zombie(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_closing_a_worker_ends_it(tmp_path):
+    worker = Worker("original", tmp_path / "log")
+    worker.close()
+    assert worker.process.returncode == 0
