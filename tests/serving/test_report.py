@@ -1,0 +1,219 @@
+import json
+import re
+
+import numpy as np
+import pytest
+
+from serving.report import render_report
+from serving.report_view import format_bytes, format_change, format_count
+from serving.statistics import METRICS, compare
+from toolchain.errors import SenteiError
+from toolchain.plan import BaseModelRecord, CalibrationRecord, PlanDocument, PlannedLayer, PruningPlan, Removal
+
+
+def write_plan(directory, name="tiny"):
+    document = PlanDocument(
+        schema_version=1, sentei_version="0.1.0", method="2ssp",
+        base_model=BaseModelRecord(
+            name=name, model_type="llama", num_hidden_layers=4, intermediate_size=48, weights_sha256="ab" * 32
+        ),
+        target_sparsity=0.25, align=8, metric="perplexity", metric_original=20.0, metric_after_stage_1=24.0,
+        dtype="float32", seed=0,
+        calibration=CalibrationRecord(source="calibration.txt", sha256="cd" * 32, num_samples=2, seq_len=16),
+        versions={"torch": "2.13.0"},
+        layers=[
+            PlannedLayer(layer=i, attention="remove" if i == 2 else "keep", intermediate_size=32 + 8 * (i % 2))
+            for i in range(4)
+        ],
+        trace=[Removal(removed=2, metric=26.0, candidates={0: 90.0, 1: 40.0, 2: 26.0, 3: 27.0})],
+    )  # fmt: skip
+    PruningPlan(document, tuple(np.ones(48, np.float32) for _ in range(4))).save(directory)
+
+
+def write_summary(directory, name="tiny"):
+    write(directory, "pruning_summary.json", {
+        "kind": "pruning_summary", "sparsity": 0.251, "duration_s": 1.0,
+        "original": {"name": name, "num_parameters": 2_000_000, "num_block_parameters": 10, "weight_bytes": 8_000_000},
+        "pruned": {"name": name, "num_parameters": 1_500_000, "num_block_parameters": 8, "weight_bytes": 6_000_000},
+        "calibration_perplexity": {"original": 20.0, "after_stage_1": 24.0, "pruned": 26.0},
+    })  # fmt: skip
+
+
+def write_evaluation(directory, text="held-out.txt"):
+    common = {"directory": "d", "text": text, "num_tokens": 100, "num_windows": 4, "seq_len": 26}
+    write(directory, "evaluation.json", {"kind": "evaluation", "evaluations": [
+        {**common, "model": "original", "perplexity": 30.0, "standard_error": 1.5},
+        {**common, "model": "pruned", "perplexity": 45.0, "standard_error": None},
+    ]})  # fmt: skip
+
+
+def write_verification(directory, *, passed=True):
+    write(directory, "verification.json", {
+        "passed": passed, "engine": "onnx", "dtype": "float32", "tolerances": {"max_difference": 0.001},
+        "differences": {"max": 0.000123, "mean": 0.00001}, "top1_agreement": 1.0,
+    })  # fmt: skip
+
+
+def write_results(directory, *, gains, expected=1.25, engine="onnx"):
+    runs = []
+    for repeat, gain in enumerate(gains):
+        original = {m.name: 100.0 + repeat for m in METRICS}
+        pruned = {m.name: original[m.name] * (gain if m.better == "higher" else 1 / gain) for m in METRICS}
+        runs.append({"repeat": repeat, "order": ["original", "pruned"], "original": original, "pruned": pruned})
+    size = {"unit": "bytes", "formula": "counted", "original": 8_000_000, "pruned": 6_000_000, "ratio": 0.75}
+    write(directory, "results.json", {
+        "kind": "benchmark", "engine": engine, "primary_metric": "output_throughput", "ratio_formula": "paired",
+        "options": {"device": "cpu", "engine_options": []},
+        "models": {side: {"name": side, "device": "cpu"} for side in ("original", "pruned")},
+        "sizes": {"weight_bytes": size, "peak_memory_bytes": {**size, "original": None, "pruned": None, "ratio": None}},
+        "measurements": [{
+            "workload": {"input_len": 64, "output_len": 8, "concurrency": 1, "num_prompts": 1, "seed": 0},
+            "metrics": compare(runs), "runs": runs,
+            "expected": {"output_throughput": {"phase": "decode", "gain": expected, "formula": "bytes"}},
+        }],
+        "environment": {"cpu": "A CPU", "accelerators": [], "versions": {"torch": "2.13.0"}},
+    })  # fmt: skip
+
+
+def write(directory, name, content):
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text(json.dumps({"schema_version": 1, **content}))
+
+
+def page_text(path):
+    """The page without scripts and style."""
+    page = path.read_text(encoding="utf-8")
+    return re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
+
+
+@pytest.fixture
+def everything(tmp_path):
+    source = tmp_path / "run"
+    source.mkdir()
+    write_plan(source)
+    write_summary(source)
+    write_evaluation(source)
+    write_verification(source / "onnx")
+    write_results(source / "benchmark", gains=[1.20, 1.22, 1.21])
+    return source
+
+
+def test_every_part_is_there(everything, tmp_path):
+    summary = render_report([everything], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    assert summary["missing"] == []
+    assert summary["verdict"][0]["gain"] == "1.21x"
+    for expected in (
+        "−25.0 %", "8 MB → 6 MB", "25.1 % of the decoder", "+50.0 %", "held-out.txt", "1.21x the speed",
+        "It falls short of what the removed parameters promise.", "Attention is gone from 1 of 4 layers",
+        "32 to 40 of 48", "onnx: <span class=\"tag good\">passed", "max_difference", "calibration.txt", "not known",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert text.count('class="plotly-graph-div"') == 4
+
+
+def test_the_page_needs_no_network(everything, tmp_path):
+    render_report([everything], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    text = page_text(tmp_path / "report.html")
+    assert not re.search(r"""(src|href|action|data)\s*=\s*["']?\s*(https?:)?//""", text)
+    assert "<link" not in text
+    assert not re.search(r"<script[^>]+src", page)
+    assert page.count("plotly.js v") == 1
+    assert "@import" not in page[: page.index("<script>")]
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected", "sentences"),
+    [
+        ([0.9, 1.2, 1.0], 1.1, ["No difference shown", "The interval holds that too"]),
+        ([1.0, 1.01, 0.99], 1.3, ["No difference shown", "It falls short"]),
+        ([0.8, 0.81, 0.82], 1.3, ["is slower", "It falls short"]),
+        ([1.5, 1.51, 1.52], 1.3, ["1.51x the speed", "It is more than"]),
+        ([1.28, 1.30, 1.32], 1.3, ["1.30x the speed", "lies inside the interval"]),
+    ],
+)
+def test_the_verdict_is_said_plainly(tmp_path, gains, expected, sentences):
+    write_results(tmp_path / "b", gains=gains, expected=expected)
+    render_report([tmp_path / "b"], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    for sentence in sentences:
+        assert sentence in text
+
+
+def test_values_from_files_are_escaped(everything, tmp_path):
+    evil = '<img src=x onerror="alert(1)"></script><b>'
+    write_plan(everything, name=evil)
+    write_summary(everything, name=evil)
+    write_evaluation(everything, text=evil)
+    render_report([everything], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert evil not in page
+    assert "<img src=x" not in page
+    assert "&lt;img src=x" in page
+
+
+def test_parts_that_are_missing_are_said_to_be_missing(tmp_path):
+    write_summary(tmp_path / "only")
+    summary = render_report([tmp_path / "only"], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    assert summary["missing"] == ["plan.json", "evaluation.json", "verification.json", "results.json"]
+    assert summary["verdict"] == []
+    assert "nothing was measured, so nothing is claimed" in text
+    assert "There is no plan.json" in text
+    assert "On the very text the pruning was decided with" in text
+
+
+def test_a_failed_verification_shows(tmp_path):
+    write_verification(tmp_path / "a")
+    write_verification(tmp_path / "b", passed=False)
+    render_report([tmp_path], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    assert "Failed" in text
+    assert "1 of 2 within" in text
+
+
+def test_bad_input(everything, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(SenteiError, match="Nothing to report"):
+        render_report([empty], tmp_path / "report.html")
+    with pytest.raises(SenteiError, match="does not exist"):
+        render_report([tmp_path / "none"], tmp_path / "report.html")
+    (empty / "results.json").write_text("{")
+    with pytest.raises(SenteiError, match="not readable JSON"):
+        render_report([empty], tmp_path / "report.html")
+    (empty / "results.json").write_text('{"schema_version": 9}')
+    with pytest.raises(SenteiError, match="schema_version is 9"):
+        render_report([empty], tmp_path / "report.html")
+    (empty / "results.json").write_text('{"schema_version": 1}')
+    with pytest.raises(SenteiError, match=r"results\.json does not have the fields"):
+        render_report([empty], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+    write_plan(empty, name="another")
+    with pytest.raises(SenteiError, match="differ"):
+        render_report([everything, empty], tmp_path / "report.html")
+
+
+def test_an_existing_report_is_kept_unless_forced(everything, tmp_path):
+    out = tmp_path / "report.html"
+    out.write_text("mine")
+    with pytest.raises(SenteiError, match="exists"):
+        render_report([everything], out)
+    assert out.read_text() == "mine"
+    render_report([everything], out, force=True)
+    assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_copies_are_shown_once(everything, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("plan.json", "plan.safetensors", "pruning_summary.json"):
+        (copy / name).write_bytes((everything / name).read_bytes())
+    assert render_report([everything, everything, copy], tmp_path / "r.html")["missing"] == []
+
+
+def test_numbers_for_people():
+    assert [format_bytes(n) for n in (999, 1_500, 269_030_016)] == ["999 B", "1.5 kB", "269 MB"]
+    assert [format_count(n) for n in (7, 134_515_008, 8_030_000_000)] == ["7", "134.5M", "8.03B"]
+    assert [format_change(r) for r in (0.8, 1.0, 1.256, 2.5)] == ["−20.0 %", "±0 %", "+25.6 %", "+150 %"]
