@@ -1,4 +1,4 @@
-"""Measures one model in a process of its own, so that its memory is its own: ``python -m serving.bench_worker``.
+"""Measures one model in a process of its own, so that its memory is its own: ``python -m serving.bench_worker PARENT``.
 
 JSON lines: one command on stdin, one answer on stdout. ``load`` first, then ``measure`` as often as wanted. Everything
 that libraries print goes to stderr. Ends when stdin closes, and with its parent.
@@ -33,7 +33,7 @@ def load_transformers(directory: Path, device: str, dtype: str | None) -> tuple[
     from toolchain.modeling import load_model
 
     baseline = resident_bytes()
-    device = resolve_device(device)
+    device = resolve_device(device, cuda_available=torch.cuda.is_available())
     model = load_model(directory, dtype=getattr(torch, dtype) if dtype else None, device=device)
 
     @torch.inference_mode()
@@ -63,8 +63,7 @@ def load_onnx(directory: Path, device: str, dtype: str | None) -> tuple[Decode, 
     if dtype:
         raise SenteiError("An ONNX export has its precision built in.", "Leave --dtype out, or export again.")
     baseline = resident_bytes()
-    if device == "auto":
-        device = "cuda" if og.is_cuda_available() else "cpu"
+    device = resolve_device(device, cuda_available=og.is_cuda_available())
     config = og.Config(str(directory))
     config.clear_providers()
     if device != "cpu":
@@ -89,12 +88,16 @@ def load_onnx(directory: Path, device: str, dtype: str | None) -> tuple[Decode, 
     return decode, {"device": device, "dtype": None, "threads": None, "baseline_memory_bytes": baseline}
 
 
-def resolve_device(device: str) -> str:
-    """``auto`` becomes ``cuda`` where there is one, else ``cpu``."""
-    import torch
+def resolve_device(device: str, *, cuda_available: bool) -> str:
+    """``auto`` becomes ``cuda`` where the engine can use it, else ``cpu``.
 
+    Raises:
+        SenteiError: CUDA is asked for, and the engine cannot use it.
+    """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if cuda_available else "cpu"
+    if device.startswith("cuda") and not cuda_available:
+        raise SenteiError("This engine, as installed here, finds no CUDA device.", "Use --device cpu.")
     return device
 
 
@@ -155,16 +158,16 @@ class _Session:
         return {"requests": requests, "peak_memory_bytes": peak_memory_bytes(self._device)}
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # the parent was gone before the line above
+        if os.getppid() != parent:  # it was gone before the line above
             sys.exit(1)
 
 
 def main() -> None:
-    """Reads commands until stdin closes."""
-    _die_with_parent()
+    """Reads commands until stdin closes; the one argument is the parent's process id."""
+    _die_with_parent(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     session = _Session()

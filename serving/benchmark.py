@@ -42,6 +42,7 @@ _PEAK_FORMULA = {
     "cuda": "highest memory allocated by torch on the device; null for engines that do not tell",
     "vllm": "not measured: vLLM reserves the memory it is told to, not what the model needs",
 }
+_KV_TOKENS_FORMULA = "tokens that fit into the server's KV cache, from its log; both were given the same memory"
 
 Engine = Literal["transformers", "onnx", "vllm"]
 # Measures one side once: (side, repeat) to metrics by name.
@@ -123,7 +124,7 @@ def benchmark(
     check_statistics()
     directories = {"original": original, "pruned": pruned}
     facts = {side: _facts(engine, path, dtype) for side, path in directories.items()}
-    _check_lengths(facts, workload)
+    _check_comparable(facts, workload)
     with new_directory(out, force=force) as partial:
         with _measuring(engine, directories, facts, workload, partial, device, dtype, engine_options) as (
             measure,
@@ -241,7 +242,13 @@ def _check_library(module: str, library: str, extra: str) -> None:
         raise MissingDependencyError(library, extra)
 
 
-def _check_lengths(facts: Mapping[str, ModelFacts], workload: Workload) -> None:
+def _check_comparable(facts: Mapping[str, ModelFacts], workload: Workload) -> None:
+    if facts["original"].precision != facts["pruned"].precision:
+        raise SenteiError(
+            f"The original is {facts['original'].precision} and the pruned model {facts['pruned'].precision}: what "
+            "comes of pruning could not be told from what comes of precision.",
+            "Export both alike, or give a dtype.",
+        )
     for side, each in facts.items():
         if workload.input_len + workload.output_len > each.max_len:
             raise SenteiError(
@@ -267,6 +274,9 @@ def _results(
     place = "vllm" if engine == "vllm" else "cpu" if told["original"]["device"] == "cpu" else "cuda"
     peaks = [told[side].get("peak_memory_bytes") for side in SIDES]
     sizes["peak_memory_bytes"] = size_entry(*peaks, unit="bytes", formula=_PEAK_FORMULA[place])
+    if engine == "vllm":
+        tokens = [told[side]["kv_cache_tokens"] for side in SIDES]
+        sizes["kv_cache_tokens"] = size_entry(*tokens, unit="tokens", formula=_KV_TOKENS_FORMULA)
     expected = expected_gains(
         facts["original"],
         facts["pruned"],

@@ -30,6 +30,8 @@ DECODE_FORMULA = (
 END_TO_END_FORMULA = (
     "gain = E2EL / (TTFT / prefill gain + (E2EL - TTFT) / decode gain), with the original's measured medians"
 )
+# ONNX's numbers for its floating-point types.
+_FLOATS: Mapping[int, str] = {1: "float32", 10: "float16", 16: "bfloat16"}
 SIZE_FORMULAS: Mapping[str, tuple[str, str]] = {
     "num_parameters": ("parameters", "all stored parameters; tied embeddings count once"),
     "weight_bytes": ("bytes", "all stored weight tensors"),
@@ -43,6 +45,7 @@ class ModelFacts:
     """One model as the engine runs it.
 
     Attributes:
+        precision: Of the weights: ``float32``, ``bfloat16``, ``float16`` or ``int4``.
         num_parameters: All of them; ``None`` where packed weights hide the count.
         weight_bytes: Stored weights.
         size_on_disk_bytes: The whole directory.
@@ -56,6 +59,7 @@ class ModelFacts:
         attention_width: Query heads x head_dim, summed over attending layers.
     """
 
+    precision: str
     num_parameters: int | None
     weight_bytes: int
     size_on_disk_bytes: int
@@ -87,7 +91,8 @@ def checkpoint_facts(directory: Path, dtype: str | None) -> ModelFacts:
         SenteiError: Not a good checkpoint.
     """
     checkpoint = open_checkpoint(directory)
-    itemsize = (getattr(torch, dtype) if dtype else checkpoint.dtype).itemsize
+    computed_in: torch.dtype = getattr(torch, dtype) if dtype else checkpoint.dtype
+    itemsize = computed_in.itemsize
     sizes = {name: math.prod(info.shape) for name, info in checkpoint.tensors.items()}
     matrices = {name for name, info in checkpoint.tensors.items() if len(info.shape) == 2}
     prefix = f"{checkpoint.family.layers}."
@@ -95,6 +100,7 @@ def checkpoint_facts(directory: Path, dtype: str | None) -> ModelFacts:
     query_width, kv_width = _attention_widths(checkpoint.config)
     num_attending = sum(layer.attention for layer in checkpoint.layout)
     return ModelFacts(
+        precision=str(computed_in).removeprefix("torch."),
         num_parameters=checkpoint.num_parameters,
         weight_bytes=checkpoint.weight_bytes,
         size_on_disk_bytes=_size_on_disk(directory),
@@ -142,9 +148,10 @@ def onnx_facts(directory: Path) -> ModelFacts:
     graph = onnx.load(directory / decoder["filename"], load_external_data=False).graph
     counts = _OnnxCounts(onnx, graph)
     caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
-    kv_itemsize = {1: 4, 10: 2, 16: 2}[caches[0].type.tensor_type.elem_type] if caches else 0
+    kv_itemsize = getattr(torch, _FLOATS[caches[0].type.tensor_type.elem_type]).itemsize if caches else 0
     head_dim, num_attending = decoder["head_size"], len(caches) // 2
     return ModelFacts(
+        precision=counts.precision,
         num_parameters=counts.num_parameters,
         weight_bytes=counts.weight_bytes,
         size_on_disk_bytes=_size_on_disk(directory),
@@ -180,8 +187,10 @@ class _OnnxCounts:
         self.decode_bytes = sum(nbytes[name] for name in read)
         packed = any(node.op_type == "MatMulNBits" for node in graph.node)
         tables = {name for name in sizes if name.startswith(("cos_cache", "sin_cache"))}
-        floats = {t.name for t in graph.initializer if t.data_type in (1, 10, 16)}
-        self.num_parameters = None if packed else sum(sizes[name] for name in floats - tables)
+        floats = {t.name: _FLOATS[t.data_type] for t in graph.initializer if t.data_type in _FLOATS}
+        largest = max(floats.keys() - tables, key=lambda name: sizes[name])
+        self.precision = "int4" if packed else floats[largest]
+        self.num_parameters = None if packed else sum(sizes[name] for name in floats.keys() - tables)
         logits = next(value for value in graph.output if value.name == "logits")
         self.head_every_position = logits.type.tensor_type.shape.dim[1].dim_value != 1
 

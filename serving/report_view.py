@@ -20,6 +20,7 @@ _LABELS = {
     "size_on_disk_bytes": "Size on disk",
     "peak_memory_bytes": "Peak memory",
     "kv_bytes_per_token": "KV cache per token",
+    "kv_cache_tokens": "Tokens the KV cache holds",
 }
 _CHARTED = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms")
 _ENGINES = {"transformers": "Transformers", "onnx": "ONNX Runtime", "vllm": "vLLM"}

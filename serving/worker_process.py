@@ -24,11 +24,11 @@ class Worker:
         paths = [str(Path(__file__).resolve().parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "serving.bench_worker"],
+                [sys.executable, "-P", "-m", "serving.bench_worker", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                text=True,
+                encoding="utf-8",
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             )
 
@@ -45,7 +45,7 @@ class Worker:
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        if not line:
+        if not line.endswith("\n"):
             raise self._death()
         answer = json.loads(line)
         if "error" in answer:
