@@ -154,7 +154,7 @@ def _fragment(figure: Any, name: str, *, height: int) -> str:
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         dragmode=False,
     )
-    axis = {"automargin": True, "fixedrange": True, "zeroline": False, "title_font_size": 13}
+    axis = {"automargin": True, "fixedrange": True, "zeroline": False, "title_font_size": 13, "ticklabelstandoff": 4}
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     return str(

@@ -216,12 +216,12 @@ def _speed(metric: Mapping[str, Any], expected: Mapping[str, Any] | None) -> dic
 
 def _against_expected(gain: Mapping[str, float], expected: float) -> str:
     if gain["high"] < expected:
-        return "It falls short of what the removed parameters promise."
+        return "The measurement falls short of it."
     if gain["low"] > expected:
-        return "It is more than the removed parameters promise."
+        return "The measurement is above it."
     if gain["low"] <= 1 <= gain["high"]:
         return "The interval holds that too: measure again with more repeats, on a machine that does nothing else."
-    return "The expected gain lies inside the interval."
+    return "It lies inside the measured interval."
 
 
 def _metric_row(name: str, metric: Mapping[str, Any], expected: Mapping[str, Any] | None) -> dict[str, Any]:

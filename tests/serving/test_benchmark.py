@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from serving import benchmark as benchmark_module
 from serving.benchmark import alternate, benchmark, random_prompts
 from serving.model_facts import checkpoint_facts, expected_gains
 from serving.worker_process import Worker, running_worker
 from tests.conftest import make_pico, prune_by_hand
-from toolchain.checkpoint import copy_companions
+from toolchain.checkpoint import copy_companions, open_checkpoint, write_weights
 from toolchain.errors import SenteiError
 
 TINY = {"input_len": 12, "output_len": 4, "repeats": 3}
@@ -105,6 +106,23 @@ def test_expectation_from_parameters(tmp_path):
 def test_bad_settings_are_refused_before_work(pico_model, pruned_pico, tmp_path, settings, message):
     with pytest.raises(SenteiError, match=message):
         benchmark(pico_model, pruned_pico, out=tmp_path / "out", **({"engine": "transformers", **TINY} | settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_unlike_precisions_are_refused(pico_model, tmp_path):
+    make_pico(tmp_path / "half")
+    checkpoint = open_checkpoint(tmp_path / "half")
+    shapes = {name: (info.shape, torch.bfloat16) for name, info in checkpoint.tensors.items()}
+    half = {name: checkpoint.read(name).bfloat16() for name in shapes}
+    write_weights(tmp_path / "half", shapes, half.__getitem__)
+    with pytest.raises(SenteiError, match="original is float32 and the pruned model bfloat16"):
+        benchmark(pico_model, tmp_path / "half", engine="transformers", out=tmp_path / "out", **TINY)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_cuda_device_is_said(pico_model, pruned_pico, tmp_path):
+    with pytest.raises(SenteiError, match="no CUDA device"):
+        benchmark(pico_model, pruned_pico, engine="transformers", out=tmp_path / "out", device="cuda", **TINY)
     assert not list(tmp_path.iterdir())
 
 
