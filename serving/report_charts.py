@@ -126,7 +126,7 @@ def gain_chart(name: str, metrics: Sequence[tuple[str, Mapping[str, float], floa
     span = math.log10(max(everything) / min(everything)) or 0.01
     figure.update_xaxes(
         type="log", tickvals=ticks, ticktext=[f"{tick:g}x" for tick in ticks],
-        title="above 1x: the pruned model is better",
+        title="above 1x is better",
         range=[math.log10(min(everything)) - 0.06 * span, math.log10(max(everything)) + 0.06 * span],
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False)
