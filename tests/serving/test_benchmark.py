@@ -11,7 +11,7 @@ import torch
 
 from serving import benchmark as benchmark_module
 from serving.benchmark import alternate, benchmark, random_prompts
-from serving.model_facts import checkpoint_facts, expected_gains
+from serving.model_facts import checkpoint_facts, expected_gains, onnx_facts
 from serving.worker_process import Worker, running_worker
 from tests.conftest import make_pico, prune_by_hand
 from toolchain.checkpoint import copy_companions, open_checkpoint, write_weights
@@ -58,6 +58,46 @@ def test_transformers_end_to_end(pico_model, pruned_pico, tmp_path):
     )
     assert results["measurements"][0]["workload"]["num_prompts"] == 4
     assert not (tmp_path / "out.partial").exists()
+
+
+def export_with_stock_builder(directory, out, **overrides):
+    """An ONNX model as onnxruntime-genai's own builder makes it: the benchmark must read any, not only ours."""
+    make_pico(directory, hidden_size=64, **overrides)
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
+    subprocess.run([*command, "-i", str(directory), "-o", str(out)], check=True, capture_output=True)
+
+
+def test_onnx_end_to_end(demo_model, tmp_path):
+    for name, width in (("original", 96), ("pruned", 48)):
+        (tmp_path / name).mkdir()
+        copy_companions(demo_model, tmp_path / name)
+        export_with_stock_builder(tmp_path / name, tmp_path / f"onnx-{name}", intermediate_size=width)
+        from_graph, from_weights = onnx_facts(tmp_path / f"onnx-{name}"), checkpoint_facts(tmp_path / name, None)
+        for fact in ("num_parameters", "kv_bytes_per_token", "decode_weight_bytes", "block_matrix_parameters"):
+            assert getattr(from_graph, fact) == getattr(from_weights, fact), fact
+        assert from_graph.attention_width == from_weights.attention_width
+        assert from_graph.head_parameters == from_weights.head_parameters
+    out = tmp_path / "out"
+    results = benchmark(
+        tmp_path / "onnx-original",
+        tmp_path / "onnx-pruned",
+        engine="onnx",
+        out=out,
+        concurrency=2,
+        device="cpu",
+        **TINY,
+    )
+    assert json.loads((out / "results.json").read_text())["engine"] == "onnx"
+    (measurement,) = results["measurements"]
+    assert all(metric["gain"] for metric in measurement["metrics"].values())
+    assert measurement["workload"]["num_prompts"] == 2
+    assert results["sizes"]["peak_memory_bytes"]["pruned"] > 0
+    assert results["sizes"]["weight_bytes"]["ratio"] < 1
+
+
+def test_a_directory_that_is_no_onnx_export_is_refused(pico_model, tmp_path):
+    with pytest.raises(SenteiError, match=r"no genai_config\.json"):
+        benchmark(pico_model, pico_model, engine="onnx", out=tmp_path / "out", **TINY)
 
 
 def test_order_alternates():
