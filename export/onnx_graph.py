@@ -1,0 +1,144 @@
+"""An ONNX graph with KV cache, for onnxruntime-genai and for plain ONNX Runtime."""
+
+import hashlib
+import io
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint
+from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.output import check_output_directory, new_directory
+
+Precision = Literal["fp32", "int4"]
+SUMMARY_FILE = "sentei_export.json"
+_GRAPH_FILES = ("model.onnx", "model.onnx.data")
+
+
+def export_onnx(
+    directory: Path,
+    out: Path,
+    *,
+    precision: Precision = "fp32",
+    force: bool = False,
+    on_progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Writes ``model.onnx`` with external weights, ``genai_config.json``, tokenizer and ``sentei_export.json``.
+
+    Batch and length are dynamic, logits are given for every position, and only layers that attend have cache inputs.
+    Holds the whole model in memory, for int4 in float32.
+
+    Args:
+        directory: A checkpoint, pruned or not.
+        out: The directory to create.
+        precision: Of the matrices; activations and the KV cache are float32.
+        force: Replace ``out`` if it is not empty.
+        on_progress: Called with a line of text now and then.
+
+    Returns:
+        What ``sentei_export.json`` holds.
+
+    Raises:
+        SenteiError: Not a good checkpoint, no tokenizer, or an architecture detail the builder cannot express.
+        MissingDependencyError: The ``onnx`` extra is not installed.
+    """
+    check_output_directory(out, force=force, inputs=[directory])
+    checkpoint = open_checkpoint(directory)
+    if not any(layer.attention for layer in checkpoint.layout):
+        raise SenteiError(
+            f"{directory} has no attention left: onnxruntime-genai needs at least one layer that attends."
+        )
+    with new_directory(out, force=force) as partial:
+        _build(checkpoint, partial, precision, on_progress)
+        if (directory / "plan.json").is_file():
+            shutil.copyfile(directory / "plan.json", partial / "plan.json")
+        on_progress("Hashing")
+        summary = _summary(checkpoint, partial, precision)
+        (partial / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _build(checkpoint: Checkpoint, out: Path, precision: Precision, on_progress: Callable[[str], None]) -> None:
+    # The heavy imports wait until the cheap checks have passed.
+    with _unchanged_logging():
+        try:
+            from export.genai_builder import PrunedLlamaModel
+        except ImportError as error:
+            raise MissingDependencyError(f"{error.name}, which ONNX export needs,", "onnx") from error
+    from transformers import AutoConfig
+
+    from toolchain.modeling import load_model, load_tokenizer
+
+    load_tokenizer(checkpoint.directory).save_pretrained(out)
+    copy_companions(checkpoint.directory, out)
+    on_progress("Loading the model")
+    plain = {key: value for key, value in checkpoint.config.items() if key != "per_layer_config"}
+    config = AutoConfig.for_model(**plain)
+    config.architectures = [checkpoint.family.architecture]
+    config.name_or_path = str(checkpoint.directory)  # where the builder looks for generation_config.json and tokenizer
+    try:
+        with tempfile.TemporaryDirectory() as temporary, redirect_stdout(_Lines(on_progress)):
+            builder = PrunedLlamaModel(
+                config, load_model(checkpoint), checkpoint.layout, int4=precision == "int4", temporary=temporary
+            )
+            builder.make_model(str(checkpoint.directory))
+            builder.save_model(str(out))
+            builder.make_genai_config(config, {"local_files_only": True}, str(out))
+    except (NotImplementedError, ValueError) as error:
+        raise SenteiError(f"{checkpoint.directory}: ONNX export does not support this model ({error}).") from error
+
+
+def _summary(checkpoint: Checkpoint, out: Path, precision: Precision) -> dict[str, Any]:
+    layout = checkpoint.layout
+    return {
+        "schema_version": 1,
+        "format": "onnx",
+        "precision": precision,
+        "sentei_version": version("sentei"),
+        "onnx_ir_version": version("onnx-ir"),
+        "source_fingerprint": checkpoint.fingerprint,
+        "num_hidden_layers": len(layout),
+        "removed_attention": [index for index, layer in enumerate(layout) if not layer.attention],
+        "removed_ffn": [index for index, layer in enumerate(layout) if layer.intermediate_size == 0],
+        "intermediate_size": [layer.intermediate_size for layer in layout],
+        "files": {name: {"bytes": (out / name).stat().st_size, "sha256": _sha256(out / name)} for name in _GRAPH_FILES},
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _unchanged_logging() -> Iterator[None]:
+    """Undoes what ONNX Runtime's quantiser does on import: it sends everybody's INFO messages to the terminal."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+class _Lines(io.TextIOBase):
+    """Takes the builder's prints off stdout, which belongs to the command's result, and passes the useful ones on."""
+
+    def __init__(self, on_line: Callable[[str], None]) -> None:
+        self._on_line, self._stdout, self._pending = on_line, sys.stdout, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._pending = (self._pending + text).split("\n")
+        for line in lines:
+            if line.startswith(("Reading", "Warning", "WARNING")):
+                with redirect_stdout(self._stdout):
+                    self._on_line(line)
+        return len(text)
