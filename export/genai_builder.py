@@ -25,7 +25,29 @@ from toolchain.modeling import RemovedAttention, RemovedFFN
 # The head and the most sensitive matrices (llama.cpp's choice of layers) in int8, the rest in int4 in blocks of 32. On
 # the demo model, against float32: KL divergence 0.17 nats a token and 110 MB; everything in int4: 0.33 nats and 86 MB.
 _INT4_OPTIONS = {"matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"}
+_ROPE_TYPES = ("default", "linear", "llama3")
+_HEAD_DIM_MULTIPLE = 16  # of GroupQueryAttention with rotary embedding inside
 _CACHES = ("past_key_values.key", "past_key_values.value"), ("present.key", "present.value")
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Refuses, before weights are loaded, what builder and runtime would get wrong or stumble over later.
+
+    Raises:
+        SenteiError: Another rotary scaling, or a head size, that they do not know.
+    """
+    kind = config.rope_parameters["rope_type"]
+    if kind not in _ROPE_TYPES:
+        raise SenteiError(
+            f"config.json: ONNX export does not support rope_type {kind!r}, only {', '.join(_ROPE_TYPES)}.",
+            "Export to vLLM instead.",
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim % _HEAD_DIM_MULTIPLE:
+        raise SenteiError(
+            f"config.json: head_dim is {head_dim}; ONNX Runtime's attention needs a multiple of {_HEAD_DIM_MULTIPLE}.",
+            "Export to vLLM instead.",
+        )
 
 
 class PrunedLlamaModel(LlamaModel):
@@ -48,9 +70,6 @@ class PrunedLlamaModel(LlamaModel):
             layout: One entry a layer.
             int4: Whether matrices become 4-bit.
             temporary: A directory for the builder's own use.
-
-        Raises:
-            SenteiError: The model has a rotary embedding that the builder cannot express.
         """
         self._model = model
         weights = ir.DataType.INT4 if int4 else ir.DataType.FLOAT
@@ -64,13 +83,9 @@ class PrunedLlamaModel(LlamaModel):
                 names[kind] = {layer: name for layer, name in names[kind].items() if layout[layer].attention}
 
     def make_rope_init(self, config: PreTrainedConfig) -> None:
-        """Reads the rotary scaling; the Llama builder itself ignores all but one kind silently."""
-        kind = config.rope_parameters["rope_type"]
-        if kind not in ("default", "linear", "llama3"):
-            raise SenteiError(
-                f"config.json: ONNX export does not support rope_type {kind!r}.", "Export to vLLM instead."
-            )
-        (LlamaModel if kind == "llama3" else Model).make_rope_init(self, config)
+        """Reads the rotary scaling; the Llama builder by itself ignores every kind but its own."""
+        is_llama3 = config.rope_parameters["rope_type"] == "llama3"
+        (LlamaModel if is_llama3 else Model).make_rope_init(self, config)
 
     def load_weights(self, input_path: str) -> PreTrainedModel:
         """Hands over the model that is already loaded."""
@@ -106,6 +121,7 @@ class PrunedLlamaModel(LlamaModel):
         """Saves the graph and one file of weights, as the builder does, without its progress bar."""
         model = self.model if self.onnx_dtype == ir.DataType.FLOAT else self.to_nbits()
         model.graph.sort()
-        self.stamp_build_metadata(model)
+        # Not the builder's own stamp: it adds the commit of whatever git checkout it happens to be installed in.
+        model.producer_version = self.get_genai_version()
         path = Path(out_dir) / self.filename
         ir.save(model, path, external_data=f"{self.filename}.data", size_threshold_bytes=0)

