@@ -51,10 +51,6 @@ def export_onnx(
     """
     check_output_directory(out, force=force, inputs=[directory])
     checkpoint = open_checkpoint(directory)
-    if False:
-        raise SenteiError(
-            f"{directory} has no attention left: onnxruntime-genai needs at least one layer that attends."
-        )
     with new_directory(out, force=force) as partial:
         _build(checkpoint, partial, precision, on_progress)
         if (directory / "plan.json").is_file():
