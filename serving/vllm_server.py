@@ -1,0 +1,227 @@
+"""``vllm serve`` and ``vllm bench serve``, started as their users would start them, and always stopped."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from serving.vllm_launcher import PARENT_VARIABLE, is_cpu_build
+from toolchain.errors import MissingDependencyError, SenteiError
+
+HOST = "127.0.0.1"
+_TAIL_LINES = 30
+_STOP_TIMEOUT_S = 20.0
+
+
+def serve(directory: Path, options: Sequence[str]) -> NoReturn:
+    """Becomes ``vllm serve``: this process is replaced, so signals and the exit code are vLLM's own.
+
+    Args:
+        directory: A checkpoint, pruned or not.
+        options: vLLM's own. Without ``--host`` the server listens on loopback alone.
+
+    Raises:
+        SenteiError: An option that would run code from the checkpoint.
+        MissingDependencyError: vLLM is not installed.
+    """
+    command = _command("serve", str(directory.resolve()), *_serve_options(options))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(command[0], command, _environment())
+
+
+@contextmanager
+def running_server(
+    directory: Path, *, port: int | None = None, options: Sequence[str] = (), log: Path, timeout_s: float = 900
+) -> Iterator[str]:
+    """Runs ``vllm serve`` on loopback while the context lasts; the server dies with this process, however that ends.
+
+    Args:
+        directory: A checkpoint, pruned or not.
+        port: By default a free one.
+        options: vLLM's own.
+        log: File for everything the server writes; replaced.
+        timeout_s: How long the server may take until it is healthy.
+
+    Yields:
+        The base URL, such as ``http://127.0.0.1:8000``.
+
+    Raises:
+        SenteiError: The server ended or was not healthy in time; the message holds the end of its log.
+        MissingDependencyError: vLLM is not installed.
+    """
+    port = port or _free_port()
+    command = _command("serve", str(directory.resolve()), *_serve_options(options), "--port", str(port))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**_environment(), PARENT_VARIABLE: str(os.getpid())},
+        )
+    try:
+        base_url = f"http://{HOST}:{port}"
+        _wait_until_healthy(base_url, process, log, timeout_s)
+        yield base_url
+    finally:
+        _stop(process)
+
+
+def bench_serve(
+    base_url: str, model_dir: Path, *, options: Sequence[str], result_file: Path, timeout_s: float | None = None
+) -> dict[str, Any]:
+    """Runs ``vllm bench serve`` against a running server.
+
+    Args:
+        base_url: Of the server.
+        model_dir: The directory it serves; its tokenizer makes the prompts.
+        options: vLLM's own, such as ``--dataset-name random --num-prompts 8``.
+        result_file: Where vLLM writes its result.
+        timeout_s: How long it may take.
+
+    Returns:
+        vLLM's own result, as it wrote it.
+
+    Raises:
+        SenteiError: It failed; the message holds the end of what it wrote.
+    """
+    command = _command(
+        "bench", "serve",
+        "--base-url", base_url,
+        "--model", str(model_dir.resolve()),
+        "--served-model-name", _served_model_name(base_url),
+        "--save-result",
+        "--result-dir", str(result_file.resolve().parent),
+        "--result-filename", result_file.name,
+        "--disable-tqdm",
+        *options,
+    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+            env=_environment(),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SenteiError(f"vllm bench serve took longer than {timeout_s:.0f} s.") from error
+    try:
+        result = json.loads(result_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SenteiError(f"vllm bench serve failed (exit code {done.returncode}):\n{_tail(done.stdout)}") from error
+    if done.returncode != 0:
+        raise SenteiError(f"vllm bench serve failed (exit code {done.returncode}):\n{_tail(done.stdout)}")
+    return result
+
+
+def _command(*arguments: str) -> list[str]:
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingDependencyError("vLLM", "vllm")
+    return [sys.executable, "-m", "serving.vllm_launcher", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    # Safe path: a directory `serving` where the user happens to stand must not be taken for ours, in any of vLLM's
+    # processes. Usage statistics would leave the machine.
+    return {"VLLM_NO_USAGE_STATS": "1", **os.environ, "PYTHONSAFEPATH": "1"}
+
+
+def _serve_options(options: Sequence[str]) -> list[str]:
+    """The user's options, loopback unless they say otherwise, and eager mode where nothing can be compiled."""
+    options = list(options)
+    given = {option.split("=")[0].replace("_", "-") for option in options}
+    if "--trust-remote-code" in given:
+        raise SenteiError("--trust-remote-code would run code from the checkpoint.", "sentei's checkpoints need none.")
+    if not given & {"--host", "--uds"}:
+        options = ["--host", HOST, *options]
+    if is_cpu_build() and not has_cxx_compiler() and "--enforce-eager" not in given:
+        print("No C++ compiler: vLLM runs in eager mode, which is slower. Install g++ to compile.", file=sys.stderr)
+        options.append("--enforce-eager")
+    return options
+
+
+def has_cxx_compiler() -> bool:
+    """Whether torch's inductor, which vLLM's CPU build compiles with, finds its compiler."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _wait_until_healthy(base_url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not _is_healthy(base_url):
+        if (code := process.poll()) is not None:
+            raise SenteiError(
+                f"The vLLM server ended with exit code {code} before it was ready. The end of its log:\n{_tail_of(log)}"
+            )
+        if time.monotonic() > deadline:
+            raise SenteiError(
+                f"The vLLM server was not ready after {timeout_s:.0f} s. The end of its log:\n{_tail_of(log)}"
+            )
+        time.sleep(0.5)
+
+
+def _is_healthy(base_url: str) -> bool:
+    try:
+        with _open(f"{base_url}/health") as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _served_model_name(base_url: str) -> str:
+    try:
+        with _open(f"{base_url}/v1/models") as response:
+            return json.load(response)["data"][0]["id"]
+    except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError) as error:
+        raise SenteiError(f"No vLLM server answers at {base_url} ({error}).") from error
+
+
+def _open(url: str) -> Any:
+    # No proxy: the server is on this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(urllib.request.Request(url, headers=_authorization()), timeout=5)
+
+
+def _authorization() -> dict[str, str]:
+    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the server as its users do, then whatever is left of its process group."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=_STOP_TIMEOUT_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _tail_of(log: Path) -> str:
+    return _tail(log.read_text(encoding="utf-8", errors="replace"))
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.splitlines()[-_TAIL_LINES:]) or "(nothing)"
