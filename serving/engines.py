@@ -57,16 +57,15 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """See :class:`Engine`."""
-        ids = torch.tensor([list(prompt)], device=self.model.device)
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        return out[0, len(prompt) :].tolist()
+        # Not Transformers' own generate: told to go on, it forbids the end-of-sequence token instead of ignoring it.
+        tokens: list[int] = []
+        cache, step = None, list(prompt)
+        while len(tokens) < max_new_tokens:
+            ids = torch.tensor([step], device=self.model.device)
+            out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, step = out.past_key_values, [int(out.logits[0, -1].argmax())]
+            tokens += step
+        return tokens
 
     def close(self) -> None:
         """See :class:`Engine`."""
