@@ -27,6 +27,7 @@ class Family:
         ffn_norm: The norm that only feeds the FFN, and goes with it.
         ffn_inputs: Projections into the FFN: a neuron is one *row* of each weight (and one entry of each bias).
         ffn_output: Projection out of the FFN: a neuron is one *column* of its weight.
+        final_norm: The norm between the last decoder layer and the head.
     """
 
     model_type: str
@@ -38,6 +39,7 @@ class Family:
     ffn_norm: str = "post_attention_layernorm"
     ffn_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     ffn_output: str = "mlp.down_proj"
+    final_norm: str = "model.norm"
 
     @property
     def pruned_architecture(self) -> str:

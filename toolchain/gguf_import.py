@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from toolchain.checkpoint import write_config
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.families import family_of
 from toolchain.modeling import transformers_class
@@ -63,7 +64,16 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
         fresh.load_state_dict(source.state_dict())
         fresh.generation_config = source.generation_config
         fresh.save_pretrained(partial)
+        _add_legacy_rope_theta(partial)
         _save_tokenizer(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), partial)
+
+
+def _add_legacy_rope_theta(directory: Path) -> None:
+    """Repeats ``rope_parameters.rope_theta`` where Transformers 4 looks for it; it would silently use 10000 instead."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None:
+        write_config(directory, {**config, "rope_theta": theta})
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

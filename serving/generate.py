@@ -1,0 +1,88 @@
+"""Text from a checkpoint or an ONNX export, piece by piece, to try a model by hand."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+
+from toolchain.errors import SenteiError
+from toolchain.modeling import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def stream_text(
+    directory: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    chat: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> Iterator[str]:
+    """Continues a prompt greedily until the end-of-sequence token or ``max_new_tokens``.
+
+    Args:
+        directory: A checkpoint (run in Transformers) or an ONNX export (run in onnxruntime-genai).
+        prompt: Text.
+        max_new_tokens: At most this many.
+        chat: Whether to put the prompt into the chat template.
+        dtype: For checkpoints, what is computed in.
+        device: For checkpoints, where.
+
+    Raises:
+        SenteiError: No such model, an empty prompt, or no chat template.
+    """
+    tokenizer = load_tokenizer(directory)
+    ids = _prompt_ids(tokenizer, prompt, chat=chat)
+    if (directory / "genai_config.json").is_file():
+        from serving.onnx_engine import stream_tokens
+
+        return _decode(tokenizer, stream_tokens(directory, ids, max_new_tokens))
+    return _from_transformers(load_model(directory, dtype=dtype, device=device), tokenizer, ids, max_new_tokens)
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> list[int]:
+    if chat:
+        if not tokenizer.chat_template:
+            raise SenteiError("This model has no chat template.", "Leave --chat out.")
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise SenteiError("The prompt is empty.")
+    return ids
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterator[str]:
+    """Decodes a stream of tokens; a piece is held back while it ends within a character."""
+    seen: list[int] = []
+    printed = ""
+    for token in tokens:
+        seen.append(token)
+        text = tokenizer.decode(seen, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(printed) :]
+            printed = text
+
+
+def _from_transformers(
+    model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_new_tokens: int
+) -> Iterator[str]:
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inputs = torch.tensor([list(ids)], device=model.device)
+    arguments = {
+        "attention_mask": torch.ones_like(inputs),
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "streamer": streamer,
+    }
+    thread = Thread(target=model.generate, args=(inputs,), kwargs=arguments, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()

@@ -1,0 +1,160 @@
+"""How a sparsity budget is split: attentions to remove and FFN widths. Pure arithmetic."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from toolchain.checkpoint import Checkpoint
+from toolchain.errors import SenteiError
+
+ALPHA = 1.5
+# Neuron counts come from floating point; this is far below one neuron and far above the rounding error.
+_SLACK = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockParameters:
+    """Sizes of one unpruned decoder block; all blocks are alike.
+
+    Attributes:
+        num_hidden_layers: How many blocks.
+        intermediate_size: FFN neurons of a block.
+        attention: Parameters of the attention projections, biases included, without norms.
+        attention_norm: Parameters of the norm that goes with a removed attention.
+        neuron: Parameters of one FFN neuron.
+        block: All parameters of a block, norms included.
+    """
+
+    num_hidden_layers: int
+    intermediate_size: int
+    attention: int
+    attention_norm: int
+    neuron: int
+    block: int
+
+    @property
+    def ffn(self) -> int:
+        """Parameters of the FFN projections of a block."""
+        return self.neuron * self.intermediate_size
+
+    @property
+    def total(self) -> int:
+        """Parameters of all decoder blocks: what sparsity is a fraction of."""
+        return self.block * self.num_hidden_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """The split: how many attentions go, and what FFN width each layer keeps."""
+
+    num_attention_removals: int
+    widths: tuple[int, ...]
+
+
+def block_parameters(checkpoint: Checkpoint) -> BlockParameters:
+    """Counts the parameters of one decoder block from the tensors' shapes.
+
+    Raises:
+        SenteiError: The checkpoint is pruned already.
+    """
+    if checkpoint.is_pruned:
+        raise SenteiError(f"{checkpoint.directory} is pruned already.", "Prune the original with a higher --sparsity.")
+    family, prefix = checkpoint.family, f"{checkpoint.family.layers}.0."
+    sizes = {
+        name.removeprefix(prefix): math.prod(info.shape)
+        for name, info in checkpoint.tensors.items()
+        if name.startswith(prefix)
+    }
+    width = checkpoint.layout[0].intermediate_size
+    per_neuron = sum(
+        size
+        for name, size in sizes.items()
+        if name.rpartition(".")[0] in family.ffn_inputs or name == f"{family.ffn_output}.weight"
+    )
+    return BlockParameters(
+        num_hidden_layers=len(checkpoint.layout),
+        intermediate_size=width,
+        attention=_below(sizes, family.attention),
+        attention_norm=_below(sizes, family.attention_norm),
+        neuron=per_neuron // width,
+        block=sum(sizes.values()),
+    )
+
+
+def num_attention_removals(sizes: BlockParameters, sparsity: float) -> int:
+    """``round(L * s ** ((P_ffn / P_attn) / alpha))`` with ``alpha = 1.5`` (2SSP, arXiv 2501.17771, section 3.3).
+
+    ``P_attn`` counts the projections alone, as the method's public code does.
+    """
+    return round(sizes.num_hidden_layers * sparsity ** ((sizes.ffn / sizes.attention) / ALPHA))
+
+
+def allocate(sizes: BlockParameters, sparsity: float, *, align: int, attention_removals: int | None = None) -> Allocation:
+    """Splits a target between attention and FFN.
+
+    With ``align=1`` this is the published method: one width for all layers, ``round(width * (1 - rate))``. Otherwise
+    each width is a multiple of ``align``, spread evenly over the layers, such that the parameters removed are at least
+    the target and exceed it by less than one alignment unit of one layer.
+
+    Args:
+        sizes: Of the unpruned model.
+        sparsity: Fraction of all decoder-block parameters to remove, in (0, 1).
+        align: Widths are multiples of this; at least one multiple is kept in each layer.
+        attention_removals: Overrides the formula.
+
+    Raises:
+        SenteiError: Arguments out of range, or the target cannot be reached; says the highest that can.
+    """
+    if not 0 < sparsity < 1:
+        raise SenteiError(f"--sparsity {sparsity:g} is outside (0, 1).")
+    if not 1 <= align <= sizes.intermediate_size:
+        raise SenteiError(f"--align {align} is not from 1 to the FFN width, {sizes.intermediate_size}.")
+    layers = sizes.num_hidden_layers
+    if attention_removals is not None and not 0 <= attention_removals <= layers:
+        raise SenteiError(f"--attention-removals {attention_removals} is not from 0 to the number of layers, {layers}.")
+    removals = num_attention_removals(sizes, sparsity) if attention_removals is None else attention_removals
+    # The published widths leave norms out of the count; aligned ones count what the checkpoint really loses.
+    from_attention = removals * (sizes.attention + (sizes.attention_norm if align > 1 else 0))
+    from_ffn = sparsity * sizes.total - from_attention
+    if from_ffn < 0:
+        raise SenteiError(
+            f"Removing {removals} attentions alone exceeds --sparsity {sparsity:g} "
+            f"(they are {from_attention / sizes.total:.1%} of the decoder blocks).",
+            "Raise --sparsity or lower --attention-removals.",
+        )
+    highest = (from_attention + layers * (sizes.intermediate_size - align) * sizes.neuron) / sizes.total
+    widths = _published_widths(sizes, from_ffn) if align == 1 else _aligned_widths(sizes, from_ffn, align)
+    if min(widths) < align:
+        raise SenteiError(
+            f"--sparsity {sparsity:g} cannot be reached with {removals} attention removals and --align {align}: "
+            f"the highest is {int(highest * 1e4) / 1e4:g}.",
+            "Lower --sparsity or allow more --attention-removals.",
+        )
+    return Allocation(num_attention_removals=removals, widths=widths)
+
+
+def _published_widths(sizes: BlockParameters, parameters: float) -> tuple[int, ...]:
+    rate = parameters / (sizes.num_hidden_layers * sizes.ffn)
+    return (round(sizes.intermediate_size * (1 - rate)),) * sizes.num_hidden_layers
+
+
+def _aligned_widths(sizes: BlockParameters, parameters: float, align: int) -> tuple[int, ...]:
+    layers, full = sizes.num_hidden_layers, sizes.intermediate_size
+    whole_units, rest = divmod(full, align)
+    neurons = parameters / sizes.neuron
+    kept_units = math.floor((layers * full - neurons) / align + _SLACK)
+    if kept_units > layers * whole_units:
+        # Less is asked for than trimming every layer to a multiple would take: trim only as many as needed.
+        trimmed = math.ceil(neurons / rest - _SLACK)
+        return tuple(full - rest * taken for taken in _spread(trimmed, layers))
+    base, extra = divmod(max(kept_units, 0), layers)
+    return tuple(align * (base + more) for more in _spread(extra, layers))
+
+
+def _spread(count: int, places: int) -> list[int]:
+    """``count`` ones spread as evenly as can be over ``places``, zeros elsewhere (``count <= places``)."""
+    return [(place + 1) * count // places - place * count // places for place in range(places)]
+
+
+def _below(sizes: Mapping[str, int], module: str) -> int:
+    return sum(size for name, size in sizes.items() if name.startswith(f"{module}."))

@@ -1,0 +1,119 @@
+"""What every command shares: options, output for people and machines, progress, device and dtype names."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from toolchain.errors import SenteiError
+
+if TYPE_CHECKING:
+    import torch
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="Computed in: auto, float32, bfloat16 or float16 (auto: float32 on a CPU).")
+]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Output:
+    """Results go to stdout; everything else, progress included, to stderr."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.stdout = Console(highlight=False)
+        self.stderr = Console(stderr=True, highlight=False, quiet=quiet)
+        _silence_libraries()
+
+    def result(self, result: dict[str, Any], show: Callable[[Console], None]) -> None:
+        """Prints a command's result, once: as JSON, or by ``show`` for people."""
+        if self.as_json:
+            typer.echo(json.dumps(result, ensure_ascii=False))
+        else:
+            show(self.stdout)
+
+    def note(self, text: str) -> None:
+        """Tells what is going on."""
+        self.stderr.print(text, markup=False)
+
+    def progress(self, description: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        """A :class:`toolchain.progress.Progress` that draws a bar on stderr."""
+        return self._bar(description, total)
+
+    @contextmanager
+    def _bar(self, description: str, total: int) -> Iterator[Callable[[], None]]:
+        columns = (
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.stderr, disable=self.quiet) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda: bar.advance(task)
+
+
+def pick_device(device: str) -> str:
+    """Resolves ``auto``; checks that a named device is there.
+
+    Raises:
+        SenteiError: Unknown, or not on this machine.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise SenteiError(f"--device {device!r} is not a device.", "Use auto, cpu or cuda.") from error
+    if kind not in ("cpu", "cuda"):
+        raise SenteiError(f"--device {device!r} is not supported.", "Use auto, cpu or cuda.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise SenteiError(f"--device {device}: torch {torch.__version__} sees no CUDA device here.", "Use --device cpu.")
+    return device
+
+
+def pick_dtype(dtype: str, *, auto: "torch.dtype | None") -> "torch.dtype | None":
+    """Resolves a dtype's name.
+
+    Raises:
+        SenteiError: Not one of the dtypes models are computed in.
+    """
+    import torch
+
+    if dtype == "auto":
+        return auto
+    if dtype not in _DTYPES:
+        raise SenteiError(f"--dtype {dtype!r} is not known.", f"Use auto, {', '.join(_DTYPES)}.")
+    return getattr(torch, dtype)
+
+
+def compute_dtype(dtype: str, device: str, stored: "torch.dtype") -> "torch.dtype":
+    """The dtype to compute in: ``auto`` is float32 on a CPU and the checkpoint's own elsewhere."""
+    import torch
+
+    picked = pick_dtype(dtype, auto=torch.float32 if device == "cpu" else stored)
+    assert picked is not None
+    return picked
+
+
+def _silence_libraries() -> None:
+    """Keeps Transformers' and the hub client's own bars and notices away from ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")

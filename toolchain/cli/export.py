@@ -1,0 +1,109 @@
+"""``sentei export vllm``, ``sentei export onnx`` and ``sentei verify``: an export is verified before it is called done."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, pick_dtype
+from toolchain.errors import CheckFailedError
+
+app = typer.Typer(help="Make a deployable directory from a checkpoint, pruned or not.", no_args_is_help=True)
+
+DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A model, pruned or not.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
+
+
+class Precision(StrEnum):
+    """Weight precisions of an ONNX export."""
+
+    fp32 = "fp32"
+    int4 = "int4"
+
+
+class VerifyEngine(StrEnum):
+    """What runs the export while it is verified."""
+
+    auto = "auto"
+    transformers = "transformers"
+    vllm = "vllm"
+    onnx = "onnx"
+
+
+@app.command("vllm")
+def export_vllm(
+    directory: DirArgument,
+    *,
+    out: OutOption,
+    dtype: Annotated[str, typer.Option(help="Stored in: auto (as it is), float32, bfloat16 or float16.")] = "auto",
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs the server will split each layer over.")] = 1,
+    max_shard_gb: Annotated[float, typer.Option(help="Largest weight file, in GB.")] = 5.0,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a directory that stock vLLM serves with the sentei plugin."""
+    output = Output(as_json=as_json, quiet=quiet)
+    from export.vllm import export_vllm as run
+
+    run(
+        directory,
+        out,
+        dtype=pick_dtype(dtype, auto=None),
+        tensor_parallel=tensor_parallel,
+        max_shard_bytes=int(max_shard_gb * 1e9),
+        force=force,
+    )
+    _verify(output, out, directory, engine=VerifyEngine.transformers, text=None)
+
+
+@app.command("onnx")
+def export_onnx(
+    directory: DirArgument,
+    *,
+    out: OutOption,
+    precision: Annotated[Precision, typer.Option(help="Weights in fp32, or int4 with fp32 arithmetic.")] = Precision.fp32,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write an ONNX graph with KV cache for onnxruntime-genai and plain ONNX Runtime."""
+    output = Output(as_json=as_json, quiet=quiet)
+    from export.onnx_graph import export_onnx as run
+
+    run(directory, out, precision=precision.value, force=force, on_progress=output.note)
+    _verify(output, out, directory, engine=VerifyEngine.onnx, text=None)
+
+
+def verify(
+    exported: Annotated[Path, typer.Argument(metavar="EXPORTED", help="What sentei export wrote.")],
+    *,
+    against: Annotated[Path, typer.Option(help="The checkpoint it was made from.")],
+    engine: Annotated[VerifyEngine, typer.Option(help="What runs the export.")] = VerifyEngine.auto,
+    text: Annotated[Path | None, typer.Option(help="Prompts from this text instead of the built-in ones.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run the same prompts through an export and its checkpoint; fail if they differ beyond the tolerances."""
+    _verify(Output(as_json=as_json, quiet=quiet), exported, against, engine=engine, text=text)
+
+
+def _verify(output: Output, exported: Path, against: Path, *, engine: VerifyEngine, text: Path | None) -> None:
+    from serving.verify import verify as run
+
+    output.note(f"Verifying {exported} against {against} ...")
+    verdict: dict[str, Any] = run(exported, against, engine=engine.value, text=text)
+    output.result({"directory": str(exported), **verdict}, lambda console: _show(console, exported, verdict))
+    if not verdict["passed"]:
+        raise CheckFailedError(
+            f"{exported} differs from {against} beyond the tolerances.", "Do not deploy it; see verification.json."
+        )
+
+
+def _show(console: Console, exported: Path, verdict: dict[str, Any]) -> None:
+    console.print(f"{exported}: {'verified' if verdict['passed'] else '[red]FAILED[/red]'} ({verdict['engine']})")
+    for key, value in verdict.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and key != "schema_version":
+            console.print(f"  {key:<36} {value:.6g}")

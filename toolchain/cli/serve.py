@@ -1,0 +1,58 @@
+"""``sentei serve`` and ``sentei generate``."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolchain.cli.console import DeviceOption, DtypeOption, JsonOption, Output, QuietOption, compute_dtype, pick_device
+from toolchain.errors import SenteiError
+
+
+def serve(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model, pruned or not.")],
+) -> None:
+    """Start vLLM's server on loopback, with the sentei plugin. Options after -- are vLLM's own."""
+    from toolchain.checkpoint import open_checkpoint
+
+    open_checkpoint(directory)
+    from serving.vllm_server import serve as run
+
+    raise typer.Exit(run(directory, context.args))
+
+
+def generate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint, or an ONNX export.")],
+    *,
+    prompt: Annotated[str, typer.Option(help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Try a model: continue a prompt, greedily."""
+    output = Output(as_json=as_json, quiet=quiet)
+    if max_new_tokens < 1:
+        raise SenteiError(f"--max-new-tokens {max_new_tokens} is less than 1.")
+    from serving.generate import stream_text
+    from toolchain.checkpoint import open_checkpoint
+
+    is_onnx = (directory / "genai_config.json").is_file()
+    if is_onnx:
+        pieces = stream_text(directory, prompt, max_new_tokens=max_new_tokens, chat=chat)
+    else:
+        picked = pick_device(device)
+        dtype_ = compute_dtype(dtype, picked, open_checkpoint(directory).dtype)
+        pieces = stream_text(directory, prompt, max_new_tokens=max_new_tokens, chat=chat, dtype=dtype_, device=picked)
+    parts = []
+    for piece in pieces:
+        parts.append(piece)
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    engine = "onnx" if is_onnx else "transformers"
+    output.result({"prompt": prompt, "text": "".join(parts), "engine": engine}, lambda console: console.print())

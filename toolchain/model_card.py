@@ -1,0 +1,54 @@
+"""The pruned checkpoint's ``README.md``: what was removed and what it cost."""
+
+from typing import Any
+
+from toolchain.plan import PruningPlan
+
+
+def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
+    """Writes the model card.
+
+    Args:
+        plan: What was removed.
+        summary: The content of ``pruning_summary.json``.
+    """
+    document, damage = plan.document, summary["calibration_perplexity"]
+    original, pruned = summary["original"], summary["pruned"]
+    widths = summary["intermediate_size"]
+    removed = ", ".join(str(layer) for layer in sorted(summary["removed_attention"])) or "none"
+    cost = (
+        f"{damage['original']:.2f} → {damage['pruned']:.2f}"
+        if damage["pruned"] is not None
+        else f"{damage['original']:.2f} before; not measured after (the plan was applied without calibration text)"
+    )
+    return f"""---
+library_name: transformers
+tags: [sentei, pruned]
+---
+# {document.base_model.name}, pruned by {summary["sparsity"]:.1%}
+
+Pruned with sentei {document.sentei_version} ({document.method}). Sparsity is the fraction of decoder-block parameters
+removed; embeddings and head are untouched.
+
+| | original | pruned |
+|---|---|---|
+| parameters | {original["num_parameters"]:,} | {pruned["num_parameters"]:,} |
+| in decoder blocks | {original["num_block_parameters"]:,} | {pruned["num_block_parameters"]:,} |
+| weights | {original["weight_bytes"] / 1e6:,.1f} MB | {pruned["weight_bytes"] / 1e6:,.1f} MB |
+
+- **FFN**: `intermediate_size` {document.base_model.intermediate_size} → {min(widths)} to {max(widths)}, layer by layer
+  (`per_layer_config` in `config.json`).
+- **Attention removed** in layers: {removed}.
+- **Cost**: perplexity {cost}, on the first calibration window. Measure it on your own text with `sentei evaluate`.
+- **Calibration**: {document.calibration.source}, {document.calibration.num_samples} windows of
+  {document.calibration.seq_len} tokens, in {document.dtype}.
+
+## How to load it
+
+Stock Transformers refuses this checkpoint rather than load it wrongly. With `pip install sentei`:
+
+- vLLM: `vllm serve DIR`; the plugin registers itself, no `trust_remote_code`.
+- Transformers: `toolchain.modeling.load_model(Path(DIR))`.
+
+`plan.json` says what was removed from each layer. It can be edited and applied again with `sentei apply`.
+"""

@@ -1,0 +1,19 @@
+"""How long work tells that it goes on, without knowing who listens."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Opens a stage of ``total`` steps; what it yields is called after each step."""
+
+    def __call__(self, description: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        """Opens the stage."""
+        ...
+
+
+@contextmanager
+def no_progress(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """A :class:`Progress` that tells nobody."""
+    yield lambda: None
