@@ -42,6 +42,7 @@ class TransformersEngine:
     name = "transformers"
 
     def __init__(self, directory: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
+        """Loads the checkpoint; see :func:`toolchain.modeling.load_model`."""
         self.model = load_model(directory, dtype=dtype, device=device)
 
     @torch.inference_mode()
