@@ -145,24 +145,16 @@ def verify(
     picked = _pick_engine(exported, engine)
     prompts = _prompts(source, text)
     precision = _precision(exported, picked)
-    runner = _start(exported, picked, device)
-    try:
-        answers = Answers(
-            log_probabilities=runner.top_log_probabilities(prompts, _TOP_K),
-            greedy=[runner.generate(prompt, _GREEDY_TOKENS) for prompt in prompts[:_GREEDY_PROMPTS]],
-        )
-    finally:
-        runner.close()
+    answers = _ask(_start(exported, picked, device), prompts)
     reference = TransformersEngine(against, dtype=torch.float32, device=device)
     checks: dict[str, dict[str, Any]] = {}
-    numbers: dict[str, Any] = {}
+    rounding: dict[str, float] = {}
     if precision == "int4":
         from serving.onnx_weights import replace_with_rounded
 
         before = compare(reference, prompts, answers)
-        numbers |= {f"rounding_{name}": value for name, value in asdict(before).items()}
-        rounded = replace_with_rounded(reference.model, exported / "model.onnx")
-        checks |= _rounding_checks(rounded)
+        rounding = {f"rounding_{name}": value for name, value in asdict(before).items()}
+        checks |= _rounding_checks(replace_with_rounded(reference.model, exported / "model.onnx"))
     elif picked != "onnx":
         checks["differing_tensors"] = _check(_count_differing(source, open_checkpoint(exported)), 0)
     differences = compare(reference, prompts, answers)
@@ -180,12 +172,23 @@ def verify(
         "num_prompts": len(prompts),
         "num_tokens": sum(map(len, prompts)),
         **asdict(differences),
-        **numbers,
+        **rounding,
         "tolerances": tolerances,
         "checks": checks,
     }
     write_text(exported / VERIFICATION_FILE, json.dumps(verdict, indent=2) + "\n")
     return verdict
+
+
+def _ask(engine: Engine, prompts: Sequence[Sequence[int]]) -> Answers:
+    """Takes the answers and closes the engine, so that only one model is in memory at a time."""
+    try:
+        return Answers(
+            log_probabilities=engine.top_log_probabilities(prompts, _TOP_K),
+            greedy=[engine.generate(prompt, _GREEDY_TOKENS) for prompt in prompts[:_GREEDY_PROMPTS]],
+        )
+    finally:
+        engine.close()
 
 
 def compare(reference: TransformersEngine, prompts: Sequence[Sequence[int]], answers: Answers) -> Differences:

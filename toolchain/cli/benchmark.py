@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from toolchain.cli.console import DeviceOption, DtypeOption, ForceOption, JsonOption, Output, QuietOption
+from toolchain.cli.console import DeviceOption, DtypeOption, ForceOption, JsonOption, Output, QuietOption, pick_dtype
 
 
 class BenchmarkEngine(StrEnum):
@@ -29,13 +30,34 @@ def benchmark(
     repeats: Annotated[int, typer.Option(help="Alternating runs of each; at least 3.")] = 5,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    engine_option: Annotated[list[str] | None, typer.Option(help="Passed to vllm serve; may be repeated.")] = None,
+    engine_option: Annotated[
+        list[str] | None, typer.Option(help="Passed to vllm serve, as in --engine-option=--enforce-eager.")
+    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Measure original against pruned, alternating, on this machine."""
-    raise NotImplementedError
+    output = Output(as_json=as_json, quiet=quiet)
+    pick_dtype(dtype, auto=None)
+    from serving.benchmark import benchmark as run
+
+    results = run(
+        original,
+        pruned,
+        engine=engine.value,
+        out=out,
+        input_len=input_len,
+        output_len=output_len,
+        concurrency=concurrency,
+        repeats=repeats,
+        device=device,
+        dtype=None if dtype == "auto" else dtype,
+        engine_options=engine_option or (),
+        force=force,
+        on_progress=output.note,
+    )
+    output.result({"directory": str(out), **results}, lambda console: show_results(console, out, results))
 
 
 def report(
@@ -47,4 +69,23 @@ def report(
     quiet: QuietOption = False,
 ) -> None:
     """Write one self-contained HTML page from everything found in the directories."""
-    raise NotImplementedError
+    output = Output(as_json=as_json, quiet=quiet)
+    from serving.report import render_report
+
+    summary = render_report(directories, out, force=force)
+    output.result({**summary, "report": str(out)}, lambda console: console.print(f"Report: {out}", markup=False))
+
+
+def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
+    """Prints each metric's medians and gain with its interval."""
+    for measurement in results["measurements"]:
+        console.print(f"{out}, {results['engine']}: original → pruned, gain (95 % interval)", markup=False)
+        for name, metric in measurement["metrics"].items():
+            gain = metric["gain"]
+            if gain is None:
+                continue
+            console.print(
+                f"  {name:<24} {metric['original']['median']:>9.1f} → {metric['pruned']['median']:>9.1f} "
+                f"{metric['unit']:<8} {gain['value']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f})",
+                markup=False,
+            )

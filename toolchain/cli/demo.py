@@ -1,0 +1,199 @@
+"""``sentei demo``: the whole main job on a model and a text that need no network."""
+
+import importlib.util
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
+from toolchain.errors import CheckFailedError, SenteiError
+from toolchain.output import check_output_directory, new_directory, write_text
+
+_SPARSITY = 0.25
+_SEQ_LEN, _CALIBRATION_WINDOWS, _EVALUATION_WINDOWS = 512, 32, 32
+_WORKLOAD = {"input_len": 128, "output_len": 32, "repeats": 5}
+# The CPU's KV cache and context are small on purpose: the server has to start on a laptop.
+_VLLM_OPTIONS = ("--max-model-len", "512", "--enforce-eager")
+
+
+def demo(
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")] = Path("demo"),
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run the whole job on SmolLM2-135M: prune 25 %, export, verify, benchmark, report."""
+    output = Output(as_json=as_json, quiet=quiet)
+    check_output_directory(out, force=force)
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    output.note(_announcement(out, has_vllm=has_vllm))
+    started = time.monotonic()
+    with new_directory(out, force=force) as partial:
+        summary = _prune(partial, output)
+        evaluations = _evaluate(partial, output)
+        verdicts = _export(partial, output, has_vllm=has_vllm)
+        benchmarks = _benchmark(partial, output, has_vllm=has_vllm)
+        from serving.report import render_report
+
+        parts = ["pruned", "evaluation", "onnx", "vllm", *(f"benchmark-{name}" for name in benchmarks)]
+        render_report([partial / part for part in parts if (partial / part).exists()], partial / "report.html")
+    result = {
+        "report": str(out / "report.html"),
+        "original": str(out / "original"),
+        "pruned": str(out / "pruned"),
+        "sparsity": summary["sparsity"],
+        "perplexity": evaluations,
+        "verified": verdicts,
+        "output_throughput_gain": benchmarks,
+        "duration_s": round(time.monotonic() - started, 1),
+    }
+    output.result(result, lambda console: console.print(_closing(out, result), markup=False))
+
+
+def _announcement(out: Path, *, has_vllm: bool) -> str:
+    engines = "ONNX Runtime and vLLM" if has_vllm else "ONNX Runtime (vLLM is not installed)"
+    return (
+        f"Demo: SmolLM2-135M-Instruct, pruned by {_SPARSITY:.0%}, in {out}/\n"
+        "  1. import the model, and the prose of Python's language reference: half to calibrate, half to evaluate\n"
+        "  2. prune: importance of FFN neurons, then attentions one by one\n"
+        "  3. perplexity of original and pruned\n"
+        "  4. export both, and verify the exports against their checkpoints\n"
+        f"  5. benchmark original against pruned: {engines}\n"
+        "  6. report.html\n"
+        f"About {'7' if has_vllm else '4'} minutes on 2 CPU cores."
+    )
+
+
+def _closing(out: Path, result: dict[str, Any]) -> str:
+    perplexity = result["perplexity"]
+    lines = [
+        f"Done in {result['duration_s'] / 60:.1f} minutes.",
+        f"  {result['sparsity']:.1%} of the decoder-block parameters removed",
+        f"  perplexity {perplexity['original']:.1f} → {perplexity['pruned']:.1f} on text not calibrated with",
+        *(
+            f"  {engine}: {gain['value']:.2f}x output throughput (95 % interval {gain['low']:.2f} to {gain['high']:.2f})"
+            for engine, gain in result["output_throughput_gain"].items()
+        ),
+        "",
+        f"  {out}/report.html        the report: open it in a browser",
+        f"  {out}/original, pruned   the models",
+        f"  {out}/pruned/plan.json   what was removed: look with sentei plan show {out}/pruned",
+        f"  {out}/vllm               for vLLM: sentei serve {out}/vllm",
+        f"  {out}/onnx               for ONNX Runtime: sentei generate {out}/onnx --prompt 'Hello'",
+    ]
+    return "\n".join(lines)
+
+
+def _prune(directory: Path, output: Output) -> dict[str, Any]:
+    import torch
+
+    from toolchain.gguf_import import demo_gguf, import_gguf
+    from toolchain.pipeline import PruneSettings, prune
+
+    output.note("Importing the model ...")
+    import_gguf(demo_gguf(), directory / "original")
+    _write_texts(directory / "text")
+    settings = PruneSettings(
+        sparsity=_SPARSITY,
+        calibration=directory / "text" / "calibration.txt",
+        num_samples=_CALIBRATION_WINDOWS,
+        seq_len=_SEQ_LEN,
+        align=64,
+        attention_removals=None,
+        device="cpu",
+        dtype=torch.float32,
+        seed=0,
+    )
+    return prune(
+        directory / "original",
+        directory / "pruned",
+        settings,
+        model_name="SmolLM2-135M-Instruct",
+        progress=output.progress,
+    )
+
+
+def _write_texts(directory: Path) -> None:
+    """Every other topic calibrates, the rest evaluates: the same kind of prose, and no sentence in both."""
+    from pydoc_data.topics import topics
+
+    directory.mkdir()
+    names = sorted(topics)
+    for name, chosen in (("calibration.txt", names[::2]), ("evaluation.txt", names[1::2])):
+        (directory / name).write_text("\n\n".join(topics[each] for each in chosen), encoding="utf-8")
+
+
+def _evaluate(directory: Path, output: Output) -> dict[str, float]:
+    import torch
+
+    from toolchain.calibration import load_windows
+    from toolchain.evaluation import perplexity
+    from toolchain.modeling import load_model, load_tokenizer
+
+    text = directory / "text" / "evaluation.txt"
+    tokenizer = load_tokenizer(directory / "original")
+    windows = load_windows(text, tokenizer, num_samples=_EVALUATION_WINDOWS, seq_len=_SEQ_LEN)
+    evaluations = []
+    for role in ("original", "pruned"):
+        model = load_model(directory / role, dtype=torch.float32)
+        with output.progress(f"Perplexity, {role}", len(windows.ids)) as advance:
+            measured = perplexity(model, windows.ids, on_window=advance)
+        identity = {"model": role, "directory": role, "text": text.name, "text_sha256": windows.sha256}
+        evaluations.append({**identity, **asdict(measured)})
+    (directory / "evaluation").mkdir()
+    document = {"schema_version": 1, "kind": "evaluation", "evaluations": evaluations}
+    write_text(directory / "evaluation" / "evaluation.json", json.dumps(document, indent=2) + "\n")
+    return {each["model"]: each["perplexity"] for each in evaluations}
+
+
+def _export(directory: Path, output: Output, *, has_vllm: bool) -> dict[str, bool]:
+    from export.onnx_graph import export_onnx
+    from export.vllm import export_vllm
+    from serving.verify import verify
+
+    exports = {"onnx-original": "original", "onnx": "pruned", "vllm": "pruned"}
+    verdicts = {}
+    with output.progress("Export and verify", len(exports)) as advance:
+        for name, source in exports.items():
+            if name == "vllm":
+                export_vllm(directory / source, directory / name)
+            else:
+                export_onnx(directory / source, directory / name)
+            verdict = verify(directory / name, directory / source, engine="onnx" if "onnx" in name else "transformers")
+            verdicts[name] = bool(verdict["passed"])
+            advance()
+    if failed := [name for name, passed in verdicts.items() if not passed]:
+        raise CheckFailedError(f"The export {failed[0]} differs from its checkpoint.", "Please report this.")
+    return verdicts
+
+
+def _benchmark(directory: Path, output: Output, *, has_vllm: bool) -> dict[str, dict[str, float]]:
+    from serving.benchmark import benchmark
+
+    pairs: dict[str, tuple[str, str]] = {"onnx": ("onnx-original", "onnx")}
+    if has_vllm:
+        pairs["vllm"] = ("original", "vllm")
+        # In GiB, for each of the two servers; vLLM's own default takes much of the machine's memory for one.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    gains = {}
+    for engine, (original, pruned) in pairs.items():
+        results = benchmark(
+            directory / original,
+            directory / pruned,
+            engine=engine,  # type: ignore[arg-type]
+            out=directory / f"benchmark-{engine}",
+            engine_options=_VLLM_OPTIONS if engine == "vllm" else (),
+            on_progress=output.note,
+            **_WORKLOAD,  # type: ignore[arg-type]
+        )
+        gain = results["measurements"][0]["metrics"]["output_throughput"]["gain"]
+        if gain is None:
+            raise SenteiError(f"The benchmark with {engine} measured no throughput.")
+        gains[engine] = gain
+    return gains
