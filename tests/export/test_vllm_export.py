@@ -62,7 +62,9 @@ def test_heads_are_checked(pico_model, tmp_path, tensor_parallel, fits):
     if fits:
         export_vllm(pico_model, tmp_path / "out", tensor_parallel=tensor_parallel)
         return
-    with pytest.raises(SenteiError, match=r"cannot be split over tensor_parallel = 3\. Possible here: 1, 2, 4|at least 1"):
+    with pytest.raises(
+        SenteiError, match=r"cannot be split over tensor_parallel = 3\. Possible here: 1, 2, 4|at least 1"
+    ):
         export_vllm(pico_model, tmp_path / "out", tensor_parallel=tensor_parallel)
 
 
