@@ -1,1 +1,1 @@
-"""Finished directories in: serve, generate, verify, benchmark, report. Kept free of imports: vLLM loads this package."""
+"""Finished directories in: serve, generate, verify, benchmark, report. Imports nothing: vLLM loads it."""

@@ -89,7 +89,9 @@ def num_attention_removals(sizes: BlockParameters, sparsity: float) -> int:
     return round(sizes.num_hidden_layers * sparsity ** ((sizes.ffn / sizes.attention) / ALPHA))
 
 
-def allocate(sizes: BlockParameters, sparsity: float, *, align: int, attention_removals: int | None = None) -> Allocation:
+def allocate(
+    sizes: BlockParameters, sparsity: float, *, align: int, attention_removals: int | None = None
+) -> Allocation:
     """Splits a target between attention and FFN.
 
     With ``align=1`` this is the published method: one width for all layers, ``round(width * (1 - rate))``. Otherwise

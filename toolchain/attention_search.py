@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from toolchain.evaluation import finite, mean_loss
 from toolchain.families import Family
-from toolchain.modeling import RemovedAttention
+from toolchain.modeling import RemovedAttention, decoder_layers
 from toolchain.plan import Removal
 
 
@@ -81,7 +81,7 @@ class _LayerWalk:
     arguments: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.layers = self.model.get_submodule(self.family.layers)
+        self.layers = decoder_layers(self.model, self.family)
         self.window = self.window.to(self.model.device)
         # Asking the model itself what it hands its layers keeps masks and rotary embeddings out of our code.
         handles = [layer.register_forward_pre_hook(self._record, with_kwargs=True) for layer in self.layers]

@@ -56,7 +56,8 @@ def load_windows(
     if len(ids) < (needed or seq_len):
         wanted = f"{num_samples or 1} windows of {seq_len} tokens need {needed or seq_len}"
         raise SenteiError(
-            f"{path} is too short: it has {len(ids)} tokens, and {wanted}.", "Give more text, or fewer or shorter windows."
+            f"{path} is too short: it has {len(ids)} tokens, and {wanted}.",
+            "Give more text, or fewer or shorter windows.",
         )
     count = num_samples or len(ids) // seq_len
     windows = torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)

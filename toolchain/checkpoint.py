@@ -102,7 +102,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every tensor's name, dtype, shape and bytes, sorted by name: equal weights, equal fingerprint."""
+        """SHA-256 over every tensor's name, dtype, shape and bytes, sorted by name."""
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             info = self.tensors[name]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from toolchain.errors import SenteiError
 from toolchain.families import Family
+from toolchain.modeling import decoder_layers
 
 
 @torch.inference_mode()
@@ -35,7 +36,7 @@ def neuron_importance(
     Raises:
         SenteiError: NaN or Inf among the activations; names the first such layer.
     """
-    layers = model.get_submodule(family.layers)
+    layers = decoder_layers(model, family)
     totals: list[torch.Tensor | float] = [0.0] * len(layers)
 
     def observe(layer: int, activations: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """What a checkpoint's ``per_layer_config`` says of each layer: attention or not, and the FFN's width.
 
-The vocabulary is Transformers' (5.14 and later): ``{"05": {"intermediate_size": 1024}, "27": {"skip": ["attention"]}}``.
-Standard library only: the vLLM plugin imports this module.
+The vocabulary is Transformers' (5.14 and later), as in ``{"05": {"intermediate_size": 1024}, "27": {"skip":
+["attention"]}}``. Standard library only: the vLLM plugin imports this module.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,7 +67,9 @@ def write_per_layer_config(layout: Sequence[LayerLayout], config: Mapping[str, A
     overrides: dict[str, dict[str, Any]] = {}
     for index, layer in enumerate(layout):
         override: dict[str, Any] = {}
-        skip = [name for name, gone in (("attention", not layer.attention), ("mlp", layer.intermediate_size == 0)) if gone]
+        skip = [
+            name for name, gone in (("attention", not layer.attention), ("mlp", layer.intermediate_size == 0)) if gone
+        ]
         if 0 < layer.intermediate_size < width:
             override["intermediate_size"] = layer.intermediate_size
         if skip:

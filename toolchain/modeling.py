@@ -1,7 +1,6 @@
 """Checkpoints as Transformers models: the loader that knows ``per_layer_config``."""
 
 import copy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,6 @@ def transformers_class(family: Family) -> type[PreTrainedModel]:
     return getattr(transformers, family.architecture)
 
 
-@cache
 def pruned_class(base: type[PreTrainedModel], family: Family) -> type[PreTrainedModel]:
     """A subclass of a Transformers model that builds each layer as ``per_layer_config`` says.
 
@@ -97,6 +95,13 @@ def pruned_class(base: type[PreTrainedModel], family: Family) -> type[PreTrained
     return type(family.pruned_architecture, (base,), {"__init__": build, "__module__": __name__})
 
 
+def decoder_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
+    """The model's list of decoder layers."""
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
 def shape_layers(model: PreTrainedModel, family: Family, layout: tuple[LayerLayout, ...]) -> None:
     """Gives each layer of a freshly built model the modules its layout asks for; weights are left to the loader.
 
@@ -104,7 +109,7 @@ def shape_layers(model: PreTrainedModel, family: Family, layout: tuple[LayerLayo
     """
     global_width = model.config.intermediate_size
     cache_slot = 0
-    for layer, wanted in zip(model.get_submodule(family.layers), layout, strict=True):
+    for layer, wanted in zip(decoder_layers(model, family), layout, strict=True):
         if wanted.attention:
             getattr(layer, family.attention).layer_idx = cache_slot
             cache_slot += 1

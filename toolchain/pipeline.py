@@ -2,16 +2,13 @@
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from toolchain.allocation import Allocation, allocate, block_parameters
@@ -25,14 +22,12 @@ from toolchain.model_card import model_card
 from toolchain.modeling import load_model, load_tokenizer
 from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.plan import (
-    PLAN_FILE,
     SCHEMA_VERSION,
     BaseModelRecord,
     CalibrationRecord,
     PlanDocument,
     PlannedLayer,
     PruningPlan,
-    Removal,
     top_neurons,
 )
 from toolchain.progress import Progress, no_progress

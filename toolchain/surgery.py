@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from toolchain.checkpoint import Checkpoint, copy_companions, write_config, write_weights
 from toolchain.families import Family
 from toolchain.layout import LayerLayout, write_per_layer_config
+from toolchain.modeling import decoder_layers
 
 KeptNeurons = Sequence[NDArray[np.int64]]
 
@@ -73,15 +74,17 @@ def narrow_ffn(model: PreTrainedModel, family: Family, kept_neurons: KeptNeurons
         family: Where its FFN lives.
         kept_neurons: int64 ``[intermediate_size]`` a layer, ascending.
     """
-    for layer, kept in zip(model.get_submodule(family.layers), kept_neurons, strict=True):
+    for layer, kept in zip(decoder_layers(model, family), kept_neurons, strict=True):
         index = torch.from_numpy(kept).to(model.device)
         for name in family.ffn_inputs:
             linear = layer.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
             linear.weight = nn.Parameter(linear.weight.data.index_select(0, index), requires_grad=False)
             if linear.bias is not None:
                 linear.bias = nn.Parameter(linear.bias.data.index_select(0, index), requires_grad=False)
             linear.out_features = len(kept)
         output = layer.get_submodule(family.ffn_output)
+        assert isinstance(output, nn.Linear)
         output.weight = nn.Parameter(output.weight.data.index_select(1, index), requires_grad=False)
         output.in_features = len(kept)
 

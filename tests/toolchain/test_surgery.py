@@ -95,9 +95,7 @@ def test_weights_are_sharded(pico: Path, tmp_path: Path, monkeypatch: pytest.Mon
     from toolchain import surgery
 
     real = surgery.write_weights
-    monkeypatch.setattr(
-        surgery, "write_weights", lambda *args, **kwargs: real(*args, **kwargs, max_shard_bytes=20_000)
-    )
+    monkeypatch.setattr(surgery, "write_weights", lambda *args, **kwargs: real(*args, **kwargs, max_shard_bytes=20_000))
     write_pruned(checkpoint, layout, kept, tmp_path)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     with torch.inference_mode():

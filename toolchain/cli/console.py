@@ -82,7 +82,9 @@ def pick_device(device: str) -> str:
     if kind not in ("cpu", "cuda"):
         raise SenteiError(f"--device {device!r} is not supported.", "Use auto, cpu or cuda.")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise SenteiError(f"--device {device}: torch {torch.__version__} sees no CUDA device here.", "Use --device cpu.")
+        raise SenteiError(
+            f"--device {device}: torch {torch.__version__} sees no CUDA device here.", "Use --device cpu."
+        )
     return device
 
 

@@ -77,7 +77,7 @@ def _closing(out: Path, result: dict[str, Any]) -> str:
         f"  {result['sparsity']:.1%} of the decoder-block parameters removed",
         f"  perplexity {perplexity['original']:.1f} → {perplexity['pruned']:.1f} on text not calibrated with",
         *(
-            f"  {engine}: {gain['value']:.2f}x output throughput (95 % interval {gain['low']:.2f} to {gain['high']:.2f})"
+            f"  {engine}: {gain['value']:.2f}x output throughput (95 %: {gain['low']:.2f} to {gain['high']:.2f})"
             for engine, gain in result["output_throughput_gain"].items()
         ),
         "",

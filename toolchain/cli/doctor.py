@@ -104,4 +104,6 @@ def _show(console: Console, findings: dict[str, Any]) -> None:
         table.add_row(name, value)
     console.print(table)
     for missing in findings["missing"]:
-        console.print(f"missing: {missing['package']}; pip install 'sentei[{missing['extra']}]' brings it", markup=False)
+        console.print(
+            f"missing: {missing['package']}; pip install 'sentei[{missing['extra']}]' brings it", markup=False
+        )

@@ -1,4 +1,4 @@
-"""``sentei export vllm``, ``sentei export onnx`` and ``sentei verify``: an export is verified before it is called done."""
+"""``sentei export`` and ``sentei verify``: an export is verified before it is called done."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -64,7 +64,9 @@ def export_onnx(
     directory: DirArgument,
     *,
     out: OutOption,
-    precision: Annotated[Precision, typer.Option(help="Weights in fp32, or int4 with fp32 arithmetic.")] = Precision.fp32,
+    precision: Annotated[
+        Precision, typer.Option(help="Weights in fp32, or int4 with fp32 arithmetic.")
+    ] = Precision.fp32,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

@@ -32,5 +32,6 @@ def import_(
         "num_parameters": checkpoint.num_parameters,
     }
     output.result(
-        result, lambda console: console.print(f"{out}: {result['model_type']}, {checkpoint.num_parameters:,} parameters")
+        result,
+        lambda console: console.print(f"{out}: {result['model_type']}, {checkpoint.num_parameters:,} parameters"),
     )

@@ -49,8 +49,8 @@ def _show(console: Console, plan: "PruningPlan") -> None:
         if layer.attention == "keep":
             attention = "keep"
         elif layer.layer in steps:
-            attention = "[red]remove[/red] (step {}, {} {:.2f})".format(
-                steps[layer.layer][0], document.metric, steps[layer.layer][1]
+            attention = (
+                f"[red]remove[/red] (step {steps[layer.layer][0]}, {document.metric} {steps[layer.layer][1]:.2f})"
             )
         else:
             attention = "[red]remove[/red] (by hand)"
