@@ -1,5 +1,6 @@
 """The vLLM half of the benchmark: real servers, driven by ``vllm bench serve``; its figures are taken as they are."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from toolchain.errors import SenteiError
 if TYPE_CHECKING:
     from serving.benchmark import Workload
 
+_CPU_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _WEIGHTS_GIB = re.compile(r"[Mm]odel loading took ([\d.]+) Gi?B")
 
@@ -81,6 +83,11 @@ def _server_options(directory: Path, dtype: str | None, engine_options: Sequence
         options += ["--dtype", dtype or str(open_checkpoint(directory).dtype).removeprefix("torch.")]
     if not any("prefix-caching" in option for option in options):
         options.append("--no-enable-prefix-caching")
+    if not (
+        torch.cuda.is_available() or _CPU_KV_SPACE in os.environ or any("kv-cache-memory" in each for each in options)
+    ):
+        # Two servers share the machine's memory, and vLLM's CPU default takes much of it for each.
+        options += ["--kv-cache-memory-bytes", "1G"]
     return options
 
 

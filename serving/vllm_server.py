@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,8 @@ from toolchain.errors import MissingDependencyError, SenteiError
 HOST = "127.0.0.1"
 _TAIL_LINES = 30
 _STOP_TIMEOUT_S = 20.0
+# vLLM reports the engine process's exception in its log, far above the last line.
+_REFUSAL = re.compile(r"toolchain\.errors\.\w+: (.+)")
 
 
 def serve(directory: Path, options: Sequence[str]) -> NoReturn:
@@ -172,12 +175,10 @@ def _wait_until_healthy(base_url: str, process: subprocess.Popen[bytes], log: Pa
     deadline = time.monotonic() + timeout_s
     while not _is_healthy(base_url):
         if (code := process.poll()) is not None:
-            raise SenteiError(
-                f"The vLLM server ended with exit code {code} before it was ready. The end of its log:\n{_tail_of(log)}"
-            )
+            raise SenteiError(f"The vLLM server ended with exit code {code} before it was ready{_cause(_text_of(log))}")
         if time.monotonic() > deadline:
             raise SenteiError(
-                f"The vLLM server was not ready after {timeout_s:.0f} s. The end of its log:\n{_tail_of(log)}"
+                f"The vLLM server was not ready after {timeout_s:.0f} s. The end of its log:\n{_tail(_text_of(log))}"
             )
         time.sleep(0.5)
 
@@ -219,8 +220,15 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _tail_of(log: Path) -> str:
-    return _tail(log.read_text(encoding="utf-8", errors="replace"))
+def _cause(text: str) -> str:
+    """What ended a server: our own sentence if the plugin refused the checkpoint, else the end of the log."""
+    if refused := _REFUSAL.findall(text):
+        return f": {refused[-1]}"
+    return f". The end of its log:\n{_tail(text)}"
+
+
+def _text_of(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def _tail(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The vLLM export equals its source; what cannot be served is refused before anything is written."""
+"""The vLLM export: it equals its source, and what cannot be served is refused before anything is written."""
 
 import json
 

@@ -46,8 +46,9 @@ def asked(monkeypatch):
 
 def test_both_servers_stay_up_and_get_the_same_load(pico_model, asked, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     results = benchmark(pico_model, pico_model, out=tmp_path / "out", concurrency=2, **TINY)
-    options = ["--dtype", "float32", "--no-enable-prefix-caching"]
+    options = ["--dtype", "float32", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", "1G"]
     assert asked["servers"] == [(pico_model, options), (pico_model, options)]
     assert asked["up"] == 0
     warmup, *_ = asked["loads"]

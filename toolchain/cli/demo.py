@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from toolchain.output import check_output_directory, new_directory, write_text
 _SPARSITY = 0.25
 _SEQ_LEN, _CALIBRATION_WINDOWS, _EVALUATION_WINDOWS = 512, 32, 32
 _WORKLOAD = {"input_len": 128, "output_len": 32, "repeats": 5}
-# The CPU's KV cache and context are small on purpose: the server has to start on a laptop.
+# A short context, and no compilation: the servers start in half a minute.
 _VLLM_OPTIONS = ("--max-model-len", "512", "--enforce-eager")
 
 
@@ -37,7 +36,7 @@ def demo(
     with new_directory(out, force=force) as partial:
         summary = _prune(partial, output)
         evaluations = _evaluate(partial, output)
-        verdicts = _export(partial, output, has_vllm=has_vllm)
+        verdicts = _export(partial, output)
         benchmarks = _benchmark(partial, output, has_vllm=has_vllm)
         from serving.report import render_report
 
@@ -152,7 +151,7 @@ def _evaluate(directory: Path, output: Output) -> dict[str, float]:
     return {each["model"]: each["perplexity"] for each in evaluations}
 
 
-def _export(directory: Path, output: Output, *, has_vllm: bool) -> dict[str, bool]:
+def _export(directory: Path, output: Output) -> dict[str, bool]:
     from export.onnx_graph import export_onnx
     from export.vllm import export_vllm
     from serving.verify import verify
@@ -179,8 +178,6 @@ def _benchmark(directory: Path, output: Output, *, has_vllm: bool) -> dict[str, 
     pairs: dict[str, tuple[str, str]] = {"onnx": ("onnx-original", "onnx")}
     if has_vllm:
         pairs["vllm"] = ("original", "vllm")
-        # In GiB, for each of the two servers; vLLM's own default takes much of the machine's memory for one.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     gains = {}
     for engine, (original, pruned) in pairs.items():
         results = benchmark(
