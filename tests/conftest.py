@@ -13,8 +13,6 @@ from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.layout import LayerLayout
 from toolchain.surgery import write_pruned
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
 
 @pytest.fixture(autouse=True, scope="session")
 def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:

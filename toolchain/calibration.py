@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from toolchain import embedded_text
 from toolchain.errors import MissingDependencyError, SenteiError
 
 DOCUMENT_SEPARATOR = "\n\n"
@@ -21,7 +22,7 @@ class TokenWindows:
 
     Attributes:
         ids: int64 ``[num_samples, seq_len]``.
-        source: Name of the file they come from.
+        source: Name of the file or the embedded text they come from.
     """
 
     ids: torch.Tensor
@@ -34,14 +35,15 @@ class TokenWindows:
 
 
 def load_windows(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, num_samples: int | None, seq_len: int
+    path: Path | None, tokenizer: PreTrainedTokenizerBase, *, num_samples: int | None, seq_len: int
 ) -> TokenWindows:
     """Tokenises text without special tokens and cuts it into windows.
 
     Only as much of the file is read and tokenised as the windows need.
 
     Args:
-        path: ``.txt`` (as it is), ``.jsonl`` or ``.parquet`` (field ``text``; documents joined by two newlines).
+        path: ``.txt`` (as it is), ``.jsonl`` or ``.parquet`` (field ``text``; documents joined by two newlines);
+            ``None`` for the text of :mod:`toolchain.embedded_text`.
         tokenizer: The model's own.
         num_samples: How many windows; ``None`` for all there are.
         seq_len: Tokens a window.
@@ -52,16 +54,17 @@ def load_windows(
     if seq_len < 2 or (num_samples is not None and num_samples < 1):
         raise SenteiError(f"{num_samples} windows of {seq_len} tokens make no sense.", "Use at least 1 of at least 2.")
     needed = None if num_samples is None else num_samples * seq_len
-    ids = _tokenize(path, tokenizer, needed)
+    documents = iter(embedded_text.documents()) if path is None else read_documents(path)
+    ids = _tokenize(documents, tokenizer, needed)
     if len(ids) < (needed or seq_len):
         wanted = f"{num_samples or 1} windows of {seq_len} tokens need {needed or seq_len}"
         raise SenteiError(
-            f"{path} is too short: it has {len(ids)} tokens, and {wanted}.",
+            f"{path or embedded_text.SOURCE} is too short: it has {len(ids)} tokens, and {wanted}.",
             "Give more text, or fewer or shorter windows.",
         )
     count = num_samples or len(ids) // seq_len
     windows = torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
-    return TokenWindows(ids=windows, source=path.name)
+    return TokenWindows(ids=windows, source=embedded_text.SOURCE if path is None else path.name)
 
 
 def read_documents(path: Path) -> Iterator[str]:
@@ -80,9 +83,8 @@ def read_documents(path: Path) -> Iterator[str]:
     return reader(path)
 
 
-def _tokenize(path: Path, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
-    """Token ids of the joined text, at least ``needed`` of them if the text has as many."""
-    documents = read_documents(path)
+def _tokenize(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
+    """Token ids of the joined documents, at least ``needed`` of them if the text has as many."""
     text, limit = "", None if needed is None else needed * _FIRST_GUESS_CHARS_PER_TOKEN
     while True:
         exhausted = True

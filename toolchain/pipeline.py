@@ -43,7 +43,7 @@ class PruneSettings:
 
     Attributes:
         sparsity: Fraction of decoder-block parameters to remove.
-        calibration: Text file.
+        calibration: Text file; ``None`` for the embedded text.
         num_samples: Calibration windows; stage 2 uses the first.
         seq_len: Tokens a window.
         align: FFN widths are multiples of this; 1 gives the published widths.
@@ -54,7 +54,7 @@ class PruneSettings:
     """
 
     sparsity: float
-    calibration: Path
+    calibration: Path | None
     num_samples: int
     seq_len: int
     align: int

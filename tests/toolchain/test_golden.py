@@ -1,4 +1,4 @@
-"""Agreement with the method's public code, recorded in ``shared/golden``."""
+"""Agreement with the method's public code; ``tests/golden/README.md`` says how it was recorded."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from tests.conftest import SHARED
 from toolchain.checkpoint import open_checkpoint
 from toolchain.pipeline import PruneSettings, prune
 from toolchain.plan import PruningPlan, load_plan
 
-GOLDEN = json.loads((SHARED / "golden" / "2ssp_smollm2_135m.json").read_text())
-SCORES = load_file(SHARED / "golden" / "2ssp_smollm2_135m.safetensors")
+RECORDED = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = json.loads((RECORDED / "2ssp_smollm2_135m.json").read_text())
+SCORES = load_file(RECORDED / "2ssp_smollm2_135m.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,10 @@ def recorded_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     return directory
 
 
-def run(model: Path, out: Path, tmp_path: Path, sparsity: float) -> PruningPlan:
-    calibration = tmp_path / "c4.jsonl"
-    lines = (SHARED / "data" / "c4_sample_1000docs.jsonl").read_text().splitlines()
-    calibration.write_text("\n".join(lines[:600]) + "\n")
+def run(model: Path, out: Path, sparsity: float) -> PruningPlan:
     settings = PruneSettings(
         sparsity=sparsity,
-        calibration=calibration,
+        calibration=RECORDED / "c4_calibration.jsonl",
         num_samples=8,
         seq_len=2048,
         align=1,
@@ -61,7 +58,7 @@ def run(model: Path, out: Path, tmp_path: Path, sparsity: float) -> PruningPlan:
 )
 def test_agrees_with_the_public_code(recorded_model: Path, tmp_path: Path, sparsity: str):
     golden = GOLDEN["runs"][sparsity]
-    plan = run(recorded_model, tmp_path / "out", tmp_path, float(sparsity))
+    plan = run(recorded_model, tmp_path / "out", float(sparsity))
 
     assert plan.document.calibration.sha256 == GOLDEN["calib_ids_sha256"]
     for layer, scores in enumerate(plan.importance):

@@ -19,8 +19,8 @@ class BenchmarkEngine(StrEnum):
 
 
 def benchmark(
-    original: Annotated[Path, typer.Argument(help="The original: a model, or its ONNX export.")],
-    pruned: Annotated[Path, typer.Argument(help="The pruned one, of the same kind.")],
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The original: a model, or its ONNX export.")],
+    pruned: Annotated[Path, typer.Argument(metavar="PRUNED", help="The pruned one, of the same kind.")],
     *,
     engine: Annotated[BenchmarkEngine, typer.Option(help="What runs them.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for results.json.")],

@@ -32,8 +32,8 @@ class Output:
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self.stdout = Console(highlight=False)
-        self.stderr = Console(stderr=True, highlight=False, quiet=quiet)
+        self.stdout = Console(highlight=False, soft_wrap=True)
+        self.stderr = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
         _silence_libraries()
 
     def result(self, result: dict[str, Any], show: Callable[[Console], None]) -> None:

@@ -92,12 +92,14 @@ def _closing(out: Path, result: dict[str, Any]) -> str:
 def _prune(directory: Path, output: Output) -> dict[str, Any]:
     import torch
 
+    from toolchain.embedded_text import write_halves
     from toolchain.gguf_import import demo_gguf, import_gguf
     from toolchain.pipeline import PruneSettings, prune
 
     output.note("Importing the model ...")
     import_gguf(demo_gguf(), directory / "original")
-    _write_texts(directory / "text")
+    (directory / "text").mkdir()
+    write_halves(directory / "text")
     settings = PruneSettings(
         sparsity=_SPARSITY,
         calibration=directory / "text" / "calibration.txt",
@@ -116,16 +118,6 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
         model_name="SmolLM2-135M-Instruct",
         progress=output.progress,
     )
-
-
-def _write_texts(directory: Path) -> None:
-    """Every other topic calibrates, the rest evaluates: the same kind of prose, and no sentence in both."""
-    from pydoc_data.topics import topics
-
-    directory.mkdir()
-    names = sorted(topics)
-    for name, chosen in (("calibration.txt", names[::2]), ("evaluation.txt", names[1::2])):
-        (directory / name).write_text("\n\n".join(topics[each] for each in chosen), encoding="utf-8")
 
 
 def _evaluate(directory: Path, output: Output) -> dict[str, float]:

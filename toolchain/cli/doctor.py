@@ -102,7 +102,7 @@ def _show(console: Console, findings: dict[str, Any]) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for missing in findings["missing"]:
         console.print(
             f"missing: {missing['package']}; pip install 'sentei[{missing['extra']}]' brings it", markup=False

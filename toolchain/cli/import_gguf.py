@@ -9,7 +9,7 @@ from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, 
 
 
 def import_(
-    gguf: Annotated[Path | None, typer.Argument(metavar="[MODEL.gguf]", help="Without it: the demo model.")] = None,
+    gguf: Annotated[Path | None, typer.Argument(metavar="MODEL.gguf", help="Without it: the demo model.")] = None,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")],
     dtype: Annotated[str, typer.Option(help="What the weights are stored in.")] = "bfloat16",

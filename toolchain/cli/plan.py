@@ -55,7 +55,7 @@ def _show(console: Console, plan: "PruningPlan") -> None:
         else:
             attention = "[red]remove[/red] (by hand)"
         table.add_row(str(layer.layer), attention, f"{layer.intermediate_size:>6} {share:>4.0%} {bar}")
-    console.print(table)
+    console.print(table, soft_wrap=False)
     console.print(
         f"{document.metric} on the first calibration window: {document.metric_original:.2f} originally, "
         f"{document.metric_after_stage_1:.2f} after the FFNs"

@@ -28,11 +28,14 @@ class Method(StrEnum):
 
 
 def prune(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")],
     *,
     out: OutOption,
     sparsity: Annotated[float, typer.Option(help="Fraction of decoder-block parameters to remove, in (0, 1).")],
-    calibration: Annotated[Path, typer.Option(help="Text: .txt, .jsonl or .parquet (field text).")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Your own kind of text: .txt, .jsonl or .parquet (field text). Without it: Python's manual."),
+    ] = None,
     method: Annotated[Method, typer.Option(help="2ssp: the published method (arXiv 2501.17771).")] = Method.two_ssp,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
@@ -65,14 +68,16 @@ def prune(
         dtype=compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype),
         seed=seed,
     )
+    if calibration is None:
+        output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
     name = directory.resolve().name if Path(model).is_dir() else model
     summary = pipeline.prune(directory, out, settings, model_name=name, force=force, progress=output.progress)
     output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
 
 
 def apply(
-    plan: Annotated[Path, typer.Argument(help="plan.json, or the directory that holds it.")],
-    model: Annotated[str, typer.Argument(help="The original model: directory or hub id.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json, or the directory that holds it.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The original model: directory or hub id.")],
     *,
     out: OutOption,
     force: ForceOption = False,
