@@ -41,14 +41,15 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
 
     Raises:
         SenteiError: Not a GGUF file, or an unsupported family.
-        MissingDependencyError: The ``gguf`` reader is not installed.
+        MissingDependencyError: ``gguf`` or ``accelerate``, which Transformers reads GGUF with, is not installed.
     """
     if not gguf.is_file():
         raise SenteiError(f"GGUF file {gguf} does not exist.")
     if gguf.open("rb").read(4) != b"GGUF":
         raise SenteiError(f"{gguf} is not a GGUF file.")
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingDependencyError("gguf", "demo")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(f"{package}, which reading GGUF needs,", "demo")
     from transformers import AutoConfig
 
     with new_directory(out, force=force) as partial:

