@@ -69,11 +69,9 @@ class VllmEngine:
             "trust_remote_code": False,
             **(options or {}),
         }
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        self._vllm = _import_vllm()
         try:
-            with _stdout_on_stderr():
+            with _environment(), _stdout_on_stderr():
+                self._vllm = _import_vllm()
                 self._llm = self._vllm.LLM(**arguments)
         except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
             # The engine runs in another process, and of what happened there vLLM tells this one almost nothing.
@@ -124,6 +122,18 @@ def _import_vllm() -> Any:
         if error.name != "vllm":
             raise
         raise MissingDependencyError("vLLM", "vllm") from error
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Sets what vLLM's processes start with; servers started later in this process must not inherit it."""
+    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextmanager

@@ -208,3 +208,9 @@ def test_the_scores_beside_the_weights_are_no_weights(patchwork, tmp_path, promp
         assert engine.generate(prompts[0], 8) == TransformersEngine(patchwork).generate(prompts[0], 8)
     finally:
         engine.close()
+
+
+def test_the_engine_leaves_the_environment_alone(pruned_answers):
+    """Servers started later would otherwise log warnings only, and the benchmark reads their KV cache size off the log."""
+    assert pruned_answers
+    assert "VLLM_LOGGING_LEVEL" not in os.environ
