@@ -132,9 +132,9 @@ def _evaluated(text: str, sides: Mapping[str, Mapping[str, Any]]) -> dict[str, A
 
 
 def _calibration_perplexity(inputs: ReportInputs, document: PlanDocument | None) -> dict[str, float] | None:
-    if inputs.summary:
+    if inputs.summary and document and document.metric == "perplexity":
         with fields_of(inputs.summary) as summary:
-            values = summary["calibration_perplexity"]
+            values = summary["calibration_metric"]
             known = {name: values.get(name) for name in ("original", "after_stage_1", "pruned")}
             if known["original"] and known["pruned"]:
                 return {name: float(value) for name, value in known.items() if value is not None}

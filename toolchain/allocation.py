@@ -1,7 +1,7 @@
 """How a sparsity budget is split: attentions to remove and FFN widths. Pure arithmetic."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from toolchain.checkpoint import Checkpoint
@@ -89,8 +89,42 @@ def num_attention_removals(sizes: BlockParameters, sparsity: float) -> int:
     return round(sizes.num_hidden_layers * sparsity ** ((sizes.ffn / sizes.attention) / ALPHA))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Protected:
+    """Layers that are left alone.
+
+    Attributes:
+        attention: Their attention stays.
+        ffn: Their FFN keeps its width.
+    """
+
+    attention: frozenset[int] = frozenset()
+    ffn: frozenset[int] = frozenset()
+
+
+def parse_protected(specs: Sequence[str]) -> Protected:
+    """Reads ``attention:0,1`` and ``ffn:29``.
+
+    Raises:
+        SenteiError: Anything else.
+    """
+    found: dict[str, set[int]] = {"attention": set(), "ffn": set()}
+    for spec in specs:
+        part, _, layers = spec.partition(":")
+        numbers = layers.split(",")
+        if part not in found or not all(number.strip().isdecimal() for number in numbers):
+            raise SenteiError(f"--protect {spec!r} is not understood.", "Write attention:0,1 or ffn:29.")
+        found[part] |= {int(number) for number in numbers}
+    return Protected(attention=frozenset(found["attention"]), ffn=frozenset(found["ffn"]))
+
+
 def allocate(
-    sizes: BlockParameters, sparsity: float, *, align: int, attention_removals: int | None = None
+    sizes: BlockParameters,
+    sparsity: float,
+    *,
+    align: int,
+    attention_removals: int | None = None,
+    protected: Protected = Protected(),
 ) -> Allocation:
     """Splits a target between attention and FFN.
 
@@ -103,10 +137,12 @@ def allocate(
         sparsity: Fraction of all decoder-block parameters to remove, in (0, 1).
         align: Widths are multiples of this; at least one multiple is kept in each layer.
         attention_removals: Overrides the formula.
+        protected: What has to stay; the other layers make up for it.
 
     Raises:
         SenteiError: Arguments out of range, or the target cannot be reached; says the highest that can.
     """
+    _check_protected(sizes, protected)
     if not 0 < sparsity < 1:
         raise SenteiError(f"--sparsity {sparsity:g} is outside (0, 1).")
     if not 1 <= align <= sizes.intermediate_size:
@@ -115,6 +151,11 @@ def allocate(
     if attention_removals is not None and not 0 <= attention_removals <= layers:
         raise SenteiError(f"--attention-removals {attention_removals} is not from 0 to the number of layers, {layers}.")
     removals = num_attention_removals(sizes, sparsity) if attention_removals is None else attention_removals
+    if removals > layers - len(protected.attention):
+        raise SenteiError(
+            f"{removals} attentions are to be removed, and --protect leaves {layers - len(protected.attention)}.",
+            "Protect fewer, or lower --sparsity or --attention-removals.",
+        )
     # The published widths leave norms out of the count; aligned ones count what the checkpoint really loses.
     from_attention = removals * (sizes.attention + (sizes.attention_norm if align > 1 else 0))
     from_ffn = sparsity * sizes.total - from_attention
@@ -124,24 +165,58 @@ def allocate(
             f"(they are {from_attention / sizes.total:.1%} of the decoder blocks).",
             "Raise --sparsity or lower --attention-removals.",
         )
-    highest = (from_attention + layers * (sizes.intermediate_size - align) * sizes.neuron) / sizes.total
-    widths = _published_widths(sizes, from_ffn) if align == 1 else _aligned_widths(sizes, from_ffn, align)
-    if min(widths) < align:
+    free = layers - len(protected.ffn)
+    highest = (from_attention + free * (sizes.intermediate_size - align) * sizes.neuron) / sizes.total
+    if sparsity > highest:
         raise SenteiError(
-            f"--sparsity {sparsity:g} cannot be reached with {removals} attention removals and --align {align}: "
-            f"the highest is {int(highest * 1e4) / 1e4:g}.",
+            f"--sparsity {sparsity:g} cannot be reached with {removals} attention removals"
+            + (f", {len(protected.ffn)} protected FFNs" if protected.ffn else "")
+            + f" and --align {align}: the highest is {int(highest * 1e4) / 1e4:g}.",
             "Lower --sparsity or allow more --attention-removals.",
         )
+    narrowed = iter(
+        ()
+        if not free
+        else _published_widths(sizes, from_ffn, free)
+        if align == 1
+        else _aligned_widths(sizes, from_ffn, align, free)
+    )
+    widths = tuple(sizes.intermediate_size if layer in protected.ffn else next(narrowed) for layer in range(layers))
     return Allocation(num_attention_removals=removals, widths=widths)
 
 
-def _published_widths(sizes: BlockParameters, parameters: float) -> tuple[int, ...]:
-    rate = parameters / (sizes.num_hidden_layers * sizes.ffn)
-    return (round(sizes.intermediate_size * (1 - rate)),) * sizes.num_hidden_layers
+def ladder(full: int, widths: Sequence[int], align: int) -> Callable[[int, int], tuple[int, ...]]:
+    """The way from the full width down to ``widths``, as a function of how far to go.
+
+    Returns:
+        ``rung(step, num_steps)``: each layer's width after ``step`` of ``num_steps``, in whole multiples of ``align``
+        removed; each rung is nowhere wider than the one before, and the last is ``widths``.
+    """
+
+    def rung(step: int, num_steps: int) -> tuple[int, ...]:
+        if step == num_steps:
+            return tuple(widths)
+        return tuple(full - (full - width) // align * step // num_steps * align for width in widths)
+
+    return rung
 
 
-def _aligned_widths(sizes: BlockParameters, parameters: float, align: int) -> tuple[int, ...]:
-    layers, full = sizes.num_hidden_layers, sizes.intermediate_size
+def _check_protected(sizes: BlockParameters, protected: Protected) -> None:
+    for part, layers in (("attention", protected.attention), ("ffn", protected.ffn)):
+        if outside := sorted(layer for layer in layers if not 0 <= layer < sizes.num_hidden_layers):
+            raise SenteiError(
+                f"--protect {part}:{outside[0]}: there is no such layer.",
+                f"This model has layers 0 to {sizes.num_hidden_layers - 1}.",
+            )
+
+
+def _published_widths(sizes: BlockParameters, parameters: float, layers: int) -> tuple[int, ...]:
+    rate = parameters / (layers * sizes.ffn)
+    return (round(sizes.intermediate_size * (1 - rate)),) * layers
+
+
+def _aligned_widths(sizes: BlockParameters, parameters: float, align: int, layers: int) -> tuple[int, ...]:
+    full = sizes.intermediate_size
     whole_units, rest = divmod(full, align)
     neurons = parameters / sizes.neuron
     kept_units = math.floor((layers * full - neurons) / align + _SLACK)

@@ -2,21 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from torch import nn
 
 from toolchain.errors import SenteiError
-from toolchain.families import Family
-from toolchain.modeling import decoder_layers
+from toolchain.layer_walk import LayerWalk
 
 
 @torch.inference_mode()
 def neuron_importance(
-    model: PreTrainedModel, family: Family, windows: torch.Tensor, *, on_window: Callable[[], None] = lambda: None
+    walk: LayerWalk, windows: torch.Tensor, *, on_window: Callable[[], None] = lambda: None
 ) -> tuple[NDArray[np.float32], ...]:
     """Scores every neuron by the size of its activation.
 
@@ -25,10 +23,9 @@ def neuron_importance(
     float32 and summed in float64.
 
     Args:
-        model: The unpruned model.
-        family: Where its FFN lives.
+        walk: Over the unpruned model.
         windows: int64 ``[num_samples, seq_len]``.
-        on_window: Called after each window, for progress.
+        on_window: Called once a window, for progress.
 
     Returns:
         float32 ``[intermediate_size]`` a layer; higher is kept.
@@ -36,34 +33,37 @@ def neuron_importance(
     Raises:
         SenteiError: NaN or Inf among the activations; names the first such layer.
     """
-    layers = decoder_layers(model, family)
-    totals: list[torch.Tensor | float] = [0.0] * len(layers)
-
-    def observe(layer: int, activations: torch.Tensor) -> None:
-        norms = torch.linalg.vector_norm(activations.flatten(0, -2), dim=0, dtype=torch.float32)
-        totals[layer] = totals[layer] + norms.double()
-
-    with _watch_inputs([layer.get_submodule(family.ffn_output) for layer in layers], observe):
-        for window in windows:
-            model.base_model(window[None].to(model.device), use_cache=False)
+    totals: list[torch.Tensor | float] = [0.0] * len(walk.layers)
+    for block in walk.blocks(windows):
+        hidden = walk.embed(block)
+        for index in range(len(walk.layers)):
+            with (
+                walk.layers.layer(index) as module,
+                _inputs_of(module.get_submodule(walk.family.ffn_output)) as observed,
+            ):
+                hidden = walk.run(module, index, hidden)
+                for norms in observed:
+                    totals[index] = totals[index] + norms
+                if not bool(torch.isfinite(torch.as_tensor(totals[index])).all()):
+                    raise SenteiError(
+                        f"Layer {index}: FFN activations hold NaN or Inf in {walk.model.dtype}.",
+                        "Compute in another --dtype (float32).",
+                    )
+        for _ in block:
             on_window()
-    scores = [(torch.as_tensor(total) / len(windows)).float().cpu().numpy() for total in totals]
-    for layer, values in enumerate(scores):
-        if not np.isfinite(values).all():
-            raise SenteiError(
-                f"Layer {layer}: FFN activations hold NaN or Inf in {model.dtype}.", "Compute in another --dtype."
-            )
-    return tuple(scores)
+    return tuple((torch.as_tensor(total) / len(windows)).float().cpu().numpy() for total in totals)
 
 
 @contextmanager
-def _watch_inputs(modules: list[Any], observe: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    handles = [
-        module.register_forward_pre_hook(lambda _module, inputs, index=index: observe(index, inputs[0]))
-        for index, module in enumerate(modules)
-    ]
+def _inputs_of(projection: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects, for every call of ``projection``, the norms over tokens of its input, summed over sequences."""
+    observed: list[torch.Tensor] = []
+
+    def observe(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        observed.append(torch.linalg.vector_norm(inputs[0], dim=1, dtype=torch.float32).double().sum(0))
+
+    handle = projection.register_forward_pre_hook(observe)
     try:
-        yield
+        yield observed
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()

@@ -12,7 +12,7 @@ def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
         plan: What was removed.
         summary: The content of ``pruning_summary.json``.
     """
-    document, damage = plan.document, summary["calibration_perplexity"]
+    document, damage = plan.document, summary["calibration_metric"]
     original, pruned = summary["original"], summary["pruned"]
     widths = summary["intermediate_size"]
     removed = ", ".join(str(layer) for layer in sorted(summary["removed_attention"])) or "none"
@@ -39,7 +39,7 @@ removed; embeddings and head are untouched.
 - **FFN**: `intermediate_size` {document.base_model.intermediate_size} → {min(widths)} to {max(widths)}, layer by layer
   (`per_layer_config` in `config.json`).
 - **Attention removed** in layers: {removed}.
-- **Cost**: perplexity {cost}, on the first calibration window. Measure it on your own text with `sentei evaluate`.
+- **Cost**: {document.metric} {cost}, on the calibration text. Measure it on your own text with `sentei evaluate`.
 - **Calibration**: {document.calibration.source}, {document.calibration.num_samples} windows of
   {document.calibration.seq_len} tokens, in {document.dtype}.
 

@@ -102,6 +102,12 @@ def decoder_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     return layers
 
 
+def remove_attention(layer: nn.Module, family: Family) -> None:
+    """Takes a decoder layer's attention out, and the norm that only feeds it."""
+    setattr(layer, family.attention, RemovedAttention())
+    setattr(layer, family.attention_norm, nn.Identity())
+
+
 def shape_layers(model: PreTrainedModel, family: Family, layout: tuple[LayerLayout, ...]) -> None:
     """Gives each layer of a freshly built model the modules its layout asks for; weights are left to the loader.
 
@@ -114,8 +120,7 @@ def shape_layers(model: PreTrainedModel, family: Family, layout: tuple[LayerLayo
             getattr(layer, family.attention).layer_idx = cache_slot
             cache_slot += 1
         else:
-            setattr(layer, family.attention, RemovedAttention())
-            setattr(layer, family.attention_norm, nn.Identity())
+            remove_attention(layer, family)
         if wanted.intermediate_size == 0:
             setattr(layer, family.ffn, RemovedFFN())
             setattr(layer, family.ffn_norm, nn.Identity())

@@ -2,36 +2,37 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
-from toolchain.allocation import Allocation, allocate, block_parameters
-from toolchain.attention_search import num_candidates, remove_attentions
+from toolchain.allocation import Allocation, Protected, allocate, block_parameters
 from toolchain.calibration import TokenWindows, load_windows
 from toolchain.checkpoint import Checkpoint, open_checkpoint
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.evaluation import perplexity
-from toolchain.importance import neuron_importance
+from toolchain.layer_walk import LayerWalk
+from toolchain.limits import LimitSettings, check_limit
+from toolchain.metrics import Metric, PerplexityMetric, measure
 from toolchain.model_card import model_card
 from toolchain.modeling import load_model, load_tokenizer
+from toolchain.offload import open_offloaded
 from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.plan import (
     SCHEMA_VERSION,
     BaseModelRecord,
     CalibrationRecord,
     PlanDocument,
-    PlannedLayer,
+    ProtectedRecord,
     PruningPlan,
-    top_neurons,
 )
 from toolchain.progress import Progress, no_progress
-from toolchain.surgery import narrow_ffn, write_pruned
+from toolchain.search import Search
+from toolchain.search_state import SearchState
+from toolchain.surgery import write_pruned
 
 SUMMARY_FILE = "pruning_summary.json"
 METHOD = "2ssp"
@@ -48,6 +49,9 @@ class PruneSettings:
         seq_len: Tokens a window.
         align: FFN widths are multiples of this; 1 gives the published widths.
         attention_removals: Overrides the published formula.
+        protected: Layers left alone.
+        limit: How much damage is accepted.
+        offload: Keep one layer in memory instead of all.
         device: Computed on.
         dtype: Computed in; the checkpoint keeps the model's own.
         seed: Recorded and set, although 2SSP draws nothing at random.
@@ -62,6 +66,20 @@ class PruneSettings:
     device: str
     dtype: torch.dtype
     seed: int
+    protected: Protected = field(default_factory=Protected)
+    limit: LimitSettings = field(default_factory=LimitSettings)
+    offload: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A checked command with its text loaded, and no weights yet."""
+
+    checkpoint: Checkpoint
+    settings: PruneSettings
+    windows: TokenWindows
+    metric: Metric
+    blank: PlanDocument
 
 
 def prune(
@@ -71,16 +89,20 @@ def prune(
     *,
     model_name: str,
     force: bool = False,
+    resume: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Runs both stages of 2SSP and writes the pruned checkpoint with its plan, summary and model card.
+
+    Until it is done, the search lives in ``<out>.search``, a plan directory that is saved after every step.
 
     Args:
         model_directory: The unpruned model.
         out: The directory to create.
         settings: See :class:`PruneSettings`.
         model_name: What plan and model card call the original.
-        force: Replace ``out`` if it is not empty.
+        force: Replace ``out`` if it is not empty, and an interrupted search.
+        resume: Go on with an interrupted search.
         progress: Told of every window, candidate and tensor.
 
     Returns:
@@ -88,16 +110,48 @@ def prune(
 
     Raises:
         SenteiError: Bad input; nothing was written.
-        CheckFailedError: The written checkpoint does not compute what was planned; it was deleted.
+        CheckFailedError: The limit does not allow even the first step: ``out`` holds the plan alone, which removes
+            nothing. Or the written checkpoint does not compute what was planned; it was deleted.
     """
     started = time.monotonic()
     check_output_directory(out, force=force, inputs=[model_directory])
+    state = SearchState(out)
+    if not (resume or force):
+        state.check_free()
+    job = _prepare(model_directory, settings, model_name)
+    plan = state.load(job.blank) if resume else None
+    try:
+        plan = _search(job, plan, state, progress)
+        if len(plan.steps) == 1 and plan.document.stopped_because:
+            with new_directory(out, force=force) as partial:
+                plan.save(partial)
+            raise CheckFailedError(
+                f"Nothing was removed: {plan.document.stopped_because}.",
+                f"{out} holds what was measured; allow more, or search by another metric.",
+            )
+        summary = _write(job.checkpoint, plan, out, job, started, force=force, progress=progress)
+    except SenteiError:
+        state.remove()
+        raise
+    state.remove()
+    return summary
+
+
+def open_walk(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, offload: bool) -> LayerWalk:
+    """A model ready to run layer by layer: in memory, or on disk but for the layer that runs."""
+    if offload:
+        return open_offloaded(checkpoint, dtype=dtype, device=device)
+    return LayerWalk(load_model(checkpoint, dtype=dtype, device=device), checkpoint.family)
+
+
+def _prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> _Job:
     checkpoint = open_checkpoint(model_directory)
     allocation = allocate(
         block_parameters(checkpoint),
         settings.sparsity,
         align=settings.align,
         attention_removals=settings.attention_removals,
+        protected=settings.protected,
     )
     windows = load_windows(
         settings.calibration,
@@ -105,38 +159,22 @@ def prune(
         num_samples=settings.num_samples,
         seq_len=settings.seq_len,
     )
-    transformers.set_seed(settings.seed)
-    model = load_model(checkpoint, dtype=settings.dtype, device=settings.device)
-    plan = make_plan(model, checkpoint, windows, allocation, settings, model_name, progress)
-    del model
-    return _write(checkpoint, plan, out, windows, settings, started, force=force, progress=progress)
+    metric = PerplexityMetric(windows.ids[:1])
+    check_limit(settings.limit)
+    blank = _blank_plan(checkpoint, settings, allocation, windows, metric, model_name)
+    return _Job(checkpoint=checkpoint, settings=settings, windows=windows, metric=metric, blank=blank)
 
 
-def make_plan(
-    model: PreTrainedModel,
+def _blank_plan(
     checkpoint: Checkpoint,
-    windows: TokenWindows,
-    allocation: Allocation,
     settings: PruneSettings,
+    allocation: Allocation,
+    windows: TokenWindows,
+    metric: Metric,
     model_name: str,
-    progress: Progress = no_progress,
-) -> PruningPlan:
-    """Decides what to remove; ``model`` is pruned in place on the way.
-
-    Raises:
-        SenteiError: NaN or Inf in activations or perplexity.
-    """
-    family, first_window = checkpoint.family, windows.ids[:1]
-    with progress("Importance of neurons", len(windows.ids) + 1) as advance:
-        importance = neuron_importance(model, family, windows.ids, on_window=advance)
-        original = perplexity(model, first_window, on_window=advance).perplexity
-    narrow_ffn(model, family, [top_neurons(s, w) for s, w in zip(importance, allocation.widths, strict=True)])
-    after_stage_1 = perplexity(model, first_window).perplexity
-    removals = allocation.num_attention_removals
-    with progress("Search for attentions", num_candidates(len(allocation.widths), removals)) as advance:
-        trace = remove_attentions(model, family, first_window, removals, on_candidate=advance)
-    removed = {step.removed for step in trace}
-    document = PlanDocument(
+) -> PlanDocument:
+    """The plan a search begins with: where it comes from and where it wants to go."""
+    return PlanDocument(
         schema_version=SCHEMA_VERSION,
         sentei_version=version("sentei"),
         method=METHOD,
@@ -145,13 +183,19 @@ def make_plan(
             model_type=checkpoint.family.model_type,
             num_hidden_layers=len(checkpoint.layout),
             intermediate_size=checkpoint.layout[0].intermediate_size,
+            num_block_parameters=checkpoint.num_block_parameters,
             weights_sha256=checkpoint.fingerprint,
         ),
         target_sparsity=settings.sparsity,
+        target_intermediate_size=list(allocation.widths),
+        target_attention_removals=allocation.num_attention_removals,
         align=settings.align,
-        metric="perplexity",
-        metric_original=original,
-        metric_after_stage_1=after_stage_1,
+        allocation="formula" if settings.attention_removals is None else "given",
+        protected=ProtectedRecord(attention=sorted(settings.protected.attention), ffn=sorted(settings.protected.ffn)),
+        metric=metric.name,
+        metric_original=0.0,
+        limit=None,
+        stopped_because=None,
         dtype=dtype_name(settings.dtype),
         seed=settings.seed,
         calibration=CalibrationRecord(
@@ -161,13 +205,25 @@ def make_plan(
             seq_len=windows.ids.shape[1],
         ),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
-        layers=[
-            PlannedLayer(layer=layer, attention="remove" if layer in removed else "keep", intermediate_size=width)
-            for layer, width in enumerate(allocation.widths)
-        ],
-        trace=trace,
+        layers=[],
+        stage_1=[],
+        trace=[],
     )
-    return PruningPlan(document, importance)
+
+
+def _search(job: _Job, plan: PruningPlan | None, state: SearchState, progress: Progress) -> PruningPlan:
+    transformers.set_seed(job.settings.seed)
+    settings = job.settings
+    search = Search(
+        walk=open_walk(job.checkpoint, dtype=settings.dtype, device=settings.device, offload=settings.offload),
+        sizes=block_parameters(job.checkpoint),
+        windows=job.windows.ids,
+        metric=job.metric,
+        limit=settings.limit,
+        save=state.save,
+        progress=progress,
+    )
+    return search.finish(plan or search.begin(job.blank))
 
 
 def apply_plan(
@@ -181,7 +237,7 @@ def apply_plan(
     """Applies a plan, edited or not, without searching.
 
     Returns:
-        The summary, as in ``pruning_summary.json``; calibration perplexities only where the plan knows them.
+        The summary, as in ``pruning_summary.json``; the metric after pruning is not measured.
 
     Raises:
         SenteiError: The plan does not fit the model.
@@ -190,7 +246,7 @@ def apply_plan(
     check_output_directory(out, force=force, inputs=[model_directory])
     checkpoint = open_checkpoint(model_directory)
     check_plan_fits(plan, checkpoint)
-    return _write(checkpoint, plan, out, None, None, started, force=force, progress=progress)
+    return _write(checkpoint, plan, out, None, started, force=force, progress=progress)
 
 
 def check_plan_fits(plan: PruningPlan, checkpoint: Checkpoint) -> None:
@@ -228,22 +284,22 @@ def _write(
     checkpoint: Checkpoint,
     plan: PruningPlan,
     out: Path,
-    windows: TokenWindows | None,
-    settings: PruneSettings | None,
+    job: _Job | None,
     started: float,
     *,
     force: bool,
     progress: Progress,
 ) -> dict[str, Any]:
+    """Writes everything; with a job, measures what was written against what was planned."""
     with new_directory(out, force=force) as partial:
-        with progress("Writing the checkpoint", len(checkpoint.tensors)) as advance:
-            write_pruned(checkpoint, plan.layout, plan.kept_neurons, partial, on_tensor=lambda _name: advance())
+        write_pruned(checkpoint, plan.layout, plan.kept_neurons, partial, progress=progress)
         plan.save(partial)
         pruned = open_checkpoint(partial)
         measured = None
-        if windows is not None and settings is not None:
-            model = load_model(pruned, dtype=settings.dtype, device=settings.device)
-            measured = perplexity(model, windows.ids[:1]).perplexity
+        if job is not None:
+            settings = job.settings
+            walk = open_walk(pruned, dtype=settings.dtype, device=settings.device, offload=settings.offload)
+            measured = measure(walk, job.metric)
             _check_as_planned(plan, measured)
         summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
         write_text(partial / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
@@ -253,13 +309,12 @@ def _write(
 
 def _check_as_planned(plan: PruningPlan, measured: float) -> None:
     document = plan.document
-    planned = document.trace[-1].metric if document.trace else document.metric_after_stage_1
     # The same arithmetic on the same weights; what is left is the order of sums in batched matrix products.
     tolerance = 1e-4 if document.dtype == "float32" else 2e-2
-    if abs(measured / planned - 1) > tolerance:
+    if abs(measured - document.metric_at_end) > tolerance * abs(document.metric_at_end):
         raise CheckFailedError(
-            f"The written checkpoint has perplexity {measured:.6g} on the calibration window, the search had "
-            f"{planned:.6g}: it is not what was planned, and was deleted.",
+            f"The written checkpoint has {document.metric} {measured:.6g} on the calibration text, the search had "
+            f"{document.metric_at_end:.6g}: it is not what was planned, and was deleted.",
             "Please report this.",
         )
 
@@ -285,10 +340,12 @@ def summarise(
         "sparsity": 1 - pruned.num_block_parameters / original.num_block_parameters,
         "removed_attention": list(plan.removed_attention),
         "intermediate_size": [layer.intermediate_size for layer in plan.layout],
-        "calibration_perplexity": {
+        "calibration_metric": {
+            "name": document.metric,
             "original": document.metric_original,
             "after_stage_1": document.metric_after_stage_1,
             "pruned": measured,
         },
+        "stopped_because": document.stopped_because,
         "duration_s": round(duration_s, 1),
     }

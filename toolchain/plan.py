@@ -35,6 +35,7 @@ class BaseModelRecord(_Record):
     model_type: str
     num_hidden_layers: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
+    num_block_parameters: int = Field(ge=1)
     weights_sha256: str
 
 
@@ -56,12 +57,36 @@ class PlannedLayer(_Record):
     kept_neurons: list[int] | None = None
 
 
+class Rung(_Record):
+    """One step of stage 1: every layer's FFN width, the decoder-block parameters then left, and the metric."""
+
+    intermediate_size: list[int]
+    num_block_parameters: int
+    metric: float
+
+
 class Removal(_Record):
     """One step of stage 2: the attention removed, the metric after it, and every candidate's metric by layer."""
 
     removed: int
     metric: float
     candidates: dict[int, float]
+    num_block_parameters: int
+
+
+class ProtectedRecord(_Record):
+    """Layers whose attention or FFN the person wants left alone."""
+
+    attention: list[int] = []
+    ffn: list[int] = []
+
+
+class LimitRecord(_Record):
+    """How much damage is accepted: the metric must not become worse than ``value``."""
+
+    metric: str
+    original: float
+    value: float
 
 
 class PlanDocument(_Record):
@@ -71,17 +96,50 @@ class PlanDocument(_Record):
     sentei_version: str
     method: str
     base_model: BaseModelRecord
-    target_sparsity: float | None
+    target_sparsity: float
+    target_intermediate_size: list[int]
+    target_attention_removals: int
     align: int
+    allocation: str
+    protected: ProtectedRecord
     metric: str
     metric_original: float
-    metric_after_stage_1: float
+    limit: LimitRecord | None
+    stopped_because: str | None
     dtype: str
     seed: int
     calibration: CalibrationRecord
     versions: dict[str, str]
     layers: list[PlannedLayer]
+    stage_1: list[Rung]
     trace: list[Removal]
+
+    @property
+    def metric_after_stage_1(self) -> float:
+        """The search's metric with the FFNs narrowed and all attentions in place."""
+        return self.stage_1[-1].metric if self.stage_1 else self.metric_original
+
+    @property
+    def metric_at_end(self) -> float:
+        """The search's metric after its last step."""
+        return self.trace[-1].metric if self.trace else self.metric_after_stage_1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A point at which pruning can stop.
+
+    Attributes:
+        number: 0 is the original model.
+        label: What this step did.
+        num_block_parameters: Left in the decoder blocks.
+        metric: After the step.
+    """
+
+    number: int
+    label: str
+    num_block_parameters: int
+    metric: float
 
 
 @dataclass(frozen=True)
@@ -121,23 +179,81 @@ class PruningPlan:
         searched = [step.removed for step in self.document.trace if step.removed in removed]
         return (*searched, *(layer for layer in removed if layer not in searched))
 
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Every point at which pruning can stop, the original first."""
+        document = self.document
+        points: list[tuple[str, Rung | Removal]] = [(_rung_label(rung), rung) for rung in document.stage_1]
+        points += [(f"attention {step.removed} removed", step) for step in document.trace]
+        original = Step(
+            number=0,
+            label="original",
+            num_block_parameters=document.base_model.num_block_parameters,
+            metric=document.metric_original,
+        )
+        return (
+            original,
+            *(
+                Step(
+                    number=number,
+                    label=label,
+                    num_block_parameters=point.num_block_parameters,
+                    metric=point.metric,
+                )
+                for number, (label, point) in enumerate(points, 1)
+            ),
+        )
+
+    def cut(self, step: int) -> "PruningPlan":
+        """The plan as it was after ``step`` of :attr:`steps`; edits by hand are not carried over.
+
+        Raises:
+            SenteiError: There is no such step.
+        """
+        document = self.document
+        last = len(document.stage_1) + len(document.trace)
+        if not 0 <= step <= last:
+            raise SenteiError(f"There is no step {step}.", f"This plan has steps 0 to {last}; see sentei plan curve.")
+        return self.at(document.stage_1[:step], document.trace[: max(0, step - len(document.stage_1))])
+
+    def at(self, stage_1: Sequence[Rung], trace: Sequence[Removal]) -> "PruningPlan":
+        """The same plan after other steps: widths of the last rung, attentions of the trace removed."""
+        base = self.document.base_model
+        widths = stage_1[-1].intermediate_size if stage_1 else [base.intermediate_size] * base.num_hidden_layers
+        removed = {step.removed for step in trace}
+        layers = [
+            PlannedLayer(layer=layer, attention="remove" if layer in removed else "keep", intermediate_size=width)
+            for layer, width in enumerate(widths)
+        ]
+        changes = {"stage_1": list(stage_1), "trace": list(trace), "layers": layers}
+        return PruningPlan(self.document.model_copy(update=changes), self.importance)
+
     def summary(self) -> dict[str, Any]:
         """The plan for machines: what ``sentei plan show --json`` prints."""
         return {
-            **self.document.model_dump(exclude={"layers", "trace"}),
+            **self.document.model_dump(exclude={"layers", "stage_1", "trace"}),
+            "metric_after_stage_1": self.document.metric_after_stage_1,
             "layers": [
                 {**layer.model_dump(), "kept_neurons": kept.tolist()}
                 for layer, kept in zip(self.document.layers, self.kept_neurons, strict=True)
             ],
             "removed_attention": list(self.removed_attention),
-            "trace": [step.model_dump() for step in self.document.trace],
+            "stage_1": [rung.model_dump() for rung in self.document.stage_1],
+            "trace": [step.model_dump(exclude_none=True) for step in self.document.trace],
         }
 
     def save(self, directory: Path) -> None:
         """Writes ``plan.json`` and ``plan.safetensors`` into an existing directory."""
         scores = {f"importance.{layer}": array for layer, array in enumerate(self.importance)}
-        save_file(scores, directory / SCORES_FILE)
+        partial = directory / f"{SCORES_FILE}.partial"
+        save_file(scores, partial)
+        partial.replace(directory / SCORES_FILE)
         write_text(directory / PLAN_FILE, _to_json(self.document))
+
+
+def _rung_label(rung: Rung) -> str:
+    low, high = min(rung.intermediate_size), max(rung.intermediate_size)
+    return f"FFN narrowed to {low}" + (f"-{high}" if high > low else "")
 
 
 def top_neurons(scores: NDArray[np.float32], width: int) -> NDArray[np.int64]:
@@ -221,13 +337,13 @@ def _load_scores(file: Path, document: PlanDocument) -> tuple[NDArray[np.float32
 
 
 def _to_json(document: PlanDocument) -> str:
-    """JSON with one line a layer and one line a removal."""
+    """JSON with one line a layer and one line a step."""
     fields = document.model_dump(mode="json")
     lines = []
     for key, value in fields.items():
-        if key in ("layers", "trace") and value:
-            if key == "layers":
-                value = [{k: v for k, v in entry.items() if v is not None} for entry in value]
+        if key in ("layers", "stage_1", "trace") and value:
+            # What is not set is left out.
+            value = [{k: v for k, v in entry.items() if v is not None} for entry in value]
             entries = ",\n".join(f"    {json.dumps(entry)}" for entry in value)
             lines.append(f'  "{key}": [\n{entries}\n  ]')
         else:

@@ -1,6 +1,6 @@
 """Applies a plan: slices FFN weights and leaves removed parts out, on disk tensor by tensor or in a loaded model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,46 @@ from toolchain.checkpoint import Checkpoint, copy_companions, write_config, writ
 from toolchain.families import Family
 from toolchain.layout import LayerLayout, write_per_layer_config
 from toolchain.modeling import decoder_layers
+from toolchain.progress import Progress, no_progress
 
 KeptNeurons = Sequence[NDArray[np.int64]]
+
+
+class PrunedTensors:
+    """The tensors of a checkpoint as a plan leaves them: removed parts are absent, FFN weights are sliced.
+
+    Attributes:
+        shapes: Shape and dtype of each tensor, by name.
+    """
+
+    def __init__(self, source: Checkpoint, layout: Sequence[LayerLayout], kept_neurons: KeptNeurons) -> None:
+        """Reads nothing yet.
+
+        Args:
+            source: The unpruned checkpoint.
+            layout: Each layer's shape after pruning.
+            kept_neurons: int64 ``[intermediate_size]`` a layer, ascending indices into the source's neurons.
+        """
+        self._source, self._kept_neurons = source, kept_neurons
+        self._cuts = {
+            name: cut for name in source.tensors if (cut := _cut_of(name, source.family, layout)) is not _GONE
+        }
+        self.shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for name, cut in self._cuts.items():
+            info = source.tensors[name]
+            shape = list(info.shape)
+            if cut is not None:
+                layer, dimension = cut
+                shape[dimension] = len(kept_neurons[layer])
+            self.shapes[name] = (tuple(shape), info.dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in the dtype it is stored in."""
+        tensor, cut = self._source.read(name), self._cuts[name]
+        if cut is None:
+            return tensor
+        layer, dimension = cut
+        return tensor.index_select(dimension, torch.from_numpy(self._kept_neurons[layer]))
 
 
 def write_pruned(
@@ -24,7 +62,7 @@ def write_pruned(
     kept_neurons: KeptNeurons,
     directory: Path,
     *,
-    on_tensor: Callable[[str], None] = lambda name: None,
+    progress: Progress = no_progress,
 ) -> None:
     """Writes the pruned checkpoint, one shard in memory at a time; same inputs, same bytes.
 
@@ -33,28 +71,13 @@ def write_pruned(
         layout: Each layer's shape after pruning.
         kept_neurons: int64 ``[intermediate_size]`` a layer, ascending indices into the source's neurons.
         directory: An existing directory.
-        on_tensor: Called after each tensor, for progress.
+        progress: Told of every tensor.
     """
-    cuts = {name: cut for name in source.tensors if (cut := _cut_of(name, source.family, layout)) is not _GONE}
-
-    def load(name: str) -> torch.Tensor:
-        tensor, cut = source.read(name), cuts[name]
-        if cut is None:
-            return tensor
-        layer, dimension = cut
-        return tensor.index_select(dimension, torch.from_numpy(kept_neurons[layer]))
-
-    shapes = {}
-    for name, cut in cuts.items():
-        info = source.tensors[name]
-        shape = list(info.shape)
-        if cut is not None:
-            layer, dimension = cut
-            shape[dimension] = len(kept_neurons[layer])
-        shapes[name] = (tuple(shape), info.dtype)
+    tensors = PrunedTensors(source, layout, kept_neurons)
     write_config(directory, pruned_config(source, layout))
     copy_companions(source.directory, directory)
-    write_weights(directory, shapes, load, on_tensor=on_tensor)
+    with progress("Writing the checkpoint", len(tensors.shapes)) as advance:
+        write_weights(directory, tensors.shapes, tensors.read, on_tensor=lambda _name: advance())
 
 
 def pruned_config(source: Checkpoint, layout: Sequence[LayerLayout]) -> dict[str, Any]:
@@ -75,7 +98,9 @@ def narrow_ffn(model: PreTrainedModel, family: Family, kept_neurons: KeptNeurons
         kept_neurons: int64 ``[intermediate_size]`` a layer, ascending.
     """
     for layer, kept in zip(decoder_layers(model, family), kept_neurons, strict=True):
-        index = torch.from_numpy(kept).to(model.device)
+        output = layer.get_submodule(family.ffn_output)
+        assert isinstance(output, nn.Linear)
+        index = torch.from_numpy(kept).to(output.weight.device)
         for name in family.ffn_inputs:
             linear = layer.get_submodule(name)
             assert isinstance(linear, nn.Linear)
@@ -83,8 +108,6 @@ def narrow_ffn(model: PreTrainedModel, family: Family, kept_neurons: KeptNeurons
             if linear.bias is not None:
                 linear.bias = nn.Parameter(linear.bias.data.index_select(0, index), requires_grad=False)
             linear.out_features = len(kept)
-        output = layer.get_submodule(family.ffn_output)
-        assert isinstance(output, nn.Linear)
         output.weight = nn.Parameter(output.weight.data.index_select(1, index), requires_grad=False)
         output.in_features = len(kept)
 

@@ -35,7 +35,7 @@ def write_summary(directory, name="tiny"):
         "kind": "pruning_summary", "sparsity": 0.251, "duration_s": 1.0,
         "original": {"name": name, "num_parameters": 2_000_000, "num_block_parameters": 10, "weight_bytes": 8_000_000},
         "pruned": {"name": name, "num_parameters": 1_500_000, "num_block_parameters": 8, "weight_bytes": 6_000_000},
-        "calibration_perplexity": {"original": 20.0, "after_stage_1": 24.0, "pruned": 26.0},
+        "calibration_metric": {"name": "perplexity", "original": 20.0, "after_stage_1": 24.0, "pruned": 26.0},
     })  # fmt: skip
 
 

@@ -211,6 +211,6 @@ def test_the_scores_beside_the_weights_are_no_weights(patchwork, tmp_path, promp
 
 
 def test_the_engine_leaves_the_environment_alone(pruned_answers):
-    """Servers started later would otherwise log warnings only, and the benchmark reads their KV cache size off the log."""
+    """Servers started later would otherwise log only warnings, and the benchmark reads their log."""
     assert pruned_answers
     assert "VLLM_LOGGING_LEVEL" not in os.environ

@@ -19,6 +19,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
+OffloadOption = Annotated[bool, typer.Option("--offload", help="For models larger than memory: one layer at a time.")]
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="Computed in: auto, float32, bfloat16 or float16 (auto: float32 on a CPU).")
 ]

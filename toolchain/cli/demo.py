@@ -124,7 +124,9 @@ def _evaluate(directory: Path, output: Output) -> dict[str, float]:
     import torch
 
     from toolchain.calibration import load_windows
+    from toolchain.checkpoint import open_checkpoint
     from toolchain.evaluation import perplexity
+    from toolchain.layer_walk import LayerWalk
     from toolchain.modeling import load_model, load_tokenizer
 
     text = directory / "text" / "evaluation.txt"
@@ -132,9 +134,10 @@ def _evaluate(directory: Path, output: Output) -> dict[str, float]:
     windows = load_windows(text, tokenizer, num_samples=_EVALUATION_WINDOWS, seq_len=_SEQ_LEN)
     evaluations = []
     for role in ("original", "pruned"):
-        model = load_model(directory / role, dtype=torch.float32)
+        checkpoint = open_checkpoint(directory / role)
+        walk = LayerWalk(load_model(checkpoint, dtype=torch.float32), checkpoint.family)
         with output.progress(f"Perplexity, {role}", len(windows.ids)) as advance:
-            measured = perplexity(model, windows.ids, on_window=advance)
+            measured = perplexity(walk, windows.ids, on_window=advance)
         identity = {"model": role, "directory": role, "text": text.name, "text_sha256": windows.sha256}
         evaluations.append({**identity, **asdict(measured)})
     (directory / "evaluation").mkdir()

@@ -13,6 +13,7 @@ from toolchain.cli.console import (
     DtypeOption,
     ForceOption,
     JsonOption,
+    OffloadOption,
     Output,
     QuietOption,
     compute_dtype,
@@ -30,6 +31,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for evaluation.json.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    offload: OffloadOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -39,8 +41,9 @@ def evaluate(
     from toolchain.calibration import load_windows
     from toolchain.checkpoint import open_checkpoint
     from toolchain.evaluation import perplexity
-    from toolchain.modeling import load_model, load_tokenizer
+    from toolchain.modeling import load_tokenizer
     from toolchain.output import check_output_directory, new_directory, write_text
+    from toolchain.pipeline import open_walk
 
     if out is not None:
         check_output_directory(out, force=force, inputs=[directory, *([against] if against else [])])
@@ -49,11 +52,10 @@ def evaluate(
     token_windows = load_windows(text, load_tokenizer(directory), num_samples=windows, seq_len=seq_len)
     evaluations = []
     for checkpoint in checkpoints:
-        model = load_model(
-            checkpoint, dtype=compute_dtype(dtype, picked_device, checkpoint.dtype), device=picked_device
-        )
+        computed_in = compute_dtype(dtype, picked_device, checkpoint.dtype)
+        walk = open_walk(checkpoint, dtype=computed_in, device=picked_device, offload=offload)
         with output.progress(f"Perplexity of {checkpoint.directory.name}", len(token_windows.ids)) as advance:
-            measured = perplexity(model, token_windows.ids, on_window=advance)
+            measured = perplexity(walk, token_windows.ids, on_window=advance)
         role = "pruned" if checkpoint.is_pruned else "original"
         evaluations.append(
             {
@@ -64,7 +66,7 @@ def evaluate(
                 **asdict(measured),
             }
         )
-        del model
+        del walk
     result = {"schema_version": 1, "kind": "evaluation", "evaluations": evaluations}
     if out is not None:
         with new_directory(out, force=force) as partial:

@@ -12,6 +12,7 @@ from toolchain.cli.console import (
     DtypeOption,
     ForceOption,
     JsonOption,
+    OffloadOption,
     Output,
     QuietOption,
     compute_dtype,
@@ -43,6 +44,16 @@ def prune(
     attention_removals: Annotated[
         int | None, typer.Option(help="Attentions to remove, instead of the published formula.")
     ] = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(help="What has to stay, as in attention:0,1 or ffn:29; may be given several times."),
+    ] = None,
+    max_degradation: Annotated[
+        float | None, typer.Option(help="Stop before perplexity is this many times the original's, such as 1.10.")
+    ] = None,
+    max_metric: Annotated[float | None, typer.Option(help="Stop before perplexity is above this.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search.")] = False,
+    offload: OffloadOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: Annotated[int, typer.Option(help="Recorded in the plan.")] = 0,
@@ -53,7 +64,9 @@ def prune(
     """Prune a model in two stages: FFN neurons, then whole attentions."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain import pipeline
+    from toolchain.allocation import parse_protected
     from toolchain.checkpoint import open_checkpoint, resolve_model
+    from toolchain.limits import LimitSettings
 
     picked_device = pick_device(device)
     directory = resolve_model(model)
@@ -67,11 +80,16 @@ def prune(
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype),
         seed=seed,
+        protected=parse_protected(protect or []),
+        limit=LimitSettings(max_degradation=max_degradation, max_metric=max_metric),
+        offload=offload,
     )
     if calibration is None:
         output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
     name = directory.resolve().name if Path(model).is_dir() else model
-    summary = pipeline.prune(directory, out, settings, model_name=name, force=force, progress=output.progress)
+    summary = pipeline.prune(
+        directory, out, settings, model_name=name, force=force, resume=resume, progress=output.progress
+    )
     output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
 
 
@@ -97,7 +115,7 @@ def apply(
 
 def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     """Prints what was removed and what it cost."""
-    original, pruned, damage = summary["original"], summary["pruned"], summary["calibration_perplexity"]
+    original, pruned, damage = summary["original"], summary["pruned"], summary["calibration_metric"]
     widths = summary["intermediate_size"]
     removed = ", ".join(str(layer) for layer in summary["removed_attention"]) or "none"
     console.print(
@@ -107,9 +125,11 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     console.print(f"  FFN widths   {min(widths)} to {max(widths)}")
     console.print(f"  attention    removed in layers {removed}")
     if damage["pruned"] is None:
-        console.print("  perplexity   not measured: sentei evaluate does")
+        console.print("  damage       not measured: sentei evaluate does")
     else:
         console.print(
-            f"  perplexity   {damage['original']:.2f} → {damage['after_stage_1']:.2f} (FFN) → "
-            f"{damage['pruned']:.2f} (attention), on the first calibration window"
+            f"  {damage['name']:<11}  {damage['original']:.2f} → {damage['after_stage_1']:.2f} (FFN) → "
+            f"{damage['pruned']:.2f} (attention), on the calibration text"
         )
+    if summary["stopped_because"]:
+        console.print(f"  stopped      {summary['stopped_because']}")

@@ -1,0 +1,257 @@
+"""A model run one decoder layer at a time: what the search, the statistics and models larger than memory need."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from toolchain.families import Family
+from toolchain.memory import available_bytes
+from toolchain.modeling import decoder_layers, remove_attention
+from toolchain.surgery import KeptNeurons, narrow_ffn
+
+# Logits are made for this many tokens at a time: few enough that they stay small, enough to feed the matrix product.
+_HEAD_CHUNK_TOKENS = 512
+# On a GPU short sequences share a call; on a CPU one is enough, and sums do not depend on what else is in the batch.
+_CUDA_TOKENS_PER_CALL = 16384
+
+
+class Layers(Protocol):
+    """Where decoder layers come from: memory, or disk one at a time.
+
+    Attributes:
+        resident: Whether visiting a layer again is free.
+    """
+
+    resident: bool
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Lends a layer, ready to run."""
+        ...
+
+    def narrow(self, kept_neurons: KeptNeurons) -> None:
+        """Takes out all FFN neurons but ``kept_neurons``: int64 ``[intermediate_size]`` a layer, ascending."""
+        ...
+
+    def remove_attention(self, index: int) -> None:
+        """Takes out a layer's attention."""
+        ...
+
+
+class ResidentLayers:
+    """The layers of a model that is in memory; the model itself is changed."""
+
+    resident = True
+
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        """Takes the layers as they are."""
+        self._model, self._family = model, family
+        self._layers = decoder_layers(model, family)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._layers)
+
+    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
+        """See :class:`Layers`."""
+        return nullcontext(self._layers[index])
+
+    def narrow(self, kept_neurons: KeptNeurons) -> None:
+        """See :class:`Layers`."""
+        narrow_ffn(self._model, self._family, kept_neurons)
+
+    def remove_attention(self, index: int) -> None:
+        """See :class:`Layers`."""
+        remove_attention(self._layers[index], self._family)
+
+
+class LayerWalk:
+    """Runs embedding, layers and head of a causal language model separately, with the model's own modules.
+
+    Hidden states are ``[num_sequences, seq_len, hidden_size]`` in the model's dtype; all sequences of a walk have one
+    length and no padding mask, which a causal model does not need for tokens before the padding.
+
+    Attributes:
+        model: Embedding, final norm and head; its own layers are only used if ``layers`` holds them.
+        family: Names of the parts.
+        layers: The decoder layers.
+        num_layer_forwards: How many sequences went through how many layers so far.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family, layers: Layers | None = None) -> None:
+        """By default the model's own layers, in memory."""
+        self.model = model
+        self.family = family
+        self.layers = layers or ResidentLayers(model, family)
+        self.num_layer_forwards = 0
+        self._only_neurons: KeptNeurons | None = None
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self._final_norm = model.get_submodule(family.final_norm)
+        self._head = model.get_output_embeddings()
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """What enters the first layer.
+
+        Args:
+            ids: int64 ``[num_sequences, seq_len]``.
+        """
+        rows = []
+        for sequence in ids.to(self.model.device).split(1):
+            hidden, arguments = self._enter(sequence)
+            self._arguments.setdefault(ids.shape[1], arguments)
+            rows.append(hidden)
+        return torch.cat(rows)
+
+    def run(self, module: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Runs one layer.
+
+        Args:
+            module: The layer, as :meth:`Layers.layer` lends it.
+            index: Its number.
+            hidden: What enters it.
+
+        Returns:
+            What leaves it, as a new tensor.
+        """
+        arguments = self._arguments[hidden.shape[1]][index]
+        self.num_layer_forwards += len(hidden)
+        rows = self._sequences_per_call(hidden.shape[1])
+        with self._neurons_masked(module, index):
+            if len(hidden) <= rows:
+                return _first(module(hidden, **arguments))
+            return torch.cat([_first(module(part, **arguments)) for part in hidden.split(rows)])
+
+    @contextmanager
+    def only_neurons(self, kept_neurons: KeptNeurons) -> Iterator[None]:
+        """Runs as if only these FFN neurons existed; nothing is cut, so widths can be tried in any order."""
+        self._only_neurons = kept_neurons
+        try:
+            yield
+        finally:
+            self._only_neurons = None
+
+    @contextmanager
+    def _neurons_masked(self, module: nn.Module, index: int) -> Iterator[None]:
+        if self._only_neurons is None:
+            yield
+            return
+        projection = module.get_submodule(self.family.ffn_output)
+        assert isinstance(projection, nn.Linear)
+        mask = torch.zeros(projection.in_features, dtype=self.model.dtype, device=self.model.device)
+        mask[torch.from_numpy(self._only_neurons[index]).to(mask.device)] = 1
+        handle = projection.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * mask,))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def blocks(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Splits sequences into those that go through the layers together.
+
+        Resident layers cost nothing to visit again, so few sequences are in flight; others are visited once for as many
+        sequences as half of the free memory holds.
+        """
+        seq_len = ids.shape[1]
+        if self.layers.resident:
+            size = self._sequences_per_call(seq_len)
+        else:
+            state_bytes = seq_len * self.model.config.hidden_size * self.model.dtype.itemsize
+            size = max(1, available_bytes(self.model.device) // (2 * state_bytes))
+        yield from ids.split(size)
+
+    def _sequences_per_call(self, seq_len: int) -> int:
+        return max(1, _CUDA_TOKENS_PER_CALL // seq_len) if self.model.device.type == "cuda" else 1
+
+    def run_without_attention(self, module: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Runs one layer as if its attention had been removed."""
+        with attention_removed(module, self.family):
+            return self.run(module, index, hidden)
+
+    def forward(self, hidden: torch.Tensor, *, start: int = 0) -> torch.Tensor:
+        """Runs the layers from ``start`` to the last."""
+        for index in range(start, len(self.layers)):
+            with self.layers.layer(index) as module:
+                hidden = self.run(module, index, hidden)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """Logits of what left the last layer, a chunk at a time, so that not all of them exist at once.
+
+        Yields:
+            Sequence, tokens, and float32 ``[num_tokens, vocab_size]``.
+        """
+        for sequence, states in enumerate(hidden):
+            for start in range(0, len(states), _HEAD_CHUNK_TOKENS):
+                tokens = slice(start, min(start + _HEAD_CHUNK_TOKENS, len(states)))
+                yield sequence, tokens, self._head(self._final_norm(states[tokens])).float()
+
+    def token_losses(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihoods of the next token in nats.
+
+        Args:
+            hidden: What left the last layer.
+            ids: int64 ``[num_sequences, seq_len]``.
+
+        Returns:
+            float32 ``[num_sequences, seq_len - 1]`` on the CPU.
+        """
+        losses = torch.empty(len(hidden), ids.shape[1] - 1)
+        targets = ids[:, 1:].to(hidden.device)
+        for sequence, tokens, logits in self.logits(hidden[:, :-1]):
+            losses[sequence, tokens] = cross_entropy(logits, targets[sequence, tokens], reduction="none").cpu()
+        return losses
+
+    def _enter(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """Asks the model itself what it hands its layers: masks and rotary embeddings stay out of our code."""
+        entered: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+        def listener(layer: nn.Module) -> nn.Module:
+            return _Listener(layer, lambda hidden, arguments: entered.append((hidden, arguments)))
+
+        parent, _, name = self.family.layers.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        layers = getattr(owner, name)
+        setattr(owner, name, nn.ModuleList([listener(layer) for layer in layers]))
+        try:
+            self.model.base_model(ids, use_cache=False)
+        finally:
+            setattr(owner, name, layers)
+        return entered[0][0], [arguments for _, arguments in entered]
+
+
+class _Listener(nn.Module):
+    """Stands where a layer was: reports its arguments and passes the hidden state on."""
+
+    def __init__(self, layer: nn.Module, report: Callable[[torch.Tensor, dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._report = report
+        # What models read off their layers, such as `attention_type`, while they choose a mask.
+        self.__dict__.update({k: v for k, v in layer.__dict__.items() if isinstance(v, str | int)})
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self._report(hidden, arguments)
+        return hidden
+
+
+@contextmanager
+def attention_removed(module: nn.Module, family: Family) -> Iterator[None]:
+    """Runs a layer as if its attention, and the norm that only feeds it, were gone."""
+    attention, norm = getattr(module, family.attention), getattr(module, family.attention_norm)
+    remove_attention(module, family)
+    try:
+        yield
+    finally:
+        setattr(module, family.attention, attention)
+        setattr(module, family.attention_norm, norm)
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output

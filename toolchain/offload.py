@@ -1,0 +1,127 @@
+"""Models larger than memory: decoder layers are read from safetensors when they are needed, and dropped after.
+
+The only module that moves weights. At most two layers are in memory: the one that runs, and the next, which a thread
+reads meanwhile.
+"""
+
+import copy
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from toolchain.checkpoint import Checkpoint
+from toolchain.layer_walk import LayerWalk
+from toolchain.layout import LayerLayout
+from toolchain.modeling import decoder_layers, remove_attention, shape_layers, transformers_class
+from toolchain.surgery import KeptNeurons, PrunedTensors, narrow_ffn
+
+
+def open_offloaded(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> LayerWalk:
+    """A walk over a checkpoint of which only embeddings, final norm and head stay in memory.
+
+    Args:
+        checkpoint: Pruned or not.
+        dtype: Computed in.
+        device: Computed on.
+
+    Raises:
+        SenteiError: A tensor cannot be read.
+    """
+    model = _without_layers(checkpoint, dtype, device)
+    return LayerWalk(model, checkpoint.family, DiskLayers(checkpoint, model, dtype))
+
+
+class DiskLayers:
+    """Decoder layers that stay in a checkpoint; see :class:`toolchain.layer_walk.Layers`."""
+
+    resident = False
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """``model`` has the layers without their weights, on the meta device."""
+        self._checkpoint, self._model, self._dtype = checkpoint, model, dtype
+        self._layers = decoder_layers(model, checkpoint.family)
+        self._layout = list(checkpoint.layout)
+        self._kept: KeptNeurons = [np.arange(layer.intermediate_size) for layer in checkpoint.layout]
+        self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-layer")
+        self._reshaped()
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._layers)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """See :class:`toolchain.layer_walk.Layers`; reads the layer, and the next one meanwhile."""
+        number, reading = self._next or (index, self._reader.submit(self._read, index))
+        if number != index:
+            reading = self._reader.submit(self._read, index)
+        weights = reading.result()
+        self._next = (index + 1, self._reader.submit(self._read, index + 1)) if index + 1 < len(self) else None
+        module = self._layers[index]
+        device = self._model.device
+        module.load_state_dict({k: v.to(device, non_blocking=True) for k, v in weights.items()}, assign=True)
+        del weights, reading
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    def narrow(self, kept_neurons: KeptNeurons) -> None:
+        """See :class:`toolchain.layer_walk.Layers`."""
+        narrow_ffn(self._model, self._checkpoint.family, kept_neurons)
+        self._kept = [before[kept] for before, kept in zip(self._kept, kept_neurons, strict=True)]
+        self._layout = [
+            LayerLayout(attention=layer.attention, intermediate_size=len(kept))
+            for layer, kept in zip(self._layout, self._kept, strict=True)
+        ]
+        self._reshaped()
+
+    def remove_attention(self, index: int) -> None:
+        """See :class:`toolchain.layer_walk.Layers`."""
+        remove_attention(self._layers[index], self._checkpoint.family)
+        self._layout[index] = LayerLayout(attention=False, intermediate_size=self._layout[index].intermediate_size)
+        self._reshaped()
+
+    def _reshaped(self) -> None:
+        self._tensors = PrunedTensors(self._checkpoint, self._layout, self._kept)
+        self._next = None
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        prefix = f"{self._checkpoint.family.layers}.{index}."
+        names = [name for name in self._tensors.shapes if name.startswith(prefix)]
+        weights = {name.removeprefix(prefix): self._tensors.read(name).to(self._dtype) for name in names}
+        if self._model.device.type == "cuda":
+            return {name: weight.pin_memory() for name, weight in weights.items()}
+        return weights
+
+
+def _without_layers(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The model with embeddings, final norm and head from the checkpoint, and decoder layers on the meta device."""
+    config: Any = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+    config.per_layer_config = None
+    outside = copy.deepcopy(config)
+    outside.num_hidden_layers = 0
+    model_class = transformers_class(checkpoint.family)
+    model = model_class.from_pretrained(
+        checkpoint.directory,
+        config=outside,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    model.to(device)
+    with torch.device("meta"):
+        whole = model_class(config)
+        shape_layers(whole, checkpoint.family, checkpoint.layout)
+    parent, _, name = checkpoint.family.layers.rpartition(".")
+    setattr(model.get_submodule(parent), name, decoder_layers(whole, checkpoint.family))
+    model.config.num_hidden_layers = config.num_hidden_layers
+    return model.eval()

@@ -1,0 +1,73 @@
+"""An interrupted search on disk. Its state is a plan: readable, and as good to cut or apply as a finished one."""
+
+import shutil
+from pathlib import Path
+
+from toolchain.errors import SenteiError
+from toolchain.plan import PLAN_FILE, PlanDocument, PruningPlan, load_plan
+
+# What the search itself fills in; everything else is its input, and must be the same to resume.
+_MEASURED = {"metric_original", "limit", "stopped_because", "layers", "stage_1", "trace"}
+
+
+class SearchState:
+    """The directory ``<out>.search``, which exists while a search is unfinished."""
+
+    def __init__(self, out: Path) -> None:
+        """``out``: what the search will write when it is finished."""
+        self.directory = out.with_name(out.name + ".search")
+
+    def check_free(self) -> None:
+        """Refuses to overwrite an interrupted search.
+
+        Raises:
+            SenteiError: There is one.
+        """
+        if (self.directory / PLAN_FILE).exists():
+            raise SenteiError(
+                f"{self.directory} holds an interrupted search.",
+                "Add --resume to go on from there, or --force to start over.",
+            )
+
+    def save(self, plan: PruningPlan) -> None:
+        """Writes the plan as it is now."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        plan.save(self.directory)
+
+    def load(self, expected: PlanDocument) -> PruningPlan | None:
+        """The interrupted search, or ``None`` if nothing was saved yet.
+
+        Args:
+            expected: The plan a new search would begin with.
+
+        Raises:
+            SenteiError: The inputs are not those of the interrupted search; names the first that differs.
+        """
+        if not (self.directory / PLAN_FILE).exists():
+            return None
+        plan = load_plan(self.directory)
+        before, now = plan.document.model_dump(exclude=_MEASURED), expected.model_dump(exclude=_MEASURED)
+        for key, value in now.items():
+            if before[key] != value:
+                raise SenteiError(
+                    f"{self.directory} was searched with another {_describe(key, before[key], value)}.",
+                    "Run the same command as before, or use --force to start over.",
+                )
+        return plan
+
+    def remove(self) -> None:
+        """Forgets the search."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _describe(key: str, before: object, now: object) -> str:
+    """Names what differs, down to the field of a nested record."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        inner = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+        return _describe(f"{key}.{inner}", before.get(inner), now.get(inner))
+    return f"{key}: {_short(before)} then, {_short(now)} now"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
