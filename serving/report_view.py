@@ -132,15 +132,14 @@ def _evaluated(text: str, sides: Mapping[str, Mapping[str, Any]]) -> dict[str, A
 
 
 def _calibration_perplexity(inputs: ReportInputs, document: PlanDocument | None) -> dict[str, float] | None:
-    if inputs.summary and document and document.metric == "perplexity":
+    if inputs.summary:
         with fields_of(inputs.summary) as summary:
             values = summary["calibration_metric"]
-            known = {name: values.get(name) for name in ("original", "after_stage_1", "pruned")}
-            if known["original"] and known["pruned"]:
+            known = {name: values[name] for name in ("original", "after_stage_1", "pruned")}
+            if values["name"] == "perplexity" and known["original"] and known["pruned"]:
                 return {name: float(value) for name, value in known.items() if value is not None}
     if document and document.metric == "perplexity":
-        last = document.trace[-1].metric if document.trace else document.metric_after_stage_1
-        return {"original": document.metric_original, "pruned": last}
+        return {"original": document.metric_original, "pruned": document.metric_at_end}
     return None
 
 

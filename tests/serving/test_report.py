@@ -8,24 +8,39 @@ from serving.report import render_report
 from serving.report_view import format_bytes, format_change, format_count
 from serving.statistics import METRICS, compare
 from toolchain.errors import SenteiError
-from toolchain.plan import BaseModelRecord, CalibrationRecord, PlanDocument, PlannedLayer, PruningPlan, Removal
+from toolchain.plan import (
+    BaseModelRecord,
+    CalibrationRecord,
+    PlanDocument,
+    PlannedLayer,
+    ProtectedRecord,
+    PruningPlan,
+    Removal,
+    Rung,
+)
 
 
 def write_plan(directory, name="tiny"):
+    widths = [32, 40, 32, 40]
     document = PlanDocument(
         schema_version=1, sentei_version="0.1.0", method="2ssp",
         base_model=BaseModelRecord(
-            name=name, model_type="llama", num_hidden_layers=4, intermediate_size=48, weights_sha256="ab" * 32
+            name=name, model_type="llama", num_hidden_layers=4, intermediate_size=48, num_block_parameters=10_000,
+            weights_sha256="ab" * 32,
         ),
-        target_sparsity=0.25, align=8, metric="perplexity", metric_original=20.0, metric_after_stage_1=24.0,
-        dtype="float32", seed=0,
+        target_sparsity=0.25, target_intermediate_size=widths, target_attention_removals=1, align=8,
+        allocation="formula", protected=ProtectedRecord(),
+        metric="perplexity", metric_original=20.0, limit=None, stopped_because=None, dtype="float32", seed=0,
         calibration=CalibrationRecord(source="calibration.txt", sha256="cd" * 32, num_samples=2, seq_len=16),
         versions={"torch": "2.13.0"},
         layers=[
-            PlannedLayer(layer=i, attention="remove" if i == 2 else "keep", intermediate_size=32 + 8 * (i % 2))
-            for i in range(4)
+            PlannedLayer(layer=i, attention="remove" if i == 2 else "keep", intermediate_size=width)
+            for i, width in enumerate(widths)
         ],
-        trace=[Removal(removed=2, metric=26.0, candidates={0: 90.0, 1: 40.0, 2: 26.0, 3: 27.0})],
+        stage_1=[Rung(intermediate_size=widths, num_block_parameters=8_000, metric=24.0)],
+        trace=[
+            Removal(removed=2, metric=26.0, candidates={0: 90.0, 1: 40.0, 2: 26.0, 3: 27.0}, num_block_parameters=7_500)
+        ],
     )  # fmt: skip
     PruningPlan(document, tuple(np.ones(48, np.float32) for _ in range(4))).save(directory)
 

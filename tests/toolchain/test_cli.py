@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-SENTEI = [str(Path(sys.executable).with_name("sentei"))]
+from tests.command_line import PROGRAM, refused, sentei, sentei_program
+
 TEXT = "The gardener prunes the trees in winter, and in summer they bear more fruit than before. " * 40
 
 
@@ -29,23 +30,9 @@ def pruned_pico(pico_model: Path, text: Path, tmp_path_factory: pytest.TempPathF
     return out
 
 
-def sentei(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*SENTEI, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 def prune(model: Path, text: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
     defaults = ["--sparsity", 0.3, "--samples", 2, "--seq-len", 64, "--align", 8, "--attention-removals", 1]
     return sentei("prune", model, "-o", out, "--calibration", text, *defaults, *more)
-
-
-def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    for part in parts:
-        assert part in done.stderr.replace("\n", " ")
 
 
 def test_prune_show_edit_apply(pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path):
@@ -65,7 +52,7 @@ def test_prune_show_edit_apply(pico_model: Path, pruned_pico: Path, text: Path, 
     plan["layers"][2]["intermediate_size"] = 5
     plan["layers"][3]["attention"] = "remove"
     (edited / "plan.json").write_text(json.dumps(plan))
-    done = sentei("apply", edited / "plan.json", pico_model, "-o", tmp_path / "again", "--json", "--quiet")
+    done = sentei_program("apply", edited / "plan.json", pico_model, "-o", tmp_path / "again", "--json", "--quiet")
     assert done.stderr == ""
     result = json.loads(done.stdout)
     assert result["intermediate_size"][2] == 5
@@ -87,7 +74,7 @@ def test_help_needs_no_torch():
 
 
 def test_doctor_names_what_is_here():
-    found = json.loads(sentei("doctor", "--json").stdout)
+    found = json.loads(sentei_program("doctor", "--json").stdout)
     assert found["torch"] == torch.__version__
     assert found["vllm_plugin_registered"] is True
     assert "CPUExecutionProvider" in found["onnxruntime_providers"]
@@ -208,7 +195,7 @@ def test_a_plan_for_another_model(demo_model: Path, pruned_pico: Path, tmp_path:
 
 def test_a_full_disk_leaves_nothing_behind(pico_model: Path, text: Path, tmp_path: Path):
     # A limit on file size stands for the disk: the write itself fails, in the middle of a file.
-    script = f"ulimit -f 2000; exec {SENTEI[0]} prune {pico_model} -o {tmp_path}/out --calibration {text} "
+    script = f"ulimit -f 2000; exec {PROGRAM} prune {pico_model} -o {tmp_path}/out --calibration {text} "
     script += "--sparsity 0.3 --samples 2 --seq-len 64 --align 8 --attention-removals 1 --quiet"
     done = subprocess.run(
         ["bash", "-c", f"trap '' XFSZ; {script}"], capture_output=True, text=True, timeout=300, check=False

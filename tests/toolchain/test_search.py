@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from tests.command_line import refused, sentei
 from tests.conftest import make_pico
-from tests.toolchain.test_cli import SENTEI, TEXT, refused, sentei
+from tests.toolchain.test_cli import TEXT
 from toolchain import attention_search
 from toolchain.attention_search import removals
 from toolchain.checkpoint import copy_companions, open_checkpoint
@@ -169,7 +170,7 @@ def test_killed_and_resumed_it_gives_the_identical_plan(deep_model: Path, text: 
     whole = tmp_path / "whole"
     assert prune(deep_model, text, whole).returncode == 0
     out, state = tmp_path / "out", tmp_path / "out.search" / "plan.json"
-    command = [*SENTEI, "prune", deep_model, "-o", out, "--calibration", text, "--sparsity", 0.3, *SETTINGS]
+    command = ["prune", deep_model, "-o", out, "--calibration", text, "--sparsity", 0.3, *SETTINGS]
     # A step here takes milliseconds; slowed down, the kill falls between the first removal and the second.
     slow = (
         "import sys, time; from toolchain import search; real = search.Search._removal\n"
@@ -177,7 +178,7 @@ def test_killed_and_resumed_it_gives_the_identical_plan(deep_model: Path, text: 
         "    time.sleep(60 * bool(plan.document.trace)); return real(self, plan, tried)\n"
         "search.Search._removal = removal; from toolchain.cli.app import main; sys.argv[0] = 'sentei'; main()"
     )
-    process = subprocess.Popen([sys.executable, "-c", slow, *map(str, command[1:])], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", slow, *map(str, command)], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
         while not (state.exists() and json.loads(state.read_text())["trace"]):
