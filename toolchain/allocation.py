@@ -1,11 +1,13 @@
 """How a sparsity budget is split: attentions to remove and FFN widths. Pure arithmetic."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import SenteiError
+from toolchain.plan import ProtectedRecord
 
 ALPHA = 1.5
 # Neuron counts come from floating point; this is far below one neuron and far above the rounding error.
@@ -101,6 +103,11 @@ class Protected:
     attention: frozenset[int] = frozenset()
     ffn: frozenset[int] = frozenset()
 
+    @classmethod
+    def of(cls, record: ProtectedRecord) -> "Protected":
+        """As a plan records it."""
+        return cls(attention=frozenset(record.attention), ffn=frozenset(record.ffn))
+
 
 def parse_protected(specs: Sequence[str]) -> Protected:
     """Reads ``attention:0,1`` and ``ffn:29``.
@@ -183,6 +190,18 @@ def allocate(
     )
     widths = tuple(sizes.intermediate_size if layer in protected.ffn else next(narrowed) for layer in range(layers))
     return Allocation(num_attention_removals=removals, widths=widths)
+
+
+def reachable_removals(
+    sizes: BlockParameters, sparsity: float, *, align: int, protected: Protected = Protected()
+) -> list[int]:
+    """Numbers of attention removals with which :func:`allocate` reaches the target."""
+    possible = []
+    for number in range(sizes.num_hidden_layers - len(protected.attention) + 1):
+        with contextlib.suppress(SenteiError):
+            allocate(sizes, sparsity, align=align, attention_removals=number, protected=protected)
+            possible.append(number)
+    return possible
 
 
 def ladder(full: int, widths: Sequence[int], align: int) -> Callable[[int, int], tuple[int, ...]]:

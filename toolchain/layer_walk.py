@@ -1,12 +1,12 @@
 """A model run one decoder layer at a time: what the search, the statistics and models larger than memory need."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from toolchain.families import Family
@@ -14,10 +14,12 @@ from toolchain.memory import available_bytes
 from toolchain.modeling import decoder_layers, remove_attention
 from toolchain.surgery import KeptNeurons, narrow_ffn
 
-# Logits are made for this many tokens at a time: few enough that they stay small, enough to feed the matrix product.
-_HEAD_CHUNK_TOKENS = 512
-# On a GPU short sequences share a call; on a CPU one is enough, and sums do not depend on what else is in the batch.
-_CUDA_TOKENS_PER_CALL = 16384
+# So many logits are made at a time, for at most so many tokens: a block of them stays in a CPU's cache, and is still
+# large enough to feed the matrix product.
+_HEAD_LOGITS = {"cpu": 2**21, "cuda": 2**26}
+_HEAD_TOKENS = 2048
+# Short sequences share a call. Which ones do does not depend on free memory, so neither do the sums.
+_TOKENS_PER_CALL = {"cpu": 2048, "cuda": 16384}
 
 
 class Layers(Protocol):
@@ -92,7 +94,6 @@ class LayerWalk:
         self.family = family
         self.layers = layers or ResidentLayers(model, family)
         self.num_layer_forwards = 0
-        self._only_neurons: KeptNeurons | None = None
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         self._final_norm = model.get_submodule(family.final_norm)
         self._head = model.get_output_embeddings()
@@ -124,34 +125,25 @@ class LayerWalk:
         arguments = self._arguments[hidden.shape[1]][index]
         self.num_layer_forwards += len(hidden)
         rows = self._sequences_per_call(hidden.shape[1])
-        with self._neurons_masked(module, index):
-            if len(hidden) <= rows:
-                return _first(module(hidden, **arguments))
-            return torch.cat([_first(module(part, **arguments)) for part in hidden.split(rows)])
+        if len(hidden) <= rows:
+            return _first(module(hidden, **arguments))
+        return torch.cat([_first(module(part, **arguments)) for part in hidden.split(rows)])
 
     @contextmanager
     def only_neurons(self, kept_neurons: KeptNeurons) -> Iterator[None]:
         """Runs as if only these FFN neurons existed; nothing is cut, so widths can be tried in any order."""
-        self._only_neurons = kept_neurons
+        handles = []
+        for layer, kept in zip(decoder_layers(self.model, self.family), kept_neurons, strict=True):
+            projection = layer.get_submodule(self.family.ffn_output)
+            assert isinstance(projection, nn.Linear)
+            mask = torch.zeros(projection.in_features, dtype=self.model.dtype, device=self.model.device)
+            mask[torch.from_numpy(kept).to(mask.device)] = 1
+            handles.append(projection.register_forward_pre_hook(lambda _, inputs, mask=mask: (inputs[0] * mask,)))
         try:
             yield
         finally:
-            self._only_neurons = None
-
-    @contextmanager
-    def _neurons_masked(self, module: nn.Module, index: int) -> Iterator[None]:
-        if self._only_neurons is None:
-            yield
-            return
-        projection = module.get_submodule(self.family.ffn_output)
-        assert isinstance(projection, nn.Linear)
-        mask = torch.zeros(projection.in_features, dtype=self.model.dtype, device=self.model.device)
-        mask[torch.from_numpy(self._only_neurons[index]).to(mask.device)] = 1
-        handle = projection.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * mask,))
-        try:
-            yield
-        finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def blocks(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
         """Splits sequences into those that go through the layers together.
@@ -160,41 +152,87 @@ class LayerWalk:
         sequences as half of the free memory holds.
         """
         seq_len = ids.shape[1]
-        if self.layers.resident:
-            size = self._sequences_per_call(seq_len)
-        else:
+        size = together = self._sequences_per_call(seq_len)
+        if not self.layers.resident:
             state_bytes = seq_len * self.model.config.hidden_size * self.model.dtype.itemsize
-            size = max(1, available_bytes(self.model.device) // (2 * state_bytes))
+            fitting = available_bytes(self.model.device) // (2 * state_bytes)
+            size = max(together, fitting // together * together)
         yield from ids.split(size)
 
     def _sequences_per_call(self, seq_len: int) -> int:
-        return max(1, _CUDA_TOKENS_PER_CALL // seq_len) if self.model.device.type == "cuda" else 1
+        return max(1, _TOKENS_PER_CALL["cuda" if self.model.device.type == "cuda" else "cpu"] // seq_len)
 
     def run_without_attention(self, module: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Runs one layer as if its attention had been removed."""
         with attention_removed(module, self.family):
             return self.run(module, index, hidden)
 
-    def forward(self, hidden: torch.Tensor, *, start: int = 0) -> torch.Tensor:
-        """Runs the layers from ``start`` to the last."""
-        for index in range(start, len(self.layers)):
+    def forward(self, hidden: torch.Tensor, *, without_attention: Collection[int] = ()) -> torch.Tensor:
+        """Runs all layers, some of them as if their attention had been removed."""
+        for index in range(len(self.layers)):
             with self.layers.layer(index) as module:
-                hidden = self.run(module, index, hidden)
+                run = self.run_without_attention if index in without_attention else self.run
+                hidden = run(module, index, hidden)
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """Logits of what left the last layer, a chunk at a time, so that not all of them exist at once.
+    def logits(self, states: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits of single tokens, a block of the vocabulary at a time: all of them never exist at once.
+
+        Args:
+            states: What left the last layer, ``[num_tokens, hidden_size]``.
 
         Yields:
-            Sequence, tokens, and float32 ``[num_tokens, vocab_size]``.
+            Which entries of the vocabulary, and float32 ``[num_tokens, block]``.
         """
-        for sequence, states in enumerate(hidden):
-            for start in range(0, len(states), _HEAD_CHUNK_TOKENS):
-                tokens = slice(start, min(start + _HEAD_CHUNK_TOKENS, len(states)))
-                yield sequence, tokens, self._head(self._final_norm(states[tokens])).float()
+        states = self._final_norm(states)
+        size = max(1, _HEAD_LOGITS["cuda" if states.is_cuda else "cpu"] // len(states))
+        for start in range(0, self._head.out_features, size):
+            entries = slice(start, min(start + size, self._head.out_features))
+            bias = None if self._head.bias is None else self._head.bias[entries]
+            yield entries, linear(states, self._head.weight[entries], bias).float()
+
+    def losses(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihoods in nats.
+
+        Args:
+            states: What left the last layer, ``[num_tokens, hidden_size]``.
+            targets: The tokens that follow, int64 ``[num_tokens]``.
+
+        Returns:
+            float32 ``[num_tokens]``.
+        """
+        parts = []
+        for some, wanted in zip(states.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True):
+            normalizers, found = [], torch.zeros(len(some), device=some.device)
+            for entries, logits in self.logits(some):
+                normalizers.append(logits.logsumexp(-1))
+                rows = ((wanted >= entries.start) & (wanted < entries.stop)).nonzero().squeeze(1)
+                found[rows] = logits[rows, wanted[rows] - entries.start]
+            parts.append(torch.stack(normalizers).logsumexp(0) - found)
+        return torch.cat(parts)
+
+    def divergence(self, original: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """KL divergence, in nats, of the next token's distributions: from ``original``'s to that of ``states``.
+
+        Args:
+            original: What left the last layer of the original model, ``[num_tokens, hidden_size]``.
+            states: The same of the model as it is.
+
+        Returns:
+            float32 ``[num_tokens]``.
+        """
+        parts = []
+        for before, after in zip(original.split(_HEAD_TOKENS), states.split(_HEAD_TOKENS), strict=True):
+            ours = torch.stack([logits.logsumexp(-1) for _, logits in self.logits(before)]).logsumexp(0)
+            theirs, total = [], torch.zeros_like(ours)
+            for (_, p), (_, q) in zip(self.logits(before), self.logits(after), strict=True):
+                theirs.append(q.logsumexp(-1))
+                total += ((p - ours[:, None]).exp() * (p - q)).sum(-1)
+            parts.append(total - ours + torch.stack(theirs).logsumexp(0))
+        return torch.cat(parts)
 
     def token_losses(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihoods of the next token in nats.
+        """Negative log-likelihoods of each sequence's next tokens in nats.
 
         Args:
             hidden: What left the last layer.
@@ -203,11 +241,8 @@ class LayerWalk:
         Returns:
             float32 ``[num_sequences, seq_len - 1]`` on the CPU.
         """
-        losses = torch.empty(len(hidden), ids.shape[1] - 1)
         targets = ids[:, 1:].to(hidden.device)
-        for sequence, tokens, logits in self.logits(hidden[:, :-1]):
-            losses[sequence, tokens] = cross_entropy(logits, targets[sequence, tokens], reduction="none").cpu()
-        return losses
+        return torch.stack([self.losses(*row) for row in zip(hidden[:, :-1], targets, strict=True)]).cpu()
 
     def _enter(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         """Asks the model itself what it hands its layers: masks and rotary embeddings stay out of our code."""

@@ -1,8 +1,10 @@
 """The main job: measure → plan → cut → write → prove."""
 
 import json
+import shutil
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from toolchain.allocation import Allocation, Protected, allocate, block_paramete
 from toolchain.calibration import TokenWindows, load_windows
 from toolchain.checkpoint import Checkpoint, open_checkpoint
 from toolchain.errors import CheckFailedError, SenteiError
+from toolchain.function_metric import FunctionMetric
 from toolchain.layer_walk import LayerWalk
-from toolchain.limits import LimitSettings, check_limit
-from toolchain.metrics import Metric, PerplexityMetric, measure
+from toolchain.limits import LimitSettings, limit_asked
+from toolchain.metric_choice import choose_metric
+from toolchain.metrics import Metric, measure
 from toolchain.model_card import model_card
 from toolchain.modeling import load_model, load_tokenizer
 from toolchain.offload import open_offloaded
@@ -31,10 +35,11 @@ from toolchain.plan import (
 )
 from toolchain.progress import Progress, no_progress
 from toolchain.search import Search
-from toolchain.search_state import SearchState
+from toolchain.search_state import SearchState, search_directory
 from toolchain.surgery import write_pruned
 
 SUMMARY_FILE = "pruning_summary.json"
+SWEEP_FILE = "sweep.json"
 METHOD = "2ssp"
 
 
@@ -49,8 +54,13 @@ class PruneSettings:
         seq_len: Tokens a window.
         align: FFN widths are multiples of this; 1 gives the published widths.
         attention_removals: Overrides the published formula.
+        allocation: How many attentions go: ``formula``, as published, or ``auto``, by measured damage.
+        widths: Of the FFNs: ``uniform``, as published, or ``ranked``, by one ranking of all neurons.
         protected: Layers left alone.
+        search: ``exact``, or ``racing``: drop candidates that fall behind early.
+        metric: Decides what is removed; see :func:`toolchain.metric_choice.choose_metric`.
         limit: How much damage is accepted.
+        limit_metric: What the limit looks at, if that is another metric.
         offload: Keep one layer in memory instead of all.
         device: Computed on.
         dtype: Computed in; the checkpoint keeps the model's own.
@@ -66,8 +76,13 @@ class PruneSettings:
     device: str
     dtype: torch.dtype
     seed: int
+    allocation: str = "formula"
+    widths: str = "uniform"
     protected: Protected = field(default_factory=Protected)
+    search: str = "exact"
+    metric: str = "perplexity"
     limit: LimitSettings = field(default_factory=LimitSettings)
+    limit_metric: str | None = None
     offload: bool = False
 
 
@@ -79,6 +94,7 @@ class _Job:
     settings: PruneSettings
     windows: TokenWindows
     metric: Metric
+    limit_metric: Metric | None
     blank: PlanDocument
 
 
@@ -115,7 +131,7 @@ def prune(
     """
     started = time.monotonic()
     check_output_directory(out, force=force, inputs=[model_directory])
-    state = SearchState(out)
+    state = SearchState(search_directory(out))
     if not (resume or force):
         state.check_free()
     job = _prepare(model_directory, settings, model_name)
@@ -137,6 +153,93 @@ def prune(
     return summary
 
 
+def sweep(
+    model_directory: Path,
+    out: Path,
+    settings: PruneSettings,
+    sparsities: Sequence[float],
+    *,
+    model_name: str,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Searches for several sparsities and writes their plans, not the models; the statistics are shared.
+
+    Args:
+        model_directory: The unpruned model.
+        out: The directory to create: one directory a plan, named by its sparsity, and ``sweep.json``.
+        settings: For all of them; its own sparsity is not used.
+        sparsities: Targets.
+        model_name: What the plans call the original.
+        force: Replace ``out`` if it is not empty, and an interrupted sweep.
+        resume: Go on with an interrupted sweep.
+        progress: Told of every window and candidate.
+
+    Returns:
+        The content of ``sweep.json``.
+
+    Raises:
+        SenteiError: Bad input; nothing was written.
+    """
+    check_output_directory(out, force=force, inputs=[model_directory])
+    unfinished = search_directory(out)
+    states = {sparsity: SearchState(unfinished / f"{sparsity:g}") for sparsity in sparsities}
+    if unfinished.exists() and not resume:
+        if not force:
+            raise SenteiError(
+                f"{unfinished} holds an interrupted search.",
+                "Add --resume to go on from there, or --force to start over.",
+            )
+        shutil.rmtree(unfinished)
+    jobs = [_prepare(model_directory, replace(settings, sparsity=sparsity), model_name) for sparsity in sparsities]
+    first, plans = None, []
+    for job, state in zip(jobs, states.values(), strict=True):
+        plan = state.load(job.blank) if resume else None
+        if plan is None and first is not None:
+            plan = _same_start(job.blank, first)
+        plan = _search(job, plan, state, progress)
+        first = first or plan
+        plans.append(plan)
+    result = _sweep_summary(plans)
+    with new_directory(out, force=force) as partial:
+        for plan, entry in zip(plans, result["plans"], strict=True):
+            (partial / entry["directory"]).mkdir()
+            plan.save(partial / entry["directory"])
+        write_text(partial / SWEEP_FILE, json.dumps(result, indent=2) + "\n")
+    shutil.rmtree(unfinished)
+    return result
+
+
+def _same_start(blank: PlanDocument, other: PruningPlan) -> PruningPlan:
+    """A plan that begins where another with the same model, text and metrics began."""
+    measured = {name: getattr(other.document, name) for name in ("metric_original", "limit")}
+    return PruningPlan(blank.model_copy(update=measured), other.importance).at([], [])
+
+
+def _sweep_summary(plans: Sequence[PruningPlan]) -> dict[str, Any]:
+    document = plans[0].document
+    return {
+        "schema_version": 1,
+        "kind": "sweep",
+        "base_model": document.base_model.model_dump(),
+        "metric": document.metric,
+        "metric_original": document.metric_original,
+        "plans": [
+            {
+                "directory": f"{plan.document.target_sparsity:g}",
+                "target_sparsity": plan.document.target_sparsity,
+                "sparsity": 1 - plan.steps[-1].num_block_parameters / plan.steps[0].num_block_parameters,
+                "num_block_parameters": plan.steps[-1].num_block_parameters,
+                "metric": plan.steps[-1].metric,
+                "num_attention_removals": len(plan.document.trace),
+                "stopped_because": plan.document.stopped_because,
+            }
+            for plan in plans
+        ],
+    }
+
+
 def open_walk(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, offload: bool) -> LayerWalk:
     """A model ready to run layer by layer: in memory, or on disk but for the layer that runs."""
     if offload:
@@ -153,16 +256,29 @@ def _prepare(model_directory: Path, settings: PruneSettings, model_name: str) ->
         attention_removals=settings.attention_removals,
         protected=settings.protected,
     )
-    windows = load_windows(
-        settings.calibration,
-        load_tokenizer(model_directory),
-        num_samples=settings.num_samples,
-        seq_len=settings.seq_len,
-    )
-    metric = PerplexityMetric(windows.ids[:1])
-    check_limit(settings.limit)
+    tokenizer = load_tokenizer(model_directory)
+    windows = load_windows(settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len)
+    metric = choose_metric(settings.metric, windows.ids[:1], tokenizer)
+    limit_metric = None
+    if settings.limit_metric not in (None, settings.metric):
+        if not settings.limit.given:
+            raise SenteiError("--limit-metric needs a limit.", "Add --max-degradation, --max-metric or --min-metric.")
+        limit_metric = choose_metric(str(settings.limit_metric), windows.ids[:1], tokenizer)
+    _check_combination(settings, metric, limit_metric)
     blank = _blank_plan(checkpoint, settings, allocation, windows, metric, model_name)
-    return _Job(checkpoint=checkpoint, settings=settings, windows=windows, metric=metric, blank=blank)
+    blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric)})
+    return _Job(
+        checkpoint=checkpoint, settings=settings, windows=windows, metric=metric, limit_metric=limit_metric, blank=blank
+    )
+
+
+def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None:
+    if settings.offload and any(isinstance(metric, FunctionMetric) for metric in metrics):
+        raise SenteiError("--offload keeps one layer in memory, and a metric function needs the whole model.")
+    if settings.search == "racing" and settings.metric not in ("perplexity", "kl"):
+        raise SenteiError(f"--search racing cannot race by {settings.metric}.", "Race by perplexity or kl.")
+    if settings.allocation == "auto" and settings.attention_removals is not None:
+        raise SenteiError("--allocation auto chooses what --attention-removals says.", "Give one of them.")
 
 
 def _blank_plan(
@@ -174,6 +290,7 @@ def _blank_plan(
     model_name: str,
 ) -> PlanDocument:
     """The plan a search begins with: where it comes from and where it wants to go."""
+    published = settings.allocation == "formula" and settings.widths == "uniform"
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
         sentei_version=version("sentei"),
@@ -187,12 +304,16 @@ def _blank_plan(
             weights_sha256=checkpoint.fingerprint,
         ),
         target_sparsity=settings.sparsity,
-        target_intermediate_size=list(allocation.widths),
-        target_attention_removals=allocation.num_attention_removals,
+        target_intermediate_size=list(allocation.widths) if published else [],
+        target_attention_removals=allocation.num_attention_removals if published else 0,
         align=settings.align,
-        allocation="formula" if settings.attention_removals is None else "given",
+        allocation=settings.allocation if settings.attention_removals is None else "given",
+        attention_removals=settings.attention_removals,
+        widths=settings.widths,
         protected=ProtectedRecord(attention=sorted(settings.protected.attention), ffn=sorted(settings.protected.ffn)),
+        search=settings.search,
         metric=metric.name,
+        metric_source=metric.source,
         metric_original=0.0,
         limit=None,
         stopped_because=None,
@@ -219,7 +340,7 @@ def _search(job: _Job, plan: PruningPlan | None, state: SearchState, progress: P
         sizes=block_parameters(job.checkpoint),
         windows=job.windows.ids,
         metric=job.metric,
-        limit=settings.limit,
+        limit_metric=job.limit_metric,
         save=state.save,
         progress=progress,
     )
@@ -342,6 +463,7 @@ def summarise(
         "intermediate_size": [layer.intermediate_size for layer in plan.layout],
         "calibration_metric": {
             "name": document.metric,
+            "source": document.metric_source,
             "original": document.metric_original,
             "after_stage_1": document.metric_after_stage_1,
             "pruned": measured,

@@ -58,20 +58,34 @@ class PlannedLayer(_Record):
 
 
 class Rung(_Record):
-    """One step of stage 1: every layer's FFN width, the decoder-block parameters then left, and the metric."""
+    """One step of stage 1: every layer's FFN width, the decoder-block parameters then left, and the metric.
+
+    ``limit_metric`` is what the limit looks at, if that is another metric.
+    """
 
     intermediate_size: list[int]
     num_block_parameters: int
     metric: float
+    limit_metric: float | None = None
+
+
+class Dropped(_Record):
+    """A candidate that lost a race before the end: the metric on the tokens read by then, and the leader's on those."""
+
+    num_tokens: int
+    metric: float
+    best: float
 
 
 class Removal(_Record):
-    """One step of stage 2: the attention removed, the metric after it, and every candidate's metric by layer."""
+    """One step of stage 2: the attention removed, the metric after it, and the candidates' metrics by layer."""
 
     removed: int
     metric: float
     candidates: dict[int, float]
+    dropped: dict[int, Dropped] | None = None
     num_block_parameters: int
+    limit_metric: float | None = None
 
 
 class ProtectedRecord(_Record):
@@ -82,15 +96,26 @@ class ProtectedRecord(_Record):
 
 
 class LimitRecord(_Record):
-    """How much damage is accepted: the metric must not become worse than ``value``."""
+    """How much damage is accepted: a metric must not become worse than ``value``; ``source`` as in the plan's metric.
+
+    ``asked`` and ``asked_value`` are what the person said: ``max_degradation``, ``max_metric`` or ``min_metric``.
+    """
 
     metric: str
+    source: str | None
+    higher_is_better: bool
+    asked: str
+    asked_value: float
     original: float
     value: float
 
 
 class PlanDocument(_Record):
-    """``plan.json``."""
+    """``plan.json``.
+
+    What was asked for comes first (``target_intermediate_size`` and ``target_attention_removals`` follow from it, and
+    are empty and 0 until they are known); then what was found.
+    """
 
     schema_version: int
     sentei_version: str
@@ -101,8 +126,12 @@ class PlanDocument(_Record):
     target_attention_removals: int
     align: int
     allocation: str
+    attention_removals: int | None
+    widths: str
     protected: ProtectedRecord
+    search: str
     metric: str
+    metric_source: str | None
     metric_original: float
     limit: LimitRecord | None
     stopped_because: str | None

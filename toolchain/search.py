@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from toolchain.allocation import BlockParameters, ladder
-from toolchain.attention_search import Tried, num_candidates, removals
+from toolchain.adaptive_allocation import best_split, ranked_widths
+from toolchain.allocation import BlockParameters, Protected, allocate, ladder, reachable_removals
+from toolchain.attention_search import Tried, candidate_scores, num_candidates, removals, scores_of_models
+from toolchain.function_metric import FunctionMetric
 from toolchain.importance import neuron_importance
 from toolchain.layer_walk import LayerWalk
-from toolchain.limits import LimitSettings, holds, resolve_limit
+from toolchain.limits import holds, resolve_limit
 from toolchain.metrics import Metric, measure
 from toolchain.plan import PlanDocument, PruningPlan, Removal, Rung, top_neurons
 from toolchain.progress import Progress, no_progress
+from toolchain.stepping import embedded_states
 from toolchain.surgery import KeptNeurons
 
 # On the way to the target widths the metric is taken this often: the part of the curve that stage 1 walks.
@@ -29,7 +32,7 @@ class Search:
         sizes: Of the unpruned model's blocks.
         windows: Calibration, int64 ``[num_samples, seq_len]``.
         metric: Decides what is removed.
-        limit: How much damage is accepted.
+        limit_metric: What the plan's limit looks at, if that is not ``metric``.
         save: Told of the plan after each step.
         progress: Told of windows, widths and candidates.
     """
@@ -38,7 +41,7 @@ class Search:
     sizes: BlockParameters
     windows: torch.Tensor
     metric: Metric
-    limit: LimitSettings
+    limit_metric: Metric | None = None
     save: Callable[[PruningPlan], None] = lambda plan: None
     progress: Progress = no_progress
 
@@ -51,10 +54,12 @@ class Search:
         Returns:
             A plan that removes nothing yet.
         """
+        self._prepare()
         with self.progress("Importance of neurons", len(self.windows)) as advance:
             importance = neuron_importance(self.walk, self.windows, on_window=advance)
-        original = measure(self.walk, self.metric)
-        limit = resolve_limit(self.limit, self.metric, original)
+        original, limit = measure(self.walk, self.metric), blank.limit
+        if limit is not None:
+            limit = resolve_limit(limit, self._limited(original))
         document = blank.model_copy(update={"metric_original": original, "limit": limit})
         plan = PruningPlan(document, importance).at([], [])
         self.save(plan)
@@ -66,11 +71,73 @@ class Search:
         Raises:
             SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
         """
+        self._prepare()
+        if not plan.document.target_intermediate_size:
+            plan = self._aim(plan)
         if plan.document.stopped_because is None and not plan.document.trace:
             plan = self._narrow_ffns(plan)
         if plan.document.stopped_because is None:
             plan = self._remove_attentions(plan)
         return plan
+
+    def _prepare(self) -> None:
+        self.metric.prepare(self.walk)
+        if self.limit_metric is not None:
+            self.limit_metric.prepare(self.walk)
+
+    def _limited(self, metric: float) -> float:
+        """What the limit looks at, now; ``metric`` is the search's own."""
+        return metric if self.limit_metric is None else measure(self.walk, self.limit_metric)
+
+    def _aim(self, plan: PruningPlan) -> PruningPlan:
+        """Splits the target between attention and FFNs, as the plan's ``allocation`` and ``widths`` ask."""
+        document = plan.document
+        protected = Protected.of(document.protected)
+        asked = document.attention_removals
+
+        def widths(num_removals: int | None) -> tuple[int, tuple[int, ...]]:
+            align = document.align
+            split = allocate(
+                self.sizes, document.target_sparsity, align=align, attention_removals=num_removals, protected=protected
+            )
+            if document.widths == "uniform":
+                return split.num_attention_removals, split.widths
+            return split.num_attention_removals, ranked_widths(plan.importance, split.widths, align, protected.ffn)
+
+        if document.allocation == "auto":
+            possible = reachable_removals(
+                self.sizes, document.target_sparsity, align=document.align, protected=protected
+            )
+            asked = self._best_split(plan, possible, lambda number: widths(number)[1])
+        num_removals, target = widths(asked)
+        changes = {"target_intermediate_size": list(target), "target_attention_removals": num_removals}
+        plan = PruningPlan(document.model_copy(update=changes), plan.importance)
+        self.save(plan)
+        return plan
+
+    def _best_split(self, plan: PruningPlan, possible: Sequence[int], widths: Callable[[int], tuple[int, ...]]) -> int:
+        with self.progress("Attention or FFN", len(possible)) as advance:
+            middle = possible[len(possible) // 2]
+            with self.walk.only_neurons(_kept(plan, widths(middle))):
+                order = self._order_of_removal(plan.document.protected.attention)
+
+            def damage(number: int) -> float:
+                with self.walk.only_neurons(_kept(plan, widths(number))):
+                    value = measure(self.walk, self.metric, without_attention=order[:number])
+                advance()
+                return -value if self.metric.higher_is_better else value
+
+            return best_split(possible, damage)
+
+    def _order_of_removal(self, protected: Sequence[int]) -> list[int]:
+        """Attentions by the damage each does alone, the least first."""
+        layers = [layer for layer in range(len(self.walk.layers)) if layer not in protected]
+        if isinstance(self.metric, FunctionMetric):
+            scores = scores_of_models(self.walk, self.metric, layers)
+        else:
+            states = embedded_states(self.walk, self.metric.ids)
+            scores = candidate_scores(self.walk, self.metric, layers, states)
+        return sorted(layers, key=scores.__getitem__, reverse=self.metric.higher_is_better)
 
     def _narrow_ffns(self, plan: PruningPlan) -> PruningPlan:
         document = plan.document
@@ -84,7 +151,7 @@ class Search:
                 if sum(widths) >= sum(last):
                     continue
                 taken = self._try_widths(plan, widths)
-                if not holds(document.limit, taken.metric):
+                if not holds(document.limit, _limited(taken)):
                     return self._stop_inside(plan, step, taken)
                 plan = plan.at([*plan.document.stage_1, taken], [])
                 self.save(plan)
@@ -102,7 +169,7 @@ class Search:
         while bad - good > _NUM_RUNGS:
             middle = (good + bad) // 2
             taken = self._try_widths(plan, rung(middle, finest))
-            if holds(document.limit, taken.metric):
+            if holds(document.limit, _limited(taken)):
                 good, best = middle, taken
             else:
                 bad, broken = middle, taken
@@ -114,11 +181,13 @@ class Search:
     def _try_widths(self, plan: PruningPlan, widths: Sequence[int]) -> Rung:
         with self.walk.only_neurons(_kept(plan, widths)):
             metric = measure(self.walk, self.metric)
+            limited = self._limited(metric) if self.limit_metric else None
         removed = sum(self.sizes.intermediate_size - width for width in widths) * self.sizes.neuron
         return Rung(
             intermediate_size=list(widths),
             num_block_parameters=self.sizes.total - removed,
             metric=metric,
+            limit_metric=limited,
         )
 
     def _remove_attentions(self, plan: PruningPlan) -> PruningPlan:
@@ -131,10 +200,17 @@ class Search:
         todo, protected = document.target_attention_removals - len(done), document.protected.attention
         candidates = num_candidates(len(self.walk.layers) - len(done) - len(protected), todo)
         with self.progress("Search for attentions", candidates) as advance:
-            found = removals(self.walk, self.metric, removed=done, protected=protected, on_candidate=advance)
+            found = removals(
+                self.walk,
+                self.metric,
+                removed=done,
+                protected=protected,
+                race=document.search == "racing",
+                on_candidate=advance,
+            )
             for tried in itertools.islice(found, todo):
                 removal = self._removal(plan, tried)
-                if not holds(document.limit, removal.metric):
+                if not holds(document.limit, _limited(removal)):
                     plan = _stopped(plan, removal, f"without the attention of layer {tried.removed}")
                     self.save(plan)
                     break
@@ -143,18 +219,25 @@ class Search:
         return plan
 
     def _removal(self, plan: PruningPlan, tried: Tried) -> Removal:
+        metric = tried.candidates[tried.removed]
         return Removal(
             removed=tried.removed,
-            metric=tried.candidates[tried.removed],
+            metric=metric,
             candidates=tried.candidates,
+            dropped=tried.dropped or None,
             num_block_parameters=plan.steps[-1].num_block_parameters - self.sizes.attention - self.sizes.attention_norm,
+            limit_metric=self._limited(metric) if self.limit_metric else None,
         )
+
+
+def _limited(step: Rung | Removal) -> float:
+    return step.metric if step.limit_metric is None else step.limit_metric
 
 
 def _stopped(plan: PruningPlan, broken: Rung | Removal, how: str) -> PruningPlan:
     limit = plan.document.limit
     assert limit is not None
-    reason = f"{limit.metric} would be {broken.metric:.5g} {how}; the limit is {limit.value:.5g}"
+    reason = f"{limit.metric} would be {_limited(broken):.5g} {how}; the limit is {limit.value:.5g}"
     return PruningPlan(plan.document.model_copy(update={"stopped_because": reason}), plan.importance)
 
 

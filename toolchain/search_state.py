@@ -2,20 +2,35 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from toolchain.errors import SenteiError
 from toolchain.plan import PLAN_FILE, PlanDocument, PruningPlan, load_plan
 
 # What the search itself fills in; everything else is its input, and must be the same to resume.
-_MEASURED = {"metric_original", "limit", "stopped_because", "layers", "stage_1", "trace"}
+_MEASURED: dict[str, Any] = {
+    "target_intermediate_size": True,
+    "target_attention_removals": True,
+    "metric_original": True,
+    "limit": {"original", "value"},
+    "stopped_because": True,
+    "layers": True,
+    "stage_1": True,
+    "trace": True,
+}
+
+
+def search_directory(out: Path) -> Path:
+    """``<out>.search``, which exists while the search that will write ``out`` is unfinished."""
+    return out.with_name(out.name + ".search")
 
 
 class SearchState:
-    """The directory ``<out>.search``, which exists while a search is unfinished."""
+    """An unfinished search in a directory of its own."""
 
-    def __init__(self, out: Path) -> None:
-        """``out``: what the search will write when it is finished."""
-        self.directory = out.with_name(out.name + ".search")
+    def __init__(self, directory: Path) -> None:
+        """``directory`` is created when the first step is saved."""
+        self.directory = directory
 
     def check_free(self) -> None:
         """Refuses to overwrite an interrupted search.

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from tests.command_line import refused, sentei
 from tests.conftest import make_pico
 from tests.toolchain.test_cli import TEXT
-from toolchain import attention_search
+from toolchain import stepping
 from toolchain.attention_search import removals
 from toolchain.checkpoint import copy_companions, open_checkpoint
 from toolchain.errors import SenteiError
@@ -92,29 +92,29 @@ def test_agrees_with_the_plain_way_until_no_attention_is_left(deep_model: Path, 
 def test_memory_changes_nothing(deep_model: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, rows: int):
     expected = search(deep_model, ids, 3)
     row_bytes = 48 * 32 * 4
-    monkeypatch.setattr(attention_search, "available_bytes", lambda device: int(rows * row_bytes / 0.4) + 1)
+    monkeypatch.setattr(stepping, "available_bytes", lambda device: int(rows * row_bytes / 0.4) + 1)
     assert search(deep_model, ids, 3) == expected
 
 
 def test_running_out_of_memory_tries_fewer_at_a_time(
     deep_model: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ):
-    expected, real, sizes = search(deep_model, ids, 2), attention_search._score_group, []
+    expected, real, sizes = search(deep_model, ids, 2), stepping._without_group, []
 
-    def limited(walk, metric, group, states, **keywords):
+    def limited(walk, group, states, look, **keywords):
         sizes.append(len(group))
         if len(group) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(walk, metric, group, states, **keywords)
+        return real(walk, group, states, look, **keywords)
 
-    monkeypatch.setattr(attention_search, "_score_group", limited)
+    monkeypatch.setattr(stepping, "_without_group", limited)
     assert search(deep_model, ids, 2) == expected
     assert sizes[:3] == [12, 6, 3]
 
     def never(*arguments, **keywords):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(attention_search, "_score_group", never)
+    monkeypatch.setattr(stepping, "_without_group", never)
     with pytest.raises(SenteiError, match="Memory does not suffice"):
         search(deep_model, ids, 1)
 

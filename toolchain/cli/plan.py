@@ -99,8 +99,8 @@ def _show_curve(console: Console, plan: "PruningPlan") -> None:
         table.add_row(
             str(step.number),
             f"{1 - step.num_block_parameters / total:.1%}",
-            f"{step.metric:.2f}",
-            f"{step.metric / original:.2f}x",
+            f"{step.metric:.4g}",
+            f"{step.metric / original:.2f}x" if original > 0 else "",
             step.label,
         )
     console.print(table, soft_wrap=False)

@@ -1,25 +1,21 @@
 """``sentei prune`` and ``sentei apply``."""
 
+from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from toolchain.cli.console import (
-    DeviceOption,
-    DtypeOption,
-    ForceOption,
-    JsonOption,
-    OffloadOption,
-    Output,
-    QuietOption,
-    compute_dtype,
-    pick_device,
-)
+from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, compute_dtype, pick_device
+from toolchain.errors import SenteiError
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
+
+
+_TARGET, _TEXT, _SEARCH, _LIMIT, _COMPUTE = "Target", "Calibration", "Search", "Limit", "Computing"
 
 
 class Method(StrEnum):
@@ -28,35 +24,118 @@ class Method(StrEnum):
     two_ssp = "2ssp"
 
 
+class Allocation(StrEnum):
+    """Who decides how many attentions go."""
+
+    formula = "formula"
+    auto = "auto"
+
+
+class Widths(StrEnum):
+    """How FFN widths are spread over the layers."""
+
+    uniform = "uniform"
+    ranked = "ranked"
+
+
+class SearchKind(StrEnum):
+    """How attentions are searched for."""
+
+    exact = "exact"
+    racing = "racing"
+
+
 def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")],
     *,
     out: OutOption,
-    sparsity: Annotated[float, typer.Option(help="Fraction of decoder-block parameters to remove, in (0, 1).")],
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Your own kind of text: .txt, .jsonl or .parquet (field text). Without it: Python's manual."),
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Fraction of decoder-block parameters to remove, in (0, 1).", rich_help_panel=_TARGET),
     ] = None,
-    method: Annotated[Method, typer.Option(help="2ssp: the published method (arXiv 2501.17771).")] = Method.two_ssp,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
-    align: Annotated[int, typer.Option(help="FFN widths are multiples of this; 1 for the published widths.")] = 64,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM:TO:STEP",
+            help="Instead: plans for several sparsities, as in 0.1:0.5:0.05, and their curve.",
+            rich_help_panel=_TARGET,
+        ),
+    ] = None,
+    align: Annotated[
+        int,
+        typer.Option(help="FFN widths are multiples of this; 1 for the published widths.", rich_help_panel=_TARGET),
+    ] = 64,
+    method: Annotated[
+        Method, typer.Option(help="2ssp: the published method (arXiv 2501.17771).", rich_help_panel=_TARGET)
+    ] = Method.two_ssp,
+    allocation: Annotated[
+        Allocation,
+        typer.Option(
+            help="Attentions to remove: the published formula, or by measured damage (for grouped-query attention).",
+            rich_help_panel=_TARGET,
+        ),
+    ] = Allocation.formula,
     attention_removals: Annotated[
-        int | None, typer.Option(help="Attentions to remove, instead of the published formula.")
+        int | None, typer.Option(help="Attentions to remove, instead.", rich_help_panel=_TARGET)
     ] = None,
+    widths: Annotated[
+        Widths,
+        typer.Option(help="FFN widths: even, as published, or by one ranking of all neurons.", rich_help_panel=_TARGET),
+    ] = Widths.uniform,
     protect: Annotated[
         list[str] | None,
-        typer.Option(help="What has to stay, as in attention:0,1 or ffn:29; may be given several times."),
+        typer.Option(
+            help="What has to stay, as in attention:0,1 or ffn:29; may be given several times.",
+            rich_help_panel=_TARGET,
+        ),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your own kind of text: .txt, .jsonl or .parquet (field text). Without it: Python's manual.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.", rich_help_panel=_TEXT)] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=_TEXT)] = 2048,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="What decides: perplexity, kl, accuracy:FILE.jsonl or package.module:function.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = "perplexity",
+    search: Annotated[
+        SearchKind,
+        typer.Option(help="exact, or racing: several times faster, nearly the same.", rich_help_panel=_SEARCH),
+    ] = SearchKind.exact,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted search.", rich_help_panel=_SEARCH)
+    ] = False,
     max_degradation: Annotated[
-        float | None, typer.Option(help="Stop before perplexity is this many times the original's, such as 1.10.")
+        float | None,
+        typer.Option(help="Stop before the metric is this many times worse, such as 1.10.", rich_help_panel=_LIMIT),
     ] = None,
-    max_metric: Annotated[float | None, typer.Option(help="Stop before perplexity is above this.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted search.")] = False,
-    offload: OffloadOption = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    seed: Annotated[int, typer.Option(help="Recorded in the plan.")] = 0,
+    max_metric: Annotated[
+        float | None, typer.Option(help="Stop before the metric is above this.", rich_help_panel=_LIMIT)
+    ] = None,
+    min_metric: Annotated[
+        float | None,
+        typer.Option(help="Stop before the metric, such as accuracy, is below this.", rich_help_panel=_LIMIT),
+    ] = None,
+    limit_metric: Annotated[
+        str | None, typer.Option(help="The limit's metric, if it is not --metric.", rich_help_panel=_LIMIT)
+    ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="For models larger than memory: one layer at a time.", rich_help_panel=_COMPUTE),
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=_COMPUTE)] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto, float32, bfloat16 or float16 (auto: float32 on a CPU).", rich_help_panel=_COMPUTE),
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Recorded in the plan.", rich_help_panel=_COMPUTE)] = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -68,29 +147,57 @@ def prune(
     from toolchain.checkpoint import open_checkpoint, resolve_model
     from toolchain.limits import LimitSettings
 
+    sparsities = _sparsities(sparsity, sweep)
     picked_device = pick_device(device)
     directory = resolve_model(model)
     settings = pipeline.PruneSettings(
-        sparsity=sparsity,
+        sparsity=sparsities[0],
         calibration=calibration,
         num_samples=samples,
         seq_len=seq_len,
         align=align,
         attention_removals=attention_removals,
+        allocation=allocation.value,
+        widths=widths.value,
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype),
         seed=seed,
         protected=parse_protected(protect or []),
-        limit=LimitSettings(max_degradation=max_degradation, max_metric=max_metric),
+        search=search.value,
+        metric=metric,
+        limit=LimitSettings(max_degradation=max_degradation, max_metric=max_metric, min_metric=min_metric),
+        limit_metric=limit_metric,
         offload=offload,
     )
     if calibration is None:
         output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
     name = directory.resolve().name if Path(model).is_dir() else model
+    if sweep is not None:
+        result = pipeline.sweep(
+            directory, out, settings, sparsities, model_name=name, force=force, resume=resume, progress=output.progress
+        )
+        output.result({"directory": str(out), **result}, lambda console: show_sweep(console, out, result))
+        return
     summary = pipeline.prune(
         directory, out, settings, model_name=name, force=force, resume=resume, progress=output.progress
     )
     output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
+
+
+def _sparsities(sparsity: float | None, sweep: str | None) -> list[float]:
+    """One, or those of a sweep, ascending and rounded to what was written."""
+    if (sparsity is None) == (sweep is None):
+        raise SenteiError("Give --sparsity, such as 0.25, or --sweep, such as 0.1:0.5:0.05.")
+    if sparsity is not None:
+        return [sparsity]
+    assert sweep is not None
+    try:
+        start, stop, step = (Decimal(part) for part in sweep.split(":"))
+    except (InvalidOperation, ValueError) as error:
+        raise SenteiError(f"--sweep {sweep!r} is not understood.", "Write FROM:TO:STEP, as in 0.1:0.5:0.05.") from error
+    if not (0 < start <= stop < 1 and step > 0):
+        raise SenteiError(f"--sweep {sweep} does not go upwards inside (0, 1).", "Write it as in 0.1:0.5:0.05.")
+    return [float(start + step * number) for number in range(int((stop - start) / step) + 1)]
 
 
 def apply(
@@ -128,8 +235,24 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
         console.print("  damage       not measured: sentei evaluate does")
     else:
         console.print(
-            f"  {damage['name']:<11}  {damage['original']:.2f} → {damage['after_stage_1']:.2f} (FFN) → "
-            f"{damage['pruned']:.2f} (attention), on the calibration text"
+            f"  {damage['name']:<11}  {damage['original']:.4g} → {damage['after_stage_1']:.4g} (FFN) → "
+            f"{damage['pruned']:.4g} (attention), on {damage['source'] or 'the calibration text'}"
         )
     if summary["stopped_because"]:
         console.print(f"  stopped      {summary['stopped_because']}")
+
+
+def show_sweep(console: Console, out: Path, result: dict[str, Any]) -> None:
+    """Prints the ends of a sweep's plans."""
+    table = Table(box=None)
+    for header in ("plan", "sparsity", result["metric"], "attentions removed"):
+        table.add_column(header, justify="left" if header == "plan" else "right")
+    for point in result["plans"]:
+        table.add_row(
+            f"{out}/{point['directory']}",
+            f"{point['sparsity']:.1%}",
+            f"{point['metric']:.4g}",
+            str(point["num_attention_removals"]),
+        )
+    console.print(table)
+    console.print(f"sentei plan curve {out} draws them; sentei apply PLAN MODEL -o DIR writes a model.", markup=False)

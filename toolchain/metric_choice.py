@@ -1,0 +1,38 @@
+"""Which metric a person means by ``--metric``."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from toolchain.errors import SenteiError
+from toolchain.function_metric import FunctionMetric, load_function
+from toolchain.metrics import KLDivergence, Metric, PerplexityMetric
+from toolchain.task_accuracy import AccuracyMetric, load_questions
+
+_HINT = "Use perplexity, kl, accuracy:FILE.jsonl or package.module:function."
+
+
+def choose_metric(name: str, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> Metric:
+    """Makes the metric.
+
+    Args:
+        name: ``perplexity``, ``kl``, ``accuracy:FILE`` or ``package.module:function``.
+        ids: Calibration text for the first two, int64 ``[num_sequences, seq_len]``; its length bounds the questions'.
+        tokenizer: The model's own.
+
+    Raises:
+        SenteiError: There is no such metric, file or function.
+    """
+    kind, _, rest = name.partition(":")
+    if name == "perplexity":
+        return PerplexityMetric(ids)
+    if name == "kl":
+        return KLDivergence(ids)
+    if kind == "accuracy":
+        if not rest:
+            raise SenteiError("--metric accuracy needs questions.", "Write accuracy:FILE.jsonl.")
+        return AccuracyMetric(load_questions(Path(rest)), tokenizer, source=Path(rest).name, seq_len=ids.shape[1])
+    if not rest:
+        raise SenteiError(f"--metric {name!r} is not known.", _HINT)
+    return FunctionMetric(name, load_function(name), tokenizer)

@@ -1,0 +1,127 @@
+"""Accuracy on a person's own multiple-choice questions, as the search can use it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from toolchain.errors import SenteiError
+from toolchain.layer_walk import LayerWalk
+
+# Scripts that put no space between words start here: CJK radicals; Latin, Greek, Arabic and the like lie below.
+_FIRST_WITHOUT_SPACES = "\u2e80"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question and its possible answers.
+
+    Attributes:
+        prompt: What the model reads.
+        choices: Continuations it compares.
+        answer: Which of them is right.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+class AccuracyMetric:
+    """Share of questions whose right choice has the highest log-likelihood per character.
+
+    The same score as ``acc_norm`` of lm-eval: log-likelihood of the choice's tokens after the prompt, divided by the
+    choice's length in characters. A space joins prompt and choice unless one is there or their script has none. Ties go
+    to the first choice.
+    """
+
+    name: str = "accuracy"
+    higher_is_better: bool = True
+
+    def __init__(
+        self, questions: list[Question], tokenizer: PreTrainedTokenizerBase, *, source: str, seq_len: int
+    ) -> None:
+        """Tokenises; prompts are cut from the left to ``seq_len`` tokens.
+
+        Raises:
+            SenteiError: A choice alone is longer than ``seq_len``.
+        """
+        self.source: str | None = source
+        rows: list[list[int]] = []
+        positions: list[tuple[int, int, int]] = []
+        self._lengths: list[int] = []
+        for number, question in enumerate(questions, 1):
+            for choice in question.choices:
+                prompt, whole = _tokenize(tokenizer, question.prompt, choice)
+                if len(whole) - prompt >= seq_len:
+                    raise SenteiError(
+                        f"{source} question {number}: a choice has {len(whole) - prompt} tokens, and --seq-len is "
+                        f"{seq_len}.",
+                        "Raise --seq-len.",
+                    )
+                cut = max(0, len(whole) - seq_len)
+                ids = whole[cut:]
+                positions += [(len(rows), place - 1, ids[place]) for place in range(max(prompt - cut, 1), len(ids))]
+                rows.append(ids)
+                self._lengths.append(len(choice))
+        self._questions = questions
+        longest = max(map(len, rows))
+        # What follows a sequence cannot change what a causal model made of it.
+        self.ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        self._row, self._place, self._target = torch.tensor(positions).T
+
+    def prepare(self, walk: LayerWalk) -> None:
+        """See :class:`toolchain.metrics.StateMetric`."""
+
+    def __call__(self, walk: LayerWalk, hidden: torch.Tensor) -> float:
+        """See :class:`toolchain.metrics.StateMetric`."""
+        states = hidden[self._row.to(hidden.device), self._place.to(hidden.device)]
+        losses = walk.losses(states, self._target.to(hidden.device)).double().cpu()
+        totals = torch.zeros(len(self.ids), dtype=torch.float64).index_add(0, self._row, -losses)
+        scores = (totals / torch.tensor(self._lengths)).split([len(question.choices) for question in self._questions])
+        right = [int(row.argmax()) == question.answer for row, question in zip(scores, self._questions, strict=True)]
+        return sum(right) / len(right) if bool(torch.isfinite(totals).all()) else float("nan")
+
+
+def load_questions(path: Path) -> list[Question]:
+    """Reads a JSONL file with the fields ``prompt``, ``choices`` and ``answer`` (the index of the right choice).
+
+    Raises:
+        SenteiError: Missing or empty file, or a line that is not such a question.
+    """
+    if not path.is_file():
+        raise SenteiError(f"File of questions {path} does not exist.")
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            questions.append(_question(f"{path} line {number}", line))
+    if not questions:
+        raise SenteiError(f"{path} holds no question.")
+    return questions
+
+
+def _question(where: str, line: str) -> Question:
+    try:
+        raw = json.loads(line)
+        prompt, choices, answer = raw["prompt"], raw["choices"], raw["answer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SenteiError(f"{where} is not a JSON object with prompt, choices and answer.") from error
+    if not isinstance(prompt, str) or not prompt:
+        raise SenteiError(f"{where}: prompt must be a text.")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise SenteiError(f"{where}: choices must be a list of two texts or more.")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise SenteiError(f"{where}: answer must be an index of choices, 0 to {len(choices) - 1}.")
+    return Question(prompt=prompt, choices=tuple(choices), answer=answer)
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> tuple[int, list[int]]:
+    """How many tokens the prompt has, and all tokens of prompt and choice; split as lm-eval does."""
+    context = prompt.rstrip()
+    between = prompt[len(context) :]
+    if not between and not choice[0].isspace() and prompt[-1] < _FIRST_WITHOUT_SPACES:
+        between = " "
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + between + choice)]
+    return min(len(encoded[0]), len(encoded[1]) - 1), encoded[1]
