@@ -11,6 +11,7 @@ from typing import Any
 
 from toolchain.errors import MissingDependencyError
 from toolchain.layout import LayerLayout
+from toolchain.plan import PruningPlan
 
 ORIGINAL, PRUNED, REMOVED, EXPECTED = "#8b95a7", "#2a9d78", "#d9694f", "#c58a1b"
 _FADED = "rgba(139,149,167,0.22)"
@@ -78,8 +79,8 @@ def perplexity_chart(values: Sequence[tuple[str, float, float | None]]) -> str:
     return _fragment(figure, "perplexity", height=90 + 52 * len(values))
 
 
-def trace_chart(steps: Sequence[tuple[str, float]]) -> str:
-    """The metric after each step of the search: ``(label, perplexity)``, first without any removal."""
+def trace_chart(steps: Sequence[tuple[str, float]], metric: str) -> str:
+    """The metric after each step of the search: ``(label, value)``, first without any removal."""
     go = _plotly("plotly.graph_objects")
     figure = go.Figure(
         go.Scatter(
@@ -89,8 +90,32 @@ def trace_chart(steps: Sequence[tuple[str, float]]) -> str:
         )
     )  # fmt: skip
     figure.update_xaxes(tickvals=list(range(len(steps))), ticktext=[label for label, _ in steps], title="step")
-    figure.update_yaxes(title="perplexity, calibration window")
+    figure.update_yaxes(title=f"{metric}, calibration window")
     return _fragment(figure, "trace", height=300)
+
+
+def curve_chart(plans: Sequence[PruningPlan], limit: float | None) -> str:
+    """The metric against the share of decoder-block parameters removed; stage 2 in its own colour."""
+    go = _plotly("plotly.graph_objects")
+    figure = go.Figure()
+    for number, plan in enumerate(plans):
+        total, rungs = plan.steps[0].num_block_parameters, len(plan.document.stage_1)
+        x = [100 * (1 - step.num_block_parameters / total) for step in plan.steps]
+        y = [step.metric for step in plan.steps]
+        hover = [f"step {step.number}: {step.metric:.4g}" for step in plan.steps]
+        for name, color, part in (
+            ("FFNs narrowed", ORIGINAL, slice(0, rungs + 1)),
+            ("attentions removed", PRUNED, slice(rungs, None)),
+        ):
+            figure.add_scatter(
+                x=x[part], y=y[part], mode="lines+markers", name=name, showlegend=number == 0, legendgroup=name,
+                line={"color": color, "width": 2}, marker={"size": 7}, hovertext=hover[part], hoverinfo="text",
+            )  # fmt: skip
+    if limit is not None:
+        figure.add_hline(y=limit, line_width=1.5, line_dash="dot", line_color=REMOVED)
+    figure.update_xaxes(title="decoder-block parameters removed", ticksuffix=" %", rangemode="tozero")
+    figure.update_yaxes(title="metric, calibration text")
+    return _fragment(figure, "curve", height=380)
 
 
 def gain_chart(name: str, metrics: Sequence[tuple[str, Mapping[str, float], float | None]]) -> str:

@@ -160,7 +160,9 @@ def _layers(inputs: ReportInputs) -> dict[str, Any]:
 def _trace(document: PlanDocument) -> dict[str, Any]:
     steps = [("original", document.metric_original), ("FFN narrowed", document.metric_after_stage_1)]
     steps += [(f"attention {step.removed}", step.metric) for step in document.trace]
-    return {"chart": charts.trace_chart(steps), "steps": [(label, f"{value:.5g}") for label, value in steps]}
+    # A metric function's name is a person's text, and Plotly reads markup in labels.
+    known = document.metric if document.metric in ("perplexity", "kl", "accuracy") else "metric"
+    return {"chart": charts.trace_chart(steps, known), "steps": [(label, f"{value:.5g}") for label, value in steps]}
 
 
 def _benchmark(source: Source, number: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from toolchain.offload import open_offloaded
 from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.plan import (
     SCHEMA_VERSION,
+    SWEEP_FILE,
     BaseModelRecord,
     CalibrationRecord,
     PlanDocument,
@@ -39,7 +40,6 @@ from toolchain.search_state import SearchState, search_directory
 from toolchain.surgery import write_pruned
 
 SUMMARY_FILE = "pruning_summary.json"
-SWEEP_FILE = "sweep.json"
 METHOD = "2ssp"
 
 
@@ -314,6 +314,7 @@ def _blank_plan(
         search=settings.search,
         metric=metric.name,
         metric_source=metric.source,
+        metric_higher_is_better=metric.higher_is_better,
         metric_original=0.0,
         limit=None,
         stopped_because=None,

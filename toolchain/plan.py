@@ -21,7 +21,7 @@ from toolchain.layout import LayerLayout
 from toolchain.output import write_text
 
 SCHEMA_VERSION = 1
-PLAN_FILE, SCORES_FILE = "plan.json", "plan.safetensors"
+PLAN_FILE, SCORES_FILE, SWEEP_FILE = "plan.json", "plan.safetensors", "sweep.json"
 
 
 class _Record(BaseModel):
@@ -132,6 +132,7 @@ class PlanDocument(_Record):
     search: str
     metric: str
     metric_source: str | None
+    metric_higher_is_better: bool
     metric_original: float
     limit: LimitRecord | None
     stopped_because: str | None
@@ -321,6 +322,24 @@ def load_plan(path: Path) -> PruningPlan:
         raise SenteiError(f"{file}: {where}: {first['msg']}.") from error
     _check_layers(file, document)
     return PruningPlan(document, _load_scores(file.with_name(SCORES_FILE), document))
+
+
+def load_sweep(directory: Path) -> dict[str, PruningPlan] | None:
+    """The plans of a sweep by directory, from the least sparsity on; ``None`` if ``directory`` holds no sweep.
+
+    Raises:
+        SenteiError: A plan of the sweep is missing or damaged.
+    """
+    file = directory / SWEEP_FILE
+    if not file.is_file():
+        return None
+    try:
+        names = [str(entry["directory"]) for entry in json.loads(file.read_text(encoding="utf-8"))["plans"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SenteiError(f"{file} does not have the fields it should ({type(error).__name__}: {error}).") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise SenteiError(f"{file}: {outside[0]!r} is not a directory beside it.")
+    return {str(directory / name): load_plan(directory / name) for name in names}
 
 
 def _check_layers(file: Path, document: PlanDocument) -> None:

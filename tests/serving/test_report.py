@@ -30,8 +30,8 @@ def write_plan(directory, name="tiny"):
         ),
         target_sparsity=0.25, target_intermediate_size=widths, target_attention_removals=1, align=8,
         allocation="formula", attention_removals=None, widths="uniform", protected=ProtectedRecord(),
-        search="exact", metric="perplexity", metric_source=None, metric_original=20.0, limit=None,
-         stopped_because=None, dtype="float32", seed=0,
+        search="exact", metric="perplexity", metric_source=None, metric_higher_is_better=False,
+        metric_original=20.0, limit=None, stopped_because=None, dtype="float32", seed=0,
         calibration=CalibrationRecord(source="calibration.txt", sha256="cd" * 32, num_samples=2, seq_len=16),
         versions={"torch": "2.13.0"},
         layers=[

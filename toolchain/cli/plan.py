@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -39,24 +39,74 @@ def show(
 
 @app.command()
 def curve(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model, or a plan.json.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model, a plan.json, or a sweep.")],
     *,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML file to write as well.")] = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Show damage against size: every step at which pruning can stop."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.plan import load_plan
+    from toolchain.plan import load_plan, load_sweep
 
-    plan = load_plan(directory)
-    document = plan.document
-    result = {
-        "metric": document.metric,
-        "limit": document.limit.value if document.limit else None,
-        "stopped_because": document.stopped_because,
-        "steps": [asdict(step) for step in plan.steps],
-    }
-    output.result(result, lambda console: _show_curve(console, plan))
+    plans = load_sweep(directory) or {str(directory): load_plan(directory)}
+    if out is not None:
+        from serving.curve_page import render_curve
+
+        render_curve(plans, out, force=force)
+    curves = [
+        {
+            "directory": name,
+            "metric": plan.document.metric,
+            "limit": plan.document.limit.model_dump() if plan.document.limit else None,
+            "stopped_because": plan.document.stopped_because,
+            "steps": [asdict(step) for step in plan.steps],
+        }
+        for name, plan in plans.items()
+    ]
+
+    def show(console: Console) -> None:
+        for name, plan in plans.items():
+            _show_curve(console, name, plan)
+        if out is not None:
+            console.print(f"{out} draws it.", markup=False)
+
+    output.result({"curves": curves} if len(curves) > 1 else curves[0], show)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A pruned model, or a plan.json.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    *,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show where two plans for the same model differ."""
+    output = Output(as_json=as_json, quiet=quiet)
+    from toolchain.plan import load_plan
+    from toolchain.plan_views import difference
+
+    found = difference(load_plan(first), load_plan(second))
+    output.result(found, lambda console: _show_difference(console, found))
+
+
+@app.command()
+def why(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model, or a plan.json.")],
+    layer: Annotated[int, typer.Argument(help="Number of the layer.")],
+    *,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show what the search saw of a layer when it removed or kept it."""
+    output = Output(as_json=as_json, quiet=quiet)
+    from toolchain.plan import load_plan
+    from toolchain.plan_views import reasons
+
+    found = reasons(load_plan(directory), layer)
+    output.result(found, lambda console: _show_reasons(console, found))
 
 
 @app.command()
@@ -82,33 +132,83 @@ def cut(
     output.result(
         {"directory": str(out), **asdict(last)},
         lambda console: console.print(
-            f"{out}: step {last.number}, {last.label}, {plan.document.metric} {last.metric:.2f}\n"
+            f"{out}: step {last.number}, {last.label}, {plan.document.metric} {last.metric:.4g}\n"
             f"sentei apply {out} MODEL -o DIR writes the model.",
             markup=False,
         ),
     )
 
 
-def _show_curve(console: Console, plan: "PruningPlan") -> None:
+def _show_curve(console: Console, name: str, plan: "PruningPlan") -> None:
     document, steps = plan.document, plan.steps
     total, original = steps[0].num_block_parameters, document.metric_original
-    table = Table(title=f"{document.base_model.name}, {document.method}", title_justify="left", box=None)
-    for header in ("step", "sparsity", document.metric, "times", ""):
-        table.add_column(header, justify="right" if header else "left")
+    worst = max(abs(step.metric - original) for step in steps) or 1.0
+    table = Table(
+        title=f"{document.base_model.name} to {document.target_sparsity:.1%}: {name}", title_justify="left", box=None
+    )
+    for header in ("step", "sparsity", document.metric, "times", "damage", ""):
+        table.add_column(header, justify="left" if header in ("damage", "") else "right")
     for step in steps:
         table.add_row(
             str(step.number),
             f"{1 - step.num_block_parameters / total:.1%}",
             f"{step.metric:.4g}",
             f"{step.metric / original:.2f}x" if original > 0 else "",
+            "█" * round(_BAR_WIDTH / 2 * abs(step.metric - original) / worst),
             step.label,
         )
     console.print(table, soft_wrap=False)
     console.print("Sparsity is of the decoder blocks. sentei plan cut goes back to a step.")
     if document.limit:
-        console.print(f"limit: {document.metric} {document.limit.value:.2f}")
+        console.print(f"limit: {document.limit.metric} {document.limit.value:.4g}")
     if document.stopped_because:
         console.print(f"stopped: {document.stopped_because}")
+
+
+def _show_difference(console: Console, found: dict[str, Any]) -> None:
+    for name, (before, after) in found["settings"].items():
+        console.print(f"{name}: {before} → {after}", markup=False)
+    sizes, metrics = found["num_block_parameters"], found["metric"]
+    console.print(f"decoder-block parameters: {sizes[0]:,} → {sizes[1]:,}")
+    console.print(f"metric after the last step: {metrics[0]:.4g} → {metrics[1]:.4g}")
+    if not found["layers"]:
+        console.print("No layer differs.")
+        return
+    table = Table(box=None)
+    for header in ("layer", "attention", "intermediate_size", "neurons kept by both"):
+        table.add_column(header, justify="left" if header == "attention" else "right")
+    for layer in found["layers"]:
+        pairs = [" → ".join(map(str, dict.fromkeys(layer[name]))) for name in ("attention", "intermediate_size")]
+        table.add_row(str(layer["layer"]), *pairs, str(layer["neurons_kept_by_both"]))
+    console.print(table, soft_wrap=False)
+
+
+def _show_reasons(console: Console, found: dict[str, Any]) -> None:
+    attention, ffn = found["attention"], found["ffn"]
+    protected = {True: " (protected)", False: ""}
+    console.print(f"layer {found['layer']}, attention: {attention['decision']}{protected[attention['protected']]}")
+    if attention["steps"]:
+        table = Table(box=None)
+        for header in ("step", f"{found['metric']} without it", "rank", "removed instead", "best"):
+            table.add_column(header, justify="right")
+        for step in attention["steps"]:
+            place = f"{step['rank']} of {step['num_candidates']}"
+            if step["rank"] is None:
+                place = f"dropped after {step['num_tokens']} tokens"
+            instead = "itself" if step["removed"] == found["layer"] else str(step["removed"])
+            table.add_row(str(step["step"]), f"{step['metric']:.4g}", place, instead, f"{step['best']:.4g}")
+        console.print(table, soft_wrap=False)
+    elif not attention["protected"]:
+        console.print("  The search removed no attention, or never came to this layer.")
+    console.print(
+        f"layer {found['layer']}, FFN: {ffn['intermediate_size']} of {ffn['full']} neurons kept"
+        f"{protected[ffn['protected']]}, with {ffn['importance_kept']:.1%} of the layer's squared importance"
+    )
+    if ffn["least_kept"] is not None and ffn["most_removed"] is not None:
+        console.print(
+            f"  The least important kept has {ffn['least_kept']:.4g}, the most important removed "
+            f"{ffn['most_removed']:.4g}."
+        )
 
 
 def _show(console: Console, plan: "PruningPlan") -> None:
@@ -125,14 +225,17 @@ def _show(console: Console, plan: "PruningPlan") -> None:
             attention = "keep (protected)" if layer.layer in document.protected.attention else "keep"
         elif layer.layer in steps:
             attention = (
-                f"[red]remove[/red] (step {steps[layer.layer][0]}, {document.metric} {steps[layer.layer][1]:.2f})"
+                f"[red]remove[/red] (step {steps[layer.layer][0]}, {document.metric} {steps[layer.layer][1]:.4g})"
             )
         else:
             attention = "[red]remove[/red] (by hand)"
+        if layer.layer in document.protected.ffn:
+            bar += " protected"
         table.add_row(str(layer.layer), attention, f"{layer.intermediate_size:>6} {share:>4.0%} {bar}")
     console.print(table, soft_wrap=False)
     console.print(
-        f"{document.metric} on the calibration text: {document.metric_original:.2f} originally, "
-        f"{document.metric_after_stage_1:.2f} after the FFNs"
-        + (f", {document.trace[-1].metric:.2f} after the attentions" if document.trace else "")
+        f"{document.metric} on {document.metric_source or 'the calibration text'}: "
+        f"{document.metric_original:.4g} originally, "
+        f"{document.metric_after_stage_1:.4g} after the FFNs"
+        + (f", {document.trace[-1].metric:.4g} after the attentions" if document.trace else "")
     )
