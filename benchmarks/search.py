@@ -1,11 +1,13 @@
-"""How long the search takes: ours against the plain way, side by side in one process.
+"""How long the search takes: ours, exact and racing, against the plain way, side by side in one process.
 
 The plain way tries a candidate by leaving its attention out of Transformers' own model, running that over the whole
-window, and taking the cross-entropy of its logits. Both ways do every step, in turn, on weights of their own, and must
-remove the same attention.
+window, and taking the cross-entropy of its logits. All ways do every step, in turn, on weights of their own. The exact
+one must remove the same attention as the plain one; where racing removes another is in the result.
 
-    python benchmarks/search.py -o benchmarks/results/search_demo_float32.json
-    python benchmarks/search.py --shape 1b --seq-len 512 --steps 2 -o benchmarks/results/search_1b_float32.json
+    python benchmarks/search.py -o search_demo_float32.json
+    python benchmarks/search.py --shape 1b --seq-len 512 --steps 2 --no-racing -o search_1b_float32.json
+
+Results stand in ``benchmarks/results/``.
 """
 
 import copy
@@ -14,7 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -27,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from serving.environment import describe_environment
 from toolchain.allocation import allocate, block_parameters
-from toolchain.attention_search import removals
+from toolchain.attention_search import Tried, removals
 from toolchain.calibration import load_windows
 from toolchain.checkpoint import open_checkpoint
 from toolchain.families import FAMILIES
@@ -57,63 +59,71 @@ class Shape(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One removal by both ways: seconds, layer forwards, and arithmetic in FLOPs."""
+    """One removal by all ways: what each removed, seconds it took, and arithmetic in FLOPs.
 
-    removed: int
+    ``chosen`` and ``seconds`` are by way. ``regret`` is how much worse, as a factor, the metric is after racing's
+    choice than after the best one; ``None`` once racing is on another path.
+    """
+
+    chosen: dict[str, int]
+    seconds: dict[str, float]
     num_candidates: int
-    plain_s: float
-    ours_s: float
     plain_flops: float
     ours_flops: float
     largest_difference: float
+    regret: float | None
 
 
 def main(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write.")],
     shape: Annotated[Shape, typer.Option(help="The demo model, or random weights of a 1B shape.")] = Shape.demo,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for both ways.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for all ways.")] = "float32",
     sparsity: Annotated[float, typer.Option(help="Of the decoder blocks.")] = 0.5,
+    calibration: Annotated[Path | None, typer.Option(help="Text; without it, Python's manual.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of the window.")] = 2048,
     samples: Annotated[int, typer.Option(help="Windows for stage 1.")] = 8,
     steps: Annotated[int | None, typer.Option(help="Removals; without it, as many as the formula asks for.")] = None,
+    racing: Annotated[bool, typer.Option(help="Time --search racing as well.")] = True,
 ) -> None:
-    """Times stage 2 by both ways, and stage 1 against bare forward passes."""
-    model, windows, num_removals, width = _prepare(shape, getattr(torch, dtype), sparsity, seq_len, samples)
+    """Times stage 2 by all ways, and stage 1 against bare forward passes."""
+    model, windows, num_removals, width = _prepare(
+        shape, getattr(torch, dtype), sparsity, seq_len=seq_len, samples=samples, calibration=calibration
+    )
     stage_1, importance = _time_stage_1(model, windows)
     narrow_ffn(model, LLAMA, [top_neurons(scores, width) for scores in importance])
     ids = windows[:1]
-    walk = LayerWalk(copy.deepcopy(model), LLAMA)
+    walks = {way: LayerWalk(copy.deepcopy(model), LLAMA) for way in ("exact", *(["racing"] if racing else []))}
     taken = []
-    for step in itertools.islice(_steps(model, walk, ids), steps or num_removals):
+    for step in itertools.islice(_steps(model, walks, ids), steps or num_removals):
         taken.append(step)
-        typer.echo(f"attention {step.removed}: plain {step.plain_s:.1f} s, ours {step.ours_s:.1f} s", err=True)
+        typer.echo(", ".join(f"{way} {step.chosen[way]} in {step.seconds[way]:.1f} s" for way in step.chosen), err=True)
     peak = _peak_flops(model.dtype)
-    plain_s, ours_s = sum(step.plain_s for step in taken), sum(step.ours_s for step in taken)
+    seconds = {way: sum(step.seconds[way] for step in taken) for way in taken[0].seconds}
     result = {
-        "schema_version": 1,
+        "schema_version": 2,
         "kind": "search_benchmark",
         "shape": shape.value,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "sparsity": sparsity,
+        "calibration": calibration.name if calibration else None,
         "seq_len": seq_len,
         "intermediate_size": width,
-        "removed_attention": [step.removed for step in taken],
-        "speedup": plain_s / ours_s,
-        "plain_s": plain_s,
-        "ours_s": ours_s,
+        "removed_attention": {way: [step.chosen[way] for step in taken] for way in seconds},
+        "seconds": seconds,
+        "speedup_over_plain": {way: seconds["plain"] / spent for way, spent in seconds.items() if way != "plain"},
         "speedup_by_arithmetic_alone": sum(s.plain_flops for s in taken) / sum(s.ours_flops for s in taken),
         "layer_forwards": {
             "plain": sum(step.num_candidates for step in taken) * len(decoder_layers(model, LLAMA)),
-            "ours": walk.num_layer_forwards,
+            **{way: walk.num_layer_forwards for way, walk in walks.items()},
         },
         "floor": {
             "peak_flops_per_s": peak,
-            "formula": "FLOPs of ours at the rate of a large matrix product in this dtype",
+            "formula": "FLOPs at the rate of a large matrix product in this dtype",
             "seconds": sum(step.ours_flops for step in taken) / peak,
-            "ours_over_floor": ours_s / (sum(step.ours_flops for step in taken) / peak),
-            "plain_over_floor": plain_s / (sum(step.plain_flops for step in taken) / peak),
+            "exact_over_floor": seconds["exact"] / (sum(step.ours_flops for step in taken) / peak),
+            "plain_over_floor": seconds["plain"] / (sum(step.plain_flops for step in taken) / peak),
         },
         "largest_relative_difference_of_a_candidate": max(step.largest_difference for step in taken),
         "stage_1": stage_1,
@@ -121,17 +131,19 @@ def main(
         "environment": describe_environment(),
     }
     write_text(out, json.dumps(result, indent=2) + "\n")
-    typer.echo(f"{result['speedup']:.2f}x ({result['speedup_by_arithmetic_alone']:.2f}x by arithmetic alone)")
+    for way, ratio in result["speedup_over_plain"].items():
+        typer.echo(f"{way}: {ratio:.2f}x")
+    typer.echo(f"by arithmetic alone, exact: {result['speedup_by_arithmetic_alone']:.2f}x")
 
 
 def _prepare(
-    shape: Shape, dtype: torch.dtype, sparsity: float, seq_len: int, samples: int
+    shape: Shape, dtype: torch.dtype, sparsity: float, *, seq_len: int, samples: int, calibration: Path | None
 ) -> tuple[PreTrainedModel, torch.Tensor, int, int]:
     """The model, windows ``[samples, seq_len]``, attentions to remove and the FFN width kept."""
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         import_gguf(demo_gguf(), directory / "demo")
-        ids = load_windows(None, load_tokenizer(directory / "demo"), num_samples=samples, seq_len=seq_len).ids
+        ids = load_windows(calibration, load_tokenizer(directory / "demo"), num_samples=samples, seq_len=seq_len).ids
         if shape is Shape.demo:
             checkpoint = open_checkpoint(directory / "demo")
             model = load_model(checkpoint, dtype=dtype)
@@ -161,37 +173,41 @@ def _time_stage_1(model: PreTrainedModel, windows: torch.Tensor) -> tuple[dict[s
     return {"bare_s": bare, "ours_s": ours, "ours_over_bare": statistics.median(ratios)}, importance
 
 
-def _steps(model: PreTrainedModel, walk: LayerWalk, ids: torch.Tensor) -> Iterator[Step]:
-    """Both ways, a step each in turn, the other one first every second time."""
-    ours = removals(walk, PerplexityMetric(ids))
+def _steps(model: PreTrainedModel, walks: Mapping[str, LayerWalk], ids: torch.Tensor) -> Iterator[Step]:
+    """All ways, a step each, another one first each time; ``model`` is pruned by the plain way."""
+    searches = {way: removals(walk, PerplexityMetric(ids), race=way == "racing") for way, walk in walks.items()}
+    ways = ["plain", *searches]
+    on_path = True
     for number in itertools.count():
         attending = _attending(model)
-        started = time.perf_counter()
-        if number % 2:
-            found = next(ours)
-            between = time.perf_counter()
-            plain = _plain_step(model, ids)
-            ours_s, plain_s = between - started, time.perf_counter() - between
-        else:
-            plain = _plain_step(model, ids)
-            between = time.perf_counter()
-            found = next(ours)
-            ours_s, plain_s = time.perf_counter() - between, between - started
+        plain: dict[int, float] = {}
+        found: dict[str, Tried] = {}
+        seconds: dict[str, float] = {}
+        for way in (*ways[number % len(ways) :], *ways[: number % len(ways)]):
+            started = time.perf_counter()
+            if way == "plain":
+                plain = _plain_step(model, ids)
+            else:
+                found[way] = next(searches[way])
+            seconds[way] = time.perf_counter() - started
         best = min(plain, key=lambda layer: (plain[layer], layer))
-        if best != found.removed:
+        exact = found["exact"]
+        if best != exact.removed:
             raise SystemExit(
-                f"The plain way removes attention {best}, ours {found.removed}: {plain} {found.candidates}"
+                f"The plain way removes attention {best}, ours {exact.removed}: {plain} {exact.candidates}"
             )
         remove_attention(decoder_layers(model, LLAMA)[best], LLAMA)
+        chosen = {"plain": best, **{way: tried.removed for way, tried in found.items()}}
         yield Step(
-            removed=best,
+            chosen=chosen,
+            seconds={way: seconds[way] for way in ways},
             num_candidates=len(plain),
-            plain_s=plain_s,
-            ours_s=ours_s,
             plain_flops=_flops(model, ids, attending, whole=True),
             ours_flops=_flops(model, ids, attending, whole=False),
-            largest_difference=max(abs(found.candidates[layer] / plain[layer] - 1) for layer in plain),
+            largest_difference=max(abs(exact.candidates[layer] / plain[layer] - 1) for layer in plain),
+            regret=plain[chosen["racing"]] / plain[best] if "racing" in chosen and on_path else None,
         )
+        on_path = on_path and chosen.get("racing") == best
 
 
 @torch.inference_mode()
