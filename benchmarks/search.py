@@ -158,19 +158,20 @@ def _prepare(
 
 @torch.inference_mode()
 def _time_stage_1(model: PreTrainedModel, windows: torch.Tensor) -> tuple[dict[str, Any], Any]:
-    """Statistics of all windows against the forward passes they need, in turn."""
-    walk, bare, ours, importance = LayerWalk(model, LLAMA), [], [], None
+    """Statistics of two windows against the forward passes they need, in turn; then those of all windows."""
+    walk, bare, ours, some = LayerWalk(model, LLAMA), [], [], windows[:2]
     model.model(windows[:1], use_cache=False)
-    for _ in range(3):
+    for _ in range(5):
         started = time.perf_counter()
-        for window in windows.split(1):
+        for window in some.split(1):
             model.model(window, use_cache=False)
         bare.append(time.perf_counter() - started)
         started = time.perf_counter()
-        importance = neuron_importance(walk, windows)
+        neuron_importance(walk, some)
         ours.append(time.perf_counter() - started)
     ratios = [mine / plain for mine, plain in zip(ours, bare, strict=True)]
-    return {"bare_s": bare, "ours_s": ours, "ours_over_bare": statistics.median(ratios)}, importance
+    timed = {"num_windows": len(some), "bare_s": bare, "ours_s": ours, "ours_over_bare": statistics.median(ratios)}
+    return timed, neuron_importance(walk, windows)
 
 
 def _steps(model: PreTrainedModel, walks: Mapping[str, LayerWalk], ids: torch.Tensor) -> Iterator[Step]:

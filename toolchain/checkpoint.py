@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from toolchain.errors import SenteiError
 from toolchain.families import Family, family_of
 from toolchain.layout import LayerLayout, read_layout
+from toolchain.safetensors_stream import DTYPES, write_safetensors
 
 MAX_SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
@@ -173,7 +172,7 @@ def write_weights(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Writes safetensors, one file or numbered shards, with an index; holds one shard in memory at a time.
+    """Writes safetensors, one file or numbered shards, with an index; holds one tensor in memory at a time.
 
     Args:
         directory: An existing directory.
@@ -194,26 +193,11 @@ def write_weights(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {}
-        for name in names:
-            tensor = load(name).contiguous()
-            expected_shape, expected_dtype = tensors[name]
-            assert tuple(tensor.shape) == expected_shape and tensor.dtype == expected_dtype, name
-            shard[name] = tensor
-            weight_map[name] = file
-            on_tensor(name)
-        _save_file(shard, directory / file)
+        write_safetensors(directory / file, {name: tensors[name] for name in names}, load, on_tensor=on_tensor)
+        weight_map |= dict.fromkeys(names, file)
     # Also for a single file: without an index vLLM takes every *.safetensors, the plan's scores too, for weights.
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _save_file(shard: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(shard, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # The library wraps the operating system's error in its own type; a full disk must stay recognisable.
-        raise OSError(f"{path}: {error}") from error
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -263,12 +247,12 @@ def _read_headers(directory: Path) -> dict[str, TensorInfo]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     header = file.get_slice(name)
-                    dtype = _DTYPES.get(header.get_dtype())
+                    dtype = DTYPES.get(header.get_dtype())
                     if dtype is None:
                         raise SenteiError(
                             f"{path}: tensor {name} is stored as {header.get_dtype()}; quantised checkpoints are not "
                             "supported.",
-                            f"Prune the unquantised model ({', '.join(_DTYPES)}).",
+                            f"Prune the unquantised model ({', '.join(DTYPES)}).",
                         )
                     tensors[name] = TensorInfo(path, tuple(header.get_shape()), dtype)
         except (SafetensorError, OSError) as error:

@@ -26,11 +26,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs."""
-    return _meminfo("/proc/self/status", "RssAnon")
-
-
 def _meminfo(path: str, key: str) -> int:
     for line in Path(path).read_text().splitlines():
         if line.startswith(f"{key}:"):

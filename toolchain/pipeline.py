@@ -110,7 +110,8 @@ def prune(
 ) -> dict[str, Any]:
     """Runs both stages of 2SSP and writes the pruned checkpoint with its plan, summary and model card.
 
-    Until it is done, the search lives in ``<out>.search``, a plan directory that is saved after every step.
+    Until it is done, the search lives in ``<out>.search``, a plan directory that is saved after every step. If the
+    search fails after it has removed an attention, it stays there: what made it fail may be mended, and it resumed.
 
     Args:
         model_directory: The unpruned model.
@@ -147,7 +148,8 @@ def prune(
             )
         summary = _write(job.checkpoint, plan, out, job, started, force=force, progress=progress)
     except SenteiError:
-        state.remove()
+        if not state.worth_keeping:
+            state.remove()
         raise
     state.remove()
     return summary

@@ -70,6 +70,11 @@ class SearchState:
                 )
         return plan
 
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether an attention was removed already: only steps of stage 2 take long."""
+        return (self.directory / PLAN_FILE).exists() and bool(load_plan(self.directory).document.trace)
+
     def remove(self) -> None:
         """Forgets the search."""
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -64,7 +64,7 @@ def write_pruned(
     *,
     progress: Progress = no_progress,
 ) -> None:
-    """Writes the pruned checkpoint, one shard in memory at a time; same inputs, same bytes.
+    """Writes the pruned checkpoint, one tensor in memory at a time; same inputs, same bytes.
 
     Args:
         source: The unpruned checkpoint.

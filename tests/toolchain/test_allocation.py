@@ -1,8 +1,21 @@
+import itertools
+
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from toolchain.allocation import BlockParameters, allocate, block_parameters, num_attention_removals
+from toolchain.adaptive_allocation import best_split, ranked_widths
+from toolchain.allocation import (
+    BlockParameters,
+    Protected,
+    allocate,
+    block_parameters,
+    ladder,
+    num_attention_removals,
+    reachable_removals,
+)
 from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import SenteiError
 
@@ -99,3 +112,85 @@ def test_bad_arguments_are_one_sentence(arguments: dict, sentence: str):
     with pytest.raises(SenteiError) as caught:
         allocate(SMOLLM2, arguments.pop("sparsity"), **arguments)
     assert sentence in str(caught.value)
+
+
+@st.composite
+def scores_and_budget(draw: st.DrawFn) -> tuple[list[np.ndarray], tuple[int, ...], int, set[int]]:
+    """Scores of some layers, an even split of them, its alignment, and protected layers at full width."""
+    align, units, layers = draw(st.integers(1, 8)), draw(st.integers(1, 12)), draw(st.integers(1, 6))
+    full = align * units + draw(st.integers(0, align - 1))
+    protected = draw(st.sets(st.integers(0, layers - 1)))
+    base = draw(st.integers(1, units))
+    even = tuple(full if layer in protected else align * base for layer in range(layers))
+    values = st.floats(2**-6, 1e4, width=32)
+    scores = [draw(arrays(np.float32, full, elements=values)) for _ in range(layers)]
+    return scores, even, align, protected
+
+
+@given(scores_and_budget())
+def test_ranked_widths_keep_the_budget_the_floor_and_what_is_protected(drawn):
+    scores, even, align, protected = drawn
+    widths = ranked_widths(scores, even, align, protected)
+    assert sum(widths) == sum(even)
+    for layer, (width, evenly) in enumerate(zip(widths, even, strict=True)):
+        if layer in protected:
+            assert width == evenly
+        else:
+            assert width % align == 0
+            assert max(1, evenly // 2 // align) * align <= width <= len(scores[layer])
+
+
+@given(scores_and_budget(), st.integers(0, 5))
+def test_a_larger_budget_narrows_no_layer(drawn, more: int):
+    scores, even, align, _ = drawn
+    largest = len(scores[0]) // align * align
+    wider = tuple(min(largest, width + more * align) for width in even)
+    narrow, wide = (ranked_widths(scores, tuple(min(w, largest) for w in each), align) for each in (even, wider))
+    assert all(a <= b for a, b in zip(narrow, wide, strict=True))
+
+
+def test_ranked_widths_do_not_depend_on_a_layers_scale():
+    scores = [np.linspace(1, 10, 16, dtype=np.float32) ** power for power in (1, 2, 3)]
+    widths = ranked_widths(scores, (8, 8, 8), 2)
+    assert widths[0] > widths[1] > widths[2]  # the flatter a layer's scores, the more of its neurons matter
+    assert ranked_widths([1000 * scores[0], scores[1], scores[2] / 7], (8, 8, 8), 2) == widths
+
+
+def test_the_best_split_is_the_least_damage_and_ties_go_to_fewer_removals():
+    assert best_split([0, 1, 2, 3], {0: 5.0, 1: 2.0, 2: 2.0, 3: 9.0}.__getitem__) == 1
+
+
+@given(blocks(), st.floats(0.05, 0.95), st.integers(1, 64))
+def test_reachable_removals_are_those_that_allocate(sizes: BlockParameters, sparsity: float, align: int):
+    assume(align <= sizes.intermediate_size)
+    possible = reachable_removals(sizes, sparsity, align=align)
+    for number in range(sizes.num_hidden_layers + 1):
+        if number in possible:
+            assert allocate(sizes, sparsity, align=align, attention_removals=number).num_attention_removals == number
+        else:
+            with pytest.raises(SenteiError):
+                allocate(sizes, sparsity, align=align, attention_removals=number)
+
+
+@given(blocks(), st.floats(0.05, 0.9), st.data())
+def test_protected_ffns_keep_their_width_and_the_target_is_still_met(
+    sizes: BlockParameters, sparsity: float, data: st.DataObject
+):
+    ffn = data.draw(st.frozensets(st.integers(0, sizes.num_hidden_layers - 1), max_size=3))
+    try:
+        allocation = allocate(sizes, sparsity, align=8, attention_removals=0, protected=Protected(ffn=ffn))
+    except SenteiError:
+        assume(False)
+    assert all(allocation.widths[layer] == sizes.intermediate_size for layer in ffn)
+    removed = sum(sizes.intermediate_size - width for width in allocation.widths) * sizes.neuron
+    assert removed >= sparsity * sizes.total * (1 - 1e-6)
+
+
+@given(st.integers(8, 200), st.integers(1, 16), st.lists(st.integers(1, 200), min_size=1, max_size=6))
+def test_a_ladder_only_goes_down(full: int, align: int, widths: list[int]):
+    target = [min(full, width) for width in widths]
+    rung = ladder(full, target, align)
+    rungs = [rung(step, 5) for step in range(6)]
+    assert rungs[0] == (full,) * len(target)
+    assert rungs[-1] == tuple(target)
+    assert all(a >= b for above, below in itertools.pairwise(rungs) for a, b in zip(above, below, strict=True))

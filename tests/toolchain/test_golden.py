@@ -1,5 +1,6 @@
 """Agreement with the method's public code; ``tests/golden/README.md`` says how it was recorded."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,9 +9,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from toolchain.attention_search import removals
+from toolchain.calibration import load_windows
 from toolchain.checkpoint import open_checkpoint
+from toolchain.layer_walk import LayerWalk
+from toolchain.metrics import PerplexityMetric
+from toolchain.modeling import load_model, load_tokenizer
 from toolchain.pipeline import PruneSettings, prune
 from toolchain.plan import PruningPlan, load_plan
+from toolchain.surgery import narrow_ffn
 
 RECORDED = Path(__file__).resolve().parents[1] / "golden"
 GOLDEN = json.loads((RECORDED / "2ssp_smollm2_135m.json").read_text())
@@ -81,3 +88,18 @@ def _check_kept(ours: np.ndarray, theirs: list[int], scores: np.ndarray) -> None
     swapped = set(ours.tolist()) ^ set(theirs)
     cut = min(scores[theirs])
     assert all(abs(scores[neuron] / cut - 1) < 1e-5 for neuron in swapped)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("sparsity", ["0.25", "0.375", "0.5"])
+def test_racing_removes_the_same_attentions_in_the_same_order(recorded_model: Path, sparsity: str):
+    golden = GOLDEN["runs"][sparsity]
+    checkpoint = open_checkpoint(recorded_model)
+    model = load_model(checkpoint, dtype=torch.float32)
+    narrow_ffn(model, checkpoint.family, [np.array(golden["kept_neurons"][str(layer)]) for layer in range(30)])
+    ids = load_windows(
+        RECORDED / "c4_calibration.jsonl", load_tokenizer(recorded_model), num_samples=1, seq_len=2048
+    ).ids
+    search = removals(LayerWalk(model, checkpoint.family), PerplexityMetric(ids), race=True)
+    raced = [tried.removed for tried in itertools.islice(search, len(golden["steps"]))]
+    assert raced == golden["removed_attention"]

@@ -194,7 +194,7 @@ def _show_reasons(console: Console, found: dict[str, Any]) -> None:
         for step in attention["steps"]:
             place = f"{step['rank']} of {step['num_candidates']}"
             if step["rank"] is None:
-                place = f"dropped after {step['num_tokens']} tokens"
+                place = f"out after {step['num_tokens']} tokens"
             instead = "itself" if step["removed"] == found["layer"] else str(step["removed"])
             table.add_row(str(step["step"]), f"{step['metric']:.4g}", place, instead, f"{step['best']:.4g}")
         console.print(table, soft_wrap=False)

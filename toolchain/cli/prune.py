@@ -146,6 +146,7 @@ def prune(
     from toolchain.allocation import parse_protected
     from toolchain.checkpoint import open_checkpoint, resolve_model
     from toolchain.limits import LimitSettings
+    from toolchain.search_state import search_directory
 
     sparsities = _sparsities(sparsity, sweep)
     picked_device = pick_device(device)
@@ -172,16 +173,23 @@ def prune(
     if calibration is None:
         output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
     name = directory.resolve().name if Path(model).is_dir() else model
-    if sweep is not None:
-        result = pipeline.sweep(
-            directory, out, settings, sparsities, model_name=name, force=force, resume=resume, progress=output.progress
+    try:
+        if sweep is not None:
+            result = pipeline.sweep(
+                directory, out, settings, sparsities, model_name=name, force=force, resume=resume,
+                progress=output.progress,
+            )  # fmt: skip
+            output.result({"directory": str(out), **result}, lambda console: show_sweep(console, out, result))
+            return
+        summary = pipeline.prune(
+            directory, out, settings, model_name=name, force=force, resume=resume, progress=output.progress
         )
-        output.result({"directory": str(out), **result}, lambda console: show_sweep(console, out, result))
-        return
-    summary = pipeline.prune(
-        directory, out, settings, model_name=name, force=force, resume=resume, progress=output.progress
-    )
-    output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
+        output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
+    except BaseException as error:
+        # Interrupted, out of disk, or failed late: what was found so far is not lost.
+        if (unfinished := search_directory(out)).exists() and "--resume" not in str(error):
+            output.note(f"{unfinished} holds the search so far. The same command with --resume goes on from there.")
+        raise
 
 
 def _sparsities(sparsity: float | None, sweep: str | None) -> list[float]:

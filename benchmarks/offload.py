@@ -1,0 +1,152 @@
+"""Prunes a checkpoint larger than the memory allowed, with ``--offload``; the plan must be the same as without.
+
+A checkpoint of random weights and Llama's shape is generated, 3 GB in several shards. ``sentei prune --offload`` runs
+in a process whose data segment is limited, while its anonymous resident memory (what no file backs) is sampled.
+
+    python benchmarks/offload.py -o offload.json
+
+Results stand in ``benchmarks/results/``.
+"""
+
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import LlamaConfig
+
+from serving.environment import describe_environment
+from toolchain.checkpoint import copy_companions, open_checkpoint, write_config, write_weights
+from toolchain.gguf_import import demo_gguf, import_gguf
+from toolchain.output import write_text
+
+_SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 49152, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
+_SHARD_BYTES = 1_000_000_000
+_SAMPLE_S = 0.02
+_COMPARED = ("plan.json", "plan.safetensors")
+
+
+def main(
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write.")],
+    layers: Annotated[int, typer.Option(help="Decoder layers, of 88 MB each.")] = 34,
+    limit_gb: Annotated[float, typer.Option(help="Anonymous memory allowed, in 10^9 bytes.")] = 1.5,
+    seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 128,
+    removals: Annotated[int, typer.Option(help="Attentions to remove.")] = 2,
+) -> None:
+    """Prunes from disk under a limit and in memory without one, and compares the plans."""
+    limit = int(limit_gb * 1e9)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        generate(directory / "model", layers)
+        checkpoint = open_checkpoint(directory / "model")
+        settings = ["--sparsity", "0.25", "--samples", "4", "--seq-len", str(seq_len), "--dtype", "float32"]
+        settings += ["--attention-removals", str(removals)]
+        offloaded = _prune(directory, "offloaded", [*settings, "--offload"], limit=limit)
+        resident = _prune(directory, "resident", settings, limit=None)
+        result = {
+            "schema_version": 1,
+            "kind": "offload_benchmark",
+            "checkpoint": {
+                "weight_bytes": checkpoint.weight_bytes,
+                "num_shards": len({info.file for info in checkpoint.tensors.values()}),
+                "num_hidden_layers": layers,
+                "dtype": "bfloat16",
+                **_SHAPE,
+            },
+            "computed_in": "float32",
+            "limit_bytes": limit,
+            "offloaded": offloaded,
+            "resident": resident,
+            "same_plan": offloaded["sha256"] == resident["sha256"],
+            "environment": describe_environment(),
+        }
+    write_text(out, json.dumps(result, indent=2) + "\n")
+    peaks = (
+        f"{offloaded['peak_anonymous_bytes'] / 1e9:.2f} GB, in memory {resident['peak_anonymous_bytes'] / 1e9:.2f} GB"
+    )
+    typer.echo(f"{checkpoint.weight_bytes / 1e9:.2f} GB of weights; peak from disk {peaks}")
+    if not result["same_plan"] or offloaded["peak_anonymous_bytes"] > limit:
+        raise SystemExit("The plans differ, or the limit was exceeded.")
+
+
+def generate(directory: Path, layers: int) -> None:
+    """Writes a checkpoint of random weights, with the demo model's tokenizer, one tensor in memory at a time."""
+    config = LlamaConfig(**_SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    hidden, width, key_width = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_key_value_heads * config.head_dim,
+    )
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(layers):
+        of_layer = {
+            "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (key_width, hidden),
+            "self_attn.v_proj": (key_width, hidden), "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width),
+            "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+        }  # fmt: skip
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+
+    def load(name: str) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+        shape = shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.03).to(torch.bfloat16)
+
+    directory.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        import_gguf(demo_gguf(), Path(temporary) / "demo")
+        copy_companions(Path(temporary) / "demo", directory)
+    write_config(directory, config.to_dict())
+    tensors = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
+    write_weights(directory, tensors, load, max_shard_bytes=_SHARD_BYTES)
+
+
+def _prune(directory: Path, name: str, settings: list[str], *, limit: int | None) -> dict[str, Any]:
+    """Runs ``sentei prune`` in a process of its own and samples its memory until it ends."""
+    out = directory / name
+    command = [str(Path(sys.executable).with_name("sentei")), "prune", str(directory / "model"), "-o", str(out)]
+
+    def restrict() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    started, peak = time.monotonic(), 0
+    process = subprocess.Popen([*command, *settings], preexec_fn=restrict, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        peak = max(peak, _anonymous_bytes(process.pid))
+        time.sleep(_SAMPLE_S)
+    if process.returncode:
+        raise SystemExit(f"sentei prune ended with exit code {process.returncode}.")
+    return {
+        "peak_anonymous_bytes": peak,
+        "duration_s": time.monotonic() - started,
+        "sha256": {file: hashlib.sha256((out / file).read_bytes()).hexdigest() for file in _COMPARED},
+        "pruned_weight_bytes": open_checkpoint(out).weight_bytes,
+    }
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    values = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
+    return int(values[0]) * 1024 if values else 0
+
+
+if __name__ == "__main__":
+    typer.run(main)
