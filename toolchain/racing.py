@@ -1,10 +1,10 @@
 """Races between candidates: whoever falls behind on few tokens is not run on all of them.
 
 A causal model's loss on the first tokens of a window does not depend on the rest, so a short run is an exact part of
-the long one. Each heat reads twice
-as many tokens as the one before, with half as many candidates (successive halving, arXiv 1502.07943), and of those
-only who is not clearly behind the leader. That is judged token by token, which takes away what is hard about a token
-for all of them (paired differences, as in racing algorithms since Maron and Moore, "Hoeffding races", NIPS 1993).
+the long one. Each heat reads twice as many tokens as the one before, with half as many candidates (successive halving,
+arXiv 1502.07943), and of those only who is not clearly behind the leader. That is judged token by token, which takes
+away what is hard about a token for all of them (paired differences, as in racing algorithms since Maron and Moore,
+"Hoeffding races", NIPS 1993).
 """
 
 import math
