@@ -178,7 +178,7 @@ def _steps(model: PreTrainedModel, walks: Mapping[str, LayerWalk], ids: torch.Te
     """All ways, a step each, another one first each time; ``model`` is pruned by the plain way."""
     searches = {way: removals(walk, PerplexityMetric(ids), race=way == "racing") for way, walk in walks.items()}
     ways = ["plain", *searches]
-    on_path = True
+    on_path, resume_at = True, 0
     for number in itertools.count():
         attending = _attending(model)
         plain: dict[int, float] = {}
@@ -203,12 +203,13 @@ def _steps(model: PreTrainedModel, walks: Mapping[str, LayerWalk], ids: torch.Te
             chosen=chosen,
             seconds={way: seconds[way] for way in ways},
             num_candidates=len(plain),
-            plain_flops=_flops(model, ids, attending, whole=True),
-            ours_flops=_flops(model, ids, attending, whole=False),
+            plain_flops=_flops(model, ids, attending, {layer: 0 for layer in attending}),
+            ours_flops=_flops(model, ids, attending, {layer: max(layer, resume_at) for layer in attending}),
             largest_difference=max(abs(exact.candidates[layer] / plain[layer] - 1) for layer in plain),
             regret=plain[chosen["racing"]] / plain[best] if "racing" in chosen and on_path else None,
         )
         on_path = on_path and chosen.get("racing") == best
+        resume_at = best
 
 
 @torch.inference_mode()
@@ -226,8 +227,8 @@ def _attending(model: PreTrainedModel) -> list[int]:
     return [index for index, layer in enumerate(layers) if not isinstance(layer.self_attn, RemovedAttention)]
 
 
-def _flops(model: PreTrainedModel, ids: torch.Tensor, attending: list[int], *, whole: bool) -> float:
-    """Matrix products of one step: per candidate the head, and the layers from the candidate's on or all of them."""
+def _flops(model: PreTrainedModel, ids: torch.Tensor, attending: list[int], start: Mapping[int, int]) -> float:
+    """Matrix products of one step: per candidate the head, and the layers from ``start`` on."""
     config, tokens = model.config, ids.numel()
     head_dim = config.hidden_size // config.num_attention_heads
     projections = 2 * config.hidden_size * head_dim * (config.num_attention_heads + config.num_key_value_heads)
@@ -236,9 +237,8 @@ def _flops(model: PreTrainedModel, ids: torch.Tensor, attending: list[int], *, w
     head = tokens * 2 * config.hidden_size * config.vocab_size
     total = 0.0
     for candidate in attending:
-        first = 0 if whole else candidate
-        total += head + ffn * (config.num_hidden_layers - first)
-        total += attention * sum(layer >= first and layer != candidate for layer in attending)
+        total += head + ffn * (config.num_hidden_layers - start[candidate])
+        total += attention * sum(layer >= start[candidate] and layer != candidate for layer in attending)
     # Ours walks the model itself up to its last candidate as well, where its state is not known from the step before.
     return total
 

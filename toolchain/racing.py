@@ -1,10 +1,9 @@
 """Races between candidates: whoever falls behind on few tokens is not run on all of them.
 
 A causal model's loss on the first tokens of a window does not depend on the rest, so a short run is an exact part of
-the long one. Each heat reads twice as many tokens as the one before, with half as many candidates (successive halving,
-arXiv 1502.07943), and of those only who is not clearly behind the leader. That is judged token by token, which takes
-away what is hard about a token for all of them (paired differences, as in racing algorithms since Maron and Moore,
-"Hoeffding races", NIPS 1993).
+the long one. After a heat only the better half or quarter goes on (successive halving, arXiv 1502.07943), and of those
+only who is not clearly behind the leader. That is judged token by token, which takes away what is hard about a token
+for all of them (paired differences, as in racing algorithms since Maron and Moore, "Hoeffding races", NIPS 1993).
 """
 
 import math
@@ -29,11 +28,7 @@ class Heat:
     going_on: float
 
 
-_HEATS = (
-    Heat(window=1 / 16, going_on=1 / 2),
-    Heat(window=1 / 8, going_on=1 / 4),
-    Heat(window=1 / 4, going_on=1 / 8),
-)
+_HEATS = (Heat(window=1 / 16, going_on=1 / 2), Heat(window=1 / 4, going_on=1 / 4))
 
 
 @torch.inference_mode()

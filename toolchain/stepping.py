@@ -1,9 +1,12 @@
 """One step of the search: a model without each candidate's attention, the work below a candidate done once.
 
 Removing the attention of layer *i* changes nothing below it. So a candidate joins the walk at its layer, and from there
-all candidates of a step go up together: each layer is visited once a step, and its weights are read once.
+all candidates of a step go up together: each layer is visited once a step, and its weights are read once. And once the
+attention of layer *r* is gone for good, candidates below *r* are what they were up to there: in the next step they join
+the walk at *r*.
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -20,7 +23,9 @@ Found = TypeVar("Found")
 
 
 class EnteringStates:
-    """The current model's hidden states where they are known: what enters layer 0, and as many others as fit.
+    """Hidden states where they are known: what enters layer 0, and as many others as fit.
+
+    Of the current model, and of the candidates of the last step, which are the current model without one attention.
 
     Attributes:
         nbytes: Of one state.
@@ -30,6 +35,7 @@ class EnteringStates:
     def __init__(self, embedded: torch.Tensor) -> None:
         """``embedded``: what enters layer 0, ``[num_sequences, seq_len, hidden_size]``."""
         self._states = {0: embedded}
+        self._of_candidates: dict[int, dict[int, torch.Tensor]] = {}
         self.nbytes = embedded.nbytes
         self.num_tokens = embedded.shape[0] * embedded.shape[1]
 
@@ -37,6 +43,10 @@ class EnteringStates:
         """The same for the first ``num_tokens`` tokens alone, which do not depend on those that follow."""
         part = EnteringStates(self._states[0][:, :num_tokens])
         part._states = {layer: state[:, :num_tokens] for layer, state in self._states.items()}
+        part._of_candidates = {
+            candidate: {layer: state[:, :num_tokens] for layer, state in known.items()}
+            for candidate, known in self._of_candidates.items()
+        }
         return part
 
     def nearest(self, layer: int) -> int:
@@ -51,18 +61,31 @@ class EnteringStates:
         """A state, if it is known."""
         return self._states.get(layer)
 
+    def of_candidate(self, candidate: int) -> tuple[int, torch.Tensor] | None:
+        """The highest layer above a candidate's own whose entering state is known without its attention, and that."""
+        known = self._of_candidates.get(candidate)
+        return max(known.items(), key=lambda item: item[0]) if known else None
+
     def offer(self, layer: int, state: torch.Tensor, capacity: int) -> None:
-        """Keeps a state if there is room for it."""
+        """Keeps a state of the current model if there is room for it."""
         if len(self._states) < capacity:
             self._states[layer] = state
+
+    def keep_of_candidate(self, candidate: int, layer: int, state: torch.Tensor) -> None:
+        """Keeps a state without a candidate's attention."""
+        self._of_candidates.setdefault(candidate, {})[layer] = state
 
     def forget_above(self, layer: int) -> None:
         """Drops what a change in ``layer`` has made wrong."""
         self._states = {known: state for known, state in self._states.items() if known <= layer}
+        self._of_candidates = {
+            candidate: {known: state for known, state in states.items() if known <= layer}
+            for candidate, states in self._of_candidates.items()
+        }
 
     def __len__(self) -> int:
         """How many are known."""
-        return len(self._states)
+        return len(self._states) + sum(map(len, self._of_candidates.values()))
 
 
 @torch.inference_mode()
@@ -92,10 +115,12 @@ def without_each(
     free = available_bytes(walk.model.device) + (len(states) - 1) * states.nbytes
     room = max(2, int(_SHARE_FOR_STATES * free / states.nbytes))
     size = min(len(candidates), room - 1)
+    # In flight are the candidates; of the model itself there is at most one state a layer.
+    stride = _stride(len(candidates), len(walk.layers), room - len(candidates) - len(walk.layers))
     while len(results) < len(candidates):
         group = candidates[len(results) : len(results) + size]
         try:
-            found = _without_group(walk, group, states, look, capacity=max(1, room - size))
+            found = _without_group(walk, group, states, look, capacity=max(1, room - size), stride=stride)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -105,7 +130,7 @@ def without_each(
                     "Use a smaller --seq-len, --offload, or a larger device.",
                 ) from error
             states.forget_above(0)
-            size, room = max(1, size // 2), 2
+            size, room, stride = max(1, size // 2), 2, None
             continue
         results |= found
     return results
@@ -118,23 +143,43 @@ def _without_group(
     look: Callable[[torch.Tensor], Found],
     *,
     capacity: int,
+    stride: int | None,
 ) -> dict[int, Found]:
-    """Walks the candidates of ``group`` (ascending) up together, each from its layer on."""
+    """Walks the candidates of ``group`` (ascending) up together, each from where it is known."""
+    resumed = {candidate: known for candidate in group if (known := states.of_candidate(candidate))}
+    fresh = [candidate for candidate in group if candidate not in resumed]
+    # The current model itself is walked up to the last candidate that branches off from it.
+    base, last = (states.nearest(fresh[0]), fresh[-1]) if fresh else (len(walk.layers), -1)
+    current = states.get(base)
     rows: dict[int, torch.Tensor] = {}
-    first, last = states.nearest(group[0]), group[-1]
-    current: torch.Tensor | None = states[first]
-    for index in range(first, len(walk.layers)):
+    for index in range(min([base, *(layer for layer, _ in resumed.values())]), len(walk.layers)):
         with walk.layers.layer(index) as module:
             for candidate in rows:
                 rows[candidate] = walk.run(module, index, rows[candidate])
-            if index in group:
+            for candidate, (layer, state) in resumed.items():
+                if layer == index:
+                    rows[candidate] = walk.run(module, index, state)
+            if index in fresh:
                 assert current is not None
                 rows[index] = walk.run_without_attention(module, index, current)
-            if index < last:
+            if base <= index < last:
                 if (known := states.get(index + 1)) is None:
                     assert current is not None
                     current = walk.run(module, index, current)
                     states.offer(index + 1, current, capacity)
                 else:
                     current = known
+        if stride and (index + 1) % stride == 0 and index + 1 < len(walk.layers):
+            for candidate, state in rows.items():
+                states.keep_of_candidate(candidate, index + 1, state)
     return {candidate: look(rows.pop(candidate)) for candidate in group}
+
+
+def _stride(num_candidates: int, num_layers: int, spare: int) -> int | None:
+    """Every how many layers a candidate's state can be kept, if there is room for ``spare`` states of all candidates.
+
+    A candidate goes through half of the layers on average. ``None``: there is no room for one state of each.
+    """
+    if spare < num_candidates:
+        return None
+    return max(1, math.ceil(num_candidates * num_layers / 2 / spare))

@@ -130,6 +130,19 @@ def test_a_layer_is_visited_once_a_step(deep_model: Path, ids: torch.Tensor):
     assert walk.num_layer_forwards == sum(12 - layer for layer in range(12)) + 11
 
 
+def test_the_next_step_resumes_where_the_removed_attention_was(deep_model: Path, ids: torch.Tensor):
+    walk = LayerWalk(load_model(deep_model, dtype=torch.float32), LLAMA)
+    found = removals(walk, PerplexityMetric(ids))
+    removed = next(found).removed
+    before = walk.num_layer_forwards
+    next(found)
+    below, above = (
+        sum(12 - max(layer, removed) for layer in layers) for layers in (range(removed), range(removed + 1, 12))
+    )
+    # The model itself changed from the removed attention on, up to the last candidate.
+    assert walk.num_layer_forwards - before == below + above + (11 - removed)
+
+
 def test_from_disk_it_is_the_same(deep_model: Path, ids: torch.Tensor):
     walk = open_offloaded(open_checkpoint(deep_model), dtype=torch.float32, device="cpu")
     assert search(deep_model, ids, 3, walk) == search(deep_model, ids, 3)
