@@ -203,7 +203,7 @@ def _steps(model: PreTrainedModel, walks: Mapping[str, LayerWalk], ids: torch.Te
             chosen=chosen,
             seconds={way: seconds[way] for way in ways},
             num_candidates=len(plain),
-            plain_flops=_flops(model, ids, attending, {layer: 0 for layer in attending}),
+            plain_flops=_flops(model, ids, attending, dict.fromkeys(attending, 0)),
             ours_flops=_flops(model, ids, attending, {layer: max(layer, resume_at) for layer in attending}),
             largest_difference=max(abs(exact.candidates[layer] / plain[layer] - 1) for layer in plain),
             regret=plain[chosen["racing"]] / plain[best] if "racing" in chosen and on_path else None,
