@@ -87,4 +87,6 @@ class CompleteWeights(nn.Module):
         # Other tensors without a place vLLM refuses itself. Biases of another pipeline stage have no weight here.
         biases = (name for name in seen - wanted if name.endswith(".bias"))
         if extra := sorted(name for name in biases if name.removesuffix("bias") + "weight" in wanted):
-            raise SenteiError(f"The checkpoint has {extra[0]}, for which the model has no place in vLLM ({len(extra)} such).")
+            raise SenteiError(
+                f"The checkpoint has {extra[0]}, for which the model has no place in vLLM ({len(extra)} such)."
+            )

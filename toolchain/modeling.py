@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -113,8 +114,9 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
         config.per_layer_config = None
         with torch.device("meta"):
             model = transformers_class(checkpoint.family)(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SenteiError(f"{checkpoint.directory}/config.json: Transformers refuses it ({error}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise SenteiError(f"{checkpoint.directory}/config.json: Transformers refuses it ({reason}).") from error
     with torch.device("meta"):
         shape_layers(model, checkpoint.family, checkpoint.layout)
     return model

@@ -114,5 +114,9 @@ def test_other_shapes(good: Path, family: Family, tmp_path: Path):
     refused(good, tmp_path, "embed_tokens.weight has shape [95, 32]", edit=cut("model.embed_tokens.weight"))
 
 
+def test_a_config_that_transformers_refuses(good: Path, tmp_path: Path):
+    refused(good, tmp_path, "config.json: Transformers refuses it", config={"hidden_size": "wide"})
+
+
 def test_the_good_one_loads(good: Path):
     assert load_model(good).config.num_hidden_layers == 4
