@@ -25,6 +25,7 @@ from toolchain.modeling import RemovedAttention, RemovedFFN
 # The head and the most sensitive matrices (llama.cpp's choice of layers) in int8, the rest in int4 in blocks of 32. On
 # the demo model, against float32: KL divergence 0.17 nats a token and 110 MB; everything in int4: 0.33 nats and 86 MB.
 _INT4_OPTIONS = {"matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"}
+_MODEL_TYPES = ("llama",)
 _ROPE_TYPES = ("default", "linear", "llama3")
 _HEAD_DIM_MULTIPLE = 16  # of GroupQueryAttention with rotary embedding inside
 _CACHES = ("past_key_values.key", "past_key_values.value"), ("present.key", "present.value")
@@ -34,8 +35,14 @@ def check_supported(config: PreTrainedConfig) -> None:
     """Refuses, before weights are loaded, what builder and runtime would get wrong or stumble over later.
 
     Raises:
-        SenteiError: Another rotary scaling, or a head size, that they do not know.
+        SenteiError: Another family, rotary scaling or head size than they know.
     """
+    if config.model_type not in _MODEL_TYPES:
+        raise SenteiError(
+            f"config.json: ONNX export does not support model_type {config.model_type!r}, only "
+            f"{', '.join(_MODEL_TYPES)}.",
+            "Export to vLLM instead.",
+        )
     kind = config.rope_parameters["rope_type"]
     if kind not in _ROPE_TYPES:
         raise SenteiError(

@@ -1,38 +1,75 @@
 """Pruned models in vLLM: its own classes, with each layer shaped as the checkpoint's ``per_layer_config`` says.
 
-Loaded inside somebody else's server: of this project only the config vocabulary is imported. A further family needs two
-classes as small as the two at the end.
+Loaded inside somebody else's server: of this project only the vocabulary of configs and families is imported. A family
+is one small class at the end, which names vLLM's own model and decoder layer; nothing of theirs is copied.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
+from vllm.model_executor.models.granite import GraniteDecoderLayer, GraniteForCausalLM
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCausalLM
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index, make_layers, maybe_prefix
 
+from serving.vllm_weights import CompleteWeights, stored_shapes
 from toolchain.errors import SenteiError
+from toolchain.families import Family, family_of
+from toolchain.layer_tensors import check_layer_tensors
 from toolchain.layout import LayerLayout, read_layout
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
     from vllm.config import VllmConfig
 
-# Which side of an FFN weight [out, in] counts neurons, and how many rows a neuron has there.
-_NEURON_SIDE = {"gate_proj": (0, 1), "up_proj": (0, 1), "gate_up_proj": (0, 2), "down_proj": (1, 1)}
-_FFN_WEIGHT = re.compile(r"layers\.(\d+)\.mlp\.(\w+)\.weight$")
+
+class Nothing(nn.Module):
+    """Stands where an attention, an FFN, or a norm behind one was: passes on what came in.
+
+    A norm before it, :class:`NoNorm`, has let that through unchanged, so nothing was added to the residual stream.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Returns ``hidden_states`` itself."""
+        return hidden_states
+
+
+class NoNorm(nn.Module):
+    """Stands where the norm before a removed attention or FFN was.
+
+    vLLM's norms take what the last part has put out, add it to the residual stream, and return the normalised stream
+    and the stream. Where nothing follows, both wait as they are for the next norm.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Returns both; without ``residual``, ``hidden_states`` is the stream and there is nothing to add to it."""
+        if residual is None:
+            return torch.zeros_like(hidden_states)
+        return hidden_states, residual
 
 
 def checked_layout(vllm_config: "VllmConfig") -> tuple[LayerLayout, ...]:
     """Reads the layout and checks that this server can build it, before any weight is read.
 
     Raises:
-        SenteiError: ``per_layer_config`` is wrong, or a width cannot be split over the tensor-parallel ranks.
+        SenteiError: ``per_layer_config`` is wrong or does not fit the tensors, or a width cannot be split over the
+            tensor-parallel ranks.
     """
-    layout = read_layout(vllm_config.model_config.hf_config.to_dict())
+    model_config = vllm_config.model_config
+    config = model_config.hf_config.to_dict()
+    layout = read_layout(config)
+    # Of a model that is not in a directory, or is quantised, every tensor is checked when it is loaded.
+    if shapes := stored_shapes(Path(model_config.model)) if "quantization_config" not in config else {}:
+        check_layer_tensors(str(model_config.model), family_of(config), layout, shapes)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if odd := [index for index, layer in enumerate(layout) if layer.intermediate_size % ranks]:
         raise SenteiError(
@@ -43,145 +80,132 @@ def checked_layout(vllm_config: "VllmConfig") -> tuple[LayerLayout, ...]:
     return layout
 
 
-class NoAttention(nn.Module):
-    """Takes the place of an attention class: builds nothing, so vLLM sees no layer here and allocates no KV cache."""
-
-    def __init__(self, **_: Any) -> None:
-        """Ignores what an attention would be built from."""
-        super().__init__()
-
-
-class PrunedDecoderLayer(nn.Module):
-    """Mixin for vLLM decoder layers of the Llama kind (pre-norm, fused residual) that may lack attention or FFN.
-
-    The base has ``input_layernorm``, ``self_attn``, ``post_attention_layernorm`` and ``mlp``.
-    """
-
-    input_layernorm: Any
-    self_attn: Any
-    post_attention_layernorm: Any
-    mlp: Any
-
-    def remove_parts(self, layout: LayerLayout) -> None:
-        """Takes out what the layout skips; called once, after the base class has built the layer."""
-        self.has_attention, self.has_ffn = layout.attention, layout.intermediate_size > 0
-        if not self.has_attention:
-            del self.self_attn, self.input_layernorm
-        if not self.has_ffn:
-            del self.mlp, self.post_attention_layernorm
-
-    def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the parts that are there.
-
-        Args:
-            positions: int64 ``[num_tokens]``.
-            hidden_states: What the last part added, not yet in the residual stream: ``[num_tokens, hidden_size]``.
-            residual: The residual stream; ``None`` before the first norm, then ``hidden_states`` is the stream.
-
-        Returns:
-            New ``hidden_states`` and ``residual``.
-        """
-        if self.has_attention:
-            hidden_states, residual = _add_and_norm(self.input_layernorm, hidden_states, residual)
-            hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
-        if self.has_ffn:
-            hidden_states, residual = _add_and_norm(self.post_attention_layernorm, hidden_states, residual)
-            hidden_states = self.mlp(hidden_states)
-        if residual is None:
-            return torch.zeros_like(hidden_states), hidden_states
-        return hidden_states, residual
+def remove_parts(layer: nn.Module, family: Family, layout: LayerLayout) -> None:
+    """Takes out of a decoder layer what its layout skips; the layer's own forward then passes by."""
+    for kept, part, norms in (
+        (layout.attention, family.attention, family.attention_norms),
+        (layout.intermediate_size > 0, family.ffn, family.ffn_norms),
+    ):
+        if not kept:
+            setattr(layer, norms[0], NoNorm())
+            for name in (part, *norms[1:]):
+                setattr(layer, name, Nothing())
 
 
-def _add_and_norm(
-    norm: Callable[..., Any], hidden_states: torch.Tensor, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if residual is None:
-        return norm(hidden_states), hidden_states
-    return norm(hidden_states, residual)
+class PrunedModel(CompleteWeights):
+    """Mixin for vLLM's causal language models: the model as vLLM builds it, but with decoder layers that differ."""
 
-
-class CompleteWeights(nn.Module):
-    """Mixin for vLLM models: every tensor of the checkpoint is used whole, and every weight comes from it.
-
-    vLLM alone (0.32) cuts tensors that are too large, drops biases it has no place for, and does not miss a linear
-    layer's weight, which then keeps whatever was in memory.
-    """
-
-    layout: Sequence[LayerLayout]
-    _complete = False
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads and checks; later calls on the same model, as in weight updates, may be partial.
-
-        Raises:
-            SenteiError: A tensor is missing, left over, or of another width than the config says.
-        """
-        seen: set[str] = set()
-        loaded = super().load_weights(self._observe(weights, seen))  # type: ignore[misc]
-        if not self._complete:
-            self._check_complete(seen)
-            self._complete = True
-        return loaded
-
-    def _observe(
-        self, weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights:
-            seen.add(name)
-            if (match := _FFN_WEIGHT.search(name)) and match[2] in _NEURON_SIDE:
-                side, rows = _NEURON_SIDE[match[2]]
-                width = self.layout[int(match[1])].intermediate_size
-                if tensor.is_floating_point() and tensor.shape[side] != rows * width:
-                    raise SenteiError(
-                        f"{name} has shape {list(tensor.shape)}, but config.json says intermediate_size {width}."
-                    )
-            yield name, tensor
-
-    def _check_complete(self, seen: set[str]) -> None:
-        packed: dict[str, list[str]] = self.packed_modules_mapping  # type: ignore[assignment]
-        wanted: set[str] = set()
-        for name, _ in self.named_parameters():
-            module, _, leaf = name.rpartition(".")
-            parent, _, last = module.rpartition(".")
-            if leaf in ("weight", "bias"):
-                wanted |= {f"{parent}.{part}.{leaf}".lstrip(".") for part in packed.get(last, [last])}
-        if missing := sorted(wanted - seen):
-            raise SenteiError(f"The checkpoint has no tensor {missing[0]} ({len(missing)} missing).")
-        # Other tensors without a place vLLM refuses itself. Biases of another pipeline stage have no weight here.
-        biases = (name for name in seen - wanted if name.endswith(".bias"))
-        if extra := sorted(name for name in biases if name.removesuffix("bias") + "weight" in wanted):
-            raise SenteiError(f"The checkpoint has {extra[0]}, for which config.json has no place ({len(extra)} such).")
-
-
-class PrunedLlamaDecoderLayer(PrunedDecoderLayer, LlamaDecoderLayer):
-    """vLLM's Llama layer, shaped by its own entry of ``per_layer_config``."""
-
-    def __init__(self, vllm_config: "VllmConfig", prefix: str = "", *, layout: Sequence[LayerLayout]) -> None:
-        """Builds the layer whose index stands in ``prefix``."""
-        index = extract_layer_index(prefix)
-        LlamaDecoderLayer.__init__(
-            self,
-            vllm_config,
-            prefix,
-            # Each layer its own config object; the model's refuses to be asked for a width.
-            config=cast("LlamaConfig", vllm_config.model_config.hf_config.per_layer_config[index]),
-            attn_layer_type=LlamaAttention if layout[index].attention else NoAttention,
-        )
-        self.remove_parts(layout[index])
-
-
-class PrunedLlamaForCausalLM(CompleteWeights, LlamaForCausalLM):
-    """vLLM's Llama with layers that differ."""
+    decoder_layer: ClassVar[type[nn.Module]]
+    # Whether vLLM's class gives each layer its own kind of attention, sliding or full.
+    knows_layer_types: ClassVar[bool] = True
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "") -> None:
         """Checks the config, then builds; weights come later.
 
         Raises:
-            SenteiError: See :func:`checked_layout`.
+            SenteiError: See :func:`checked_layout`; or vLLM's class has no place for what the config asks for.
         """
         layout = checked_layout(vllm_config)
-        layer_type = cast("type[nn.Module]", partial(PrunedLlamaDecoderLayer, layout=layout))
-        LlamaForCausalLM.__init__(self, vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-        self.layout = layout
+        config = vllm_config.model_config.hf_config
+        if not self.knows_layer_types and len(kinds := set(getattr(config, "layer_types", None) or ())) > 1:
+            raise SenteiError(
+                f"config.json: layer_types mixes {' and '.join(sorted(kinds))}, which vLLM's class for model_type "
+                f"{config.model_type!r} cannot serve, pruned or not.",
+                "Serve it with Transformers.",
+            )
+        family = family_of(config.to_dict())
+        with _no_layers(config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+        def layer(prefix: str) -> nn.Module:
+            index = extract_layer_index(prefix)
+            built = self.build_layer(vllm_config, config.per_layer_config[index], prefix)
+            remove_parts(built, family, layout[index])
+            if not layout[index].attention:
+                _forget_attention(vllm_config, prefix)
+            return built
+
+        inner: Any = self.model
+        inner.start_layer, inner.end_layer, inner.layers = make_layers(
+            len(layout), layer, prefix=f"{maybe_prefix(prefix, 'model')}.layers"
+        )
+        self.layout, self.family = layout, family
+
+    def build_layer(self, vllm_config: "VllmConfig", config: Any, prefix: str) -> nn.Module:
+        """The layer as vLLM builds it, of the width that ``config``, this layer's own, says."""
+        return self.decoder_layer(
+            config=config,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=prefix,
+        )
+
+
+class PrunedLlamaLike(PrunedModel):
+    """Mixin for the models whose layers take all of vLLM's config."""
+
+    def build_layer(self, vllm_config: "VllmConfig", config: Any, prefix: str) -> nn.Module:
+        """See :class:`PrunedModel`."""
+        return self.decoder_layer(vllm_config=vllm_config, config=config, prefix=prefix)
+
+
+@contextmanager
+def _no_layers(config: Any) -> Iterator[None]:
+    """Lets vLLM's models build no layers: they build all alike, from the global width, which cannot be asked for."""
+    num_hidden_layers = config.num_hidden_layers
+    config.num_hidden_layers = 0
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = num_hidden_layers
+
+
+def _forget_attention(vllm_config: "VllmConfig", prefix: str) -> None:
+    """Strikes a removed attention off the list from which vLLM allocates KV cache."""
+    known = vllm_config.compilation_config.static_forward_context
+    for name in [name for name in known if name.startswith(f"{prefix}.")]:
+        del known[name]
+
+
+class PrunedLlamaForCausalLM(PrunedLlamaLike, LlamaForCausalLM):
+    """vLLM's Llama with layers that differ."""
+
+    decoder_layer = LlamaDecoderLayer
+
+
+class PrunedMistralForCausalLM(PrunedLlamaLike, MistralForCausalLM):
+    """vLLM's Mistral with layers that differ."""
+
+    decoder_layer = MistralDecoderLayer
+
+
+class PrunedPhi3ForCausalLM(PrunedLlamaLike, Phi3ForCausalLM):
+    """vLLM's Phi-3 with layers that differ."""
+
+    decoder_layer = LlamaDecoderLayer
+
+
+class PrunedQwen2ForCausalLM(PrunedModel, Qwen2ForCausalLM):
+    """vLLM's Qwen2 with layers that differ."""
+
+    decoder_layer = Qwen2DecoderLayer
+    knows_layer_types = False
+
+
+class PrunedQwen3ForCausalLM(PrunedModel, Qwen3ForCausalLM):
+    """vLLM's Qwen3 with layers that differ."""
+
+    decoder_layer = Qwen3DecoderLayer
+    knows_layer_types = False
+
+
+class PrunedGraniteForCausalLM(PrunedModel, GraniteForCausalLM):
+    """vLLM's Granite with layers that differ."""
+
+    decoder_layer = GraniteDecoderLayer
+
+
+class PrunedGemma3ForCausalLM(PrunedModel, Gemma3ForCausalLM):
+    """vLLM's Gemma 3 with layers that differ."""
+
+    decoder_layer = Gemma3DecoderLayer

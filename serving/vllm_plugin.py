@@ -3,12 +3,13 @@
 They carry names of our own in ``architectures``, so nothing changes for any other model on the same server.
 """
 
-_ARCHITECTURES = ("PrunedLlamaForCausalLM",)
+from toolchain.families import FAMILIES
 
 
 def register() -> None:
     """Registers the classes by name, so that nothing of vLLM's models is imported before one is asked for."""
     from vllm import ModelRegistry
 
-    for architecture in _ARCHITECTURES:
+    for family in FAMILIES.values():
+        architecture = family.pruned_architecture
         ModelRegistry.register_model(architecture, f"serving.vllm_models:{architecture}")

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from serving.lora import check_adapters
 from serving.vllm_launcher import PARENT_VARIABLE, is_cpu_build
 from toolchain.errors import MissingDependencyError, SenteiError
 
@@ -35,9 +36,10 @@ def serve(directory: Path, options: Sequence[str]) -> NoReturn:
         options: vLLM's own. Without ``--host`` the server listens on loopback alone.
 
     Raises:
-        SenteiError: An option that would run code from the checkpoint.
+        SenteiError: An option that would run code from the checkpoint, or a LoRA adapter that does not fit it.
         MissingDependencyError: vLLM is not installed.
     """
+    check_adapters(directory, options)
     command = _command("serve", str(directory.resolve()), *_serve_options(options))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,8 +21,8 @@ class BlockParameters:
     Attributes:
         num_hidden_layers: How many blocks.
         intermediate_size: FFN neurons of a block.
-        attention: Parameters of the attention projections, biases included, without norms.
-        attention_norm: Parameters of the norm that goes with a removed attention.
+        attention: Parameters of the attention submodule: projections and biases, and query and key norms if it has any.
+        attention_norm: Parameters of the norms that go with a removed attention.
         neuron: Parameters of one FFN neuron.
         block: All parameters of a block, norms included.
     """
@@ -68,16 +68,12 @@ def block_parameters(checkpoint: Checkpoint) -> BlockParameters:
         if name.startswith(prefix)
     }
     width = checkpoint.layout[0].intermediate_size
-    per_neuron = sum(
-        size
-        for name, size in sizes.items()
-        if name.rpartition(".")[0] in family.ffn_inputs or name == f"{family.ffn_output}.weight"
-    )
+    per_neuron = sum(size for name, size in sizes.items() if family.neuron_side(name) is not None)
     return BlockParameters(
         num_hidden_layers=len(checkpoint.layout),
         intermediate_size=width,
         attention=_below(sizes, family.attention),
-        attention_norm=_below(sizes, family.attention_norm),
+        attention_norm=sum(_below(sizes, norm) for norm in family.attention_norms),
         neuron=per_neuron // width,
         block=sum(sizes.values()),
     )

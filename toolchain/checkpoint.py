@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from toolchain.errors import SenteiError
 from toolchain.families import Family, family_of
+from toolchain.layer_tensors import check_layer_tensors
 from toolchain.layout import LayerLayout, read_layout
 from toolchain.safetensors_stream import DTYPES, write_safetensors
 
@@ -142,9 +143,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     config = _read_config(directory)
     family = family_of(config)
     layout = read_layout(config)
-    checkpoint = Checkpoint(directory, config, family, layout, _read_headers(directory))
-    _check_tensors(checkpoint)
-    return checkpoint
+    tensors = _read_headers(directory)
+    check_layer_tensors(str(directory), family, layout, {name: info.shape for name, info in tensors.items()})
+    return Checkpoint(directory, config, family, layout, tensors)
 
 
 def companion_files(directory: Path) -> list[Path]:
@@ -258,42 +259,3 @@ def _read_headers(directory: Path) -> dict[str, TensorInfo]:
         except (SafetensorError, OSError) as error:
             raise SenteiError(f"{path} is corrupt or truncated ({error}).", "Download or copy it again.") from error
     return tensors
-
-
-def layer_tensor_names(checkpoint: Checkpoint, layer: int, submodule: str) -> list[str]:
-    """Names of the stored tensors below one submodule of one decoder layer."""
-    prefix = f"{checkpoint.family.layers}.{layer}.{submodule}."
-    return [name for name in checkpoint.tensors if name.startswith(prefix)]
-
-
-def _check_tensors(checkpoint: Checkpoint) -> None:
-    family, tensors = checkpoint.family, checkpoint.tensors
-    for index, layer in enumerate(checkpoint.layout):
-        where = f"{checkpoint.directory}: layer {index}"
-        for part, norm, kept in (
-            (family.attention, family.attention_norm, layer.attention),
-            (family.ffn, family.ffn_norm, layer.intermediate_size > 0),
-        ):
-            found = layer_tensor_names(checkpoint, index, part) + layer_tensor_names(checkpoint, index, norm)
-            if kept != bool(found):
-                missing = "has no weights of" if kept else "has weights of the skipped"
-                raise SenteiError(f"{where} {missing} {part}; config.json says otherwise.")
-        if layer.intermediate_size:
-            _check_widths(where, tensors, family, f"{family.layers}.{index}", layer.intermediate_size)
-    beyond = f"{family.layers}.{len(checkpoint.layout)}."
-    if any(name.startswith(beyond) for name in tensors):
-        raise SenteiError(
-            f"{checkpoint.directory} holds more layers than num_hidden_layers = {len(checkpoint.layout)} says."
-        )
-
-
-def _check_widths(where: str, tensors: Mapping[str, TensorInfo], family: Family, layer: str, width: int) -> None:
-    sides: Iterable[tuple[str, int]] = [(name, 0) for name in family.ffn_inputs] + [(family.ffn_output, 1)]
-    for name, dimension in sides:
-        info = tensors.get(f"{layer}.{name}.weight")
-        if info is None:
-            raise SenteiError(f"{where} has no tensor {name}.weight.")
-        if len(info.shape) != 2 or info.shape[dimension] != width:
-            raise SenteiError(
-                f"{where}: {name}.weight has shape {list(info.shape)}, but config.json says intermediate_size {width}."
-            )

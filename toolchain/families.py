@@ -1,7 +1,7 @@
 """The model families sentei knows: one entry each, data only.
 
 Everything that depends on the family (weight names, what a neuron's removal cuts, what a removed attention takes along)
-stands here and nowhere else.
+stands here and nowhere else. Standard library only: the vLLM plugin imports this module.
 """
 
 from collections.abc import Mapping
@@ -22,48 +22,116 @@ class Family:
         architecture: The Transformers class of the causal language model.
         layers: Name of the list of decoder layers.
         attention: The attention submodule.
-        attention_norm: The norm that only feeds attention, and goes with it.
+        attention_norms: The norms that go with attention: the one before it and, where there is one, the one after it.
         ffn: The FFN submodule.
-        ffn_norm: The norm that only feeds the FFN, and goes with it.
+        ffn_norms: The norms that go with the FFN, likewise.
         ffn_inputs: Projections into the FFN: a neuron is one *row* of each weight (and one entry of each bias).
+        ffn_input_parts: Into how many parts, stacked one below the other, each of them is fused: a neuron is one row in
+            each part.
         ffn_output: Projection out of the FFN: a neuron is one *column* of its weight.
         final_norm: The norm between the last decoder layer and the head.
+        logits_divisor: Key in ``config.json`` of a number that the head's output is divided by.
+        logits_softcap: Key of a number ``c``, which may be null: the head's output ``x`` becomes ``c * tanh(x / c)``.
     """
 
     model_type: str
     architecture: str
     layers: str = "model.layers"
     attention: str = "self_attn"
-    attention_norm: str = "input_layernorm"
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
     ffn: str = "mlp"
-    ffn_norm: str = "post_attention_layernorm"
+    ffn_norms: tuple[str, ...] = ("post_attention_layernorm",)
     ffn_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    ffn_input_parts: int = 1
     ffn_output: str = "mlp.down_proj"
     final_norm: str = "model.norm"
+    logits_divisor: str | None = None
+    logits_softcap: str | None = None
 
     @property
     def pruned_architecture(self) -> str:
         """The name pruned checkpoints carry in ``architectures``, so that no stock class claims them."""
         return f"Pruned{self.architecture}"
 
+    @property
+    def attention_parts(self) -> tuple[str, ...]:
+        """All submodules of a layer that are gone when its attention is removed."""
+        return (self.attention, *self.attention_norms)
+
+    @property
+    def ffn_parts(self) -> tuple[str, ...]:
+        """All submodules of a layer that are gone when its FFN is removed whole."""
+        return (self.ffn, *self.ffn_norms)
+
+    def neuron_side(self, tensor: str) -> tuple[int, int] | None:
+        """How a tensor of a layer counts neurons.
+
+        Args:
+            tensor: Its name, relative to the layer.
+
+        Returns:
+            The dimension that holds them and how many entries a neuron has there; ``None`` if it holds none.
+        """
+        module, _, kind = tensor.rpartition(".")
+        if module in self.ffn_inputs:
+            return 0, self.ffn_input_parts
+        if module == self.ffn_output and kind == "weight":
+            return 1, 1
+        return None
+
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (Family(model_type="llama", architecture="LlamaForCausalLM"),)
+    family.model_type: family
+    for family in (
+        Family(model_type="llama", architecture="LlamaForCausalLM"),
+        Family(model_type="mistral", architecture="MistralForCausalLM"),
+        Family(model_type="qwen2", architecture="Qwen2ForCausalLM"),
+        Family(model_type="qwen3", architecture="Qwen3ForCausalLM"),
+        Family(
+            model_type="phi3",
+            architecture="Phi3ForCausalLM",
+            ffn_inputs=("mlp.gate_up_proj",),
+            ffn_input_parts=2,
+        ),
+        Family(model_type="granite", architecture="GraniteForCausalLM", logits_divisor="logits_scaling"),
+        Family(
+            model_type="gemma3_text",
+            architecture="Gemma3ForCausalLM",
+            attention_norms=("input_layernorm", "post_attention_layernorm"),
+            ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            logits_softcap="final_logit_softcapping",
+        ),
+    )
 }
+
+# Keys by which a config.json says that a layer holds many FFNs, or that the language model is a part of a larger one.
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+_PART_KEYS = ("text_config", "vision_config", "audio_config", "thinker_config")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """Finds the family of a ``config.json``.
 
     Raises:
-        SenteiError: The ``model_type`` or the architecture is not supported.
+        SenteiError: The ``model_type`` or the architecture is not supported; says why where there is a reason.
     """
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    supported = f"Supported: {', '.join(sorted(FAMILIES))}."
+    if parts := [key for key in _PART_KEYS if config.get(key)]:
+        raise SenteiError(
+            f"config.json: model_type {model_type!r} is multimodal ({', '.join(parts)}), and calibration text alone "
+            "cannot say what its other inputs need.",
+            f"Prune a model that is a language model only. {supported}",
+        )
+    if experts := [key for key in _EXPERT_KEYS if config.get(key)]:
+        raise SenteiError(
+            f"config.json: model_type {model_type!r} is a mixture of experts ({experts[0]} = {config[experts[0]]}): "
+            "each token meets some of a layer's FFNs only, which the scores of their neurons do not account for.",
+            f"Prune a dense model. {supported}",
+        )
     family = FAMILIES.get(str(model_type))
     if family is None:
-        raise SenteiError(
-            f"config.json: model_type {model_type!r} is not supported.", f"Supported: {', '.join(sorted(FAMILIES))}."
-        )
+        raise SenteiError(f"config.json: model_type {model_type!r} is not supported.", supported)
     known = {family.architecture, family.pruned_architecture}
     if architectures and not known & set(architectures):
         raise SenteiError(

@@ -97,6 +97,7 @@ class LayerWalk:
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         self._final_norm = model.get_submodule(family.final_norm)
         self._head = model.get_output_embeddings()
+        self._scale_logits = _logits_scaling(model.config, family)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """What enters the first layer.
@@ -189,7 +190,7 @@ class LayerWalk:
         for start in range(0, self._head.out_features, size):
             entries = slice(start, min(start + size, self._head.out_features))
             bias = None if self._head.bias is None else self._head.bias[entries]
-            yield entries, linear(states, self._head.weight[entries], bias).float()
+            yield entries, self._scale_logits(linear(states, self._head.weight[entries], bias)).float()
 
     def losses(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihoods in nats.
@@ -278,14 +279,29 @@ class _Listener(nn.Module):
 
 @contextmanager
 def attention_removed(module: nn.Module, family: Family) -> Iterator[None]:
-    """Runs a layer as if its attention, and the norm that only feeds it, were gone."""
-    attention, norm = getattr(module, family.attention), getattr(module, family.attention_norm)
+    """Runs a layer as if its attention, and the norms that go with it, were gone."""
+    saved = {name: getattr(module, name) for name in family.attention_parts}
     remove_attention(module, family)
     try:
         yield
     finally:
-        setattr(module, family.attention, attention)
-        setattr(module, family.attention_norm, norm)
+        for name, part in saved.items():
+            setattr(module, name, part)
+
+
+def _logits_scaling(config: Any, family: Family) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the model does to its head's output, element by element; Transformers does it outside of any module."""
+    divisor = getattr(config, family.logits_divisor) if family.logits_divisor else None
+    softcap = getattr(config, family.logits_softcap) if family.logits_softcap else None
+
+    def scale(logits: torch.Tensor) -> torch.Tensor:
+        if divisor is not None:
+            logits = logits / divisor
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        return logits
+
+    return scale
 
 
 def _first(output: Any) -> torch.Tensor:

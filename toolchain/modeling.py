@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.checkpoint import Checkpoint, open_checkpoint
 from toolchain.errors import SenteiError
@@ -16,10 +17,25 @@ from toolchain.layout import LayerLayout, read_layout
 
 
 class RemovedAttention(nn.Module):
-    """Stands where an attention was: adds nothing to the residual stream, and holds no KV cache."""
+    """Stands where an attention was: adds nothing to the residual stream.
 
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+    Transformers counts the tokens seen in the first slot of a KV cache, and sizes masks by the first slot of each kind
+    (sliding or full), whichever layers these belong to. So a removed attention goes on counting in its slot, with one
+    number a token in place of keys and values.
+    """
+
+    def __init__(self, layer_idx: int) -> None:
+        """``layer_idx``: the slot."""
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
         """Returns a zero that broadcasts over ``hidden_states``, and no attention weights."""
+        if past_key_values is not None:
+            marks = hidden_states.new_zeros((hidden_states.shape[0], 1, hidden_states.shape[1], 1))
+            past_key_values.update(marks, marks, self.layer_idx)
         return hidden_states.new_zeros(()), None
 
 
@@ -46,6 +62,7 @@ def load_model(
     """
     if isinstance(checkpoint, Path):
         checkpoint = open_checkpoint(checkpoint)
+    check_complete(checkpoint)
     model_class = transformers_class(checkpoint.family)
     if checkpoint.is_pruned:
         model_class = pruned_class(model_class, checkpoint.family)
@@ -62,6 +79,47 @@ def load_model(
             names = sorted(str(name) for name in info[problem])
             raise SenteiError(f"{checkpoint.directory}: {problem.replace('_', ' ')} in the weights: {names[0]}.")
     return model.to(device).eval()
+
+
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Compares a checkpoint's tensors with those that Transformers would build for its config, before any is read.
+
+    Raises:
+        SenteiError: A tensor is missing, left over, or of another shape.
+    """
+    model = empty_model(checkpoint)
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    optional = {f"{head}.weight"} if model.config.tie_word_embeddings else set()
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Checkpoints of Llama 2's time also hold each layer's rotary frequencies, which are computed.
+    found = {name: info.shape for name, info in checkpoint.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    where = f"{checkpoint.directory}:"
+    if missing := sorted(wanted.keys() - found.keys() - optional):
+        raise SenteiError(f"{where} there is no tensor {missing[0]} ({len(missing)} missing).")
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise SenteiError(f"{where} config.json has no place for tensor {extra[0]} ({len(extra)} left over).")
+    for name, shape in found.items():
+        if shape != wanted[name]:
+            raise SenteiError(f"{where} {name} has shape {list(shape)}; by config.json it is {list(wanted[name])}.")
+
+
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The checkpoint's model on the meta device: shapes without weights.
+
+    Raises:
+        SenteiError: Transformers refuses the config.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+        config.per_layer_config = None
+        with torch.device("meta"):
+            model = transformers_class(checkpoint.family)(config)
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise SenteiError(f"{checkpoint.directory}/config.json: Transformers refuses it ({reason}).") from error
+    with torch.device("meta"):
+        shape_layers(model, checkpoint.family, checkpoint.layout)
+    return model
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -103,27 +161,22 @@ def decoder_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
 
 
 def remove_attention(layer: nn.Module, family: Family) -> None:
-    """Takes a decoder layer's attention out, and the norm that only feeds it."""
-    setattr(layer, family.attention, RemovedAttention())
-    setattr(layer, family.attention_norm, nn.Identity())
+    """Takes a decoder layer's attention out, and its norms."""
+    setattr(layer, family.attention, RemovedAttention(getattr(layer, family.attention).layer_idx))
+    for norm in family.attention_norms:
+        setattr(layer, norm, nn.Identity())
 
 
 def shape_layers(model: PreTrainedModel, family: Family, layout: tuple[LayerLayout, ...]) -> None:
-    """Gives each layer of a freshly built model the modules its layout asks for; weights are left to the loader.
-
-    Attending layers are numbered through for the KV cache, which then has no gap that generation could stumble over.
-    """
+    """Gives each layer of a freshly built model the modules its layout asks for; weights are left to the loader."""
     global_width = model.config.intermediate_size
-    cache_slot = 0
     for layer, wanted in zip(decoder_layers(model, family), layout, strict=True):
-        if wanted.attention:
-            getattr(layer, family.attention).layer_idx = cache_slot
-            cache_slot += 1
-        else:
+        if not wanted.attention:
             remove_attention(layer, family)
         if wanted.intermediate_size == 0:
             setattr(layer, family.ffn, RemovedFFN())
-            setattr(layer, family.ffn_norm, nn.Identity())
+            for norm in family.ffn_norms:
+                setattr(layer, norm, nn.Identity())
         elif wanted.intermediate_size != global_width:
             narrow = copy.copy(model.config)
             narrow.intermediate_size = wanted.intermediate_size

@@ -8,17 +8,16 @@ import copy
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from toolchain.checkpoint import Checkpoint
 from toolchain.layer_walk import LayerWalk
 from toolchain.layout import LayerLayout
-from toolchain.modeling import decoder_layers, remove_attention, shape_layers, transformers_class
+from toolchain.modeling import check_complete, decoder_layers, empty_model, remove_attention, transformers_class
 from toolchain.surgery import KeptNeurons, PrunedTensors, narrow_ffn
 
 
@@ -104,12 +103,11 @@ class DiskLayers:
 
 def _without_layers(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """The model with embeddings, final norm and head from the checkpoint, and decoder layers on the meta device."""
-    config: Any = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
-    config.per_layer_config = None
-    outside = copy.deepcopy(config)
+    check_complete(checkpoint)
+    whole = empty_model(checkpoint)
+    config, outside = whole.config, copy.deepcopy(whole.config)
     outside.num_hidden_layers = 0
-    model_class = transformers_class(checkpoint.family)
-    model = model_class.from_pretrained(
+    model = transformers_class(checkpoint.family).from_pretrained(
         checkpoint.directory,
         config=outside,
         dtype=dtype,
@@ -118,9 +116,6 @@ def _without_layers(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> 
         trust_remote_code=False,
     )
     model.to(device)
-    with torch.device("meta"):
-        whole = model_class(config)
-        shape_layers(whole, checkpoint.family, checkpoint.layout)
     parent, _, name = checkpoint.family.layers.rpartition(".")
     setattr(model.get_submodule(parent), name, decoder_layers(whole, checkpoint.family))
     model.config.num_hidden_layers = config.num_hidden_layers

@@ -1,6 +1,7 @@
 """Applies a plan: slices FFN weights and leaves removed parts out, on disk tensor by tensor or in a loaded model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,7 @@ class PrunedTensors:
             info = source.tensors[name]
             shape = list(info.shape)
             if cut is not None:
-                layer, dimension = cut
-                shape[dimension] = len(kept_neurons[layer])
+                shape[cut.dimension] = cut.entries * len(kept_neurons[cut.layer])
             self.shapes[name] = (tuple(shape), info.dtype)
 
     def read(self, name: str) -> torch.Tensor:
@@ -52,8 +52,8 @@ class PrunedTensors:
         tensor, cut = self._source.read(name), self._cuts[name]
         if cut is None:
             return tensor
-        layer, dimension = cut
-        return tensor.index_select(dimension, torch.from_numpy(self._kept_neurons[layer]))
+        index = _entries(self._kept_neurons[cut.layer], cut.entries, tensor.shape[cut.dimension])
+        return tensor.index_select(cut.dimension, index)
 
 
 def write_pruned(
@@ -100,36 +100,50 @@ def narrow_ffn(model: PreTrainedModel, family: Family, kept_neurons: KeptNeurons
     for layer, kept in zip(decoder_layers(model, family), kept_neurons, strict=True):
         output = layer.get_submodule(family.ffn_output)
         assert isinstance(output, nn.Linear)
-        index = torch.from_numpy(kept).to(output.weight.device)
+        device = output.weight.device
         for name in family.ffn_inputs:
             linear = layer.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            linear.weight = nn.Parameter(linear.weight.data.index_select(0, index), requires_grad=False)
+            rows = _entries(kept, family.ffn_input_parts, linear.out_features).to(device)
+            linear.weight = nn.Parameter(linear.weight.data.index_select(0, rows), requires_grad=False)
             if linear.bias is not None:
-                linear.bias = nn.Parameter(linear.bias.data.index_select(0, index), requires_grad=False)
-            linear.out_features = len(kept)
-        output.weight = nn.Parameter(output.weight.data.index_select(1, index), requires_grad=False)
+                linear.bias = nn.Parameter(linear.bias.data.index_select(0, rows), requires_grad=False)
+            linear.out_features = len(rows)
+        columns = torch.from_numpy(kept).to(device)
+        output.weight = nn.Parameter(output.weight.data.index_select(1, columns), requires_grad=False)
         output.in_features = len(kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """Where a tensor is cut: the dimension that holds neurons, and how many entries each has there."""
+
+    layer: int
+    dimension: int
+    entries: int
 
 
 _GONE = object()
 
 
 def _cut_of(name: str, family: Family, layout: Sequence[LayerLayout]) -> Any:
-    """Where a tensor is cut: ``(layer, dimension)``, ``None`` for not at all, or ``_GONE``."""
+    """Where a tensor is cut, ``None`` for not at all, or ``_GONE``."""
     prefix = f"{family.layers}."
     if not name.startswith(prefix):
         return None
     number, _, rest = name.removeprefix(prefix).partition(".")
     layer = int(number)
     module, _, _ = rest.partition(".")
-    if not layout[layer].attention and module in (family.attention, family.attention_norm):
+    if not layout[layer].attention and module in family.attention_parts:
         return _GONE
-    if layout[layer].intermediate_size == 0 and module in (family.ffn, family.ffn_norm):
+    if layout[layer].intermediate_size == 0 and module in family.ffn_parts:
         return _GONE
-    owner, _, kind = rest.rpartition(".")
-    if owner in family.ffn_inputs:
-        return layer, 0
-    if owner == family.ffn_output and kind == "weight":
-        return layer, 1
-    return None
+    if (side := family.neuron_side(rest)) is None:
+        return None
+    return _Cut(layer=layer, dimension=side[0], entries=side[1])
+
+
+def _entries(kept: NDArray[np.int64], entries: int, size: int) -> torch.Tensor:
+    """Indices of the kept neurons' entries in a dimension of ``size``, whose stacked parts hold one entry of each."""
+    part = size // entries
+    return torch.cat([torch.from_numpy(kept) + part * number for number in range(entries)])

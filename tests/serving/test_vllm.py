@@ -16,7 +16,9 @@ from transformers import LlamaConfig
 from serving.engines import TransformersEngine
 from serving.vllm_engine import VllmEngine
 from tests.conftest import make_pico, prune_by_hand
+from toolchain.embedded_text import documents
 from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.families import FAMILIES
 from toolchain.layout import LayerLayout
 from toolchain.modeling import load_tokenizer
 
@@ -51,8 +53,27 @@ def prompts(demo_model):
 
 
 @pytest.fixture(scope="module")
-def pruned_answers(pruned_demo, prompts):
-    return answers_of(VllmEngine(pruned_demo, dtype=torch.float32), prompts)
+def long_prompt(demo_model):
+    """More than two blocks of the KV cache (128 tokens each, on a CPU), and far more than one step may hold."""
+    return load_tokenizer(demo_model)(documents()[0])["input_ids"][:300]
+
+
+@pytest.fixture(
+    scope="module", params=[True, pytest.param(False, marks=pytest.mark.acceptance)], ids=["eager", "compiled"]
+)
+def pruned_answers(request, pruned_demo, prompts, long_prompt):
+    """Prefill in chunks of 32 tokens, prefixes cached, and prompts of unequal lengths at once."""
+    options = {"max_num_batched_tokens": 32, "enable_prefix_caching": True, "enforce_eager": request.param}
+    engine = VllmEngine(pruned_demo, dtype=torch.float32, options=options)
+    mixed = [prompts[0][:2], long_prompt, prompts[1], long_prompt[:150], prompts[2]]
+    cold, warm = [engine._generate([long_prompt], max_tokens=8)[0] for _ in range(2)]
+    return {
+        "cold": list(cold.outputs[0].token_ids),
+        "warm": list(warm.outputs[0].token_ids),
+        "num_cached_tokens": (cold.num_cached_tokens, warm.num_cached_tokens),
+        "mixed": list(zip(mixed, engine.generate_batch(mixed, 24), strict=True)),
+        **answers_of(engine, prompts),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +103,18 @@ def test_log_probabilities_agree_with_transformers(pruned_demo, prompts, pruned_
 
 def test_greedy_tokens_agree_with_transformers(pruned_demo, prompts, pruned_answers):
     reference = TransformersEngine(pruned_demo, dtype=torch.float32)
-    for prompt, tokens in zip(prompts, pruned_answers["greedy"], strict=True):
+    alone = list(zip(prompts, pruned_answers["greedy"], strict=True))
+    for prompt, tokens in alone + pruned_answers["mixed"]:
         assert len(tokens) == 24
         expected = reference.log_probabilities([*prompt, *tokens])[len(prompt) - 1 : -1]
         margin = expected.max(-1).values - expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert margin.max() < 4e-3
+
+
+def test_a_cached_prefix_gives_the_same_tokens(pruned_answers):
+    cold, warm = pruned_answers["num_cached_tokens"]
+    assert (cold, warm) == (0, 256)
+    assert pruned_answers["warm"] == pruned_answers["cold"]
 
 
 def test_kv_cache_is_for_layers_that_attend(demo_model, prompts, pruned_answers):
@@ -111,7 +139,7 @@ def test_compiled_and_on_two_ranks(patchwork, prompts, monkeypatch):
 def vllm_config(ranks=1, **config):
     overrides = {"num_hidden_layers": 4, "intermediate_size": 48, **config}
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=LlamaConfig(**overrides)),
+        model_config=SimpleNamespace(hf_config=LlamaConfig(**overrides), model="org/name"),
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
     )
 
@@ -145,7 +173,7 @@ class Loaded(nn.Module):
 
 @pytest.fixture
 def loading():
-    from serving.vllm_models import CompleteWeights
+    from serving.vllm_weights import CompleteWeights
 
     class Model(CompleteWeights, Loaded):
         def __init__(self):
@@ -156,6 +184,7 @@ def loading():
             self.model.layers[0].mlp.gate_up_proj = nn.Linear(4, 12, bias=False)
             self.model.layers[0].mlp.down_proj = nn.Linear(6, 4, bias=False)
             self.layout = (LayerLayout(attention=False, intermediate_size=6),)
+            self.family = FAMILIES["llama"]
 
     shapes = {"gate_proj": (6, 4), "up_proj": (6, 4), "down_proj": (4, 6)}
     weights = {f"model.layers.0.mlp.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}

@@ -1,0 +1,92 @@
+"""What vLLM's loaders let pass: tensors that are missing, left over or too large. Checked before and while loading."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from toolchain.errors import SenteiError
+from toolchain.families import Family
+from toolchain.layout import LayerLayout
+
+
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by name, from the headers of a directory's safetensors; empty if it has none complete."""
+    index = directory / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in sorted(names):
+        if not (directory / name).is_file():
+            return {}
+        with safe_open(directory / name, framework="pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+class CompleteWeights(nn.Module):
+    """Mixin for vLLM models: every tensor of the checkpoint is used whole, and every weight comes from it.
+
+    vLLM alone (0.32) cuts tensors that are too large, drops biases it has no place for, and does not miss a linear
+    layer's weight, which then keeps whatever was in memory.
+    """
+
+    layout: Sequence[LayerLayout]
+    family: Family
+    _complete = False
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Loads and checks; later calls on the same model, as in weight updates, may be partial.
+
+        Raises:
+            SenteiError: A tensor is missing, left over, or of another width than the config says.
+        """
+        seen: set[str] = set()
+        loaded = super().load_weights(self._observe(weights, seen))  # type: ignore[misc]
+        if not self._complete:
+            self._check_complete(seen)
+            self._complete = True
+        return loaded
+
+    def _observe(
+        self, weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            seen.add(name)
+            if tensor.is_floating_point():
+                self._check_width(name, tensor)
+            yield name, tensor
+
+    def _check_width(self, name: str, tensor: torch.Tensor) -> None:
+        if not name.startswith(f"{self.family.layers}."):
+            return
+        number, _, rest = name.removeprefix(f"{self.family.layers}.").partition(".")
+        if int(number) >= len(self.layout):
+            raise SenteiError(
+                f"The checkpoint holds more layers than num_hidden_layers = {len(self.layout)} says: it has {name}."
+            )
+        if (side := self.family.neuron_side(rest)) is None:
+            return
+        dimension, entries = side
+        width = self.layout[int(number)].intermediate_size
+        if name.endswith((".weight", ".bias")) and tensor.shape[dimension] != entries * width:
+            raise SenteiError(f"{name} has shape {list(tensor.shape)}, but config.json says intermediate_size {width}.")
+
+    def _check_complete(self, seen: set[str]) -> None:
+        packed: dict[str, list[str]] = self.packed_modules_mapping  # type: ignore[assignment]
+        wanted: set[str] = set()
+        for name, _ in self.named_parameters():
+            module, _, leaf = name.rpartition(".")
+            parent, _, last = module.rpartition(".")
+            if leaf in ("weight", "bias"):
+                wanted |= {f"{parent}.{part}.{leaf}".lstrip(".") for part in packed.get(last, [last])}
+        if missing := sorted(wanted - seen):
+            raise SenteiError(f"The checkpoint has no tensor {missing[0]} ({len(missing)} missing).")
+        # Other tensors without a place vLLM refuses itself. Biases of another pipeline stage have no weight here.
+        biases = (name for name in seen - wanted if name.endswith(".bias"))
+        if extra := sorted(name for name in biases if name.removesuffix("bias") + "weight" in wanted):
+            raise SenteiError(
+                f"The checkpoint has {extra[0]}, for which the model has no place in vLLM ({len(extra)} such)."
+            )

@@ -1,0 +1,62 @@
+"""Asks vLLM about several checkpoints in one process: run as ``python -m tests.serving.vllm_answers JOBS.json``.
+
+Starting vLLM takes half a minute; a further model in the same process takes seconds. A process of its own, since vLLM
+changes threads and signal handlers of the one it runs in.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+NUM_NEW_TOKENS = 12
+KV_CACHE_BYTES = 2**24
+
+
+def main(jobs_file: Path) -> None:
+    """Answers a list of jobs into ``JOBS.json.answers``.
+
+    A job has ``directory``, ``prompts`` (lists of tokens) and maybe ``adapters`` (directories of LoRA adapters).
+    """
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
+    answers = [_answers(job) for job in json.loads(jobs_file.read_text())]
+    Path(f"{jobs_file}.answers").write_text(json.dumps(answers))
+
+
+def _answers(job: dict[str, Any]) -> dict[str, Any]:
+    from serving.vllm_engine import VllmEngine
+
+    options = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": KV_CACHE_BYTES, "enable_lora": "adapters" in job}
+    try:
+        engine = VllmEngine(Path(job["directory"]), max_model_len=64, options=options)
+    except Exception as error:  # what vLLM's engine process would print, and what a test may expect
+        return {"refused": str(error)}
+    try:
+        return {
+            "log_probabilities": [
+                [list(position.items()) for position in prompt]
+                for prompt in engine.top_log_probabilities(job["prompts"], 10)
+            ],
+            "greedy": engine.generate_batch(job["prompts"], NUM_NEW_TOKENS),
+            "num_kv_cache_tokens": engine.num_kv_cache_tokens,
+            "adapted": [_adapted(engine, job["prompts"], *each) for each in enumerate(job.get("adapters", []), 1)],
+        }
+    finally:
+        engine.close()
+
+
+def _adapted(engine: Any, prompts: list[list[int]], number: int, adapter: str) -> list[list[int]]:
+    """Greedy tokens with a LoRA adapter."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, detokenize=False)
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    request = LoRARequest(f"adapter-{number}", number, adapter)
+    outputs = engine._llm.generate(inputs, sampling, use_tqdm=False, lora_request=request)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
