@@ -146,7 +146,7 @@ def _without_group(
     stride: int | None,
 ) -> dict[int, Found]:
     """Walks the candidates of ``group`` (ascending) up together, each from where it is known."""
-    resumed = {candidate: known for candidate in group if (known := states.of_candidate(candidate))}
+    resumed = {candidate: place for candidate in group if (place := states.of_candidate(candidate))}
     fresh = [candidate for candidate in group if candidate not in resumed]
     # The current model itself is walked up to the last candidate that branches off from it.
     base, last = (states.nearest(fresh[0]), fresh[-1]) if fresh else (len(walk.layers), -1)
