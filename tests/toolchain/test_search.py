@@ -88,7 +88,7 @@ def test_agrees_with_the_plain_way_until_no_attention_is_left(deep_model: Path, 
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+@pytest.mark.parametrize("rows", [1, 2, 5, 40, 60, 400])
 def test_memory_changes_nothing(deep_model: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, rows: int):
     expected = search(deep_model, ids, 3)
     row_bytes = 48 * 32 * 4
