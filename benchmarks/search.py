@@ -175,22 +175,28 @@ def _time_stage_1(model: PreTrainedModel, windows: torch.Tensor) -> tuple[dict[s
 
 
 def _steps(model: PreTrainedModel, walks: Mapping[str, LayerWalk], ids: torch.Tensor) -> Iterator[Step]:
-    """All ways, a step each, another one first each time; ``model`` is pruned by the plain way."""
+    """All ways, a step each; ``model`` is pruned by the plain way.
+
+    The plain way tries half of the candidates before the others and half after them, so that a machine that becomes
+    slower or faster meanwhile favours none.
+    """
     searches = {way: removals(walk, PerplexityMetric(ids), race=way == "racing") for way, walk in walks.items()}
-    ways = ["plain", *searches]
+    ways = list(searches)
     on_path, resume_at = True, 0
     for number in itertools.count():
         attending = _attending(model)
-        plain: dict[int, float] = {}
+        half = len(attending) // 2
+        started = time.perf_counter()
+        plain = _plain_step(model, ids, attending[:half])
+        seconds = {"plain": time.perf_counter() - started}
         found: dict[str, Tried] = {}
-        seconds: dict[str, float] = {}
-        for way in (*ways[number % len(ways) :], *ways[: number % len(ways)]):
+        for way in ways if number % 2 else reversed(ways):
             started = time.perf_counter()
-            if way == "plain":
-                plain = _plain_step(model, ids)
-            else:
-                found[way] = next(searches[way])
+            found[way] = next(searches[way])
             seconds[way] = time.perf_counter() - started
+        started = time.perf_counter()
+        plain |= _plain_step(model, ids, attending[half:])
+        seconds["plain"] += time.perf_counter() - started
         best = min(plain, key=lambda layer: (plain[layer], layer))
         exact = found["exact"]
         if best != exact.removed:
@@ -201,7 +207,7 @@ def _steps(model: PreTrainedModel, walks: Mapping[str, LayerWalk], ids: torch.Te
         chosen = {"plain": best, **{way: tried.removed for way, tried in found.items()}}
         yield Step(
             chosen=chosen,
-            seconds={way: seconds[way] for way in ways},
+            seconds={way: seconds[way] for way in ("plain", *ways)},
             num_candidates=len(plain),
             plain_flops=_flops(model, ids, attending, dict.fromkeys(attending, 0)),
             ours_flops=_flops(model, ids, attending, {layer: max(layer, resume_at) for layer in attending}),
@@ -213,9 +219,9 @@ def _steps(model: PreTrainedModel, walks: Mapping[str, LayerWalk], ids: torch.Te
 
 
 @torch.inference_mode()
-def _plain_step(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, float]:
+def _plain_step(model: PreTrainedModel, ids: torch.Tensor, candidates: list[int]) -> dict[int, float]:
     found = {}
-    for index in _attending(model):
+    for index in candidates:
         with attention_removed(decoder_layers(model, LLAMA)[index], LLAMA):
             logits = model(ids, use_cache=False).logits
         found[index] = float(cross_entropy(logits[0, :-1].float(), ids[0, 1:]).double().exp())
