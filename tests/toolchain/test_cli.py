@@ -118,7 +118,7 @@ def index_outside(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda d: change_config(d, model_type="bloom", architectures=["BloomForCausalLM"]), "Supported: llama"),
+        (lambda d: change_config(d, model_type="bloom", architectures=["BloomForCausalLM"]), "granite, llama, mistral"),
         (make_pickle_only, "only as pickle"),
         (truncate, "corrupt or truncated"),
         (corrupt_header, "corrupt or truncated"),
