@@ -134,7 +134,8 @@ def test_lora_adapters_act_on_what_was_kept(tmp_path: Path):
         models[model] = adapters
         jobs.append({"directory": str(model), "adapters": [str(adapter) for adapter in adapters]})
     for (model, adapters), answer in zip(models.items(), ask_vllm(tmp_path, jobs), strict=True):
-        check(model, answer)
+        plain = TransformersEngine(model, dtype=torch.float32)
+        assert answer["greedy"] == [plain.generate(prompt, NUM_NEW_TOKENS) for prompt in PROMPTS]
         for adapter, found in zip(adapters, answer["adapted"], strict=True):
             merged = TransformersEngine(model, dtype=torch.float32)
             merge(merged.model, adapter)
