@@ -30,7 +30,7 @@ def load_transformers(directory: Path, device: str, dtype: str | None) -> tuple[
     import torch
     from transformers import DynamicCache
 
-    from toolchain.modeling import load_model
+    from toolchain.modeling import CACHE_ARGUMENT, load_model
 
     baseline = resident_bytes()
     device = resolve_device(device, cuda_available=torch.cuda.is_available())
@@ -40,7 +40,7 @@ def load_transformers(directory: Path, device: str, dtype: str | None) -> tuple[
     def decode(prompts: NDArray[np.int64], num_tokens: int) -> list[float]:
         ids, cache, times_s = torch.from_numpy(prompts).to(device), DynamicCache(), []
         for _ in range(num_tokens):
-            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
             ids = out.logits[:, -1].argmax(-1, keepdim=True)
             ids.tolist()  # waits for the device: a token counts when the host has it
             times_s.append(time.perf_counter())

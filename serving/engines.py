@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from toolchain.modeling import load_model
+from toolchain.modeling import CACHE_ARGUMENT, load_model
 
 
 class Engine(Protocol):
@@ -63,8 +63,8 @@ class TransformersEngine:
         cache, step = None, list(prompt)
         while len(tokens) < max_new_tokens:
             ids = torch.tensor([step], device=self.model.device)
-            out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, step = out.past_key_values, [int(out.logits[0, -1].argmax())]
+            out = self.model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
+            cache, step = out[CACHE_ARGUMENT], [int(out.logits[0, -1].argmax())]
             tokens += step
         return tokens
 

@@ -1,6 +1,7 @@
 """Checkpoints as Transformers models: the loader that knows ``per_layer_config``."""
 
 import copy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from toolchain.checkpoint import Checkpoint, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.families import Family
 from toolchain.layout import LayerLayout, read_layout
+
+# What models call their KV cache, in arguments and outputs; Transformers 5.24 has renamed it.
+CACHE_ARGUMENT = next(
+    name for name in ("cache", "past_key_values") if name in signature(transformers.LlamaForCausalLM.forward).parameters
+)
 
 
 class RemovedAttention(nn.Module):
@@ -29,13 +35,12 @@ class RemovedAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(
-        self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **_: Any
-    ) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, None]:
         """Returns a zero that broadcasts over ``hidden_states``, and no attention weights."""
-        if past_key_values is not None:
+        cache: Cache | None = arguments.get(CACHE_ARGUMENT)
+        if cache is not None:
             marks = hidden_states.new_zeros((hidden_states.shape[0], 1, hidden_states.shape[1], 1))
-            past_key_values.update(marks, marks, self.layer_idx)
+            cache.update(marks, marks, self.layer_idx)
         return hidden_states.new_zeros(()), None
 
 
