@@ -85,7 +85,13 @@ def test_a_killed_sweep_is_resumed(pico_model: Path, text: Path, swept: Path, tm
         "    time.sleep(60 * (plan.document.target_sparsity > 0.35)); return real(self, plan, tried)\n"
         "search.Search._removal = removal; from toolchain.cli.app import main; sys.argv[0] = 'sentei'; main()"
     )
-    process = subprocess.Popen([sys.executable, "-c", slow, *map(str, command)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     last = tmp_path / "sweep.search" / "0.4" / "plan.json"
     try:
         deadline = time.monotonic() + 120

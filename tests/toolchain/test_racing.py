@@ -22,7 +22,7 @@ from toolchain.stepping import embedded_states, without_each
 
 @pytest.fixture(scope="module")
 def ids(demo_model: Path) -> torch.Tensor:
-    return load_windows(None, load_tokenizer(demo_model), num_samples=1, seq_len=256).ids
+    return load_windows(None, load_tokenizer(demo_model), num_samples=1, seq_len=128).ids
 
 
 def walk_over(directory: Path) -> LayerWalk:
@@ -35,10 +35,10 @@ def test_the_start_of_a_window_is_an_exact_part_of_it(demo_model: Path, ids: tor
     walk, metric = walk_over(demo_model), PerplexityMetric(ids)
     states, candidates = embedded_states(walk, ids), [3, 20]
     whole = without_each(walk, candidates, states, lambda hidden: metric.of_tokens(walk, hidden).flatten())
-    short = racing._values(walk, metric, candidates, states, 64)
+    short = racing._values(walk, metric, candidates, states, 32)
     for layer in candidates:
-        assert len(short[layer]) == 63
-        torch.testing.assert_close(short[layer].float(), whole[layer][:63], rtol=1e-4, atol=1e-4)
+        assert len(short[layer]) == 31
+        torch.testing.assert_close(short[layer].float(), whole[layer][:31], rtol=1e-4, atol=1e-4)
 
 
 def test_it_runs_fewer_tokens_and_every_candidate_is_accounted_for(demo_model: Path, ids: torch.Tensor):
