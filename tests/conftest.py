@@ -48,6 +48,14 @@ def pico_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return directory
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of calibration text, long enough for a few short windows."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The gardener prunes the trees in winter, and in summer they bear more fruit than before. " * 40)
+    return path
+
+
 def make_pico(directory: Path, **overrides: object) -> None:
     """Writes a random Llama in float32; ``overrides`` go into its config."""
     torch.manual_seed(0)

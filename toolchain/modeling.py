@@ -86,8 +86,11 @@ def load_model(
     return model.to(device).eval()
 
 
-def check_complete(checkpoint: Checkpoint) -> None:
+def check_complete(checkpoint: Checkpoint) -> PreTrainedModel:
     """Compares a checkpoint's tensors with those that Transformers would build for its config, before any is read.
+
+    Returns:
+        What it was compared with, see :func:`empty_model`.
 
     Raises:
         SenteiError: A tensor is missing, left over, or of another shape.
@@ -106,6 +109,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
     for name, shape in found.items():
         if shape != wanted[name]:
             raise SenteiError(f"{where} {name} has shape {list(shape)}; by config.json it is {list(wanted[name])}.")
+    return model
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from toolchain.checkpoint import Checkpoint
 from toolchain.layer_walk import LayerWalk
 from toolchain.layout import LayerLayout
-from toolchain.modeling import check_complete, decoder_layers, empty_model, remove_attention, transformers_class
+from toolchain.modeling import check_complete, decoder_layers, remove_attention, transformers_class
 from toolchain.surgery import KeptNeurons, PrunedTensors, narrow_ffn
 
 
@@ -103,8 +103,7 @@ class DiskLayers:
 
 def _without_layers(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """The model with embeddings, final norm and head from the checkpoint, and decoder layers on the meta device."""
-    check_complete(checkpoint)
-    whole = empty_model(checkpoint)
+    whole = check_complete(checkpoint)
     config, outside = whole.config, copy.deepcopy(whole.config)
     outside.num_hidden_layers = 0
     model = transformers_class(checkpoint.family).from_pretrained(

@@ -12,15 +12,6 @@ import torch
 
 from tests.command_line import PROGRAM, refused, sentei, sentei_program
 
-TEXT = "The gardener prunes the trees in winter, and in summer they bear more fruit than before. " * 40
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return path
-
 
 @pytest.fixture(scope="module")
 def pruned_pico(pico_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -11,18 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import refused, sentei
-from tests.toolchain.test_cli import TEXT
 from toolchain.checkpoint import open_checkpoint
 from toolchain.plan import load_plan
 
 SETTINGS = ("--samples", 2, "--seq-len", 64, "--align", 8)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture(scope="module")

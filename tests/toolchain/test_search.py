@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 
 from tests.command_line import refused, sentei
 from tests.conftest import make_pico
-from tests.toolchain.test_cli import TEXT
 from toolchain import stepping
 from toolchain.attention_search import removals
 from toolchain.checkpoint import copy_companions, open_checkpoint
@@ -29,13 +28,6 @@ from toolchain.plan import load_plan
 
 LLAMA = FAMILIES["llama"]
 SETTINGS = ("--samples", 2, "--seq-len", 64, "--align", 8, "--attention-removals", 2)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture(scope="module")
