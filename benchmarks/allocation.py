@@ -28,8 +28,9 @@ from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.layer_walk import LayerWalk
 from toolchain.modeling import load_model, load_tokenizer
 from toolchain.output import write_text
-from toolchain.pipeline import PruneSettings, sweep
+from toolchain.pipeline import PruneSettings
 from toolchain.plan import PruningPlan, load_sweep
+from toolchain.sweep import sweep
 
 
 def main(

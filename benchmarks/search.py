@@ -1,8 +1,12 @@
-"""How long the search takes: ours, exact and racing, against the plain way, side by side in one process.
+"""How long the search takes: ours, exact and racing, against the plain way, side by side in one run.
 
 The plain way tries a candidate by leaving its attention out of Transformers' own model, running that over the whole
 window, and taking the cross-entropy of its logits. All ways do every step, in turn, on weights of their own. The exact
 one must remove the same attention as the plain one; where racing removes another is in the result.
+
+The plain way runs in a process of its own, which waits while others run: ours asks the C library to keep freed memory
+(``toolchain.memory.keep_freed_memory``), which cannot be taken back in a process, and the plain way has what a script
+of Transformers has.
 
     python benchmarks/search.py -o search_demo_float32.json
     python benchmarks/search.py --shape 1b --seq-len 512 --steps 2 --no-racing -o search_1b_float32.json
@@ -17,11 +21,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from torch.nn.functional import cross_entropy
@@ -36,8 +43,9 @@ from toolchain.families import FAMILIES
 from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.importance import neuron_importance
 from toolchain.layer_walk import LayerWalk, attention_removed
+from toolchain.memory import keep_freed_memory
 from toolchain.metrics import PerplexityMetric
-from toolchain.modeling import RemovedAttention, decoder_layers, load_model, load_tokenizer, remove_attention
+from toolchain.modeling import decoder_layers, load_model, load_tokenizer, remove_attention
 from toolchain.output import write_text
 from toolchain.plan import top_neurons
 from toolchain.surgery import narrow_ffn
@@ -87,21 +95,26 @@ def main(
     racing: Annotated[bool, typer.Option(help="Time --search racing as well.")] = True,
 ) -> None:
     """Times stage 2 by all ways, and stage 1 against bare forward passes."""
-    model, windows, num_removals, width = _prepare(
-        shape, getattr(torch, dtype), sparsity, seq_len=seq_len, samples=samples, calibration=calibration
-    )
+    keep_freed_memory()
+    asked = {
+        "shape": shape, "dtype": getattr(torch, dtype), "sparsity": sparsity, "seq_len": seq_len, "samples": samples,
+        "calibration": calibration,
+    }  # fmt: skip
+    model, windows, num_removals, width = _prepare(**asked)
     stage_1, importance = _time_stage_1(model, windows)
-    narrow_ffn(model, LLAMA, [top_neurons(scores, width) for scores in importance])
-    ids = windows[:1]
+    kept = [top_neurons(scores, width) for scores in importance]
+    narrow_ffn(model, LLAMA, kept)
     walks = {way: LayerWalk(copy.deepcopy(model), LLAMA) for way in ("exact", *(["racing"] if racing else []))}
     taken = []
-    for step in itertools.islice(_steps(model, walks, ids), steps or num_removals):
-        taken.append(step)
-        typer.echo(", ".join(f"{way} {step.chosen[way]} in {step.seconds[way]:.1f} s" for way in step.chosen), err=True)
+    with ProcessPoolExecutor(1, get_context("spawn"), _Plain.start, (asked, kept)) as plain:
+        for step in itertools.islice(_steps(plain, walks, windows[:1]), steps or num_removals):
+            taken.append(step)
+            found = (f"{way} {step.chosen[way]} in {step.seconds[way]:.1f} s" for way in step.chosen)
+            typer.echo(", ".join(found), err=True)
     peak = _peak_flops(model.dtype)
     seconds = {way: sum(step.seconds[way] for step in taken) for way in taken[0].seconds}
     result = {
-        "schema_version": 2,
+        "schema_version": 3,
         "kind": "search_benchmark",
         "shape": shape.value,
         "dtype": dtype,
@@ -137,7 +150,7 @@ def main(
 
 
 def _prepare(
-    shape: Shape, dtype: torch.dtype, sparsity: float, *, seq_len: int, samples: int, calibration: Path | None
+    *, shape: Shape, dtype: torch.dtype, sparsity: float, seq_len: int, samples: int, calibration: Path | None
 ) -> tuple[PreTrainedModel, torch.Tensor, int, int]:
     """The model, windows ``[samples, seq_len]``, attentions to remove and the FFN width kept."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -174,63 +187,76 @@ def _time_stage_1(model: PreTrainedModel, windows: torch.Tensor) -> tuple[dict[s
     return timed, neuron_importance(walk, windows)
 
 
-def _steps(model: PreTrainedModel, walks: Mapping[str, LayerWalk], ids: torch.Tensor) -> Iterator[Step]:
-    """All ways, a step each; ``model`` is pruned by the plain way.
+class _Plain:
+    """The plain way, in the process that it has for itself."""
+
+    model: PreTrainedModel
+    ids: torch.Tensor
+
+    @classmethod
+    def start(cls, asked: dict[str, Any], kept: list[np.ndarray]) -> None:
+        cls.model, windows, _, _ = _prepare(**asked)
+        narrow_ffn(cls.model, LLAMA, kept)
+        cls.ids = windows[:1]
+
+    @classmethod
+    @torch.inference_mode()
+    def try_each(cls, candidates: list[int]) -> tuple[dict[int, float], float]:
+        """Perplexity without each candidate's attention, and the seconds it took."""
+        started, found = time.perf_counter(), {}
+        for index in candidates:
+            with attention_removed(decoder_layers(cls.model, LLAMA)[index], LLAMA):
+                logits = cls.model(cls.ids, use_cache=False).logits
+            found[index] = float(cross_entropy(logits[0, :-1].float(), cls.ids[0, 1:]).double().exp())
+        return found, time.perf_counter() - started
+
+    @classmethod
+    def remove(cls, index: int) -> None:
+        remove_attention(decoder_layers(cls.model, LLAMA)[index], LLAMA)
+
+
+def _steps(plain: ProcessPoolExecutor, walks: Mapping[str, LayerWalk], ids: torch.Tensor) -> Iterator[Step]:
+    """All ways, a step each.
 
     The plain way tries half of the candidates before the others and half after them, so that a machine that becomes
     slower or faster meanwhile favours none.
     """
     searches = {way: removals(walk, PerplexityMetric(ids), race=way == "racing") for way, walk in walks.items()}
-    ways = list(searches)
+    ways, model = list(searches), walks["exact"].model
+    attending = list(range(len(walks["exact"].layers)))
     on_path, resume_at = True, 0
     for number in itertools.count():
-        attending = _attending(model)
         half = len(attending) // 2
-        started = time.perf_counter()
-        plain = _plain_step(model, ids, attending[:half])
-        seconds = {"plain": time.perf_counter() - started}
+        before, seconds_before = plain.submit(_Plain.try_each, attending[:half]).result()
+        seconds: dict[str, float] = {}
         found: dict[str, Tried] = {}
         for way in ways if number % 2 else reversed(ways):
             started = time.perf_counter()
             found[way] = next(searches[way])
             seconds[way] = time.perf_counter() - started
-        started = time.perf_counter()
-        plain |= _plain_step(model, ids, attending[half:])
-        seconds["plain"] += time.perf_counter() - started
-        best = min(plain, key=lambda layer: (plain[layer], layer))
+        after, seconds_after = plain.submit(_Plain.try_each, attending[half:]).result()
+        seconds["plain"] = seconds_before + seconds_after
+        perplexity = before | after
+        best = min(perplexity, key=lambda layer: (perplexity[layer], layer))
         exact = found["exact"]
         if best != exact.removed:
             raise SystemExit(
-                f"The plain way removes attention {best}, ours {exact.removed}: {plain} {exact.candidates}"
+                f"The plain way removes attention {best}, ours {exact.removed}: {perplexity} {exact.candidates}"
             )
-        remove_attention(decoder_layers(model, LLAMA)[best], LLAMA)
+        plain.submit(_Plain.remove, best).result()
         chosen = {"plain": best, **{way: tried.removed for way, tried in found.items()}}
         yield Step(
             chosen=chosen,
             seconds={way: seconds[way] for way in ("plain", *ways)},
-            num_candidates=len(plain),
+            num_candidates=len(perplexity),
             plain_flops=_flops(model, ids, attending, dict.fromkeys(attending, 0)),
             ours_flops=_flops(model, ids, attending, {layer: max(layer, resume_at) for layer in attending}),
-            largest_difference=max(abs(exact.candidates[layer] / plain[layer] - 1) for layer in plain),
-            regret=plain[chosen["racing"]] / plain[best] if "racing" in chosen and on_path else None,
+            largest_difference=max(abs(exact.candidates[layer] / perplexity[layer] - 1) for layer in perplexity),
+            regret=perplexity[chosen["racing"]] / perplexity[best] if "racing" in chosen and on_path else None,
         )
         on_path = on_path and chosen.get("racing") == best
+        attending.remove(best)
         resume_at = best
-
-
-@torch.inference_mode()
-def _plain_step(model: PreTrainedModel, ids: torch.Tensor, candidates: list[int]) -> dict[int, float]:
-    found = {}
-    for index in candidates:
-        with attention_removed(decoder_layers(model, LLAMA)[index], LLAMA):
-            logits = model(ids, use_cache=False).logits
-        found[index] = float(cross_entropy(logits[0, :-1].float(), ids[0, 1:]).double().exp())
-    return found
-
-
-def _attending(model: PreTrainedModel) -> list[int]:
-    layers = decoder_layers(model, LLAMA)
-    return [index for index, layer in enumerate(layers) if not isinstance(layer.self_attn, RemovedAttention)]
 
 
 def _flops(model: PreTrainedModel, ids: torch.Tensor, attending: list[int], start: Mapping[int, int]) -> float:

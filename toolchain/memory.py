@@ -1,11 +1,15 @@
 """How much memory may be used: what is free, and less where a container or a user limit says so."""
 
+import ctypes
 import resource
+import sys
 from pathlib import Path
 
 import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
+# malloc.h; to set one of them ends glibc's own adjustment of the other, so both are set.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def available_bytes(device: torch.device) -> int:
@@ -19,6 +23,17 @@ def available_bytes(device: torch.device) -> int:
     if data_limit != resource.RLIM_INFINITY:
         limits.append(data_limit - _meminfo("/proc/self/status", "VmData"))
     return max(0, min(limits))
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep memory that is freed, for the next tensor, instead of giving it back at once.
+
+    A layer's activations are as large as glibc's threshold for giving back, so each layer would ask for them anew, and
+    the system would clear every page again: a tenth of a forward pass in float32, a third in bfloat16.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,10 +1,8 @@
 """The main job: measure → plan → cut → write → prove."""
 
 import json
-import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.function_metric import FunctionMetric
 from toolchain.layer_walk import LayerWalk
 from toolchain.limits import LimitSettings, limit_asked
+from toolchain.memory import keep_freed_memory
 from toolchain.metric_choice import choose_metric
 from toolchain.metrics import Metric, measure
 from toolchain.model_card import model_card
@@ -27,7 +26,6 @@ from toolchain.offload import open_offloaded
 from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.plan import (
     SCHEMA_VERSION,
-    SWEEP_FILE,
     BaseModelRecord,
     CalibrationRecord,
     PlanDocument,
@@ -87,7 +85,7 @@ class PruneSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class Job:
     """A checked command with its text loaded, and no weights yet."""
 
     checkpoint: Checkpoint
@@ -135,10 +133,10 @@ def prune(
     state = SearchState(search_directory(out))
     if not (resume or force):
         state.check_free()
-    job = _prepare(model_directory, settings, model_name)
+    job = prepare(model_directory, settings, model_name)
     plan = state.load(job.blank) if resume else None
     try:
-        plan = _search(job, plan, state, progress)
+        plan = search(job, plan, state, progress)
         if len(plan.steps) == 1 and plan.document.stopped_because:
             with new_directory(out, force=force) as partial:
                 plan.save(partial)
@@ -155,101 +153,20 @@ def prune(
     return summary
 
 
-def sweep(
-    model_directory: Path,
-    out: Path,
-    settings: PruneSettings,
-    sparsities: Sequence[float],
-    *,
-    model_name: str,
-    force: bool = False,
-    resume: bool = False,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """Searches for several sparsities and writes their plans, not the models; the statistics are shared.
-
-    Args:
-        model_directory: The unpruned model.
-        out: The directory to create: one directory a plan, named by its sparsity, and ``sweep.json``.
-        settings: For all of them; its own sparsity is not used.
-        sparsities: Targets.
-        model_name: What the plans call the original.
-        force: Replace ``out`` if it is not empty, and an interrupted sweep.
-        resume: Go on with an interrupted sweep.
-        progress: Told of every window and candidate.
-
-    Returns:
-        The content of ``sweep.json``.
-
-    Raises:
-        SenteiError: Bad input; nothing was written.
-    """
-    check_output_directory(out, force=force, inputs=[model_directory])
-    unfinished = search_directory(out)
-    states = {sparsity: SearchState(unfinished / f"{sparsity:g}") for sparsity in sparsities}
-    if unfinished.exists() and not resume:
-        if not force:
-            raise SenteiError(
-                f"{unfinished} holds an interrupted search.",
-                "Add --resume to go on from there, or --force to start over.",
-            )
-        shutil.rmtree(unfinished)
-    jobs = [_prepare(model_directory, replace(settings, sparsity=sparsity), model_name) for sparsity in sparsities]
-    first, plans = None, []
-    for job, state in zip(jobs, states.values(), strict=True):
-        plan = state.load(job.blank) if resume else None
-        if plan is None and first is not None:
-            plan = _same_start(job.blank, first)
-        plan = _search(job, plan, state, progress)
-        first = first or plan
-        plans.append(plan)
-    result = _sweep_summary(plans)
-    with new_directory(out, force=force) as partial:
-        for plan, entry in zip(plans, result["plans"], strict=True):
-            (partial / entry["directory"]).mkdir()
-            plan.save(partial / entry["directory"])
-        write_text(partial / SWEEP_FILE, json.dumps(result, indent=2) + "\n")
-    shutil.rmtree(unfinished)
-    return result
-
-
-def _same_start(blank: PlanDocument, other: PruningPlan) -> PruningPlan:
-    """A plan that begins where another with the same model, text and metrics began."""
-    measured = {name: getattr(other.document, name) for name in ("metric_original", "limit")}
-    return PruningPlan(blank.model_copy(update=measured), other.importance).at([], [])
-
-
-def _sweep_summary(plans: Sequence[PruningPlan]) -> dict[str, Any]:
-    document = plans[0].document
-    return {
-        "schema_version": 1,
-        "kind": "sweep",
-        "base_model": document.base_model.model_dump(),
-        "metric": document.metric,
-        "metric_original": document.metric_original,
-        "plans": [
-            {
-                "directory": f"{plan.document.target_sparsity:g}",
-                "target_sparsity": plan.document.target_sparsity,
-                "sparsity": 1 - plan.steps[-1].num_block_parameters / plan.steps[0].num_block_parameters,
-                "num_block_parameters": plan.steps[-1].num_block_parameters,
-                "metric": plan.steps[-1].metric,
-                "num_attention_removals": len(plan.document.trace),
-                "stopped_because": plan.document.stopped_because,
-            }
-            for plan in plans
-        ],
-    }
-
-
 def open_walk(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, offload: bool) -> LayerWalk:
     """A model ready to run layer by layer: in memory, or on disk but for the layer that runs."""
+    keep_freed_memory()
     if offload:
         return open_offloaded(checkpoint, dtype=dtype, device=device)
     return LayerWalk(load_model(checkpoint, dtype=dtype, device=device), checkpoint.family)
 
 
-def _prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> _Job:
+def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> Job:
+    """Checks what was asked for, and loads the text; see :func:`prune`.
+
+    Raises:
+        SenteiError: Bad input.
+    """
     checkpoint = open_checkpoint(model_directory)
     allocation = allocate(
         block_parameters(checkpoint),
@@ -269,7 +186,7 @@ def _prepare(model_directory: Path, settings: PruneSettings, model_name: str) ->
     _check_combination(settings, metric, limit_metric)
     blank = _blank_plan(checkpoint, settings, allocation, windows, metric, model_name)
     blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric)})
-    return _Job(
+    return Job(
         checkpoint=checkpoint, settings=settings, windows=windows, metric=metric, limit_metric=limit_metric, blank=blank
     )
 
@@ -335,10 +252,15 @@ def _blank_plan(
     )
 
 
-def _search(job: _Job, plan: PruningPlan | None, state: SearchState, progress: Progress) -> PruningPlan:
+def search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Progress) -> PruningPlan:
+    """Loads the model and searches, from the beginning or from ``plan``, saving each step in ``state``.
+
+    Raises:
+        SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
+    """
     transformers.set_seed(job.settings.seed)
     settings = job.settings
-    search = Search(
+    running = Search(
         walk=open_walk(job.checkpoint, dtype=settings.dtype, device=settings.device, offload=settings.offload),
         sizes=block_parameters(job.checkpoint),
         windows=job.windows.ids,
@@ -347,7 +269,7 @@ def _search(job: _Job, plan: PruningPlan | None, state: SearchState, progress: P
         save=state.save,
         progress=progress,
     )
-    return search.finish(plan or search.begin(job.blank))
+    return running.finish(plan or running.begin(job.blank))
 
 
 def apply_plan(
@@ -408,7 +330,7 @@ def _write(
     checkpoint: Checkpoint,
     plan: PruningPlan,
     out: Path,
-    job: _Job | None,
+    job: Job | None,
     started: float,
     *,
     force: bool,

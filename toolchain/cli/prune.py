@@ -147,6 +147,7 @@ def prune(
     from toolchain.checkpoint import open_checkpoint, resolve_model
     from toolchain.limits import LimitSettings
     from toolchain.search_state import search_directory
+    from toolchain.sweep import sweep as run_sweep
 
     sparsities = _sparsities(sparsity, sweep)
     picked_device = pick_device(device)
@@ -175,7 +176,7 @@ def prune(
     name = directory.resolve().name if Path(model).is_dir() else model
     try:
         if sweep is not None:
-            result = pipeline.sweep(
+            result = run_sweep(
                 directory, out, settings, sparsities, model_name=name, force=force, resume=resume,
                 progress=output.progress,
             )  # fmt: skip
