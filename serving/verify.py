@@ -14,6 +14,7 @@ one; greedy tokens by how much less likely than its own first choice the referen
 
 import importlib.util
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from serving.engines import Engine, TransformersEngine
+from serving.verdict_card import write_into_card
 from toolchain.checkpoint import Checkpoint, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.modeling import load_tokenizer
@@ -78,6 +80,8 @@ class Differences:
         max_difference: See there.
         mean_difference: See there.
         median_difference: See there.
+        kl_divergence: Of the engine's next-token distribution from the reference's, in nats, on average over positions;
+            all tokens but the engine's likeliest count as one, so this is at most the divergence of the whole.
         top1_agreement: Fraction of positions with the same likeliest token.
         greedy_margin: See :class:`Tolerances`.
         greedy_agreement: Fraction of greedy tokens that are the reference's own first choice.
@@ -86,6 +90,7 @@ class Differences:
     max_difference: float
     mean_difference: float
     median_difference: float
+    kl_divergence: float
     top1_agreement: float
     greedy_margin: float
     greedy_agreement: float
@@ -115,6 +120,8 @@ TOLERANCES: Mapping[str, Tolerances] = {
 # By bits: largest relative error of a matrix (measured 0.104 and 0.0063), and its gain's deviation from 1 (measured
 # 0.006 and 0.002).
 _ROUNDING_LIMITS = {4: (0.2, 0.02), 8: (0.02, 0.01)}
+# A column that rounding left of its size points where it did; two swapped ones are at right angles to it.
+_LEAST_SIMILARITY = 0.5
 
 
 def verify(
@@ -125,7 +132,7 @@ def verify(
     text: Path | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Compares an export with its checkpoint and writes the verdict to ``verification.json`` in the export.
+    """Compares an export with its checkpoint; the verdict goes into its ``verification.json`` and model card.
 
     Args:
         exported: What ``sentei export`` wrote.
@@ -177,6 +184,7 @@ def verify(
         "checks": checks,
     }
     write_text(exported / VERIFICATION_FILE, json.dumps(verdict, indent=2) + "\n")
+    write_into_card(exported, verdict)
     return verdict
 
 
@@ -200,11 +208,13 @@ def compare(reference: TransformersEngine, prompts: Sequence[Sequence[int]], ans
         answers: To the same prompts.
     """
     differences: list[float] = []
+    divergences: list[float] = []
     same_top: list[bool] = []
     for prompt, positions in zip(prompts, answers.log_probabilities, strict=True):
         expected = reference.log_probabilities(prompt).cpu()
         for row, found in zip(expected, positions, strict=False):
             differences += [abs(value - float(row[token])) for token, value in found.items()]
+            divergences.append(_divergence({token: float(row[token]) for token in found}, found))
             same_top.append(max(found, key=found.__getitem__) == int(row.argmax()))
     margins: list[float] = []
     for prompt, tokens in zip(prompts, answers.greedy, strict=False):
@@ -214,10 +224,22 @@ def compare(reference: TransformersEngine, prompts: Sequence[Sequence[int]], ans
         max_difference=max(differences),
         mean_difference=statistics.fmean(differences),
         median_difference=statistics.median(differences),
+        kl_divergence=statistics.fmean(divergences),
         top1_agreement=statistics.fmean(same_top),
         greedy_margin=statistics.fmean(margins),
         greedy_agreement=statistics.fmean(margin == 0 for margin in margins),
     )
+
+
+def _divergence(expected: Mapping[int, float], found: Mapping[int, float]) -> float:
+    """KL divergence of ``found`` from ``expected``: log-probabilities of some tokens; all others count as one."""
+
+    def with_rest(of_tokens: Mapping[int, float]) -> list[float]:
+        rest = 1 - sum(math.exp(value) for value in of_tokens.values())
+        # What is left of 1 in float32 is noise below this.
+        return [*(of_tokens[token] for token in expected), math.log(max(rest, 1e-7))]
+
+    return sum(math.exp(p) * (p - q) for p, q in zip(with_rest(expected), with_rest(found), strict=True))
 
 
 def _pick_engine(exported: Path, engine: EngineName) -> str:
@@ -282,7 +304,7 @@ def _differing(source: Checkpoint, exported: Checkpoint) -> Iterator[str]:
 
 
 def _rounding_checks(rounded: Sequence["RoundedMatrix"]) -> dict[str, dict[str, Any]]:
-    """One pair of checks for each width in bits: the worst matrix, by name."""
+    """Checks for each width in bits: the worst matrix, by name."""
     checks: dict[str, dict[str, Any]] = {}
     for bits in sorted({matrix.bits for matrix in rounded}):
         matrices = [matrix for matrix in rounded if matrix.bits == bits]
@@ -291,6 +313,9 @@ def _rounding_checks(rounded: Sequence["RoundedMatrix"]) -> dict[str, dict[str, 
         skewed = max(matrices, key=lambda matrix: abs(matrix.gain - 1))
         checks[f"int{bits}_relative_error"] = _check(worst.relative_error, error_limit) | {"matrix": worst.name}
         checks[f"int{bits}_gain"] = _check(abs(skewed.gain - 1), gain_limit) | {"matrix": skewed.name}
+        moved = min(matrices, key=lambda matrix: matrix.column_similarity)
+        moved_by = _check(1 - moved.column_similarity, 1 - _LEAST_SIMILARITY)
+        checks[f"int{bits}_moved_column"] = moved_by | {"matrix": moved.name}
     return checks
 
 

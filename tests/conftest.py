@@ -13,6 +13,8 @@ from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.layout import LayerLayout
 from toolchain.surgery import write_pruned
 
+pytest_plugins = ["tests.compatibility"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -60,7 +60,8 @@ def _inputs_of(projection: nn.Module) -> Iterator[list[torch.Tensor]]:
     observed: list[torch.Tensor] = []
 
     def observe(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        observed.append(torch.linalg.vector_norm(inputs[0], dim=1, dtype=torch.float32).double().sum(0))
+        # Not vector_norm: over any dimension but the last it is ten times slower on a CPU.
+        observed.append(inputs[0].float().square().sum(1).sqrt().double().sum(0))
 
     handle = projection.register_forward_pre_hook(observe)
     try:

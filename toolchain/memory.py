@@ -1,7 +1,6 @@
-"""How much memory may be used: what is free, and less where a container or a user limit says so."""
+"""How much memory may be used: what is free, and less where a container's limit says so."""
 
 import ctypes
-import resource
 import sys
 from pathlib import Path
 
@@ -13,15 +12,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; on a CPU within the cgroup's and the process's limits."""
+    """Bytes that can still be allocated on a device; on a CPU within the cgroup's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = [_meminfo("/proc/meminfo", "MemAvailable")]
     if (maximum := _read_number(_CGROUP / "memory.max")) is not None:
         limits.append(maximum - (_read_number(_CGROUP / "memory.current") or 0))
-    data_limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    if data_limit != resource.RLIM_INFINITY:
-        limits.append(data_limit - _meminfo("/proc/self/status", "VmData"))
     return max(0, min(limits))
 
 
@@ -31,9 +27,29 @@ def keep_freed_memory() -> None:
     A layer's activations are as large as glibc's threshold for giving back, so each layer would ask for them anew, and
     the system would clear every page again: a tenth of a forward pass in float32, a third in bfloat16.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
+    _set_thresholds(trim=2**31 - 1, mmap=2**30)
+
+
+def give_back_freed_memory() -> None:
+    """Has the C library give back what is free now, and what is freed from now on.
+
+    Kept, the gaps that weights leave between others add up to gigabytes when layers come and go.
+    """
+    _set_thresholds(trim=2**17, mmap=2**20)
+    if glibc := _glibc():
+        glibc.malloc_trim(0)
+
+
+def _set_thresholds(*, trim: int, mmap: int) -> None:
+    """Bytes free at the end of the heap before it shrinks, and bytes from which an allocation is outside of the heap."""
+    if glibc := _glibc():
+        glibc.mallopt(_M_TRIM_THRESHOLD, trim)
+        glibc.mallopt(_M_MMAP_THRESHOLD, mmap)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "malloc_trim") else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

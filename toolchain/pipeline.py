@@ -17,7 +17,7 @@ from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.function_metric import FunctionMetric
 from toolchain.layer_walk import LayerWalk
 from toolchain.limits import LimitSettings, limit_asked
-from toolchain.memory import keep_freed_memory
+from toolchain.memory import give_back_freed_memory, keep_freed_memory
 from toolchain.metric_choice import choose_metric
 from toolchain.metrics import Metric, measure
 from toolchain.model_card import model_card
@@ -155,10 +155,13 @@ def prune(
 
 def open_walk(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, offload: bool) -> LayerWalk:
     """A model ready to run layer by layer: in memory, or on disk but for the layer that runs."""
-    keep_freed_memory()
+    # Weights, which come and go, are given back; activations, which come again with every layer, are kept.
+    give_back_freed_memory()
     if offload:
         return open_offloaded(checkpoint, dtype=dtype, device=device)
-    return LayerWalk(load_model(checkpoint, dtype=dtype, device=device), checkpoint.family)
+    walk = LayerWalk(load_model(checkpoint, dtype=dtype, device=device), checkpoint.family)
+    keep_freed_memory()
+    return walk
 
 
 def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> Job:

@@ -18,15 +18,26 @@ from toolchain.errors import SenteiError
 PROMPTS = [[1, 504, 3575, 282, 4649, 314], [504, 253, 2429, 260]]
 
 
-def damaged(source, directory, factor, layer=17):
-    """A copy of a checkpoint with one layer's down_proj scaled."""
+def changed(source, directory, change, layer=17):
+    """A copy of a checkpoint with one layer's down_proj changed."""
     shutil.copytree(source, directory)
     name = f"model.layers.{layer}.mlp.down_proj.weight"
     file = directory / "model.safetensors"
     tensors = load_file(file)
-    tensors[name] = tensors[name] * factor
+    tensors[name] = change(tensors[name]).contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
     return directory
+
+
+def damaged(source, directory, factor):
+    return changed(source, directory, lambda weight: weight * factor)
+
+
+def swapped(source, directory):
+    """Two neurons of a layer have each other's output."""
+    order = torch.arange(1536)
+    order[[100, 900]] = order[[900, 100]]
+    return changed(source, directory, lambda weight: weight[:, order])
 
 
 def failed(verdict):
@@ -41,6 +52,10 @@ def test_a_right_export_passes(pruned_demo, tmp_path, dtype):
     assert verdict["dtype"] == str(dtype).removeprefix("torch.")
     assert verdict == json.loads((tmp_path / "out/verification.json").read_text())
     assert verdict["num_prompts"] == 12
+    assert 0 <= verdict["kl_divergence"] < verdict["mean_difference"] + 1e-6
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.count("## Verification\n\nPassed.") == 1
+    assert "| kl divergence |" in card
     assert (verdict["mean_difference"] == 0) == (dtype == torch.float32)
 
 
@@ -72,6 +87,20 @@ def test_onnx_fails_when_damaged(demo_model, tmp_path, precision, factor):
         assert any("layers.17.mlp.down_proj" in check.get("matrix", "") for check in verdict["checks"].values())
     else:
         assert "max_difference" in failed(verdict)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapped_neurons_fail(demo_model, tmp_path, dtype):
+    export_vllm(swapped(demo_model, tmp_path / "swapped"), tmp_path / "out", dtype=dtype)
+    assert "differing_tensors" in failed(verify(tmp_path / "out", demo_model, engine="transformers"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_swapped_neurons_fail_in_onnx(demo_model, tmp_path, precision):
+    export_onnx(swapped(demo_model, tmp_path / "swapped"), tmp_path / "out", precision=precision)
+    verdict = verify(tmp_path / "out", demo_model)
+    assert ({"max_difference"} if precision == "fp32" else {"int8_moved_column", "int4_moved_column"}) & failed(verdict)
+    assert "**Failed**" in (tmp_path / "out/README.md").read_text()
 
 
 def test_int4_arithmetic_is_judged_with_the_rounded_matrices(demo_model, tmp_path):

@@ -104,6 +104,7 @@ def masked(directory: Path, removed_attention: set[int], kept: list[np.ndarray])
     return model
 
 
+@pytest.mark.compatibility("prune", "a pruned model equals the original with the same parts zeroed")
 @each_variant
 def test_pruned_equals_masked(pico: Path, tmp_path: Path):
     for removed in REMOVALS:
@@ -123,6 +124,7 @@ def test_a_plan_that_keeps_everything_changes_nothing(pico: Path, tmp_path: Path
     assert open_checkpoint(tmp_path).config == open_checkpoint(pico).config
 
 
+@pytest.mark.compatibility("Transformers", "saved again, nothing is lost")
 @each_variant
 def test_saved_again_by_transformers_it_is_unchanged(pico: Path, tmp_path: Path):
     first, second = tmp_path / "first", tmp_path / "second"
@@ -145,6 +147,7 @@ def test_saved_again_by_transformers_it_is_unchanged(pico: Path, tmp_path: Path)
         assert torch.equal(narrowed(IDS).logits, load_model(third)(IDS).logits)
 
 
+@pytest.mark.compatibility("Transformers", "generation with a cache, padded, equals generation without")
 @each_variant
 def test_generating_with_a_cache_changes_nothing(pico: Path, tmp_path: Path):
     """Sequences are longer than any sliding window; the second is padded."""
