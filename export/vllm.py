@@ -18,13 +18,13 @@ from toolchain.checkpoint import (
     write_weights,
 )
 from toolchain.errors import CheckFailedError, SenteiError
+from toolchain.families import check_vllm_follows
 from toolchain.output import check_output_directory, new_directory
+from toolchain.tensor_parallel import head_counts, ranks_for_heads
 
 VERIFICATION_FILE = "verification.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CARRIED = ("plan.json", "README.md")
-# Kernels for matrices work in tiles; of these multiples no rank's share of a layer leaves a tile partly empty.
-_TILE = 64
 
 
 def export_vllm(
@@ -52,8 +52,8 @@ def export_vllm(
         What ``verification.json`` holds.
 
     Raises:
-        SenteiError: Not a good checkpoint, a width or head count that ``tensor_parallel`` does not divide, or a weight
-            that the dtype cannot hold.
+        SenteiError: Not a good checkpoint, something that vLLM's class has no place for, a width or head count that
+            ``tensor_parallel`` does not divide, or a weight that the dtype cannot hold.
         CheckFailedError: What was read back differs from what should have been written.
     """
     check_output_directory(out, force=force, inputs=[directory])
@@ -62,6 +62,7 @@ def export_vllm(
     if dtype is not None and dtype not in _DTYPES:
         raise SenteiError(f"dtype {dtype} is not supported.", f"Use {', '.join(map(_name, _DTYPES))}.")
     checkpoint = open_checkpoint(directory)
+    check_vllm_follows(checkpoint.config)
     check_tensor_parallel(checkpoint, tensor_parallel)
     stored = dtype or checkpoint.dtype
     with new_directory(out, force=force) as partial:
@@ -92,10 +93,8 @@ def check_tensor_parallel(checkpoint: Checkpoint, tensor_parallel: int) -> None:
     """
     if tensor_parallel < 1:
         raise SenteiError(f"tensor_parallel is {tensor_parallel}; it must be at least 1.")
-    heads = checkpoint.config["num_attention_heads"]
-    kv_heads = checkpoint.config.get("num_key_value_heads") or heads
-    if heads % tensor_parallel or (kv_heads % tensor_parallel and tensor_parallel % kv_heads):
-        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    if tensor_parallel not in (fitting := ranks_for_heads(checkpoint)):
+        heads, kv_heads = head_counts(checkpoint)
         raise SenteiError(
             f"{checkpoint.directory}: {heads} attention heads and {kv_heads} key-value heads cannot be split over "
             f"tensor_parallel = {tensor_parallel}.",
@@ -107,7 +106,7 @@ def check_tensor_parallel(checkpoint: Checkpoint, tensor_parallel: int) -> None:
         raise SenteiError(
             f"{checkpoint.directory}: tensor_parallel = {tensor_parallel} does not divide intermediate_size of "
             f"{len(odd)} layers: {layers}.",
-            f"Prune again with --align {_TILE * tensor_parallel}, or edit the plan to multiples of {tensor_parallel}.",
+            f"Prune again with --tensor-parallel {tensor_parallel}, or edit the plan to multiples of that.",
         )
 
 

@@ -22,7 +22,7 @@ from vllm.model_executor.models.utils import extract_layer_index, make_layers, m
 
 from serving.vllm_weights import CompleteWeights, stored_shapes
 from toolchain.errors import SenteiError
-from toolchain.families import Family, family_of
+from toolchain.families import Family, check_vllm_follows, family_of
 from toolchain.layer_tensors import check_layer_tensors
 from toolchain.layout import LayerLayout, read_layout
 
@@ -61,11 +61,12 @@ def checked_layout(vllm_config: "VllmConfig") -> tuple[LayerLayout, ...]:
     """Reads the layout and checks that this server can build it, before any weight is read.
 
     Raises:
-        SenteiError: ``per_layer_config`` is wrong or does not fit the tensors, or a width cannot be split over the
-            tensor-parallel ranks.
+        SenteiError: ``per_layer_config`` is wrong or does not fit the tensors, vLLM's class has no place for what the
+            config asks for, or a width cannot be split over the tensor-parallel ranks.
     """
     model_config = vllm_config.model_config
     config = model_config.hf_config.to_dict()
+    check_vllm_follows(config)
     layout = read_layout(config)
     # Of a model that is not in a directory, or is quantised, every tensor is checked when it is loaded.
     if shapes := stored_shapes(Path(model_config.model)) if "quantization_config" not in config else {}:
@@ -75,7 +76,7 @@ def checked_layout(vllm_config: "VllmConfig") -> tuple[LayerLayout, ...]:
         raise SenteiError(
             f"tensor_parallel_size is {ranks}, which does not divide intermediate_size "
             f"{layout[odd[0]].intermediate_size} of layer {odd[0]} ({len(odd)} such layers).",
-            f"Prune with --align {64 * ranks}, or serve with fewer ranks.",
+            f"Prune with --tensor-parallel {ranks}, or serve with fewer ranks.",
         )
     return layout
 
@@ -96,23 +97,15 @@ class PrunedModel(CompleteWeights):
     """Mixin for vLLM's causal language models: the model as vLLM builds it, but with decoder layers that differ."""
 
     decoder_layer: ClassVar[type[nn.Module]]
-    # Whether vLLM's class gives each layer its own kind of attention, sliding or full.
-    knows_layer_types: ClassVar[bool] = True
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "") -> None:
         """Checks the config, then builds; weights come later.
 
         Raises:
-            SenteiError: See :func:`checked_layout`; or vLLM's class has no place for what the config asks for.
+            SenteiError: See :func:`checked_layout`.
         """
         layout = checked_layout(vllm_config)
         config = vllm_config.model_config.hf_config
-        if not self.knows_layer_types and len(kinds := set(getattr(config, "layer_types", None) or ())) > 1:
-            raise SenteiError(
-                f"config.json: layer_types mixes {' and '.join(sorted(kinds))}, which vLLM's class for model_type "
-                f"{config.model_type!r} cannot serve, pruned or not.",
-                "Serve it with Transformers.",
-            )
         family = family_of(config.to_dict())
         with _no_layers(config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -189,14 +182,12 @@ class PrunedQwen2ForCausalLM(PrunedModel, Qwen2ForCausalLM):
     """vLLM's Qwen2 with layers that differ."""
 
     decoder_layer = Qwen2DecoderLayer
-    knows_layer_types = False
 
 
 class PrunedQwen3ForCausalLM(PrunedModel, Qwen3ForCausalLM):
     """vLLM's Qwen3 with layers that differ."""
 
     decoder_layer = Qwen3DecoderLayer
-    knows_layer_types = False
 
 
 class PrunedGraniteForCausalLM(PrunedModel, GraniteForCausalLM):

@@ -59,6 +59,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "qwen2": {
         "grouped": {},
         "tied-multi-head": _TIED | _MULTI_HEAD,
+        "own-head-dim": _OWN_HEAD_DIM,
         "alternating": {"use_sliding_window": True, **_ALTERNATING},
     },
     "qwen3": {

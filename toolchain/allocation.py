@@ -174,7 +174,7 @@ def allocate(
         raise SenteiError(
             f"--sparsity {sparsity:g} cannot be reached with {removals} attention removals"
             + (f", {len(protected.ffn)} protected FFNs" if protected.ffn else "")
-            + f" and --align {align}: the highest is {int(highest * 1e4) / 1e4:g}.",
+            + f" and FFN widths in multiples of {align}: the highest is {int(highest * 1e4) / 1e4:g}.",
             "Lower --sparsity or allow more --attention-removals.",
         )
     narrowed = iter(
@@ -204,14 +204,18 @@ def ladder(full: int, widths: Sequence[int], align: int) -> Callable[[int, int],
     """The way from the full width down to ``widths``, as a function of how far to go.
 
     Returns:
-        ``rung(step, num_steps)``: each layer's width after ``step`` of ``num_steps``, in whole multiples of ``align``
-        removed; each rung is nowhere wider than the one before, and the last is ``widths``.
+        ``rung(step, num_steps)``: each layer's width after ``step`` of ``num_steps``. The first is the full width,
+        the last is ``widths``, and those between differ from ``widths`` by multiples of ``align``, so that a search
+        stopped by a limit keeps multiples too. Each rung is nowhere wider than the one before.
     """
 
     def rung(step: int, num_steps: int) -> tuple[int, ...]:
-        if step == num_steps:
-            return tuple(widths)
-        return tuple(full - (full - width) // align * step // num_steps * align for width in widths)
+        if step == 0:
+            return (full,) * len(widths)
+        units = [(full - width) // align for width in widths]
+        return tuple(
+            width + (most - most * step // num_steps) * align for width, most in zip(widths, units, strict=True)
+        )
 
     return rung
 

@@ -32,6 +32,8 @@ class Family:
         final_norm: The norm between the last decoder layer and the head.
         logits_divisor: Key in ``config.json`` of a number that the head's output is divided by.
         logits_softcap: Key of a number ``c``, which may be null: the head's output ``x`` becomes ``c * tanh(x / c)``.
+        not_in_vllm: Keys that change what Transformers' class computes, and that vLLM's class (0.25 to 0.33) does not
+            follow; see :func:`check_vllm_follows`.
     """
 
     model_type: str
@@ -47,6 +49,7 @@ class Family:
     final_norm: str = "model.norm"
     logits_divisor: str | None = None
     logits_softcap: str | None = None
+    not_in_vllm: tuple[str, ...] = ()
 
     @property
     def pruned_architecture(self) -> str:
@@ -85,8 +88,8 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         Family(model_type="llama", architecture="LlamaForCausalLM"),
         Family(model_type="mistral", architecture="MistralForCausalLM"),
-        Family(model_type="qwen2", architecture="Qwen2ForCausalLM"),
-        Family(model_type="qwen3", architecture="Qwen3ForCausalLM"),
+        Family(model_type="qwen2", architecture="Qwen2ForCausalLM", not_in_vllm=("layer_types", "head_dim")),
+        Family(model_type="qwen3", architecture="Qwen3ForCausalLM", not_in_vllm=("layer_types", "attention_bias")),
         Family(
             model_type="phi3",
             architecture="Phi3ForCausalLM",
@@ -139,3 +142,27 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"Supported: {', '.join(sorted(known))}.",
         )
     return family
+
+
+def check_vllm_follows(config: Mapping[str, Any]) -> None:
+    """Checks that vLLM's own class for a model computes what its config says, pruned or not.
+
+    Raises:
+        SenteiError: It does not; says what it has no place for.
+    """
+    usual = config["hidden_size"] // config["num_attention_heads"]
+    kinds = sorted(set(config.get("layer_types") or ()))
+    unusual = {
+        "layer_types": f"layer_types mixes {' and '.join(kinds)}" if len(kinds) > 1 else "",
+        "head_dim": f"head_dim is not hidden_size / num_attention_heads = {usual}"
+        if (config.get("head_dim") or usual) != usual
+        else "",
+        "attention_bias": "attention_bias gives o_proj a bias" if config.get("attention_bias") else "",
+    }
+    for key in family_of(config).not_in_vllm:
+        if unusual[key]:
+            raise SenteiError(
+                f"config.json: {unusual[key]}, which vLLM's class for model_type {config['model_type']!r} cannot "
+                "serve, pruned or not.",
+                "Serve it with Transformers.",
+            )

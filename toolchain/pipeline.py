@@ -36,6 +36,7 @@ from toolchain.progress import Progress, no_progress
 from toolchain.search import Search
 from toolchain.search_state import SearchState, search_directory
 from toolchain.surgery import write_pruned
+from toolchain.tensor_parallel import width_unit
 
 SUMMARY_FILE = "pruning_summary.json"
 METHOD = "2ssp"
@@ -50,7 +51,7 @@ class PruneSettings:
         calibration: Text file; ``None`` for the embedded text.
         num_samples: Calibration windows; stage 2 uses the first.
         seq_len: Tokens a window.
-        align: FFN widths are multiples of this; 1 gives the published widths.
+        align: FFN widths on each rank are multiples of this; 1, on a single rank, gives the published widths.
         attention_removals: Overrides the published formula.
         allocation: How many attentions go: ``formula``, as published, or ``auto``, by measured damage.
         widths: Of the FFNs: ``uniform``, as published, or ``ranked``, by one ranking of all neurons.
@@ -59,6 +60,7 @@ class PruneSettings:
         metric: Decides what is removed; see :func:`toolchain.metric_choice.choose_metric`.
         limit: How much damage is accepted.
         limit_metric: What the limit looks at, if that is another metric.
+        tensor_parallel: Ranks that a server will split each layer over.
         offload: Keep one layer in memory instead of all.
         device: Computed on.
         dtype: Computed in; the checkpoint keeps the model's own.
@@ -81,6 +83,7 @@ class PruneSettings:
     metric: str = "perplexity"
     limit: LimitSettings = field(default_factory=LimitSettings)
     limit_metric: str | None = None
+    tensor_parallel: int = 1
     offload: bool = False
 
 
@@ -171,8 +174,12 @@ def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> 
         SenteiError: Bad input.
     """
     checkpoint = open_checkpoint(model_directory)
+    sizes = block_parameters(checkpoint)
+    unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
+    # From here on, and in the plan, only the multiple itself counts.
+    settings = replace(settings, align=unit, tensor_parallel=1)
     allocation = allocate(
-        block_parameters(checkpoint),
+        sizes,
         settings.sparsity,
         align=settings.align,
         attention_removals=settings.attention_removals,

@@ -7,8 +7,10 @@ import torch
 
 from export.vllm import export_vllm
 from tests.conftest import make_pico, prune_by_hand
+from tests.families import VARIANTS, make_family_pico
 from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import CheckFailedError, SenteiError
+from toolchain.families import FAMILIES
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_widths_that_cannot_be_split_are_named(pico_model, tmp_path):
     pruned = tmp_path / "pruned"
     pruned.mkdir()
     prune_by_hand(pico_model, pruned, removed_attention=set(), width=lambda layer: 48 - layer)
-    with pytest.raises(SenteiError, match=r"2 layers: 1 \(47\), 3 \(45\)\. Prune again with --align 128"):
+    with pytest.raises(SenteiError, match=r"2 layers: 1 \(47\), 3 \(45\)\. Prune again with --tensor-parallel 2"):
         export_vllm(pruned, tmp_path / "out", tensor_parallel=2)
     assert not (tmp_path / "out").exists()
 
@@ -66,6 +68,28 @@ def test_heads_are_checked(pico_model, tmp_path, tensor_parallel, fits):
         SenteiError, match=r"cannot be split over tensor_parallel = 3\. Possible here: 1, 2, 4|at least 1"
     ):
         export_vllm(pico_model, tmp_path / "out", tensor_parallel=tensor_parallel)
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "sentence"),
+    [
+        ("qwen2", "own-head-dim", "head_dim is not hidden_size / num_attention_heads = 8, which vLLM's class for"),
+        ("qwen2", "alternating", "layer_types mixes full_attention and sliding_attention"),
+        ("qwen3", "alternating", "layer_types mixes full_attention and sliding_attention"),
+        ("qwen3", "biased-tied", "attention_bias gives o_proj a bias"),
+    ],
+)
+def test_what_vllms_class_does_not_follow_is_refused(tmp_path, family, variant, sentence):
+    make_family_pico(tmp_path / "model", family, variant)
+    with pytest.raises(SenteiError, match=sentence):
+        export_vllm(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_usual_model_can_be_exported(tmp_path, family):
+    make_family_pico(tmp_path / "model", family, next(iter(VARIANTS[family])))
+    assert export_vllm(tmp_path / "model", tmp_path / "out", tensor_parallel=2)["passed"]
 
 
 def test_a_weight_too_large_for_float16_is_refused(tmp_path):

@@ -162,6 +162,18 @@ def test_a_bad_layout_is_one_sentence():
         checked_layout(vllm_config(per_layer_config={"2": {"skip": ["norm"]}}))
 
 
+def test_a_config_with_layers_that_differ_equals_itself():
+    """As vLLM before 0.28 asks; reading its global width is what Transformers refuses."""
+    from serving.vllm_plugin import register
+
+    register()
+    config = vllm_config(per_layer_config={"2": {"intermediate_size": 32}}).model_config.hf_config
+    with pytest.raises(RuntimeError, match="per-layer attribute"):
+        _ = config.intermediate_size
+    same = config
+    assert config == same
+
+
 class Loaded(nn.Module):
     """A vLLM model as far as loading goes: it takes everything, as vLLM's loader does for linear layers."""
 

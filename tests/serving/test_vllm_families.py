@@ -41,11 +41,14 @@ NUM_ATTENDING = 2
 REFUSED = {
     ("qwen2", "alternating"): "layer_types mixes full_attention and sliding_attention",
     ("qwen3", "alternating"): "layer_types mixes full_attention and sliding_attention",
-    ("qwen3", "biased-tied"): "self_attn.o_proj.bias, for which the model has no place in vLLM",
+    ("qwen2", "own-head-dim"): "head_dim is not hidden_size / num_attention_heads",
+    ("qwen3", "biased-tied"): "attention_bias gives o_proj a bias",
 }
 # Those that differ most from Llama: norms behind each part and layers of two kinds; fused projections.
 BY_DEFAULT = [("gemma3_text", "alternating"), ("phi3", "grouped")]
 OTHERS = [each for each in EVERY_VARIANT if each not in BY_DEFAULT]
+# Each family as most of its models are; heads, key-value heads and widths are even.
+SPLIT = [(family, next(iter(variants))) for family, variants in VARIANTS.items()]
 
 
 def wide_pico(directory: Path, family: str, variant: str) -> Path:
@@ -73,9 +76,11 @@ def ask_vllm(directory: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]
     return json.loads(Path(f"{file}.answers").read_text())
 
 
-def ask_about(directory: Path, variants: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[Path, dict[str, Any]]]:
+def ask_about(
+    directory: Path, variants: list[tuple[str, str]], **more: Any
+) -> dict[tuple[str, str], tuple[Path, dict[str, Any]]]:
     models = [wide_pico(directory, *each) for each in variants]
-    answers = ask_vllm(directory, [{"directory": str(model)} for model in models])
+    answers = ask_vllm(directory, [{"directory": str(model), **more} for model in models])
     return dict(zip(variants, zip(models, answers, strict=True), strict=True))
 
 
@@ -101,6 +106,11 @@ def others(tmp_path_factory: pytest.TempPathFactory):
     return ask_about(tmp_path_factory.mktemp("others"), OTHERS)
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory):
+    return ask_about(tmp_path_factory.mktemp("split"), SPLIT, tensor_parallel_size=2)
+
+
 @pytest.mark.parametrize("variant", BY_DEFAULT, ids="-".join)
 def test_vllm_agrees_with_transformers(by_default, variant: tuple[str, str]):
     check(*by_default[variant])
@@ -119,6 +129,13 @@ def test_vllm_agrees_with_transformers_or_says_why_not(others, variant: tuple[st
     bytes_a_token = 2 * config["num_key_value_heads"] * head_dim * 4 * NUM_ATTENDING
     if len(set(config.get("layer_types") or ["all alike"])) == 1:  # layers of two kinds share one pool of blocks
         assert answer["num_kv_cache_tokens"] == KV_CACHE_BYTES // bytes_a_token
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("variant", SPLIT, ids="-".join)
+def test_two_ranks_agree_with_transformers_too(on_two_ranks, variant: tuple[str, str]):
+    """And so with one rank, which gives the same tokens."""
+    check(*on_two_ranks[variant])
 
 
 @pytest.mark.acceptance

