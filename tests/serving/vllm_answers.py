@@ -17,7 +17,8 @@ KV_CACHE_BYTES = 2**24
 def main(jobs_file: Path) -> None:
     """Answers a list of jobs into ``JOBS.json.answers``.
 
-    A job has ``directory``, ``prompts`` (lists of tokens) and maybe ``adapters`` (directories of LoRA adapters).
+    A job has ``directory``, ``prompts`` (lists of tokens), maybe ``adapters`` (directories of LoRA adapters), and maybe
+    ``source`` (of a nemotron-nas export, the checkpoint it was made from).
     """
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
     answers = [_answers(job) for job in json.loads(jobs_file.read_text())]
@@ -25,11 +26,17 @@ def main(jobs_file: Path) -> None:
 
 
 def _answers(job: dict[str, Any]) -> dict[str, Any]:
+    from serving.nemotron_nas import start_vllm
     from serving.vllm_engine import VllmEngine
+    from toolchain.checkpoint import open_checkpoint
 
     options = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": KV_CACHE_BYTES, "enable_lora": "adapters" in job}
+    directory = Path(job["directory"])
     try:
-        engine = VllmEngine(Path(job["directory"]), max_model_len=64, options=options)
+        if "source" in job:
+            engine = start_vllm(directory, open_checkpoint(Path(job["source"])), max_model_len=64, **options)
+        else:
+            engine = VllmEngine(directory, max_model_len=64, options=options)
     except Exception as error:  # what vLLM's engine process would print, and what a test may expect
         return {"refused": str(error)}
     prompts, adapters = job["prompts"], job.get("adapters", [])
