@@ -6,8 +6,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from export.nemotron_nas import export_nemotron_nas
+from export.vllm import export_vllm
 from serving.nemotron_nas import open_nas, start_vllm
 from serving.verify import verify
 from tests.command_line import refused, sentei, sentei_program
@@ -50,12 +52,13 @@ def test_stock_vllm_agrees_with_transformers_on_every_shape(tmp_path: Path):
 
 @pytest.mark.acceptance
 def test_the_demo_model_is_exported_and_verified_in_stock_vllm(demo_model: Path, tmp_path: Path):
-    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    pruned, precise, out = tmp_path / "pruned", tmp_path / "precise", tmp_path / "out"
     pruned.mkdir()
     widths = {3: 1100, 12: 0, 20: 1024}
     prune_by_hand(demo_model, pruned, removed_attention={5, 12, 13, 29}, width=lambda layer: widths.get(layer, 1280))
+    export_vllm(pruned, precise, dtype=torch.float32)
     with mock.patch.dict(os.environ, {"VLLM_PLUGINS": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}):
-        done = sentei_program("export", "nemotron-nas", pruned, "-o", out, "--json")
+        done = sentei_program("export", "nemotron-nas", precise, "-o", out, "--json")
     assert done.returncode == 0, done.stderr
     assert "needs trust_remote_code" in done.stderr
     told = json.loads(done.stdout)
