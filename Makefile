@@ -16,6 +16,7 @@ test: $(VENV)/.test
 	$(BIN)/pytest
 
 acceptance: $(VENV)/.test
+	$(BIN)/pip install -e '.[llama-cpp]'
 	$(BIN)/pytest -m "acceptance or not acceptance"
 
 # Writes docs/compatibility.md from what the tests find.

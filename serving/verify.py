@@ -5,6 +5,7 @@ one; greedy tokens by how much less likely than its own first choice the referen
 
 - A checkpoint for vLLM or Transformers: every tensor must equal its source's, cast to the stored dtype.
   Log-probabilities are compared with the source in float32.
+- A nemotron-nas export (vLLM alone runs it): every tensor must equal its source's rows. Otherwise as above.
 - ONNX in float32: log-probabilities with the source in float32.
 - ONNX in int4: every matrix must be a fair rounding of its source's. Rounding alone moves a small model's
   log-probabilities more than many a fault would (demo model: 0.98 nats on average; any one ``down_proj`` times 1.5:
@@ -24,11 +25,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from serving import nemotron_nas
 from serving.engines import Engine, TransformersEngine
 from serving.verdict_card import write_into_card
 from toolchain.checkpoint import Checkpoint, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.modeling import load_tokenizer
+from toolchain.nemotron_nas import is_nemotron_nas
 from toolchain.output import write_text
 
 if TYPE_CHECKING:
@@ -151,8 +154,8 @@ def verify(
     source = open_checkpoint(against)
     picked = _pick_engine(exported, engine)
     prompts = _prompts(source, text)
-    precision = _precision(exported, picked)
-    answers = _ask(_start(exported, picked, device), prompts)
+    precision = _precision(exported, picked, source)
+    answers = _ask(_start(exported, picked, device, source), prompts)
     reference = TransformersEngine(against, dtype=torch.float32, device=device)
     checks: dict[str, dict[str, Any]] = {}
     rounding: dict[str, float] = {}
@@ -163,7 +166,7 @@ def verify(
         rounding = {f"rounding_{name}": value for name, value in asdict(before).items()}
         checks |= _rounding_checks(replace_with_rounded(reference.model, exported / "model.onnx"))
     elif picked != "onnx":
-        checks["differing_tensors"] = _check(_count_differing(source, open_checkpoint(exported)), 0)
+        checks["differing_tensors"] = _check(_count_differing(source, _open(exported, source)), 0)
     differences = compare(reference, prompts, answers)
     reference.close()
     tolerances = {name: limit for name, limit in asdict(TOLERANCES[precision]).items() if limit is not None}
@@ -243,6 +246,10 @@ def _divergence(expected: Mapping[int, float], found: Mapping[int, float]) -> fl
 
 
 def _pick_engine(exported: Path, engine: EngineName) -> str:
+    if is_nemotron_nas(exported):
+        if engine not in ("auto", "vllm"):
+            raise SenteiError(f"{exported} is a nemotron-nas export; engine {engine!r} cannot run it.", "Use vllm.")
+        return "vllm"
     is_onnx = (exported / "genai_config.json").is_file()
     if engine == "auto":
         engine = "onnx" if is_onnx else "vllm" if importlib.util.find_spec("vllm") else "transformers"
@@ -252,7 +259,13 @@ def _pick_engine(exported: Path, engine: EngineName) -> str:
     return engine
 
 
-def _start(exported: Path, engine: str, device: str) -> Engine:
+def _open(exported: Path, source: Checkpoint) -> Checkpoint:
+    return nemotron_nas.open_nas(exported, source) if is_nemotron_nas(exported) else open_checkpoint(exported)
+
+
+def _start(exported: Path, engine: str, device: str, source: Checkpoint) -> Engine:
+    if is_nemotron_nas(exported):
+        return nemotron_nas.start_vllm(exported, source)
     if engine == "onnx":
         from serving.onnx_engine import OnnxEngine
 
@@ -264,10 +277,10 @@ def _start(exported: Path, engine: str, device: str) -> Engine:
     return TransformersEngine(exported, device=device)
 
 
-def _precision(exported: Path, engine: str) -> str:
+def _precision(exported: Path, engine: str, source: Checkpoint) -> str:
     """The key into :data:`TOLERANCES`."""
     if engine != "onnx":
-        return str(open_checkpoint(exported).dtype).removeprefix("torch.")
+        return str(_open(exported, source).dtype).removeprefix("torch.")
     path = exported / "sentei_export.json"
     try:
         precision = json.loads(path.read_text(encoding="utf-8"))["precision"]
@@ -291,6 +304,8 @@ def _prompts(source: Checkpoint, text: Path | None) -> list[list[int]]:
 
 def _count_differing(source: Checkpoint, exported: Checkpoint) -> int:
     """Tensors of the export that are not their source's, cast."""
+    if is_nemotron_nas(exported.directory):
+        return nemotron_nas.count_differing(source, exported)
     names = set(source.tensors) ^ set(exported.tensors)
     return len(names) + sum(1 for _ in _differing(source, exported))
 

@@ -43,6 +43,7 @@ class VllmEngine:
         max_model_len: int = 512,
         max_logprobs: int = 20,
         options: Mapping[str, Any] | None = None,
+        described_by: Path | None = None,
     ) -> None:
         """Starts vLLM and loads the checkpoint.
 
@@ -52,12 +53,14 @@ class VllmEngine:
             max_model_len: Longest prompt and answer together, in tokens; lowered to what the model can.
             max_logprobs: The largest ``k`` of :meth:`top_log_probabilities`.
             options: Further ones of ``vllm.LLM``, such as ``tensor_parallel_size``; they override ours.
+            described_by: The checkpoint to take dtype and context from, where ``directory`` is a form of it that only
+                servers read.
 
         Raises:
             SenteiError: Not a good checkpoint, or vLLM cannot load it; its own messages are on stderr.
             MissingDependencyError: vLLM is not installed.
         """
-        checkpoint = open_checkpoint(directory)
+        checkpoint = open_checkpoint(described_by or directory)
         dtype = dtype or checkpoint.dtype
         limit = checkpoint.config.get("max_position_embeddings") or max_model_len
         arguments = {

@@ -143,7 +143,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     config = _read_config(directory)
     family = family_of(config)
     layout = read_layout(config)
-    tensors = _read_headers(directory)
+    tensors = read_headers(directory)
     check_layer_tensors(str(directory), family, layout, {name: info.shape for name, info in tensors.items()})
     return Checkpoint(directory, config, family, layout, tensors)
 
@@ -241,7 +241,12 @@ def _shard_files(directory: Path) -> list[Path]:
     raise SenteiError(f"{directory} holds no safetensors weights.", f"Expected {_SINGLE} or {_INDEX}.")
 
 
-def _read_headers(directory: Path) -> dict[str, TensorInfo]:
+def read_headers(directory: Path) -> dict[str, TensorInfo]:
+    """What the safetensors headers of a directory list, by name.
+
+    Raises:
+        SenteiError: No safetensors weights, a damaged file, or a dtype that is not supported.
+    """
     tensors: dict[str, TensorInfo] = {}
     for path in _shard_files(directory):
         try:

@@ -5,7 +5,7 @@ stands here and nowhere else. Standard library only: the vLLM plugin imports thi
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from toolchain.errors import SenteiError
@@ -34,6 +34,9 @@ class Family:
         logits_softcap: Key of a number ``c``, which may be null: the head's output ``x`` becomes ``c * tanh(x / c)``.
         not_in_vllm: Keys that change what Transformers' class computes, and that vLLM's class (0.25 to 0.33) does not
             follow; see :func:`check_vllm_follows`.
+        fused: Projections of a layer that stack several of Llama's, by name, with these in order.
+        unlike_llama: What the family computes that Llama does not, in words; empty if biases, sliding windows and
+            fused projections are all that sets it apart.
     """
 
     model_type: str
@@ -50,6 +53,8 @@ class Family:
     logits_divisor: str | None = None
     logits_softcap: str | None = None
     not_in_vllm: tuple[str, ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unlike_llama: str = ""
 
     @property
     def pruned_architecture(self) -> str:
@@ -89,23 +94,41 @@ FAMILIES: Mapping[str, Family] = {
         Family(model_type="llama", architecture="LlamaForCausalLM"),
         Family(model_type="mistral", architecture="MistralForCausalLM"),
         Family(model_type="qwen2", architecture="Qwen2ForCausalLM", not_in_vllm=("layer_types", "head_dim")),
-        Family(model_type="qwen3", architecture="Qwen3ForCausalLM", not_in_vllm=("layer_types", "attention_bias")),
+        Family(
+            model_type="qwen3",
+            architecture="Qwen3ForCausalLM",
+            not_in_vllm=("layer_types", "attention_bias"),
+            unlike_llama="norms on queries and keys",
+        ),
         Family(
             model_type="phi3",
             architecture="Phi3ForCausalLM",
             ffn_inputs=("mlp.gate_up_proj",),
             ffn_input_parts=2,
+            fused={
+                "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+            },
         ),
-        Family(model_type="granite", architecture="GraniteForCausalLM", logits_divisor="logits_scaling"),
+        Family(
+            model_type="granite",
+            architecture="GraniteForCausalLM",
+            logits_divisor="logits_scaling",
+            unlike_llama="factors on embeddings, attention scores, residual stream and logits",
+        ),
         Family(
             model_type="gemma3_text",
             architecture="Gemma3ForCausalLM",
             attention_norms=("input_layernorm", "post_attention_layernorm"),
             ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
             logits_softcap="final_logit_softcapping",
+            unlike_llama="norms behind attention and FFN and on queries and keys, GELU, and scaled embeddings",
         ),
     )
 }
+
+# The model_type of the form that servers without the plugin read; see toolchain/nemotron_nas.py.
+NEMOTRON_NAS = "nemotron-nas"
 
 # Keys by which a config.json says that a layer holds many FFNs, or that the language model is a part of a larger one.
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
@@ -119,6 +142,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
         SenteiError: The ``model_type`` or the architecture is not supported; says why where there is a reason.
     """
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    if model_type == NEMOTRON_NAS:
+        raise SenteiError(
+            f"config.json: model_type {model_type!r} is an export for servers that take no plugin.",
+            "Give the checkpoint it was made from; the export's README.md says how it is served.",
+        )
     supported = f"Supported: {', '.join(sorted(FAMILIES))}."
     if parts := [key for key in _PART_KEYS if config.get(key)]:
         raise SenteiError(

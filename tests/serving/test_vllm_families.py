@@ -51,7 +51,13 @@ OTHERS = [each for each in EVERY_VARIANT if each not in BY_DEFAULT]
 SPLIT = [(family, next(iter(variants))) for family, variants in VARIANTS.items()]
 
 
-def wide_pico(directory: Path, family: str, variant: str) -> Path:
+def wide_pico(
+    directory: Path,
+    family: str,
+    variant: str,
+    removed: set[int] = REMOVED,
+    widths: tuple[int, ...] = WIDTHS,
+) -> Path:
     """A random model of four layers, pruned."""
     source, out = directory / f"{family}-{variant}", directory / f"{family}-{variant}-pruned"
     own: dict[str, Any] = {"head_dim": 64} if "head_dim" in VARIANTS[family][variant] else {}
@@ -62,16 +68,23 @@ def wide_pico(directory: Path, family: str, variant: str) -> Path:
         }  # fmt: skip
     make_family_pico(source, family, variant, **WIDE, **own)
     out.mkdir()
-    prune_by_hand(source, out, removed_attention=REMOVED, width=WIDTHS.__getitem__)
+    prune_by_hand(source, out, removed_attention=removed, width=widths.__getitem__)
     return out
 
 
-def ask_vllm(directory: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def ask_vllm(directory: Path, jobs: list[dict[str, Any]], **environment: str) -> list[dict[str, Any]]:
     """Answers of one vLLM process to all of them."""
     file = directory / "jobs.json"
     file.write_text(json.dumps([{"prompts": PROMPTS, **job} for job in jobs]))
     command = [sys.executable, "-m", "tests.serving.vllm_answers", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(Path(f"{file}.answers").read_text())
 

@@ -1,5 +1,6 @@
 """``sentei export`` and ``sentei verify``: an export is verified before it is called done."""
 
+import importlib.util
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,32 @@ def export_onnx(
 
     run(directory, out, precision=precision.value, force=force, on_progress=output.note)
     _verify(output, out, directory, engine=VerifyEngine.onnx, text=None)
+
+
+@app.command("nemotron-nas")
+def export_nemotron_nas(
+    directory: DirArgument,
+    *,
+    out: OutOption,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write DeciLM's form for servers that take no plugin: stock vLLM with trust_remote_code, and llama.cpp."""
+    output = Output(as_json=as_json, quiet=quiet)
+    from export.nemotron_nas import export_nemotron_nas as run
+
+    told = run(directory, out, force=force)
+    output.note(
+        f"{out} needs trust_remote_code: a server that loads it runs configuration_decilm.py of that directory."
+    )
+    if told["llama_cpp_obstacle"]:
+        output.note(f"llama.cpp cannot have it: {told['llama_cpp_obstacle']}.")
+    if importlib.util.find_spec("vllm") is None:
+        output.note("vLLM is not installed: weights were compared, answers were not. Run sentei verify where it is.")
+        output.result({"directory": str(out), **told}, lambda console: _show(console, out, told))
+        return
+    _verify(output, out, directory, engine=VerifyEngine.vllm, text=None)
 
 
 def verify(
