@@ -41,7 +41,7 @@ def give_back_freed_memory() -> None:
 
 
 def _set_thresholds(*, trim: int, mmap: int) -> None:
-    """Bytes free at the end of the heap before it shrinks, and bytes from which an allocation is outside of the heap."""
+    """Bytes free at the end of the heap before it shrinks, and bytes from which an allocation is outside of it."""
     if glibc := _glibc():
         glibc.mallopt(_M_TRIM_THRESHOLD, trim)
         glibc.mallopt(_M_MMAP_THRESHOLD, mmap)

@@ -116,7 +116,9 @@ def without_each(
     room = max(2, int(_SHARE_FOR_STATES * free / states.nbytes))
     size = min(len(candidates), room - 1)
     # In flight are the candidates; of the model itself there is at most one state a layer.
-    stride = _stride(len(candidates), len(walk.layers), room - len(candidates) - len(walk.layers))
+    # Layers stay on disk where memory is scarce, and are read in any case: nothing is kept of candidates then.
+    spare = room - len(candidates) - len(walk.layers) if walk.layers.resident else 0
+    stride = _stride(len(candidates), len(walk.layers), spare)
     while len(results) < len(candidates):
         group = candidates[len(results) : len(results) + size]
         try:
