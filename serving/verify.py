@@ -10,6 +10,8 @@ one; greedy tokens by how much less likely than its own first choice the referen
   log-probabilities more than many a fault would (demo model: 0.98 nats on average; any one ``down_proj`` times 1.5:
   0.21 or more), so the arithmetic is compared with the source *carrying the export's own rounded matrices*. What
   rounding did to the model is told as ``rounding_*`` and judged by nobody.
+- A quantised checkpoint for vLLM: likewise, with inputs rounded as well where the scheme says so; every tensor that is
+  not rounded must equal its source's.
 """
 
 import importlib.util
@@ -19,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,9 +30,8 @@ from toolchain.checkpoint import Checkpoint, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.modeling import load_tokenizer
 from toolchain.output import write_text
-
-if TYPE_CHECKING:
-    from serving.onnx_weights import RoundedMatrix
+from toolchain.quantized import is_quantized, open_quantized
+from toolchain.rounding import rounding_checks
 
 VERIFICATION_FILE = "verification.json"
 EngineName = Literal["auto", "transformers", "vllm", "onnx"]
@@ -111,10 +112,12 @@ TOLERANCES: Mapping[str, Tolerances] = {
     "float16": Tolerances(mean_difference=0.05, median_difference=0.02, greedy_margin=0.1),
     "bfloat16": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
     "int4": Tolerances(mean_difference=0.3, median_difference=0.15, greedy_margin=0.5),
+    "fp8": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
+    "int8": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
+    "w4a16": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
 }
-# By bits: largest relative error of a matrix (measured 0.104 and 0.0063), and its gain's deviation from 1 (measured
-# 0.006 and 0.002).
-_ROUNDING_LIMITS = {4: (0.2, 0.02), 8: (0.02, 0.01)}
+# Of checkpoints for vLLM.
+QUANTISED = ("fp8", "int8", "w4a16")
 
 
 def verify(
@@ -154,7 +157,15 @@ def verify(
 
         before = compare(reference, prompts, answers)
         rounding = {f"rounding_{name}": value for name, value in asdict(before).items()}
-        checks |= _rounding_checks(replace_with_rounded(reference.model, exported / "model.onnx"))
+        checks |= rounding_checks(replace_with_rounded(reference.model, exported / "model.onnx"))
+    elif precision in QUANTISED:
+        from serving import compressed_weights
+
+        quantised = open_quantized(exported)
+        before = compare(reference, prompts, answers)
+        rounding = {f"rounding_{name}": value for name, value in asdict(before).items()}
+        checks["differing_tensors"] = _check(compressed_weights.count_differing(source, quantised), 0)
+        checks |= rounding_checks(compressed_weights.replace_with_rounded(reference.model, quantised))
     elif picked != "onnx":
         checks["differing_tensors"] = _check(_count_differing(source, open_checkpoint(exported)), 0)
     differences = compare(reference, prompts, answers)
@@ -222,6 +233,10 @@ def compare(reference: TransformersEngine, prompts: Sequence[Sequence[int]], ans
 
 def _pick_engine(exported: Path, engine: EngineName) -> str:
     is_onnx = (exported / "genai_config.json").is_file()
+    if not is_onnx and is_quantized(exported):
+        if engine not in ("auto", "vllm"):
+            raise SenteiError(f"{exported} is quantised; engine {engine!r} cannot run it.", "Use --engine vllm.")
+        return "vllm"
     if engine == "auto":
         engine = "onnx" if is_onnx else "vllm" if importlib.util.find_spec("vllm") else "transformers"
     if is_onnx != (engine == "onnx"):
@@ -244,6 +259,8 @@ def _start(exported: Path, engine: str, device: str) -> Engine:
 
 def _precision(exported: Path, engine: str) -> str:
     """The key into :data:`TOLERANCES`."""
+    if engine == "vllm" and is_quantized(exported):
+        return open_quantized(exported).scheme.name
     if engine != "onnx":
         return str(open_checkpoint(exported).dtype).removeprefix("torch.")
     path = exported / "sentei_export.json"
@@ -279,19 +296,6 @@ def _differing(source: Checkpoint, exported: Checkpoint) -> Iterator[str]:
         expected = source.read(name).to(found.dtype)
         if expected.shape != found.shape or not torch.equal(expected.view(torch.uint8), found.view(torch.uint8)):
             yield name
-
-
-def _rounding_checks(rounded: Sequence["RoundedMatrix"]) -> dict[str, dict[str, Any]]:
-    """One pair of checks for each width in bits: the worst matrix, by name."""
-    checks: dict[str, dict[str, Any]] = {}
-    for bits in sorted({matrix.bits for matrix in rounded}):
-        matrices = [matrix for matrix in rounded if matrix.bits == bits]
-        error_limit, gain_limit = _ROUNDING_LIMITS[bits]
-        worst = max(matrices, key=lambda matrix: matrix.relative_error)
-        skewed = max(matrices, key=lambda matrix: abs(matrix.gain - 1))
-        checks[f"int{bits}_relative_error"] = _check(worst.relative_error, error_limit) | {"matrix": worst.name}
-        checks[f"int{bits}_gain"] = _check(abs(skewed.gain - 1), gain_limit) | {"matrix": skewed.name}
-    return checks
 
 
 def _check(value: float, limit: float) -> dict[str, Any]:
