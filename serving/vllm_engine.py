@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
+    # Where the CPU can, vLLM would also round what goes into a matrix of 4-bit weights, which is not what w4a16 says.
+    "VLLM_CPU_INT4_W4A8": "0",
     # vLLM looks at model classes in a fresh interpreter, where a directory `serving` in the working directory must not
     # be taken for ours.
     "PYTHONSAFEPATH": "1",

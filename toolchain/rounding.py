@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-# By format: largest relative error of a matrix, and its gain's deviation from 1. GPTQ, in w4a16, moves what it rounds
-# off to other weights of the row, so its weights are further off than its results.
-# Measured on the demo model: int4 0.104 and 0.006, int8 0.0063 and 0.002 (both ONNX).
+# By format: largest relative error of a matrix, and its gain's deviation from 1. Measured on the demo model, pruned and
+# not: int4 0.104 and 0.006 (ONNX), int8 0.011 and 0.002, fp8 0.027 and 0.0012, w4a16 0.34 and 0.006. GPTQ, in w4a16,
+# makes up for what one weight loses with others of its row, so its weights are further off than its results; a row with
+# one very large weight is rounded more coarsely in int8 than any of the demo model's.
 ROUNDING_LIMITS: Mapping[str, tuple[float, float]] = {
     "int4": (0.2, 0.02),
-    "int8": (0.02, 0.01),
+    "int8": (0.05, 0.01),
     "fp8": (0.06, 0.01),
-    "w4a16": (0.6, 0.1),
+    "w4a16": (0.6, 0.03),
 }
 
 

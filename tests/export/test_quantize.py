@@ -131,7 +131,7 @@ def test_without_llm_compressor_there_is_one_sentence(pruned_wide, tmp_path, mon
 
 
 @pytest.mark.parametrize(("width", "expected"), [(128, 64), (192, 64), (96, 32), (40, None)])
-def test_the_group_divides_every_width(wide_model, tmp_path, width, expected):
+def test_the_group_divides_every_width(wide_model, tmp_path, stand_in, width, expected):
     pruned = tmp_path / "pruned"
     pruned.mkdir()
     prune_by_hand(wide_model, pruned, removed_attention={1}, width=lambda layer: width if layer == 2 else 192)

@@ -17,7 +17,8 @@ KV_CACHE_BYTES = 2**24
 def main(jobs_file: Path) -> None:
     """Answers a list of jobs into ``JOBS.json.answers``.
 
-    A job has ``directory``, ``prompts`` (lists of tokens) and maybe ``adapters`` (directories of LoRA adapters).
+    A job has ``directory``, ``prompts`` (lists of tokens) and maybe ``adapters`` (directories of LoRA adapters) and
+    ``dtype`` (what is computed in).
     """
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
     answers = [_answers(job) for job in json.loads(jobs_file.read_text())]
@@ -25,11 +26,14 @@ def main(jobs_file: Path) -> None:
 
 
 def _answers(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
     from serving.vllm_engine import VllmEngine
 
+    dtype = getattr(torch, job["dtype"]) if "dtype" in job else None
     options = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": KV_CACHE_BYTES, "enable_lora": "adapters" in job}
     try:
-        engine = VllmEngine(Path(job["directory"]), max_model_len=64, options=options)
+        engine = VllmEngine(Path(job["directory"]), dtype=dtype, max_model_len=64, options=options)
     except Exception as error:  # what vLLM's engine process would print, and what a test may expect
         return {"refused": str(error)}
     prompts, adapters = job["prompts"], job.get("adapters", [])

@@ -115,7 +115,7 @@ def test_facts_count_what_is_stored(pruned_wide, tmp_path):
     assert (plain.precision, rounded.precision) == ("float32", "int8")
     assert rounded.num_parameters == plain.num_parameters
     assert rounded.block_matrix_parameters == plain.block_matrix_parameters
-    rows = sum(shape[0] for shape in open_quantized(tmp_path / "out").matrices.values())
-    saved = 3 * plain.block_matrix_parameters - 4 * rows
-    assert plain.weight_bytes - rounded.weight_bytes == saved
-    assert plain.decode_weight_bytes - rounded.decode_weight_bytes == saved
+    scale_bytes = 4 * sum(shape[0] for shape in open_quantized(tmp_path / "out").matrices.values())
+    assert plain.weight_bytes - rounded.weight_bytes == 3 * plain.block_matrix_parameters - scale_bytes
+    halved = checkpoint_facts(pruned_wide, "bfloat16")
+    assert halved.decode_weight_bytes - rounded.decode_weight_bytes == plain.block_matrix_parameters - scale_bytes
