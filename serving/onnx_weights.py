@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.rounding import RoundedMatrix, measure_rounding
 
 _PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundedMatrix:
-    """One weight as the export holds it.
-
-    Attributes:
-        name: The weight in the checkpoint's words; the head's is ``lm_head.weight`` even where it is the embedding.
-        bits: 4 or 8.
-        relative_error: Frobenius norm of the difference to the source, over that of the source.
-        gain: Projection on the source, 1 for a fair rounding: ``<rounded, source> / <source, source>``.
-        column_similarity: Smallest cosine between a column (of a ``down_proj``: a neuron) and the source's. Columns of
-            which rounding left less than half, or made more than twice, do not count: they are too small for their
-            block's scale.
-    """
-
-    name: str
-    bits: int
-    relative_error: float
-    gain: float
-    column_similarity: float
 
 
 @torch.no_grad()
@@ -63,7 +42,7 @@ def replace_with_rounded(model: PreTrainedModel, graph: Path) -> list[RoundedMat
                 raise SenteiError(
                     f"{graph}: {part} has shape {list(weight.shape)}, the checkpoint's {list(linear.weight.shape)}."
                 )
-            found.append(_compare(f"{part}.weight", bits, weight, linear.weight))
+            found.append(measure_rounding(f"{part}.weight", f"int{bits}", weight, linear.weight))
             # A new parameter, not new values in the old one: that may be the embedding's too.
             linear.weight = nn.Parameter(weight.to(linear.weight.device), requires_grad=False)
     if shares_embedding:
@@ -156,18 +135,3 @@ def _linear(model: PreTrainedModel, name: str, graph: Path) -> nn.Linear:
         raise SenteiError(f"{graph} has a matrix {name}, which the checkpoint has not.") from error
     assert isinstance(module, nn.Linear), name
     return module
-
-
-def _compare(name: str, bits: int, rounded: torch.Tensor, source: torch.Tensor) -> RoundedMatrix:
-    rounded, source = rounded.double(), source.double().cpu()
-    tiny = torch.finfo(torch.float64).tiny
-    square = (source * source).sum().clamp_min(tiny)
-    before, after = source.norm(dim=0).clamp_min(tiny), rounded.norm(dim=0).clamp_min(tiny)
-    cosines = ((rounded * source).sum(0) / (before * after))[(after > before / 2) & (after < before * 2)]
-    return RoundedMatrix(
-        name=name,
-        bits=bits,
-        relative_error=float((rounded - source).norm() / square.sqrt()),
-        gain=float((rounded * source).sum() / square),
-        column_similarity=float(cosines.min()) if len(cosines) else 0.0,
-    )

@@ -11,6 +11,10 @@ one; greedy tokens by how much less likely than its own first choice the referen
   log-probabilities more than many a fault would (demo model: 0.98 nats on average; any one ``down_proj`` times 1.5:
   0.21 or more), so the arithmetic is compared with the source *carrying the export's own rounded matrices*. What
   rounding did to the model is told as ``rounding_*`` and judged by nobody.
+- A quantised checkpoint for vLLM: likewise, and every tensor that is not rounded must equal its source's. Where the
+  scheme rounds what goes into a matrix, so does the reference. A difference in the last of 16 bits then decides how a
+  number is rounded, and grows into one as large as rounding makes: vLLM may differ by that much more, and how much it
+  is, is measured between the reference with and without rounding.
 """
 
 import importlib.util
@@ -21,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -33,9 +37,8 @@ from toolchain.errors import SenteiError
 from toolchain.modeling import load_tokenizer
 from toolchain.nemotron_nas import is_nemotron_nas
 from toolchain.output import write_text
-
-if TYPE_CHECKING:
-    from serving.onnx_weights import RoundedMatrix
+from toolchain.quantized import is_quantized, open_quantized
+from toolchain.rounding import rounding_checks
 
 VERIFICATION_FILE = "verification.json"
 EngineName = Literal["auto", "transformers", "vllm", "onnx"]
@@ -119,12 +122,12 @@ TOLERANCES: Mapping[str, Tolerances] = {
     "float16": Tolerances(mean_difference=0.05, median_difference=0.02, greedy_margin=0.1),
     "bfloat16": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
     "int4": Tolerances(mean_difference=0.3, median_difference=0.15, greedy_margin=0.5),
+    "fp8": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
+    "int8": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
+    "w4a16": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
 }
-# By bits: largest relative error of a matrix (measured 0.104 and 0.0063), and its gain's deviation from 1 (measured
-# 0.006 and 0.002).
-_ROUNDING_LIMITS = {4: (0.2, 0.02), 8: (0.02, 0.01)}
-# A column that rounding left of its size points where it did; two swapped ones are at right angles to it.
-_LEAST_SIMILARITY = 0.5
+# Of checkpoints for vLLM.
+QUANTISED = ("fp8", "int8", "w4a16")
 
 
 def verify(
@@ -159,17 +162,30 @@ def verify(
     reference = TransformersEngine(against, dtype=torch.float32, device=device)
     checks: dict[str, dict[str, Any]] = {}
     rounding: dict[str, float] = {}
+    noise: dict[str, float] = {}
     if precision == "int4":
         from serving.onnx_weights import replace_with_rounded
 
         before = compare(reference, prompts, answers)
         rounding = {f"rounding_{name}": value for name, value in asdict(before).items()}
-        checks |= _rounding_checks(replace_with_rounded(reference.model, exported / "model.onnx"))
+        checks |= rounding_checks(replace_with_rounded(reference.model, exported / "model.onnx"))
+    elif precision in QUANTISED:
+        from serving import compressed_weights
+
+        quantised = open_quantized(exported)
+        before = compare(reference, prompts, answers)
+        rounding = {f"rounding_{name}": value for name, value in asdict(before).items()}
+        unrounded = _answers(reference, prompts)
+        checks["differing_tensors"] = _check(compressed_weights.count_differing(source, quantised), 0)
+        checks |= rounding_checks(compressed_weights.replace_with_rounded(reference.model, quantised))
+        noise = asdict(compare(reference, prompts, unrounded)) if quantised.scheme.input_bits else {}
     elif picked != "onnx":
         checks["differing_tensors"] = _check(_count_differing(source, _open(exported, source)), 0)
     differences = compare(reference, prompts, answers)
     reference.close()
-    tolerances = {name: limit for name, limit in asdict(TOLERANCES[precision]).items() if limit is not None}
+    tolerances = {
+        name: limit + noise.get(name, 0.0) for name, limit in asdict(TOLERANCES[precision]).items() if limit is not None
+    }
     checks |= {name: _check(getattr(differences, name), limit) for name, limit in tolerances.items()}
     verdict = {
         "schema_version": 1,
@@ -194,12 +210,16 @@ def verify(
 def _ask(engine: Engine, prompts: Sequence[Sequence[int]]) -> Answers:
     """Takes the answers and closes the engine, so that only one model is in memory at a time."""
     try:
-        return Answers(
-            log_probabilities=engine.top_log_probabilities(prompts, _TOP_K),
-            greedy=[engine.generate(prompt, _GREEDY_TOKENS) for prompt in prompts[:_GREEDY_PROMPTS]],
-        )
+        return _answers(engine, prompts)
     finally:
         engine.close()
+
+
+def _answers(engine: Engine, prompts: Sequence[Sequence[int]]) -> Answers:
+    return Answers(
+        log_probabilities=engine.top_log_probabilities(prompts, _TOP_K),
+        greedy=[engine.generate(prompt, _GREEDY_TOKENS) for prompt in prompts[:_GREEDY_PROMPTS]],
+    )
 
 
 def compare(reference: TransformersEngine, prompts: Sequence[Sequence[int]], answers: Answers) -> Differences:
@@ -251,6 +271,10 @@ def _pick_engine(exported: Path, engine: EngineName) -> str:
             raise SenteiError(f"{exported} is a nemotron-nas export; engine {engine!r} cannot run it.", "Use vllm.")
         return "vllm"
     is_onnx = (exported / "genai_config.json").is_file()
+    if not is_onnx and is_quantized(exported):
+        if engine not in ("auto", "vllm"):
+            raise SenteiError(f"{exported} is quantised; engine {engine!r} cannot run it.", "Use --engine vllm.")
+        return "vllm"
     if engine == "auto":
         engine = "onnx" if is_onnx else "vllm" if importlib.util.find_spec("vllm") else "transformers"
     if is_onnx != (engine == "onnx"):
@@ -279,6 +303,8 @@ def _start(exported: Path, engine: str, device: str, source: Checkpoint) -> Engi
 
 def _precision(exported: Path, engine: str, source: Checkpoint) -> str:
     """The key into :data:`TOLERANCES`."""
+    if engine == "vllm" and is_quantized(exported):
+        return open_quantized(exported).scheme.name
     if engine != "onnx":
         return str(_open(exported, source).dtype).removeprefix("torch.")
     path = exported / "sentei_export.json"
@@ -316,22 +342,6 @@ def _differing(source: Checkpoint, exported: Checkpoint) -> Iterator[str]:
         expected = source.read(name).to(found.dtype)
         if expected.shape != found.shape or not torch.equal(expected.view(torch.uint8), found.view(torch.uint8)):
             yield name
-
-
-def _rounding_checks(rounded: Sequence["RoundedMatrix"]) -> dict[str, dict[str, Any]]:
-    """Checks for each width in bits: the worst matrix, by name."""
-    checks: dict[str, dict[str, Any]] = {}
-    for bits in sorted({matrix.bits for matrix in rounded}):
-        matrices = [matrix for matrix in rounded if matrix.bits == bits]
-        error_limit, gain_limit = _ROUNDING_LIMITS[bits]
-        worst = max(matrices, key=lambda matrix: matrix.relative_error)
-        skewed = max(matrices, key=lambda matrix: abs(matrix.gain - 1))
-        checks[f"int{bits}_relative_error"] = _check(worst.relative_error, error_limit) | {"matrix": worst.name}
-        checks[f"int{bits}_gain"] = _check(abs(skewed.gain - 1), gain_limit) | {"matrix": skewed.name}
-        moved = min(matrices, key=lambda matrix: matrix.column_similarity)
-        moved_by = _check(1 - moved.column_similarity, 1 - _LEAST_SIMILARITY)
-        checks[f"int{bits}_moved_column"] = moved_by | {"matrix": moved.name}
-    return checks
 
 
 def _check(value: float, limit: float) -> dict[str, Any]:

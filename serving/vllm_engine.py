@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.quantized import open_servable
 
 # For a few short prompts: starts fast, leaves memory to others, and computes every position afresh.
 _OPTIONS: Mapping[str, Any] = {
@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
+    # Where the CPU can, vLLM would also round what goes into a matrix of 4-bit weights, which is not what w4a16 says.
+    "VLLM_CPU_INT4_W4A8": "0",
     # vLLM looks at model classes in a fresh interpreter, where a directory `serving` in the working directory must not
     # be taken for ours.
     "PYTHONSAFEPATH": "1",
@@ -48,8 +50,9 @@ class VllmEngine:
         """Starts vLLM and loads the checkpoint.
 
         Args:
-            directory: A checkpoint.
-            dtype: Computed in; by default what the weights are stored in (vLLM's own default would halve float32).
+            directory: A checkpoint, quantised or not.
+            dtype: Computed in; by default what the weights are stored in (vLLM's own default would halve float32), and
+                16 bits where they are quantised.
             max_model_len: Longest prompt and answer together, in tokens; lowered to what the model can.
             max_logprobs: The largest ``k`` of :meth:`top_log_probabilities`.
             options: Further ones of ``vllm.LLM``, such as ``tensor_parallel_size``; they override ours.
@@ -60,7 +63,7 @@ class VllmEngine:
             SenteiError: Not a good checkpoint, or vLLM cannot load it; its own messages are on stderr.
             MissingDependencyError: vLLM is not installed.
         """
-        checkpoint = open_checkpoint(described_by or directory)
+        checkpoint = open_servable(described_by or directory)
         dtype = dtype or checkpoint.dtype
         limit = checkpoint.config.get("max_position_embeddings") or max_model_len
         arguments = {
@@ -113,9 +116,15 @@ class VllmEngine:
         del self._llm
 
     def _generate(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Any]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         params = self._vllm.SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, **sampling)
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return self._llm.generate(inputs, params, use_tqdm=False)
+        try:
+            return self._llm.generate(inputs, params, use_tqdm=False)
+        except EngineDeadError as error:
+            # Some kernels load what they cannot run.
+            raise SenteiError("vLLM stopped while it ran the model.", "Its own messages are on stderr.") from error
 
 
 def _import_vllm() -> Any:

@@ -21,6 +21,7 @@ from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index, make_layers, maybe_prefix
 
 from serving.vllm_weights import CompleteWeights, stored_shapes
+from toolchain.compressed import rounding_schemes
 from toolchain.errors import SenteiError
 from toolchain.families import Family, check_vllm_follows, family_of
 from toolchain.layer_tensors import check_layer_tensors
@@ -122,7 +123,7 @@ class PrunedModel(CompleteWeights):
         inner.start_layer, inner.end_layer, inner.layers = make_layers(
             len(layout), layer, prefix=f"{maybe_prefix(prefix, 'model')}.layers"
         )
-        self.layout, self.family = layout, family
+        self.layout, self.family, self.schemes = layout, family, rounding_schemes(config.to_dict())
 
     def build_layer(self, vllm_config: "VllmConfig", config: Any, prefix: str) -> nn.Module:
         """The layer as vLLM builds it, of the width that ``config``, this layer's own, says."""

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from toolchain.compressed import WEIGHT_PARTS, RoundingScheme
 from toolchain.errors import SenteiError
 from toolchain.families import Family
 from toolchain.layout import LayerLayout
@@ -30,11 +31,12 @@ class CompleteWeights(nn.Module):
     """Mixin for vLLM models: every tensor of the checkpoint is used whole, and every weight comes from it.
 
     vLLM alone (0.32) cuts tensors that are too large, drops biases it has no place for, and does not miss a linear
-    layer's weight, which then keeps whatever was in memory.
+    layer's weight, which then keeps whatever was in memory. Of a rounded weight that holds for each of its parts.
     """
 
     layout: Sequence[LayerLayout]
     family: Family
+    schemes: Sequence[RoundingScheme] = ()
     _complete = False
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -55,8 +57,7 @@ class CompleteWeights(nn.Module):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
             seen.add(name)
-            if tensor.is_floating_point():
-                self._check_width(name, tensor)
+            self._check_width(name, tensor)
             yield name, tensor
 
     def _check_width(self, name: str, tensor: torch.Tensor) -> None:
@@ -67,12 +68,29 @@ class CompleteWeights(nn.Module):
             raise SenteiError(
                 f"The checkpoint holds more layers than num_hidden_layers = {len(self.layout)} says: it has {name}."
             )
-        if (side := self.family.neuron_side(rest)) is None:
+        module, _, part = rest.rpartition(".")
+        if (side := self.family.neuron_side(f"{module}.bias" if part == "bias" else f"{module}.weight")) is None:
             return
         dimension, entries = side
         width = self.layout[int(number)].intermediate_size
-        if name.endswith((".weight", ".bias")) and tensor.shape[dimension] != entries * width:
+        wanted = self._sizes(part, tensor, dimension, entries * width)
+        if wanted and (tensor.dim() <= dimension or tensor.shape[dimension] not in wanted):
             raise SenteiError(f"{name} has shape {list(tensor.shape)}, but config.json says intermediate_size {width}.")
+
+    def _sizes(self, part: str, tensor: torch.Tensor, dimension: int, size: int) -> set[int]:
+        """How large a part of a weight may be where the weight itself has ``size``; empty where nothing is known."""
+        sizes = {parts[part][dimension] for parts in self._parts(size) if len(parts.get(part, ())) > dimension}
+        # A weight that is not a number for each parameter is in a format that is vLLM's own affair.
+        if part in ("weight", "bias") and tensor.is_floating_point():
+            sizes.add(size)
+        return sizes
+
+    def _parts(self, size: int) -> Iterator[dict[str, tuple[int, ...]]]:
+        for scheme in self.schemes:
+            parts = scheme.parts(size, size)
+            # It says the matrix's shape in numbers, and is itself of the same shape always.
+            parts.pop("weight_shape", None)
+            yield parts
 
     def _check_complete(self, seen: set[str]) -> None:
         packed: dict[str, list[str]] = self.packed_modules_mapping  # type: ignore[assignment]
@@ -80,7 +98,7 @@ class CompleteWeights(nn.Module):
         for name, _ in self.named_parameters():
             module, _, leaf = name.rpartition(".")
             parent, _, last = module.rpartition(".")
-            if leaf in ("weight", "bias"):
+            if leaf in (*WEIGHT_PARTS, "bias"):
                 wanted |= {f"{parent}.{part}.{leaf}".lstrip(".") for part in packed.get(last, [last])}
         if missing := sorted(wanted - seen):
             raise SenteiError(f"The checkpoint has no tensor {missing[0]} ({len(missing)} missing).")

@@ -51,6 +51,24 @@ def pico_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def wide_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of four layers, wide enough to be quantised, with the demo model's tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "wide"
+    make_pico(directory, hidden_size=64, head_dim=32, intermediate_size=192)
+    copy_companions(demo_model, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pruned_wide(wide_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That model with a layer without attention, one with nothing left, and two narrow ones."""
+    directory = tmp_path_factory.mktemp("models") / "wide-pruned"
+    directory.mkdir()
+    prune_by_hand(wide_model, directory, removed_attention={0, 2}, width={0: 192, 1: 64, 2: 0, 3: 128}.__getitem__)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of calibration text, long enough for a few short windows."""
     path = tmp_path_factory.mktemp("text") / "text.txt"

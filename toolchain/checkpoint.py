@@ -140,7 +140,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         SenteiError: Missing or empty directory, unsupported family, pickle-only weights, damaged safetensors, or
             tensors that do not fit the layout.
     """
-    config = _read_config(directory)
+    config = read_config(directory)
     family = family_of(config)
     layout = read_layout(config)
     tensors = read_headers(directory)
@@ -201,7 +201,12 @@ def write_weights(
     (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """Reads ``config.json`` and nothing else.
+
+    Raises:
+        SenteiError: There is none, or it is damaged.
+    """
     if not directory.is_dir():
         raise SenteiError(f"Model directory {directory} does not exist.")
     path = directory / "config.json"
@@ -241,11 +246,15 @@ def _shard_files(directory: Path) -> list[Path]:
     raise SenteiError(f"{directory} holds no safetensors weights.", f"Expected {_SINGLE} or {_INDEX}.")
 
 
-def read_headers(directory: Path) -> dict[str, TensorInfo]:
-    """What the safetensors headers of a directory list, by name.
+def read_headers(directory: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, TensorInfo]:
+    """Lists a directory's tensors by name, from its safetensors headers.
+
+    Args:
+        directory: With one file or an index of several.
+        dtypes: The ones that may be there, by safetensors' names.
 
     Raises:
-        SenteiError: No safetensors weights, a damaged file, or a dtype that is not supported.
+        SenteiError: No weights, pickle only, damaged files, or another dtype.
     """
     tensors: dict[str, TensorInfo] = {}
     for path in _shard_files(directory):
@@ -253,12 +262,12 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     header = file.get_slice(name)
-                    dtype = DTYPES.get(header.get_dtype())
+                    dtype = dtypes.get(header.get_dtype())
                     if dtype is None:
                         raise SenteiError(
                             f"{path}: tensor {name} is stored as {header.get_dtype()}; quantised checkpoints are not "
                             "supported.",
-                            f"Prune the unquantised model ({', '.join(DTYPES)}).",
+                            f"Give the unquantised model ({', '.join(DTYPES)}).",
                         )
                     tensors[name] = TensorInfo(path, tuple(header.get_shape()), dtype)
         except (SafetensorError, OSError) as error:

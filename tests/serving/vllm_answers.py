@@ -18,7 +18,8 @@ def main(jobs_file: Path) -> None:
     """Answers a list of jobs into ``JOBS.json.answers``.
 
     A job has ``directory``, ``prompts`` (lists of tokens), and maybe ``adapters`` (directories of LoRA adapters),
-    ``tensor_parallel_size``, or ``source`` (of a nemotron-nas export, the checkpoint it was made from).
+    ``dtype`` (what is computed in), ``tensor_parallel_size``, or ``source`` (of a nemotron-nas export, the checkpoint
+    it was made from).
     """
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
     answers = [_answers(job) for job in json.loads(jobs_file.read_text())]
@@ -26,10 +27,13 @@ def main(jobs_file: Path) -> None:
 
 
 def _answers(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
     from serving.nemotron_nas import start_vllm
     from serving.vllm_engine import VllmEngine
     from toolchain.checkpoint import open_checkpoint
 
+    dtype = getattr(torch, job["dtype"]) if "dtype" in job else None
     options = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": KV_CACHE_BYTES, "enable_lora": "adapters" in job}
     if ranks := job.get("tensor_parallel_size"):
         options["tensor_parallel_size"] = ranks
@@ -40,7 +44,7 @@ def _answers(job: dict[str, Any]) -> dict[str, Any]:
         if "source" in job:
             engine = start_vllm(directory, open_checkpoint(Path(job["source"])), max_model_len=64, **options)
         else:
-            engine = VllmEngine(directory, max_model_len=64, options=options)
+            engine = VllmEngine(directory, dtype=dtype, max_model_len=64, options=options)
     except Exception as error:  # what vLLM's engine process would print, and what a test may expect
         return {"refused": str(error)}
     prompts, adapters = job["prompts"], job.get("adapters", [])

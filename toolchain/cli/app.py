@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import typer
 
-from toolchain.cli import benchmark, demo, doctor, evaluate, export, import_gguf, plan, prune, serve
+from toolchain.cli import benchmark, demo, doctor, evaluate, export, import_gguf, plan, prune, quantize, serve
 from toolchain.errors import SenteiError
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -36,6 +36,7 @@ app.command("apply")(prune.apply)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(export.app, name="export")
+app.command("quantize")(quantize.quantize)
 app.command("verify")(export.verify)
 app.command("generate")(serve.generate)
 app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toolchain.cli.console import JsonOption, Output, QuietOption
-from toolchain.errors import CheckFailedError
+from toolchain.errors import CheckFailedError, SenteiError
 
 # Import name, then the distributions that bring it, then the extra of sentei that asks for them.
 _OPTIONAL = {
@@ -72,6 +72,7 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "vllm_plugin_registered": plugin_registered(),
         "onnxruntime_providers": _onnx_providers(),
+        "quantize_python": _quantize_python(),
         "missing": [
             {"package": name, "extra": extra} for name, (_, extra) in _OPTIONAL.items() if packages[name] is None
         ],
@@ -95,6 +96,16 @@ def _onnx_providers() -> list[str]:
     return list(onnxruntime.get_available_providers())
 
 
+def _quantize_python() -> str | None:
+    """The Python in which ``sentei quantize`` would run llm-compressor."""
+    from export.quantize import find_python
+
+    try:
+        return find_python()
+    except SenteiError:
+        return None
+
+
 def _show(console: Console, findings: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False)
     table.add_column(style="bold")
@@ -113,6 +124,7 @@ def _show(console: Console, findings: dict[str, Any]) -> None:
         "ONNX Runtime": findings["packages"]["onnxruntime"] or "not installed",
         "  providers": ", ".join(findings["onnxruntime_providers"]) or "none",
         "  genai": findings["packages"]["onnxruntime_genai"] or "not installed",
+        "llm-compressor": findings["quantize_python"] or "not installed: make quantize-env",
     }
     for name, value in rows.items():
         table.add_row(name, value)

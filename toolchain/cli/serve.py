@@ -12,12 +12,12 @@ from toolchain.errors import SenteiError
 
 def serve(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model, pruned or not.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model, pruned, quantised, or neither.")],
 ) -> None:
     """Start vLLM's server on loopback, with the sentei plugin. Options after -- are vLLM's own."""
-    from toolchain.checkpoint import open_checkpoint
+    from toolchain.quantized import open_servable
 
-    open_checkpoint(directory)
+    open_servable(directory)
     from serving.vllm_server import serve as run
 
     raise typer.Exit(run(directory, context.args))

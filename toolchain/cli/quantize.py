@@ -1,0 +1,70 @@
+"""``sentei quantize``."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
+from toolchain.errors import SenteiError
+
+
+class Scheme(StrEnum):
+    """What weights, and what goes into the matrices, are rounded to."""
+
+    fp8 = "fp8"
+    int8 = "int8"
+    w4a16 = "w4a16"
+
+
+def quantize(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model, pruned or not.")],
+    *,
+    scheme: Annotated[
+        Scheme, typer.Option(help="fp8 or int8: weights and activations; w4a16: weights in 4 bits, by GPTQ.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text for w4a16: .txt, .jsonl or .parquet (field text). Without it: Python's manual."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows, for w4a16.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens a window, for w4a16.")] = 2048,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Quantise a model, pruned or not, with llm-compressor; vLLM serves the result with the sentei plugin."""
+    output = Output(as_json=as_json, quiet=quiet)
+    from export.quantize import find_python, needs_text
+    from export.quantize import quantize as run
+    from toolchain.calibration import load_windows
+    from toolchain.checkpoint import open_checkpoint
+    from toolchain.modeling import load_tokenizer
+    from toolchain.output import check_output_directory
+
+    check_output_directory(out, force=force, inputs=[directory])
+    open_checkpoint(directory)
+    output.note(f"llm-compressor runs in {find_python()}.")
+    windows = None
+    if needs_text(scheme.value):
+        if calibration is None:
+            output.note("No --calibration: taking the Python language reference. Text like your users' is better.")
+        windows = load_windows(calibration, load_tokenizer(directory), num_samples=samples, seq_len=seq_len).ids
+    elif calibration is not None:
+        raise SenteiError(f"--scheme {scheme.value} rounds without looking at text.", "Leave --calibration out.")
+    result = run(directory, out, scheme=scheme.value, windows=windows, force=force, on_line=output.note)
+    output.result({"directory": str(out), **result}, lambda console: _show(console, out, directory, result))
+
+
+def _show(console: Console, out: Path, source: Path, result: dict[str, Any]) -> None:
+    groups = f", {result['group_size']} inputs a scale" if result["group_size"] else ""
+    console.print(
+        f"{out}: {result['scheme']}{groups}, weights {result['source_weight_bytes'] / 1e6:,.1f} → "
+        f"{result['weight_bytes'] / 1e6:,.1f} MB"
+    )
+    console.print(f"  rounded      {result['num_matrices']} matrices, each compared with its source")
+    console.print(f"  untouched    {result['num_other_tensors']} tensors, bit by bit")
+    console.print(f"sentei verify {out} --against {source} runs it in vLLM.", markup=False)
