@@ -99,7 +99,7 @@ def test_swapped_neurons_fail(demo_model, tmp_path, dtype):
 def test_swapped_neurons_fail_in_onnx(demo_model, tmp_path, precision):
     export_onnx(swapped(demo_model, tmp_path / "swapped"), tmp_path / "out", precision=precision)
     verdict = verify(tmp_path / "out", demo_model)
-    assert ({"max_difference"} if precision == "fp32" else {"int8_moved_column", "int4_moved_column"}) & failed(verdict)
+    assert ({"max_difference"} if precision == "fp32" else {"int8_displacement", "int4_displacement"}) & failed(verdict)
     assert "**Failed**" in (tmp_path / "out/README.md").read_text()
 
 
