@@ -1,8 +1,8 @@
 """Writes ``docs/compatibility.md`` from what the tests found: ``make compatibility``.
 
 A test that shows that a family works somewhere carries ``@pytest.mark.compatibility("vLLM", "what it checks")`` and has
-the family among its parameters: ``family``, or the first of ``variant`` or ``pico``. One that shows why a family cannot
-work says so by the fixture ``record_property("refused", "the reason")``.
+the family among its parameters: ``family``, or the first of the pair ``variant`` or ``pico``. One that shows why a
+family cannot work says so by the fixture ``record_property("refused", "the reason")``.
 """
 
 from collections import defaultdict
@@ -36,11 +36,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def _family_and_variant(item: pytest.Item) -> tuple[str, str]:
     params = item.callspec.params  # type: ignore[attr-defined]
-    for name in ("variant", "pico"):
-        if name in params:
-            family, variant = params[name]
-            return family, variant
-    return params["family"], params.get("name", "")
+    if "family" in params:
+        return params["family"], params.get("variant", "")
+    family, variant = params["variant"] if "variant" in params else params["pico"]
+    return family, variant
 
 
 class _Table:

@@ -1,6 +1,7 @@
 """The nemotron-nas export: what its config says, how weights are split, what is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def test_a_window_that_the_family_does_not_know_is_none(tmp_path: Path):
     assert "sliding_window" not in nas_form(open_checkpoint(tmp_path / "source")).config
 
 
+@pytest.mark.compatibility("nemotron-nas", "or refused by name")
 @pytest.mark.parametrize(
     ("family", "variant", "reason"),
     [
@@ -162,11 +164,14 @@ def test_a_window_that_the_family_does_not_know_is_none(tmp_path: Path):
         ("gemma3_text", "alternating", "'gemma3_text' has norms behind attention and FFN"),
     ],
 )
-def test_families_that_have_more_than_llama_are_refused(tmp_path: Path, family: str, variant: str, reason: str):
+def test_families_that_have_more_than_llama_are_refused(
+    tmp_path: Path, family: str, variant: str, reason: str, record_property: Callable[[str, str], None]
+):
     make_family_pico(tmp_path / "source", family, variant)
     done = sentei("export", "nemotron-nas", tmp_path / "source", "-o", tmp_path / "out")
     refused(done, reason, "DeciLMForCausalLM has no place", "sentei export vllm", "llama, mistral, phi3, qwen2")
     assert not (tmp_path / "out").exists()
+    record_property("refused", f"{reason}, for which DeciLMForCausalLM has no place")
 
 
 def test_every_family_that_is_unlike_llama_says_how():

@@ -124,17 +124,25 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory):
     return ask_about(tmp_path_factory.mktemp("split"), SPLIT, tensor_parallel_size=2)
 
 
+in_vllm = pytest.mark.compatibility(
+    "vLLM", "log-probabilities within 1e-3 of Transformers, equal greedy tokens, KV cache for attending layers alone"
+)
+
+
+@in_vllm
 @pytest.mark.parametrize("variant", BY_DEFAULT, ids="-".join)
 def test_vllm_agrees_with_transformers(by_default, variant: tuple[str, str]):
     check(*by_default[variant])
 
 
+@in_vllm
 @pytest.mark.acceptance
 @pytest.mark.parametrize("variant", OTHERS, ids="-".join)
-def test_vllm_agrees_with_transformers_or_says_why_not(others, variant: tuple[str, str]):
+def test_vllm_agrees_with_transformers_or_says_why_not(others, variant: tuple[str, str], record_property):
     model, answer = others[variant]
     if variant in REFUSED:
         assert REFUSED[variant] in answer["refused"]
+        record_property("refused", REFUSED[variant])
         return
     check(model, answer)
     config = json.loads((model / "config.json").read_text())
@@ -144,6 +152,7 @@ def test_vllm_agrees_with_transformers_or_says_why_not(others, variant: tuple[st
         assert answer["num_kv_cache_tokens"] == KV_CACHE_BYTES // bytes_a_token
 
 
+@pytest.mark.compatibility("TP 2", "two ranks give log-probabilities and greedy tokens of one")
 @pytest.mark.acceptance
 @pytest.mark.parametrize("variant", SPLIT, ids="-".join)
 def test_two_ranks_agree_with_transformers_too(on_two_ranks, variant: tuple[str, str]):
