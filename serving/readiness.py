@@ -12,10 +12,12 @@ import torch
 from serving.model_facts import checkpoint_facts
 from serving.vllm_launcher import is_cpu_build
 from serving.vllm_server import has_cxx_compiler
-from toolchain.checkpoint import Checkpoint, open_checkpoint
+from toolchain.checkpoint import Checkpoint, read_headers
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.families import check_vllm_follows
 from toolchain.memory import available_bytes
+from toolchain.nemotron_nas import CONFIG_CLASS_FILE, is_nemotron_nas
+from toolchain.quantized import QuantizedCheckpoint, open_servable
 from toolchain.tensor_parallel import possible_ranks
 
 # README says which of these the plugin was run with, and which were read.
@@ -31,7 +33,7 @@ def examine_directory(directory: Path) -> dict[str, Any]:
     """Says whether this machine can serve a directory, and if not, why.
 
     Args:
-        directory: A checkpoint, pruned or not, for vLLM, or an ONNX export.
+        directory: A checkpoint for vLLM, pruned or not, quantised or not, or an ONNX or nemotron-nas export.
 
     Returns:
         ``servable``, ``problems`` (one sentence each), ``notes`` (what is good to know), and what was found.
@@ -46,8 +48,10 @@ def examine_directory(directory: Path) -> dict[str, Any]:
     try:
         if is_onnx:
             _examine_onnx(directory, findings)
+        elif is_nemotron_nas(directory):
+            _examine_nemotron_nas(directory, findings)
         else:
-            _examine_checkpoint(open_checkpoint(directory), findings)
+            _examine_checkpoint(open_servable(directory), findings)
     except SenteiError as error:
         findings["problems"].insert(0, str(error))
     return {"directory": str(directory), "servable": not findings["problems"], **findings}
@@ -59,7 +63,7 @@ def plugin_registered() -> bool:
     return _PLUGIN in found and importlib.util.find_spec("serving.vllm_plugin") is not None
 
 
-def _examine_checkpoint(checkpoint: Checkpoint, findings: dict[str, Any]) -> None:
+def _examine_checkpoint(checkpoint: Checkpoint | QuantizedCheckpoint, findings: dict[str, Any]) -> None:
     architectures = checkpoint.config.get("architectures") or []
     needs_plugin = checkpoint.family.pruned_architecture in architectures
     findings |= {"architectures": list(architectures), "needs_plugin": needs_plugin}
@@ -67,6 +71,21 @@ def _examine_checkpoint(checkpoint: Checkpoint, findings: dict[str, Any]) -> Non
     _examine_vllm(findings, needs_plugin=needs_plugin)
     _examine_memory(checkpoint, findings)
     check_vllm_follows(checkpoint.config)
+
+
+def _examine_nemotron_nas(directory: Path, findings: dict[str, Any]) -> None:
+    findings |= {"architectures": ["DeciLMForCausalLM"], "needs_plugin": False}
+    findings["notes"].append(
+        f"vLLM runs {directory / CONFIG_CLASS_FILE} with it: serve it with --trust-remote-code if you trust that file."
+    )
+    _examine_vllm(findings, needs_plugin=False)
+    weight_bytes = sum(info.nbytes for info in read_headers(directory).values())
+    on_cpu = not torch.cuda.is_available() or _on_cpu(findings["vllm"] or "")
+    free = available_bytes(torch.device("cpu")) if on_cpu else sum(map(_usable_bytes, _gpus()))
+    if weight_bytes > free:
+        findings["problems"].append(
+            f"The weights take {_gb(weight_bytes)}, and {_gb(free)} of memory are free. Free some, or prune further."
+        )
 
 
 def _examine_vllm(findings: dict[str, Any], *, needs_plugin: bool) -> None:
@@ -93,7 +112,7 @@ def _examine_vllm(findings: dict[str, Any], *, needs_plugin: bool) -> None:
         notes.append("There is no C++ compiler, so vLLM runs in eager mode, which is slower. Install g++ to compile.")
 
 
-def _examine_memory(checkpoint: Checkpoint, findings: dict[str, Any]) -> None:
+def _examine_memory(checkpoint: Checkpoint | QuantizedCheckpoint, findings: dict[str, Any]) -> None:
     """Weights and a small KV cache against what is free, on as few GPUs as will do."""
     facts = checkpoint_facts(checkpoint.directory, None)
     needed = facts.weight_bytes + facts.kv_bytes_per_token * min(_KV_TOKENS, facts.max_len)

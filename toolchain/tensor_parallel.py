@@ -2,21 +2,22 @@
 
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import SenteiError
+from toolchain.quantized import QuantizedCheckpoint
 
 
-def head_counts(checkpoint: Checkpoint) -> tuple[int, int]:
+def head_counts(checkpoint: Checkpoint | QuantizedCheckpoint) -> tuple[int, int]:
     """Attention heads and key-value heads of each layer."""
     heads: int = checkpoint.config["num_attention_heads"]
     return heads, checkpoint.config.get("num_key_value_heads") or heads
 
 
-def ranks_for_heads(checkpoint: Checkpoint) -> list[int]:
+def ranks_for_heads(checkpoint: Checkpoint | QuantizedCheckpoint) -> list[int]:
     """Numbers of ranks that split the heads evenly; key-value heads may also be repeated on several ranks."""
     heads, kv_heads = head_counts(checkpoint)
     return [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
 
 
-def possible_ranks(checkpoint: Checkpoint) -> list[int]:
+def possible_ranks(checkpoint: Checkpoint | QuantizedCheckpoint) -> list[int]:
     """Numbers of ranks that split the heads and every layer's width evenly; 1 always does."""
     widths = {layer.intermediate_size for layer in checkpoint.layout}
     return [n for n in ranks_for_heads(checkpoint) if not any(width % n for width in widths)]

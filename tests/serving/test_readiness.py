@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from export.nemotron_nas import export_nemotron_nas
 from serving import readiness
 from serving.readiness import examine_directory
 from tests.command_line import refused, sentei
 from tests.conftest import make_pico, prune_by_hand
 from tests.families import make_family_pico
+from tests.quantized import SCHEMES, write_quantized
 from toolchain.checkpoint import copy_companions, open_checkpoint
 
 
@@ -168,3 +170,20 @@ def test_the_command(pruned_pico: Path, tmp_path: Path, good_machine: dict[str, 
     assert "not registered" in json.loads(done.stdout)["problems"][0]
     assert "problem: The vLLM plugin is not registered" in sentei("doctor", pruned_pico).stdout
     refused(sentei("doctor", tmp_path / "nowhere"), "does not exist")
+
+
+def test_a_nemotron_nas_export_needs_trust(pico_model: Path, tmp_path: Path, good_machine: dict[str, Any]):
+    export_nemotron_nas(pico_model, tmp_path / "out")
+    found = examine_directory(tmp_path / "out")
+    assert (found["servable"], found["needs_plugin"]) == (True, False)
+    assert "--trust-remote-code" in found["notes"][0]
+    good_machine["free"] = 10**5
+    assert "The weights take" in examine_directory(tmp_path / "out")["problems"][0]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_quantised_checkpoint_can_be_served(pruned_wide: Path, tmp_path: Path, scheme: str):
+    write_quantized(pruned_wide, tmp_path / "out", scheme)
+    found = examine_directory(tmp_path / "out")
+    assert (found["servable"], found["problems"]) == (True, [])
+    assert found["memory"]["weight_bytes"] < open_checkpoint(pruned_wide).weight_bytes
