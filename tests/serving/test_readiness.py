@@ -177,6 +177,9 @@ def test_a_nemotron_nas_export_needs_trust(pico_model: Path, tmp_path: Path, goo
     found = examine_directory(tmp_path / "out")
     assert (found["servable"], found["needs_plugin"]) == (True, False)
     assert "--trust-remote-code" in found["notes"][0]
+    shown = sentei("doctor", tmp_path / "out")
+    assert shown.returncode == 0, shown.stderr
+    assert "can be served with vllm" in shown.stdout
     good_machine["free"] = 10**5
     assert "The weights take" in examine_directory(tmp_path / "out")["problems"][0]
 

@@ -145,7 +145,8 @@ def _show_readiness(console: Console, readiness: dict[str, Any]) -> None:
         table.add_row("vLLM", readiness["vllm"] or "not installed")
         needs = "this model needs it" if readiness["needs_plugin"] else "not needed"
         table.add_row("vLLM plugin", needs)
-        table.add_row("tensor parallel", ", ".join(map(str, readiness["tensor_parallel_sizes"])))
+        if "tensor_parallel_sizes" in readiness:
+            table.add_row("tensor parallel", ", ".join(map(str, readiness["tensor_parallel_sizes"])))
     if memory:
         needed, usable = memory["needed_bytes"] / 1e9, memory["usable_bytes"]
         table.add_row(
