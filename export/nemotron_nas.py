@@ -7,9 +7,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint, read_headers, write_config, write_weights
+from toolchain.checkpoint import (
+    Checkpoint,
+    copy_companions,
+    open_checkpoint,
+    read_headers,
+    same_bits,
+    write_config,
+    write_weights,
+)
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.nemotron_nas import ARCHITECTURE, CONFIG_CLASS_FILE, NasForm, config_class_source, nas_form
 from toolchain.output import check_output_directory, new_directory
@@ -86,8 +92,7 @@ def _drop_remote_tokenizer(directory: Path) -> None:
 def _compare(checkpoint: Checkpoint, form: NasForm, out: Path, on_tensor: Callable[[str], None]) -> None:
     written = Checkpoint(out, form.config, checkpoint.family, checkpoint.layout, read_headers(out))
     for name, rows in form.tensors.items():
-        expected, found = rows.read(checkpoint), written.read(name)
-        if expected.dtype != found.dtype or not torch.equal(expected.view(torch.uint8), found.view(torch.uint8)):
+        if not same_bits(rows.read(checkpoint), written.read(name)):
             raise CheckFailedError(
                 f"{name} reads back different from {checkpoint.directory}: the disk may be failing.", "Export again."
             )

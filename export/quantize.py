@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint, read_config, write_config
+from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint, read_config, same_bits, write_config
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.output import check_output_directory, new_directory
 from toolchain.quantized import QuantizedCheckpoint, open_quantized
@@ -244,10 +244,6 @@ def _check_the_rest(checkpoint: Checkpoint, written: QuantizedCheckpoint) -> int
         raise CheckFailedError(f"What llm-compressor wrote has other tensors than {checkpoint.directory}: {odd[0]}.")
     for name in sorted(expected):
         tensor = written.read(name)
-        if not torch.equal(_bits(checkpoint.read(name).to(tensor.dtype)), _bits(tensor)):
+        if not same_bits(checkpoint.read(name).to(tensor.dtype), tensor):
             raise CheckFailedError(f"{name} is not rounded, and yet differs from {checkpoint.directory}.")
     return len(expected)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)

@@ -14,6 +14,7 @@ from toolchain.checkpoint import (
     Checkpoint,
     copy_companions,
     open_checkpoint,
+    same_bits,
     write_config,
     write_weights,
 )
@@ -166,14 +167,9 @@ def _differing(
 ) -> Iterator[str]:
     for name in written.tensors:
         expected, found = _cast(checkpoint, name, dtype), written.read(name)
-        if expected.dtype != found.dtype or not torch.equal(_bits(expected), _bits(found)):
+        if not same_bits(expected, found):
             yield name
         on_tensor(name)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Raw bytes: equal for NaNs that are the same NaN, unequal for 0 and -0."""
-    return tensor.contiguous().view(torch.uint8)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from toolchain.checkpoint import Checkpoint
+from toolchain.checkpoint import Checkpoint, same_bits
 from toolchain.compressed import RoundingScheme
 from toolchain.errors import SenteiError
 from toolchain.quantized import QuantizedCheckpoint
@@ -54,7 +54,7 @@ def count_differing(source: Checkpoint, exported: QuantizedCheckpoint) -> int:
     count = len((expected ^ found) - tied)
     for name in expected & found:
         tensor = exported.read(name)
-        count += not torch.equal(source.read(name).to(tensor.dtype).view(torch.uint8), tensor.view(torch.uint8))
+        count += not same_bits(source.read(name).to(tensor.dtype), tensor)
     return count
 
 

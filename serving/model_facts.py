@@ -95,9 +95,8 @@ def checkpoint_facts(directory: Path, dtype: str | None) -> ModelFacts:
     quantised = checkpoint if isinstance(checkpoint, QuantizedCheckpoint) else None
     computed_in: torch.dtype = getattr(torch, dtype) if dtype else checkpoint.dtype
     itemsize = computed_in.itemsize
-    shapes = quantised.shapes if quantised else {name: info.shape for name, info in checkpoint.tensors.items()}
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    matrices = {name for name, shape in shapes.items() if len(shape) == 2}
+    sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
+    matrices = {name for name, shape in checkpoint.shapes.items() if len(shape) == 2}
     as_stored = quantised.parts if quantised else set()
     prefix = f"{checkpoint.family.layers}."
     head, unread = _head_and_embedding(checkpoint)

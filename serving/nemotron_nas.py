@@ -5,10 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from serving.vllm_engine import VllmEngine
-from toolchain.checkpoint import Checkpoint, read_headers
+from toolchain.checkpoint import Checkpoint, read_headers, same_bits
 from toolchain.errors import SenteiError
 from toolchain.nemotron_nas import AUTO_MAP, CONFIG_CLASS_FILE, config_class_source, nas_form
 
@@ -45,12 +43,8 @@ def start_vllm(directory: Path, source: Checkpoint, **options: Any) -> VllmEngin
 def count_differing(source: Checkpoint, exported: Checkpoint) -> int:
     """Tensors of the export that are not what their source makes them, and tensors that only one of them has."""
     tensors = nas_form(source).tensors
-    differing = 0
-    for name in set(tensors) & set(exported.tensors):
-        expected, found = tensors[name].read(source), exported.read(name)
-        differing += expected.dtype != found.dtype or not torch.equal(
-            expected.view(torch.uint8), found.view(torch.uint8)
-        )
+    shared = set(tensors) & set(exported.tensors)
+    differing = sum(not same_bits(tensors[name].read(source), exported.read(name)) for name in shared)
     return differing + len(set(tensors) ^ set(exported.tensors))
 
 

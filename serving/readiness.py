@@ -16,7 +16,7 @@ from toolchain.checkpoint import Checkpoint, read_headers
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.families import check_vllm_follows
 from toolchain.memory import available_bytes
-from toolchain.nemotron_nas import CONFIG_CLASS_FILE, is_nemotron_nas
+from toolchain.nemotron_nas import ARCHITECTURE, CONFIG_CLASS_FILE, is_nemotron_nas
 from toolchain.quantized import QuantizedCheckpoint, open_servable
 from toolchain.tensor_parallel import possible_ranks
 
@@ -74,14 +74,13 @@ def _examine_checkpoint(checkpoint: Checkpoint | QuantizedCheckpoint, findings: 
 
 
 def _examine_nemotron_nas(directory: Path, findings: dict[str, Any]) -> None:
-    findings |= {"architectures": ["DeciLMForCausalLM"], "needs_plugin": False}
+    findings |= {"architectures": [ARCHITECTURE], "needs_plugin": False}
     findings["notes"].append(
         f"vLLM runs {directory / CONFIG_CLASS_FILE} with it: serve it with --trust-remote-code if you trust that file."
     )
     _examine_vllm(findings, needs_plugin=False)
     weight_bytes = sum(info.nbytes for info in read_headers(directory).values())
-    on_cpu = not torch.cuda.is_available() or _on_cpu(findings["vllm"] or "")
-    free = available_bytes(torch.device("cpu")) if on_cpu else sum(map(_usable_bytes, _gpus()))
+    free = sum(_free_bytes(findings["vllm"]))
     if weight_bytes > free:
         findings["problems"].append(
             f"The weights take {_gb(weight_bytes)}, and {_gb(free)} of memory are free. Free some, or prune further."
@@ -116,8 +115,7 @@ def _examine_memory(checkpoint: Checkpoint | QuantizedCheckpoint, findings: dict
     """Weights and a small KV cache against what is free, on as few GPUs as will do."""
     facts = checkpoint_facts(checkpoint.directory, None)
     needed = facts.weight_bytes + facts.kv_bytes_per_token * min(_KV_TOKENS, facts.max_len)
-    on_cpu = not torch.cuda.is_available() or _on_cpu(findings["vllm"] or "")
-    free = [available_bytes(torch.device("cpu"))] if on_cpu else sorted(map(_usable_bytes, _gpus()), reverse=True)
+    on_cpu, free = _runs_on_cpu(findings["vllm"]), _free_bytes(findings["vllm"])
     ranks = next((n for n in findings["tensor_parallel_sizes"] if n <= len(free) and needed / n <= free[n - 1]), None)
     findings["memory"] = {
         "device": "cpu" if on_cpu else "cuda",
@@ -186,6 +184,17 @@ def _version(distribution: str) -> str | None:
 
 def _on_cpu(vllm_version: str) -> bool:
     return is_cpu_build() or vllm_version.endswith("+cpu")
+
+
+def _runs_on_cpu(vllm_version: str | None) -> bool:
+    return not torch.cuda.is_available() or _on_cpu(vllm_version or "")
+
+
+def _free_bytes(vllm_version: str | None) -> list[int]:
+    """What vLLM may use: of the machine's memory, or of each GPU's, the most first."""
+    if _runs_on_cpu(vllm_version):
+        return [available_bytes(torch.device("cpu"))]
+    return sorted(map(_usable_bytes, _gpus()), reverse=True)
 
 
 def _gpus() -> range:

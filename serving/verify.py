@@ -32,13 +32,13 @@ import torch
 from serving import nemotron_nas
 from serving.engines import Engine, TransformersEngine
 from serving.verdict_card import write_into_card
-from toolchain.checkpoint import Checkpoint, open_checkpoint
+from toolchain.checkpoint import Checkpoint, open_checkpoint, same_bits
 from toolchain.errors import SenteiError
 from toolchain.modeling import load_tokenizer
 from toolchain.nemotron_nas import is_nemotron_nas
 from toolchain.output import write_text
 from toolchain.quantized import is_quantized, open_quantized
-from toolchain.rounding import rounding_checks
+from toolchain.rounding import judge, rounding_checks
 
 VERIFICATION_FILE = "verification.json"
 EngineName = Literal["auto", "transformers", "vllm", "onnx"]
@@ -165,30 +165,29 @@ def verify(
     checks: dict[str, dict[str, Any]] = {}
     rounding: dict[str, float] = {}
     noise: dict[str, float] = {}
+    if precision == "int4" or precision in QUANTISED:
+        before = compare(reference, prompts, answers)
+        rounding = {f"rounding_{name}": value for name, value in asdict(before).items()}
     if precision == "int4":
         from serving.onnx_weights import replace_with_rounded
 
-        before = compare(reference, prompts, answers)
-        rounding = {f"rounding_{name}": value for name, value in asdict(before).items()}
         checks |= rounding_checks(replace_with_rounded(reference.model, exported / "model.onnx"))
     elif precision in QUANTISED:
         from serving import compressed_weights
 
         quantised = open_quantized(exported)
-        before = compare(reference, prompts, answers)
-        rounding = {f"rounding_{name}": value for name, value in asdict(before).items()}
-        unrounded = _answers(reference, prompts)
-        checks["differing_tensors"] = _check(compressed_weights.count_differing(source, quantised), 0)
+        unrounded = _answers(reference, prompts) if quantised.scheme.input_bits else None
+        checks["differing_tensors"] = judge(compressed_weights.count_differing(source, quantised), 0)
         checks |= rounding_checks(compressed_weights.replace_with_rounded(reference.model, quantised))
-        noise = asdict(compare(reference, prompts, unrounded)) if quantised.scheme.input_bits else {}
+        noise = asdict(compare(reference, prompts, unrounded)) if unrounded else {}
     elif picked != "onnx":
-        checks["differing_tensors"] = _check(_count_differing(source, _open(exported, source)), 0)
+        checks["differing_tensors"] = judge(_count_differing(source, _open(exported, source)), 0)
     differences = compare(reference, prompts, answers)
     reference.close()
     tolerances = {
         name: limit + noise.get(name, 0.0) for name, limit in asdict(TOLERANCES[precision]).items() if limit is not None
     }
-    checks |= {name: _check(getattr(differences, name), limit) for name, limit in tolerances.items()}
+    checks |= {name: judge(getattr(differences, name), limit) for name, limit in tolerances.items()}
     verdict = {
         "schema_version": 1,
         "sentei_version": version("sentei"),
@@ -341,11 +340,5 @@ def _count_differing(source: Checkpoint, exported: Checkpoint) -> int:
 def _differing(source: Checkpoint, exported: Checkpoint) -> Iterator[str]:
     for name in set(source.tensors) & set(exported.tensors):
         found = exported.read(name)
-        expected = source.read(name).to(found.dtype)
-        if expected.shape != found.shape or not torch.equal(expected.view(torch.uint8), found.view(torch.uint8)):
+        if not same_bits(source.read(name).to(found.dtype), found):
             yield name
-
-
-def _check(value: float, limit: float) -> dict[str, Any]:
-    # Not `value > limit`: a NaN must fail.
-    return {"passed": bool(value <= limit), "value": value, "limit": limit}

@@ -41,6 +41,18 @@ class TensorInfo:
         """Size in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def read(self, name: str) -> torch.Tensor:
+        """Reads the tensor, whose name the file knows, as stored.
+
+        Raises:
+            SenteiError: The file is damaged.
+        """
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise SenteiError(f"{self.file}: tensor {name} cannot be read ({error}).") from error
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -93,12 +105,12 @@ class Checkpoint:
         Raises:
             SenteiError: The file is damaged.
         """
-        info = self.tensors[name]
-        try:
-            with safe_open(info.file, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise SenteiError(f"{info.file}: tensor {name} cannot be read ({error}).") from error
+        return self.tensors[name].read(name)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, by name."""
+        return {name: info.shape for name, info in self.tensors.items()}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -109,6 +121,13 @@ class Checkpoint:
             digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
             digest.update(self.read(name).contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether dtype, shape and raw bytes are equal: a NaN is equal to the same NaN, and 0 is not equal to -0."""
+    return one.dtype == other.dtype and torch.equal(
+        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    )
 
 
 def resolve_model(model: str) -> Path:
@@ -144,8 +163,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     family = family_of(config)
     layout = read_layout(config)
     tensors = read_headers(directory)
-    check_layer_tensors(str(directory), family, layout, {name: info.shape for name, info in tensors.items()})
-    return Checkpoint(directory, config, family, layout, tensors)
+    checkpoint = Checkpoint(directory, config, family, layout, tensors)
+    check_layer_tensors(str(directory), family, layout, checkpoint.shapes)
+    return checkpoint
 
 
 def companion_files(directory: Path) -> list[Path]:

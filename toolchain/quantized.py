@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from toolchain.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_config, read_headers
 from toolchain.compressed import RoundingScheme, rounding_schemes
@@ -74,7 +73,7 @@ class QuantizedCheckpoint:
         Raises:
             SenteiError: The file is damaged.
         """
-        return _read(self.tensors[name], name)
+        return self.tensors[name].read(name)
 
     def matrix(self, name: str) -> torch.Tensor:
         """What a rounded matrix stands for: float32 ``[out, in]``.
@@ -172,15 +171,7 @@ def _shape(directory: Path, scheme: RoundingScheme, tensors: Mapping[str, Tensor
     name = f"{module}.{'weight_shape' if scheme.packed else 'weight'}"
     if name not in tensors:
         raise SenteiError(f"{directory}: there is no tensor {name}.")
-    shape = _read(tensors[name], name).tolist() if scheme.packed else tensors[name].shape
+    shape = tensors[name].read(name).tolist() if scheme.packed else tensors[name].shape
     if len(shape) != 2:
         raise SenteiError(f"{directory}: {name} does not describe a matrix.")
     return int(shape[0]), int(shape[1])
-
-
-def _read(info: TensorInfo, name: str) -> torch.Tensor:
-    try:
-        with safe_open(info.file, framework="pt") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise SenteiError(f"{info.file}: tensor {name} cannot be read ({error}).") from error

@@ -25,6 +25,13 @@ def search_directory(out: Path) -> Path:
     return out.with_name(out.name + ".search")
 
 
+def interrupted(directory: Path) -> SenteiError:
+    """What to say where an unfinished search, or several of a sweep, would be overwritten."""
+    return SenteiError(
+        f"{directory} holds an interrupted search.", "Add --resume to go on from there, or --force to start over."
+    )
+
+
 class SearchState:
     """An unfinished search in a directory of its own."""
 
@@ -39,10 +46,7 @@ class SearchState:
             SenteiError: There is one.
         """
         if (self.directory / PLAN_FILE).exists():
-            raise SenteiError(
-                f"{self.directory} holds an interrupted search.",
-                "Add --resume to go on from there, or --force to start over.",
-            )
+            raise interrupted(self.directory)
 
     def save(self, plan: PruningPlan) -> None:
         """Writes the plan as it is now."""

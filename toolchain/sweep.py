@@ -12,7 +12,7 @@ from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.pipeline import PruneSettings, prepare, search
 from toolchain.plan import SWEEP_FILE, PlanDocument, PruningPlan
 from toolchain.progress import Progress, no_progress
-from toolchain.search_state import SearchState, search_directory
+from toolchain.search_state import SearchState, interrupted, search_directory
 
 
 def sweep(
@@ -50,10 +50,7 @@ def sweep(
     states = {sparsity: SearchState(unfinished / f"{sparsity:g}") for sparsity in sparsities}
     if unfinished.exists() and not resume:
         if not force:
-            raise SenteiError(
-                f"{unfinished} holds an interrupted search.",
-                "Add --resume to go on from there, or --force to start over.",
-            )
+            raise interrupted(unfinished)
         shutil.rmtree(unfinished)
     jobs = [prepare(model_directory, replace(settings, sparsity=sparsity), model_name) for sparsity in sparsities]
     plans: list[PruningPlan] = []

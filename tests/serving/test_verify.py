@@ -152,7 +152,7 @@ def test_a_broken_cache_shows_in_the_greedy_tokens(demo_model):
 
 
 def test_nan_fails():
-    assert not module._check(float("nan"), 1.0)["passed"]
+    assert not module.judge(float("nan"), 1.0)["passed"]
 
 
 def test_engines_that_do_not_fit(pico_model, tmp_path):
