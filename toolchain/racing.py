@@ -28,7 +28,7 @@ class Heat:
     going_on: float
 
 
-_HEATS = (Heat(window=1 / 16, going_on=1 / 2), Heat(window=1 / 4, going_on=1 / 4))
+_HEATS = (Heat(window=1 / 16, going_on=1 / 2), Heat(window=1 / 4, going_on=1 / 6))
 
 
 @torch.inference_mode()
