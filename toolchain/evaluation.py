@@ -31,33 +31,51 @@ class Perplexity:
 
 
 @torch.inference_mode()
-def perplexity(walk: LayerWalk, windows: torch.Tensor, *, on_window: Callable[[], None] = lambda: None) -> Perplexity:
-    """``exp`` of the mean negative log-likelihood of the next token.
-
-    Losses are computed in float32 whatever the model's dtype, and summed in float64.
+def token_losses(
+    walk: LayerWalk, windows: torch.Tensor, *, on_window: Callable[[], None] = lambda: None
+) -> torch.Tensor:
+    """Negative log-likelihood of every next token, in nats, computed in float32 whatever the model's dtype.
 
     Args:
         walk: Over a model, pruned or not.
         windows: int64 ``[num_windows, seq_len]``.
         on_window: Called once a window, for progress.
 
-    Raises:
-        SenteiError: The result is NaN or Inf.
+    Returns:
+        float32 ``[num_windows, seq_len - 1]`` on the CPU.
     """
-    losses: list[float] = []
+    rows = []
     for block in walk.blocks(windows):
         hidden = walk.forward(walk.embed(block))
         for state, window in zip(hidden.split(1), block.split(1), strict=True):
-            losses.append(float(walk.token_losses(state, window).double().mean()))
+            rows.append(walk.token_losses(state, window))
             on_window()
-    mean = statistics.fmean(losses)
+    return torch.cat(rows)
+
+
+def perplexity(walk: LayerWalk, windows: torch.Tensor, *, on_window: Callable[[], None] = lambda: None) -> Perplexity:
+    """``exp`` of the mean negative log-likelihood of the next token, summed in float64; see :func:`token_losses`.
+
+    Raises:
+        SenteiError: The result is NaN or Inf.
+    """
+    return summarise_losses(token_losses(walk, windows, on_window=on_window), walk)
+
+
+def summarise_losses(losses: torch.Tensor, walk: LayerWalk) -> Perplexity:
+    """Perplexity from token losses ``[num_windows, seq_len - 1]``.
+
+    Raises:
+        SenteiError: It is NaN or Inf.
+    """
+    window_losses = losses.double().mean(1).tolist()
+    mean = statistics.fmean(window_losses)
     value = finite(math.exp(mean) if mean < 700 else math.inf, "perplexity", walk)
-    error = value * statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
-    seq_len = windows.shape[1]
+    count = len(window_losses)
     return Perplexity(
         perplexity=value,
-        standard_error=error,
-        num_tokens=len(windows) * (seq_len - 1),
-        num_windows=len(windows),
-        seq_len=seq_len,
+        standard_error=value * statistics.stdev(window_losses) / math.sqrt(count) if count > 1 else None,
+        num_tokens=losses.numel(),
+        num_windows=count,
+        seq_len=losses.shape[1] + 1,
     )

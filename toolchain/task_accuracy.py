@@ -22,11 +22,13 @@ class Question:
         prompt: What the model reads.
         choices: Continuations it compares.
         answer: Which of them is right.
+        subject: What it is about, if the file says so.
     """
 
     prompt: str
     choices: tuple[str, ...]
     answer: int
+    subject: str | None = None
 
 
 class AccuracyMetric:
@@ -88,13 +90,16 @@ class AccuracyMetric:
 def load_questions(path: Path) -> list[Question]:
     """Reads a JSONL file with the fields ``prompt``, ``choices`` and ``answer`` (the index of the right choice).
 
+    A line may also have a ``subject``.
+
     Raises:
         SenteiError: Missing or empty file, or a line that is not such a question.
     """
     if not path.is_file():
         raise SenteiError(f"File of questions {path} does not exist.")
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(), which also breaks at separators that JSON texts may hold.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             questions.append(_question(f"{path} line {number}", line))
     if not questions:
@@ -105,7 +110,7 @@ def load_questions(path: Path) -> list[Question]:
 def _question(where: str, line: str) -> Question:
     try:
         raw = json.loads(line)
-        prompt, choices, answer = raw["prompt"], raw["choices"], raw["answer"]
+        prompt, choices, answer, subject = raw["prompt"], raw["choices"], raw["answer"], raw.get("subject")
     except (ValueError, KeyError, TypeError) as error:
         raise SenteiError(f"{where} is not a JSON object with prompt, choices and answer.") from error
     if not isinstance(prompt, str) or not prompt:
@@ -114,14 +119,22 @@ def _question(where: str, line: str) -> Question:
         raise SenteiError(f"{where}: choices must be a list of two texts or more.")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise SenteiError(f"{where}: answer must be an index of choices, 0 to {len(choices) - 1}.")
-    return Question(prompt=prompt, choices=tuple(choices), answer=answer)
+    if subject is not None and not isinstance(subject, str):
+        raise SenteiError(f"{where}: subject must be a text.")
+    return Question(prompt=prompt, choices=tuple(choices), answer=answer, subject=subject)
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> tuple[int, list[int]]:
-    """How many tokens the prompt has, and all tokens of prompt and choice; split as lm-eval does."""
+def split_prompt(prompt: str, choice: str) -> tuple[str, str]:
+    """What the model reads, and what it then compares: spaces between them go with the choice, as in lm-eval."""
     context = prompt.rstrip()
     between = prompt[len(context) :]
     if not between and not choice[0].isspace() and prompt[-1] < _FIRST_WITHOUT_SPACES:
         between = " "
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + between + choice)]
+    return context, between + choice
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> tuple[int, list[int]]:
+    """How many tokens the prompt has, and all tokens of prompt and choice."""
+    context, continuation = split_prompt(prompt, choice)
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + continuation)]
     return min(len(encoded[0]), len(encoded[1]) - 1), encoded[1]

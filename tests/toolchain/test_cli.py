@@ -49,7 +49,7 @@ def test_prune_show_edit_apply(pico_model: Path, pruned_pico: Path, text: Path, 
     assert result["intermediate_size"][2] == 5
     assert 3 in result["removed_attention"]
     measured = sentei("evaluate", tmp_path / "again", "--text", text, "--seq-len", 64, "--windows", 2, "--json")
-    assert json.loads(measured.stdout)["perplexity"] > 1
+    assert json.loads(measured.stdout)["evaluations"][0]["perplexity"] > 1
 
 
 def test_two_runs_write_the_same_plan_and_weights(pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path):

@@ -1,83 +1,123 @@
 """``sentei evaluate``."""
 
-import json
-from dataclasses import asdict
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from toolchain.cli.console import (
-    DeviceOption,
-    DtypeOption,
     ForceOption,
     JsonOption,
-    OffloadOption,
     Output,
     QuietOption,
     compute_dtype,
     pick_device,
 )
+from toolchain.cli.evaluation_view import show_evaluation
+from toolchain.errors import SenteiError
+
+_DEFAULT_GENERATIONS = 16
+_TEXT, _TASKS, _COMPUTE = "Text", "Tasks", "Computing"
 
 
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model, pruned or not.")],
     *,
-    text: Annotated[Path, typer.Option(help="Text: .txt, .jsonl or .parquet (field text).")],
-    windows: Annotated[int | None, typer.Option(help="How many windows; without it, all of the text.")] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 2048,
-    against: Annotated[Path | None, typer.Option(help="The original, to be measured on the same windows.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for evaluation.json.")] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    offload: OffloadOption = False,
+    against: Annotated[Path | None, typer.Option(help="The original: what got worse, and is it chance?")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory for evaluation.json; finished parts are kept.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Perplexity on .txt, .jsonl or .parquet (field text); several times.", rich_help_panel=_TEXT),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="How many windows of each; without it, all.", rich_help_panel=_TEXT)
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens a window; they do not overlap.", rich_help_panel=_TEXT)] = 2048,
+    generations: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Prompts from the first text that both models continue (--against: {_DEFAULT_GENERATIONS}).",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=FILE]",
+            help="One of lm-eval's tasks, from FILE.jsonl or, without it, from the hub; several times.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    questions: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help='Your own, a line {"prompt", "choices", "answer"} each; several times.', rich_help_panel=_TASKS
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first N questions of each task.", rich_help_panel=_TASKS)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=_COMPUTE)] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto, float32, bfloat16 or float16 (auto: float32 on a CPU).", rich_help_panel=_COMPUTE),
+    ] = "auto",
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="One layer in memory at a time; perplexity only.", rich_help_panel=_COMPUTE),
+    ] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure perplexity on a text."""
+    """Measure quality: perplexity, tasks, your questions and generation, alone or against the original."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.calibration import load_windows
     from toolchain.checkpoint import open_checkpoint
-    from toolchain.evaluation import perplexity
-    from toolchain.modeling import load_tokenizer
-    from toolchain.output import check_output_directory, new_directory, write_text
-    from toolchain.pipeline import open_walk
+    from toolchain.evaluation_parts import Parts, parts_directory
+    from toolchain.evaluation_run import EvaluationSettings
+    from toolchain.evaluation_run import evaluate as run
+    from toolchain.lm_eval_tasks import USER_QUESTIONS, TaskRequest, parse_task
+    from toolchain.output import check_output_directory, new_directory
 
+    requests = [parse_task(each) for each in task or []]
+    requests += [TaskRequest(name=USER_QUESTIONS, file=each) for each in questions or []]
+    if generations is None:
+        generations = _DEFAULT_GENERATIONS if against and text and not offload else 0
+    if resume and out is None:
+        raise SenteiError("--resume needs --out: finished parts are kept beside it.")
+    picked_device = pick_device(device)
+    settings = EvaluationSettings(
+        texts=tuple(text or ()),
+        num_windows=windows,
+        seq_len=seq_len,
+        tasks=tuple(requests),
+        limit=limit,
+        num_generations=generations,
+        device=picked_device,
+        dtype=compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype),
+        offload=offload,
+    )
+    parts = Parts(None)
     if out is not None:
         check_output_directory(out, force=force, inputs=[directory, *([against] if against else [])])
-    picked_device = pick_device(device)
-    checkpoints = [open_checkpoint(each) for each in (against, directory) if each is not None]
-    token_windows = load_windows(text, load_tokenizer(directory), num_samples=windows, seq_len=seq_len)
-    evaluations = []
-    for checkpoint in checkpoints:
-        computed_in = compute_dtype(dtype, picked_device, checkpoint.dtype)
-        walk = open_walk(checkpoint, dtype=computed_in, device=picked_device, offload=offload)
-        with output.progress(f"Perplexity of {checkpoint.directory.name}", len(token_windows.ids)) as advance:
-            measured = perplexity(walk, token_windows.ids, on_window=advance)
-        role = "pruned" if checkpoint.is_pruned else "original"
-        evaluations.append(
-            {
-                "model": role,
-                "directory": checkpoint.directory.resolve().name,
-                "text": text.name,
-                "text_sha256": token_windows.sha256,
-                **asdict(measured),
-            }
-        )
-        del walk
-    result = {"schema_version": 1, "kind": "evaluation", "evaluations": evaluations}
+        parts = Parts(parts_directory(out))
+        if force and not resume:
+            shutil.rmtree(parts_directory(out), ignore_errors=True)
+        elif not resume:
+            parts.check_free()
+    try:
+        document = run(directory, against, settings, parts, progress=output.progress)
+    except BaseException:
+        if out is not None and parts_directory(out).exists():
+            output.note(f"{parts_directory(out)} holds what is finished. The same command with --resume goes on.")
+        raise
     if out is not None:
         with new_directory(out, force=force) as partial:
-            write_text(partial / "evaluation.json", json.dumps(result, indent=2) + "\n")
-
-    def show(console: Console) -> None:
-        for each in evaluations:
-            error = "" if each["standard_error"] is None else f" ± {each['standard_error']:.2f}"
-            console.print(
-                f"{each['directory']}: perplexity {each['perplexity']:.2f}{error} on {each['text']} "
-                f"({each['num_windows']} windows of {each['seq_len']} tokens)"
-            )
-
-    output.result({**evaluations[-1], **({"against": evaluations[0]} if against else {})}, show)
+            document.save(partial)
+            shutil.copytree(parts_directory(out), partial / "parts")
+        shutil.rmtree(parts_directory(out))
+    output.result(document.model_dump(), lambda console: show_evaluation(console, document))

@@ -1,0 +1,69 @@
+"""Finished parts of a long evaluation on disk, so that it can go on where it was interrupted."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import SenteiError
+from toolchain.output import write_text
+
+
+def parts_directory(out: Path) -> Path:
+    """``<out>.parts``, which exists while the evaluation that will write ``out`` is unfinished."""
+    return out.with_name(out.name + ".parts")
+
+
+class Parts:
+    """One JSON file a finished part; its name holds a hash of all that the part depends on.
+
+    So a part is only ever taken up again by the same question to the same model, and an evaluation that is asked for
+    more (another task, a higher limit) computes only what is new.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        """``None`` keeps nothing; a directory is created with the first part."""
+        self._directory = directory
+
+    def check_free(self) -> None:
+        """Refuses to mix with an interrupted evaluation.
+
+        Raises:
+            SenteiError: There is one.
+        """
+        if self._directory is not None and self._directory.exists():
+            raise SenteiError(
+                f"{self._directory} holds an interrupted evaluation.",
+                "Add --resume to go on from there, or --force to start over.",
+            )
+
+    def known(self, name: str, identity: Mapping[str, Any]) -> bool:
+        """Whether a part is there already."""
+        path = self._path(name, identity)
+        return path is not None and path.is_file()
+
+    def get(self, name: str, identity: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A part's result: from disk, or computed and kept.
+
+        Args:
+            name: For people; part of the file's name.
+            identity: All that the result depends on, as JSON.
+            compute: Makes the result, as JSON.
+        """
+        path = self._path(name, identity)
+        if path is None:
+            return compute()
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))["result"]
+        result = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"identity": identity, "result": result}, ensure_ascii=False) + "\n")
+        return result
+
+    def _path(self, name: str, identity: Mapping[str, Any]) -> Path | None:
+        if self._directory is None:
+            return None
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return self._directory / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}-{digest[:16]}.json"

@@ -1,0 +1,111 @@
+"""Which passages of a text a pruned model reads worst: its documents, or windows where the text is one document."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from toolchain.calibration import DOCUMENT_SEPARATOR, read_documents
+
+# A mean over fewer tokens says little about a document.
+_FEWEST_TOKENS = 16
+_EXCERPT_TOKENS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """One passage, read by both models.
+
+    Attributes:
+        unit: ``document`` or ``window``.
+        number: Which one, from 0 on.
+        num_tokens: Tokens predicted in it.
+        original_loss: Mean negative log-likelihood, nats a token.
+        pruned_loss: The same of the pruned model.
+        excerpt: How it begins.
+    """
+
+    unit: str
+    number: int
+    num_tokens: int
+    original_loss: float
+    pruned_loss: float
+    excerpt: str
+
+    @property
+    def increase(self) -> float:
+        """Pruned minus original, nats a token."""
+        return self.pruned_loss - self.original_loss
+
+
+def number_passages(path: Path, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """Numbers each token by its document, or by its window if there is but one document or they cannot be told apart.
+
+    Args:
+        path: The text that the windows are from, see :func:`toolchain.calibration.load_windows`.
+        tokenizer: The one they were made with.
+        windows: int64 ``[num_windows, seq_len]``.
+
+    Returns:
+        ``document`` or ``window``, and int64 of the windows' shape.
+    """
+    numbers = torch.arange(len(windows))[:, None].expand_as(windows)
+    if not tokenizer.is_fast:
+        return "window", numbers
+    text, starts, num_tokens = "", [], 0
+    for document in read_documents(path):
+        text += DOCUMENT_SEPARATOR if text else ""
+        starts.append(len(text))
+        text += document
+        num_tokens += len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        if num_tokens >= windows.numel():
+            break
+    if len(starts) < 2:
+        return "window", numbers
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    if encoded["input_ids"][: windows.numel()] != windows.flatten().tolist():
+        return "window", numbers
+    places = torch.tensor([begin for begin, _ in encoded["offset_mapping"][: windows.numel()]])
+    return "document", (torch.bucketize(places, torch.tensor(starts), right=True) - 1).view_as(windows)
+
+
+def worst_passages(
+    unit: str,
+    numbers: torch.Tensor,
+    windows: torch.Tensor,
+    losses: tuple[torch.Tensor, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int,
+) -> list[Passage]:
+    """Passages whose loss rose most, the worst first.
+
+    Args:
+        unit: From :func:`number_passages`.
+        numbers: Likewise.
+        windows: int64 ``[num_windows, seq_len]``.
+        losses: Of the original and the pruned model, ``[num_windows, seq_len - 1]`` each.
+        tokenizer: The one the windows were made with.
+        count: How many at most; those with fewer than 16 tokens are left out, and those that did not get worse.
+    """
+    of_token, ids = numbers[:, 1:].flatten(), windows[:, 1:].flatten()
+    sizes = torch.bincount(of_token)
+    original, pruned = (torch.bincount(of_token, each.flatten().double()) / sizes for each in losses)
+    rise = torch.where(sizes >= _FEWEST_TOKENS, pruned - original, -torch.inf)
+    passages = []
+    for number in rise.argsort(descending=True)[:count].tolist():
+        if rise[number] <= 0:
+            break
+        beginning = ids[of_token == number][:_EXCERPT_TOKENS]
+        passages.append(
+            Passage(
+                unit=unit,
+                number=number,
+                num_tokens=int(sizes[number]),
+                original_loss=float(original[number]),
+                pruned_loss=float(pruned[number]),
+                excerpt=tokenizer.decode(beginning).strip(),
+            )
+        )
+    return passages
