@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serving import report_charts as charts
+from serving.evaluation_view import evaluation_view
 from serving.report_inputs import ReportInputs, Source, fields_of
 from toolchain.plan import PlanDocument
 
@@ -40,6 +41,7 @@ def build_view(inputs: ReportInputs) -> dict[str, Any]:
         "title": _title(inputs, document),
         "size": _size(inputs),
         "quality": quality,
+        "evaluation": evaluation_view(inputs.evaluations),
         "speeds": [benchmark["speed"] for benchmark in benchmarks],
         "layers": _layers(inputs) if inputs.plan else None,
         "trace": _trace(document) if document and document.trace else None,

@@ -89,7 +89,7 @@ def mean_score(tasks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Mean
         num_tasks=len(tasks),
         original=original,
         pruned=pruned,
-        kept=pruned / original if original else math.nan,
+        kept=pruned / original if original else None,
         difference=change(
             Difference(value=pruned - original, low=low, high=high, p_value=p_value),
             "normal test of the mean of the tasks' paired differences",

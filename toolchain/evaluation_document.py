@@ -138,7 +138,7 @@ class MeanScore(Record):
     num_tasks: int
     original: float
     pruned: float
-    kept: float
+    kept: float | None
     difference: Change
 
 

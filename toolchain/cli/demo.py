@@ -1,9 +1,7 @@
 """``sentei demo``: the whole main job on a model and a text that need no network."""
 
 import importlib.util
-import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +9,10 @@ import typer
 
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.output import check_output_directory, new_directory, write_text
+from toolchain.output import check_output_directory, new_directory
 
 _SPARSITY = 0.25
-_SEQ_LEN, _CALIBRATION_WINDOWS, _EVALUATION_WINDOWS = 512, 32, 32
+_SEQ_LEN, _CALIBRATION_WINDOWS, _EVALUATION_WINDOWS, _GENERATIONS = 512, 32, 32, 4
 _WORKLOAD = {"input_len": 128, "output_len": 32, "repeats": 5}
 # A short context, and no compilation: the servers start in half a minute.
 _VLLM_OPTIONS = ("--max-model-len", "512", "--enforce-eager")
@@ -61,7 +59,7 @@ def _announcement(out: Path, *, has_vllm: bool) -> str:
         f"Demo: SmolLM2-135M-Instruct, pruned by {_SPARSITY:.0%}, in {out}/\n"
         "  1. import the model, and the prose of Python's language reference: half to calibrate, half to evaluate\n"
         "  2. prune: importance of FFN neurons, then attentions one by one\n"
-        "  3. perplexity of original and pruned\n"
+        "  3. perplexity of original and pruned, and what they write\n"
         "  4. export both, and verify the exports against their checkpoints\n"
         f"  5. benchmark original against pruned: {engines}\n"
         "  6. report.html\n"
@@ -123,27 +121,21 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
 def _evaluate(directory: Path, output: Output) -> dict[str, float]:
     import torch
 
-    from toolchain.calibration import load_windows
-    from toolchain.checkpoint import open_checkpoint
-    from toolchain.evaluation import perplexity
-    from toolchain.layer_walk import LayerWalk
-    from toolchain.modeling import load_model, load_tokenizer
+    from toolchain.evaluation_parts import Parts
+    from toolchain.evaluation_run import EvaluationSettings, evaluate
 
-    text = directory / "text" / "evaluation.txt"
-    tokenizer = load_tokenizer(directory / "original")
-    windows = load_windows(text, tokenizer, num_samples=_EVALUATION_WINDOWS, seq_len=_SEQ_LEN)
-    evaluations = []
-    for role in ("original", "pruned"):
-        checkpoint = open_checkpoint(directory / role)
-        walk = LayerWalk(load_model(checkpoint, dtype=torch.float32), checkpoint.family)
-        with output.progress(f"Perplexity, {role}", len(windows.ids)) as advance:
-            measured = perplexity(walk, windows.ids, on_window=advance)
-        identity = {"model": role, "directory": role, "text": text.name, "text_sha256": windows.sha256}
-        evaluations.append({**identity, **asdict(measured)})
+    settings = EvaluationSettings(
+        texts=(directory / "text" / "evaluation.txt",),
+        num_windows=_EVALUATION_WINDOWS,
+        seq_len=_SEQ_LEN,
+        num_generations=_GENERATIONS,
+        device="cpu",
+        dtype=torch.float32,
+    )
+    document = evaluate(directory / "pruned", directory / "original", settings, Parts(None), progress=output.progress)
     (directory / "evaluation").mkdir()
-    document = {"schema_version": 1, "kind": "evaluation", "evaluations": evaluations}
-    write_text(directory / "evaluation" / "evaluation.json", json.dumps(document, indent=2) + "\n")
-    return {each["model"]: each["perplexity"] for each in evaluations}
+    document.save(directory / "evaluation")
+    return {each.model: each.perplexity for each in document.evaluations}
 
 
 def _export(directory: Path, output: Output) -> dict[str, bool]:

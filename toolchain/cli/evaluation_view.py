@@ -76,7 +76,8 @@ def _tasks(document: "EvaluationDocument") -> list[str]:
                 _judged(mean.difference),
             )
         )
-        lines.append(f"{100 * mean.kept:.1f} % of the original's mean is kept.")
+        if mean.kept is not None:
+            lines.append(f"{100 * mean.kept:.1f} % of the original's mean is kept.")
     return lines
 
 
