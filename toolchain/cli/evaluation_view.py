@@ -155,7 +155,7 @@ def _judged(change: "Change") -> str:
     if change.p_value is None:
         return "not tested"
     p_value = "<0.001" if change.p_value < 0.001 else f"{change.p_value:.3f}"
-    return f"{p_value} {change.verdict if change.verdict != 'no difference shown' else 'as chance'}"
+    return f"{p_value} {change.verdict if change.verdict != 'no difference shown' else 'not shown'}"
 
 
 def _share(share: "Share") -> str:
