@@ -20,7 +20,7 @@ acceptance: $(VENV)/.test quantize-env
 	$(BIN)/pytest -m "acceptance or not acceptance"
 
 # Writes docs/compatibility.md from what the tests find.
-compatibility: $(VENV)/.test
+compatibility: $(VENV)/.test quantize-env
 	$(BIN)/pytest -m compatibility --compatibility docs/compatibility.md
 
 check: $(VENV)/.test

@@ -54,7 +54,11 @@ def _batches(ids: torch.Tensor) -> torch.utils.data.DataLoader:
 def _quantize(model: Any, recipe: Any, calibration: dict[str, Any]) -> None:
     from llmcompressor import oneshot
 
+    # It adds 1 to Gemma's norms for the while and takes it off again, which leaves other last bits.
+    vectors = {name: each.detach().clone() for name, each in model.named_parameters() if each.ndim == 1}
     oneshot(model=model, recipe=recipe, **calibration)
+    for name, vector in vectors.items():
+        model.get_parameter(name).data.copy_(vector)
 
 
 if __name__ == "__main__":

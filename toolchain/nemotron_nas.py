@@ -106,6 +106,8 @@ def nas_form(checkpoint: Checkpoint) -> NasForm:
     config = check_complete(checkpoint).config
     # Only what the family's config class declares: of anything else in config.json Transformers takes no notice.
     known = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
+    # Which Qwen2's does not declare, and its attention follows all the same.
+    known["head_dim"] = getattr(config, "head_dim", None)
     if known["hidden_act"] != "silu":
         raise SenteiError(
             f"{where} hidden_act is {known['hidden_act']!r}, and {ARCHITECTURE} computes 'silu' alone.",

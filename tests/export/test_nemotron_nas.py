@@ -81,6 +81,12 @@ def test_the_directory(pico_model: Path, tmp_path: Path):
     assert (told["passed"], told["num_tensors"]) == (True, len(open_checkpoint(pico_model).tensors))
 
 
+def test_a_head_dim_that_the_config_class_does_not_declare(tmp_path: Path):
+    """Qwen2's: its attention follows it, and vLLM would read half of each head."""
+    _, out = exported(tmp_path, "qwen2", "own-head-dim", removed={1}, widths=(48, 7, 0, 512))
+    assert json.loads((out / "config.json").read_text())["head_dim"] == 16
+
+
 def test_the_config_class_reads_it(tmp_path: Path):
     _, out = exported(tmp_path, "phi3", "longrope", removed={1}, widths=(48, 7, 0, 512))
     config = DeciLMConfig.from_pretrained(out)
