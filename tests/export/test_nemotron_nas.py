@@ -161,7 +161,7 @@ def test_a_window_that_the_family_does_not_know_is_none(tmp_path: Path):
     assert "sliding_window" not in nas_form(open_checkpoint(tmp_path / "source")).config
 
 
-@pytest.mark.compatibility("nemotron-nas", "or refused by name")
+@pytest.mark.compatibility("nemotron-nas", "what it has no place for is refused by name")
 @pytest.mark.parametrize(
     ("family", "variant", "reason"),
     [

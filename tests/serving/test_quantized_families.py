@@ -1,6 +1,5 @@
 """Every family pruned, then quantised by llm-compressor, in vLLM: it computes with the rounded matrices."""
 
-
 from statistics import median
 
 import pytest
@@ -14,10 +13,12 @@ from toolchain.quantized import open_quantized
 
 pytestmark = [
     pytest.mark.acceptance,
-    pytest.mark.compatibility("quantised", "`sentei quantize` in fp8 and int8; vLLM computes with the rounded matrices"),
+    pytest.mark.compatibility(
+        "quantised", "`sentei quantize` in fp8 and int8; vLLM computes with the rounded matrices"
+    ),
 ]
-# The finest dtype that the scheme's kernel on a CPU takes, and the largest median difference in nats. Inputs are rounded
-# too: where a sum in another order moves one across a step, the tokens behind it differ by a tenth, but few do.
+# The finest dtype that the scheme's kernel on a CPU takes, and the largest median difference in nats. The median, since
+# inputs are rounded too: where a sum in another order moves one across a step, the tokens behind it differ visibly.
 LIMITS = {"fp8": ("float32", 1e-4), "int8": ("bfloat16", 0.2)}
 
 
