@@ -217,7 +217,7 @@ def refit(weight: torch.Tensor, fitted: Moments, held_out: Moments, dtype: torch
     )
 
 
-class _Reached(Exception):  # noqa: N818 (no error: the rest of the layer is not needed)
+class _Reached(Exception):
     """A projection has been reached."""
 
 

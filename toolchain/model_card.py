@@ -22,8 +22,8 @@ def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
         else f"{damage['original']:.2f} before; not measured after (the plan was applied without calibration text)"
     )
     refitted = (
-        f"- **Compensation**: {summary['num_refitted']} output projections of attentions and FFNs were re-fitted in closed "
-        "form\n  on the calibration text; all other weights are the original's.\n"
+        f"- **Compensation**: {summary['num_refitted']} output projections of attentions and FFNs were re-fitted in "
+        "closed form\n  on the calibration text; all other weights are the original's.\n"
         if summary["num_refitted"]
         else ""
     )
@@ -46,7 +46,8 @@ removed; embeddings and head are untouched.
 - **FFN**: `intermediate_size` {document.base_model.intermediate_size} → {min(widths)} to {max(widths)}, layer by layer
   (`per_layer_config` in `config.json`).
 - **Attention removed** in layers: {removed}.
-{refitted}- **Cost**: {document.metric} {cost}, on the calibration text. Measure it on your own text with `sentei evaluate`.
+{refitted}- **Cost**: {document.metric} {cost}, on the calibration text. Measure it on your own text with
+  `sentei evaluate`.
 - **Calibration**: {document.calibration.source}, {document.calibration.num_samples} windows of
   {document.calibration.seq_len} tokens, in {document.dtype}.
 

@@ -13,7 +13,7 @@ from toolchain.compensation import Moments, compensate, refit
 from toolchain.embedded_text import documents
 from toolchain.evaluation import perplexity
 from toolchain.layer_walk import LayerWalk
-from toolchain.modeling import load_model, load_tokenizer
+from toolchain.modeling import load_tokenizer
 from toolchain.pipeline import open_walk
 from toolchain.plan import load_plan
 
