@@ -130,7 +130,9 @@ def _moments(
     """Moments of a projection's inputs and of what it should say, over the windows that fit and over those held out."""
     projection = module.get_submodule(name)
     assert isinstance(projection, nn.Linear)
-    fitted, held_out = (Moments(*projection.weight.T.shape, projection.weight.device) for _ in range(2))
+    fitted, held_out = (
+        Moments(projection.in_features, projection.out_features, projection.weight.device) for _ in range(2)
+    )
     for row in range(len(hidden)):
         inputs, says, state = _run_to(walk, module, index, hidden[row : row + 1], name, factor)
         if walk.family.norms_outputs:
@@ -162,7 +164,8 @@ class Moments:
 
     def merged(self, other: "Moments") -> "Moments":
         """The moments of both sets of tokens."""
-        both = Moments(*self.cross.shape, self.gram.device)
+        num_inputs, num_outputs = self.cross.shape
+        both = Moments(num_inputs, num_outputs, self.gram.device)
         for name in ("gram", "cross", "energy"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
