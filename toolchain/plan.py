@@ -283,7 +283,9 @@ class PruningPlan:
             PlannedLayer(layer=layer, attention="remove" if layer in removed else "keep", intermediate_size=width)
             for layer, width in enumerate(widths)
         ]
-        changes = {"stage_1": list(stage_1), "trace": list(trace), "layers": layers}
+        changes: dict[str, Any] = {"stage_1": list(stage_1), "trace": list(trace), "layers": layers}
+        if self.document.compensation is not None:
+            changes["compensation"] = CompensationRecord()
         return PruningPlan(self.document.model_copy(update=changes), self.importance)
 
     def summary(self) -> dict[str, Any]:
