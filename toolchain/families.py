@@ -22,6 +22,7 @@ class Family:
         architecture: The Transformers class of the causal language model.
         layers: Name of the list of decoder layers.
         attention: The attention submodule.
+        attention_output: Projection out of attention.
         attention_norms: The norms that go with attention: the one before it and, where there is one, the one after it.
         ffn: The FFN submodule.
         ffn_norms: The norms that go with the FFN, likewise.
@@ -29,6 +30,8 @@ class Family:
         ffn_input_parts: Into how many parts, stacked one below the other, each of them is fused: a neuron is one row in
             each part.
         ffn_output: Projection out of the FFN: a neuron is one *column* of its weight.
+        residual_factor: Key in ``config.json`` of a number by which attention and FFN are multiplied before they are
+            added to the residual stream.
         final_norm: The norm between the last decoder layer and the head.
         logits_divisor: Key in ``config.json`` of a number that the head's output is divided by.
         logits_softcap: Key of a number ``c``, which may be null: the head's output ``x`` becomes ``c * tanh(x / c)``.
@@ -43,12 +46,14 @@ class Family:
     architecture: str
     layers: str = "model.layers"
     attention: str = "self_attn"
+    attention_output: str = "self_attn.o_proj"
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     ffn: str = "mlp"
     ffn_norms: tuple[str, ...] = ("post_attention_layernorm",)
     ffn_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     ffn_input_parts: int = 1
     ffn_output: str = "mlp.down_proj"
+    residual_factor: str | None = None
     final_norm: str = "model.norm"
     logits_divisor: str | None = None
     logits_softcap: str | None = None
@@ -70,6 +75,11 @@ class Family:
     def ffn_parts(self) -> tuple[str, ...]:
         """All submodules of a layer that are gone when its FFN is removed whole."""
         return (self.ffn, *self.ffn_norms)
+
+    @property
+    def norms_outputs(self) -> bool:
+        """Whether norms stand between attention or FFN and the residual stream."""
+        return len(self.ffn_norms) > 1
 
     def neuron_side(self, tensor: str) -> tuple[int, int] | None:
         """How a tensor of a layer counts neurons.
@@ -113,6 +123,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             model_type="granite",
             architecture="GraniteForCausalLM",
+            residual_factor="residual_multiplier",
             logits_divisor="logits_scaling",
             unlike_llama="factors on embeddings, attention scores, residual stream and logits",
         ),

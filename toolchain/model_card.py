@@ -21,6 +21,13 @@ def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
         if damage["pruned"] is not None
         else f"{damage['original']:.2f} before; not measured after (the plan was applied without calibration text)"
     )
+    refitted = (
+        f"- **Compensation**: {summary['num_refitted']} output projections of attentions and FFNs were re-fitted in "
+        "closed form\n  on the calibration text; all other weights are the original's.\n"
+        if summary["num_refitted"]
+        else ""
+    )
+    again = ", on the same calibration text" if document.compensation else ""
     return f"""---
 library_name: transformers
 tags: [sentei, pruned]
@@ -39,7 +46,8 @@ removed; embeddings and head are untouched.
 - **FFN**: `intermediate_size` {document.base_model.intermediate_size} → {min(widths)} to {max(widths)}, layer by layer
   (`per_layer_config` in `config.json`).
 - **Attention removed** in layers: {removed}.
-- **Cost**: {document.metric} {cost}, on the calibration text. Measure it on your own text with `sentei evaluate`.
+{refitted}- **Cost**: {document.metric} {cost}, on the calibration text. Measure it on your own text with
+  `sentei evaluate`.
 - **Calibration**: {document.calibration.source}, {document.calibration.num_samples} windows of
   {document.calibration.seq_len} tokens, in {document.dtype}.
 
@@ -50,5 +58,5 @@ Stock Transformers refuses this checkpoint rather than load it wrongly. With `pi
 - vLLM: `vllm serve DIR`; the plugin registers itself, no `trust_remote_code`.
 - Transformers: `toolchain.modeling.load_model(Path(DIR))`.
 
-`plan.json` says what was removed from each layer. It can be edited and applied again with `sentei apply`.
+`plan.json` says what was removed from each layer. It can be edited and applied again with `sentei apply`{again}.
 """

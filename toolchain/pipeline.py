@@ -5,21 +5,24 @@ import time
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
 
+from toolchain import embedded_text
 from toolchain.allocation import Allocation, Protected, allocate, block_parameters
 from toolchain.calibration import TokenWindows, load_windows
-from toolchain.checkpoint import Checkpoint, open_checkpoint
+from toolchain.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from toolchain.compensation import compensate
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.function_metric import FunctionMetric
 from toolchain.layer_walk import LayerWalk
 from toolchain.limits import LimitSettings, limit_asked
 from toolchain.memory import give_back_freed_memory, keep_freed_memory
 from toolchain.metric_choice import choose_metric
-from toolchain.metrics import Metric, measure
+from toolchain.metrics import Metric, PerplexityMetric, measure
 from toolchain.model_card import model_card
 from toolchain.modeling import load_model, load_tokenizer
 from toolchain.offload import open_offloaded
@@ -28,6 +31,7 @@ from toolchain.plan import (
     SCHEMA_VERSION,
     BaseModelRecord,
     CalibrationRecord,
+    CompensationRecord,
     PlanDocument,
     ProtectedRecord,
     PruningPlan,
@@ -61,6 +65,7 @@ class PruneSettings:
         limit: How much damage is accepted.
         limit_metric: What the limit looks at, if that is another metric.
         tensor_parallel: Ranks that a server will split each layer over.
+        compensate: Re-fit the output projections of what is left; see :mod:`toolchain.compensation`.
         offload: Keep one layer in memory instead of all.
         device: Computed on.
         dtype: Computed in; the checkpoint keeps the model's own.
@@ -84,6 +89,7 @@ class PruneSettings:
     limit: LimitSettings = field(default_factory=LimitSettings)
     limit_metric: str | None = None
     tensor_parallel: int = 1
+    compensate: bool = False
     offload: bool = False
 
 
@@ -147,7 +153,10 @@ def prune(
                 f"Nothing was removed: {plan.document.stopped_because}.",
                 f"{out} holds what was measured; allow more, or search by another metric.",
             )
-        summary = _write(job.checkpoint, plan, out, job, started, force=force, progress=progress)
+        computing = Computing(
+            windows=job.windows.ids, dtype=settings.dtype, device=settings.device, offload=settings.offload
+        )
+        summary = _write(job.checkpoint, plan, out, computing, job.metric, started, force=force, progress=progress)
     except SenteiError:
         if not state.worth_keeping:
             state.remove()
@@ -206,6 +215,8 @@ def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None
         raise SenteiError("--offload keeps one layer in memory, and a metric function needs the whole model.")
     if settings.search == "racing" and settings.metric not in ("perplexity", "kl"):
         raise SenteiError(f"--search racing cannot race by {settings.metric}.", "Race by perplexity or kl.")
+    if settings.compensate and settings.num_samples < 2:
+        raise SenteiError("Compensation needs at least 2 calibration windows.", "Raise --samples or --no-compensate.")
     if settings.allocation == "auto" and settings.attention_removals is not None:
         raise SenteiError("--allocation auto chooses what --attention-removals says.", "Give one of them.")
 
@@ -223,7 +234,7 @@ def _blank_plan(
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
         sentei_version=version("sentei"),
-        method=METHOD,
+        method=f"{METHOD}, compensated" if settings.compensate else METHOD,
         base_model=BaseModelRecord(
             name=model_name,
             model_type=checkpoint.family.model_type,
@@ -255,6 +266,7 @@ def _blank_plan(
             num_samples=len(windows.ids),
             seq_len=windows.ids.shape[1],
         ),
+        compensation=CompensationRecord() if settings.compensate else None,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         layers=[],
         stage_1=[],
@@ -282,27 +294,85 @@ def search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Pro
     return running.finish(plan or running.begin(job.blank))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """What running a model takes.
+
+    Attributes:
+        windows: Calibration, int64 ``[num_samples, seq_len]``.
+        dtype: Computed in.
+        device: Computed on.
+        offload: Keep one layer in memory instead of all.
+    """
+
+    windows: torch.Tensor
+    dtype: torch.dtype
+    device: str
+    offload: bool
+
+    def open(self, checkpoint: Checkpoint) -> LayerWalk:
+        """A model ready to run."""
+        return open_walk(checkpoint, dtype=self.dtype, device=self.device, offload=self.offload)
+
+
 def apply_plan(
     plan: PruningPlan,
     model_directory: Path,
     out: Path,
     *,
+    calibration: Path | None = None,
+    device: str = "cpu",
+    offload: bool = False,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Applies a plan, edited or not, without searching.
 
+    Args:
+        plan: What to remove.
+        model_directory: The unpruned model.
+        out: The directory to create.
+        calibration: The text the plan was made with, if it compensates; ``None`` for the embedded text.
+        device: Where compensation computes, in the plan's dtype.
+        offload: Keep one layer in memory while it does.
+        force: Replace ``out`` if it is not empty.
+        progress: Told of every layer and tensor.
+
     Returns:
         The summary, as in ``pruning_summary.json``; the metric after pruning is not measured.
 
     Raises:
-        SenteiError: The plan does not fit the model.
+        SenteiError: The plan does not fit the model, or the text is not the one it compensates with.
     """
     started = time.monotonic()
     check_output_directory(out, force=force, inputs=[model_directory])
     checkpoint = open_checkpoint(model_directory)
     check_plan_fits(plan, checkpoint)
-    return _write(checkpoint, plan, out, None, started, force=force, progress=progress)
+    computing = None
+    if plan.document.compensation is not None:
+        windows = _windows_of(plan, model_directory, calibration)
+        dtype = getattr(torch, plan.document.dtype)
+        computing = Computing(windows=windows, dtype=dtype, device=device, offload=offload)
+    return _write(checkpoint, plan, out, computing, None, started, force=force, progress=progress)
+
+
+def _windows_of(plan: PruningPlan, model_directory: Path, calibration: Path | None) -> torch.Tensor:
+    """The windows that a plan was made with, from the same text again."""
+    record = plan.document.calibration
+    if calibration is None and record.source != embedded_text.SOURCE:
+        raise SenteiError(
+            f"This plan compensates: it re-fits weights on calibration text, which was {record.source}.",
+            f"Give that text with --calibration ({record.num_samples} windows of {record.seq_len} tokens are taken).",
+        )
+    windows = load_windows(
+        calibration, load_tokenizer(model_directory), num_samples=record.num_samples, seq_len=record.seq_len
+    )
+    if windows.sha256 != record.sha256:
+        raise SenteiError(
+            f"{windows.source} is not the text this plan was made with ({record.source}): its tokens differ.",
+            "Give the same text, or prune again.",
+        )
+    return windows.ids
 
 
 def check_plan_fits(plan: PruningPlan, checkpoint: Checkpoint) -> None:
@@ -340,37 +410,71 @@ def _write(
     checkpoint: Checkpoint,
     plan: PruningPlan,
     out: Path,
-    job: Job | None,
+    computing: Computing | None,
+    metric: Metric | None,
     started: float,
     *,
     force: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Writes everything; with a job, measures what was written against what was planned."""
-    with new_directory(out, force=force) as partial:
-        write_pruned(checkpoint, plan.layout, plan.kept_neurons, partial, progress=progress)
+    """Compensates if the plan says so, writes everything, and measures what was written against what was planned.
+
+    Without a metric, only what was compensated is measured.
+    """
+    with new_directory(out, force=force) as partial, TemporaryDirectory(dir=out.parent, prefix=".refit-") as directory:
+        refitted: dict[str, TensorInfo] = {}
+        if plan.document.compensation is not None and (plan.removed_attention or plan.narrows):
+            assert computing is not None
+            plan, refitted = _compensate(checkpoint, plan, computing, Path(directory), progress)
+        write_pruned(checkpoint, plan.layout, plan.kept_neurons, partial, refitted=refitted, progress=progress)
         plan.save(partial)
         pruned = open_checkpoint(partial)
         measured = None
-        if job is not None:
-            settings = job.settings
-            walk = open_walk(pruned, dtype=settings.dtype, device=settings.device, offload=settings.offload)
-            measured = measure(walk, job.metric)
-            _check_as_planned(plan, measured)
+        if computing is not None:
+            walk = computing.open(pruned)
+            if refitted:
+                assert plan.document.compensation is not None
+                perplexity = measure(walk, PerplexityMetric(computing.windows[:1]))
+                _check_as_planned(plan, "perplexity", perplexity, plan.document.compensation.perplexity)
+            if metric is not None:
+                measured = measure(walk, metric)
+                if not refitted:
+                    _check_as_planned(plan, plan.document.metric, measured, plan.document.metric_at_end)
         summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
         write_text(partial / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         write_text(partial / "README.md", model_card(plan, summary))
     return summary
 
 
-def _check_as_planned(plan: PruningPlan, measured: float) -> None:
-    document = plan.document
+def _compensate(
+    checkpoint: Checkpoint, plan: PruningPlan, computing: Computing, directory: Path, progress: Progress
+) -> tuple[PruningPlan, dict[str, TensorInfo]]:
+    """Re-fits what the plan leaves; returns the plan with its record, and where the weights are."""
+    original, pruned = computing.open(checkpoint), computing.open(checkpoint)
+    pruned.layers.narrow(plan.kept_neurons)
+    for layer in plan.removed_attention:
+        pruned.layers.remove_attention(layer)
+    with progress("Compensation", len(plan.layout)) as advance:
+        done = compensate(
+            original,
+            pruned,
+            computing.windows,
+            directory,
+            dtypes={name: info.dtype for name, info in checkpoint.tensors.items()},
+            on_layer=advance,
+        )
+    record = CompensationRecord(refits=done.records, perplexity=done.perplexity)
+    document = plan.document.model_copy(update={"compensation": record})
+    return PruningPlan(document, plan.importance), done.tensors
+
+
+def _check_as_planned(plan: PruningPlan, name: str, measured: float, planned: float | None) -> None:
     # The same arithmetic on the same weights; what is left is the order of sums in batched matrix products.
-    tolerance = 1e-4 if document.dtype == "float32" else 2e-2
-    if abs(measured - document.metric_at_end) > tolerance * abs(document.metric_at_end):
+    tolerance = 1e-4 if plan.document.dtype == "float32" else 2e-2
+    if planned is None or abs(measured - planned) > tolerance * abs(planned):
         raise CheckFailedError(
-            f"The written checkpoint has {document.metric} {measured:.6g} on the calibration text, the search had "
-            f"{document.metric_at_end:.6g}: it is not what was planned, and was deleted.",
+            f"The written checkpoint has {name} {measured:.6g} on the calibration text, and {planned:.6g} was "
+            "expected: it is not what was planned, and was deleted.",
             "Please report this.",
         )
 
@@ -401,8 +505,10 @@ def summarise(
             "source": document.metric_source,
             "original": document.metric_original,
             "after_stage_1": document.metric_after_stage_1,
+            "after_stage_2": document.metric_at_end,
             "pruned": measured,
         },
+        "num_refitted": len(document.compensation.refits) if document.compensation else 0,
         "stopped_because": document.stopped_because,
         "duration_s": round(duration_s, 1),
     }

@@ -88,6 +88,26 @@ class Removal(_Record):
     limit_metric: float | None = None
 
 
+class RefitRecord(_Record):
+    """A projection that was re-fitted: the ridge chosen, and the error on held-out windows before and after.
+
+    Errors are shares of what the projection should have said, in squares.
+    """
+
+    layer: int
+    projection: str
+    ridge: float
+    error_before: float
+    error_after: float
+
+
+class CompensationRecord(_Record):
+    """Output projections were re-fitted on the calibration text; ``refits`` is empty until it is done."""
+
+    refits: list[RefitRecord] = []
+    perplexity: float | None = None
+
+
 class ProtectedRecord(_Record):
     """Layers whose attention or FFN the person wants left alone."""
 
@@ -139,6 +159,7 @@ class PlanDocument(_Record):
     dtype: str
     seed: int
     calibration: CalibrationRecord
+    compensation: CompensationRecord | None = None
     versions: dict[str, str]
     layers: list[PlannedLayer]
     stage_1: list[Rung]
@@ -190,6 +211,13 @@ class PruningPlan:
         return tuple(
             LayerLayout(attention=layer.attention == "keep", intermediate_size=layer.intermediate_size)
             for layer in self.document.layers
+        )
+
+    @property
+    def narrows(self) -> bool:
+        """Whether any FFN is narrower than the base model's."""
+        return any(
+            layer.intermediate_size < self.document.base_model.intermediate_size for layer in self.document.layers
         )
 
     @property
@@ -255,7 +283,9 @@ class PruningPlan:
             PlannedLayer(layer=layer, attention="remove" if layer in removed else "keep", intermediate_size=width)
             for layer, width in enumerate(widths)
         ]
-        changes = {"stage_1": list(stage_1), "trace": list(trace), "layers": layers}
+        changes: dict[str, Any] = {"stage_1": list(stage_1), "trace": list(trace), "layers": layers}
+        if self.document.compensation is not None:
+            changes["compensation"] = CompensationRecord()
         return PruningPlan(self.document.model_copy(update=changes), self.importance)
 
     def summary(self) -> dict[str, Any]:

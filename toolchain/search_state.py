@@ -17,6 +17,7 @@ _MEASURED: dict[str, Any] = {
     "layers": True,
     "stage_1": True,
     "trace": True,
+    "compensation": {"refits", "perplexity"},
 }
 
 

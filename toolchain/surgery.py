@@ -1,8 +1,9 @@
 """Applies a plan: slices FFN weights and leaves removed parts out, on disk tensor by tensor or in a loaded model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from toolchain.checkpoint import Checkpoint, copy_companions, write_config, write_weights
+from toolchain.checkpoint import Checkpoint, TensorInfo, copy_companions, write_config, write_weights
 from toolchain.families import Family
 from toolchain.layout import LayerLayout, write_per_layer_config
 from toolchain.modeling import decoder_layers
@@ -27,15 +28,22 @@ class PrunedTensors:
         shapes: Shape and dtype of each tensor, by name.
     """
 
-    def __init__(self, source: Checkpoint, layout: Sequence[LayerLayout], kept_neurons: KeptNeurons) -> None:
+    def __init__(
+        self,
+        source: Checkpoint,
+        layout: Sequence[LayerLayout],
+        kept_neurons: KeptNeurons,
+        refitted: Mapping[str, TensorInfo] = MappingProxyType({}),
+    ) -> None:
         """Reads nothing yet.
 
         Args:
             source: The unpruned checkpoint.
             layout: Each layer's shape after pruning.
             kept_neurons: int64 ``[intermediate_size]`` a layer, ascending indices into the source's neurons.
+            refitted: Tensors that are not the source's any more, by name (:mod:`toolchain.compensation`).
         """
-        self._source, self._kept_neurons = source, kept_neurons
+        self._source, self._kept_neurons, self._refitted = source, kept_neurons, refitted
         self._cuts = {
             name: cut for name in source.tensors if (cut := _cut_of(name, source.family, layout)) is not _GONE
         }
@@ -49,6 +57,8 @@ class PrunedTensors:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in the dtype it is stored in."""
+        if name in self._refitted:
+            return self._refitted[name].read(name)
         tensor, cut = self._source.read(name), self._cuts[name]
         if cut is None:
             return tensor
@@ -62,6 +72,7 @@ def write_pruned(
     kept_neurons: KeptNeurons,
     directory: Path,
     *,
+    refitted: Mapping[str, TensorInfo] = MappingProxyType({}),
     progress: Progress = no_progress,
 ) -> None:
     """Writes the pruned checkpoint, one tensor in memory at a time; same inputs, same bytes.
@@ -71,9 +82,10 @@ def write_pruned(
         layout: Each layer's shape after pruning.
         kept_neurons: int64 ``[intermediate_size]`` a layer, ascending indices into the source's neurons.
         directory: An existing directory.
+        refitted: Tensors that are not the source's any more, by name (:mod:`toolchain.compensation`).
         progress: Told of every tensor.
     """
-    tensors = PrunedTensors(source, layout, kept_neurons)
+    tensors = PrunedTensors(source, layout, kept_neurons, refitted)
     write_config(directory, pruned_config(source, layout))
     copy_companions(source.directory, directory)
     with progress("Writing the checkpoint", len(tensors.shapes)) as advance:

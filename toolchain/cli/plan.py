@@ -239,3 +239,8 @@ def _show(console: Console, plan: "PruningPlan") -> None:
         f"{document.metric_after_stage_1:.4g} after the FFNs"
         + (f", {document.trace[-1].metric:.4g} after the attentions" if document.trace else "")
     )
+    if (compensation := document.compensation) is not None:
+        done = (
+            f"{len(compensation.refits)} output projections were re-fitted" if compensation.refits else "not done yet"
+        )
+        console.print(f"compensation: {done}; kept weights of these differ from the original's.")

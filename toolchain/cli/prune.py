@@ -73,8 +73,19 @@ def prune(
         ),
     ] = 1,
     method: Annotated[
-        Method, typer.Option(help="2ssp: the published method (arXiv 2501.17771).", rich_help_panel=_TARGET)
-    ] = Method.two_ssp,
+        Method | None,
+        typer.Option(
+            help="2ssp: exactly the published method (arXiv 2501.17771), never compensated.", rich_help_panel=_TARGET
+        ),
+    ] = None,
+    compensate: Annotated[
+        bool,
+        typer.Option(
+            "--compensate/--no-compensate",
+            help="Re-fit the output projections of what is left, without training.",
+            rich_help_panel=_TARGET,
+        ),
+    ] = False,
     allocation: Annotated[
         Allocation,
         typer.Option(
@@ -157,6 +168,10 @@ def prune(
     from toolchain.sweep import sweep as run_sweep
 
     sparsities = _sparsities(sparsity, sweep)
+    if method is Method.two_ssp and compensate:
+        raise SenteiError(
+            "--method 2ssp is exactly the published method, which does not compensate.", "Leave one of them out."
+        )
     picked_device = pick_device(device)
     directory = resolve_model(model)
     settings = pipeline.PruneSettings(
@@ -177,6 +192,7 @@ def prune(
         metric=metric,
         limit=LimitSettings(max_degradation=max_degradation, max_metric=max_metric, min_metric=min_metric),
         limit_metric=limit_metric,
+        compensate=compensate,
         offload=offload,
     )
     if calibration is None:
@@ -222,6 +238,11 @@ def apply(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The original model: directory or hub id.")],
     *,
     out: OutOption,
+    calibration: Annotated[
+        Path | None, typer.Option(help="The text a compensated plan was made with: its weights are fitted again.")
+    ] = None,
+    offload: Annotated[bool, typer.Option("--offload", help="For models larger than memory.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; where compensation computes.")] = "auto",
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -233,7 +254,10 @@ def apply(
     from toolchain.plan import load_plan
 
     loaded = load_plan(plan)
-    summary = pipeline.apply_plan(loaded, resolve_model(model), out, force=force, progress=output.progress)
+    summary = pipeline.apply_plan(
+        loaded, resolve_model(model), out, calibration=calibration, device=pick_device(device), offload=offload,
+        force=force, progress=output.progress,
+    )  # fmt: skip
     output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
 
 
@@ -251,9 +275,10 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     if damage["pruned"] is None:
         console.print("  damage       not measured: sentei evaluate does")
     else:
+        compensated = f" → {damage['pruned']:.4g} (compensated)" if summary["num_refitted"] else ""
         console.print(
             f"  {damage['name']:<11}  {damage['original']:.4g} → {damage['after_stage_1']:.4g} (FFN) → "
-            f"{damage['pruned']:.4g} (attention), on {damage['source'] or 'the calibration text'}"
+            f"{damage['after_stage_2']:.4g} (attention){compensated}, on {damage['source'] or 'the calibration text'}"
         )
     if summary["stopped_because"]:
         console.print(f"  stopped      {summary['stopped_because']}")

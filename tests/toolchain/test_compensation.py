@@ -1,0 +1,151 @@
+"""Compensation: the fit against brute force, and what it gains on text it has not seen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.command_line import refused, sentei
+from tests.families import VARIANTS, make_family_pico
+from toolchain.checkpoint import open_checkpoint, same_bits
+from toolchain.compensation import Moments, compensate, refit
+from toolchain.embedded_text import documents
+from toolchain.evaluation import perplexity
+from toolchain.layer_walk import LayerWalk
+from toolchain.modeling import load_tokenizer
+from toolchain.pipeline import open_walk
+from toolchain.plan import load_plan
+
+SETTINGS = ("--samples", 8, "--seq-len", 16, "--align", 8, "--attention-removals", 1, "--sparsity", 0.3, "--quiet")
+
+
+def moments_of(x: torch.Tensor, y: torch.Tensor) -> Moments:
+    moments = Moments(x.shape[1], y.shape[1], x.device)
+    moments.add(x[None], y[None])
+    return moments
+
+
+@pytest.fixture
+def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, targets and an old weight: 300 tokens, 12 inputs, 5 outputs."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 12)
+    return x, x @ torch.randn(12, 5) + 0.1 * torch.randn(300, 5), torch.randn(5, 12)
+
+
+def test_the_fit_is_least_squares_with_ridge_rows(data):
+    x, y, weight = (each.double() for each in data)
+    fit = moments_of(x, y).ridge_fit(weight, 0.1)
+    # The same problem, with the penalty as further rows of data.
+    strength = 0.1 * x.square().sum(0).mean()
+    rows = torch.cat([x, strength.sqrt() * torch.eye(12, dtype=torch.float64)])
+    wanted = torch.cat([y, strength.sqrt() * weight.T])
+    expected = torch.linalg.lstsq(rows, wanted).solution.T
+    assert torch.allclose(fit, expected, atol=1e-4)
+
+
+def test_errors_are_those_of_the_data(data):
+    x, y, weight = data
+    expected = (x @ weight.T - y).square().sum() / y.square().sum()
+    assert moments_of(x, y).error(weight) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_refit_is_never_worse_on_what_it_was_fitted_to(data):
+    x, y, weight = data
+    fitted, held_out = moments_of(x[:250], y[:250]), moments_of(x[250:], y[250:])
+    result = refit(weight, fitted, held_out, torch.float32)
+    assert result.weight is not None
+    assert result.error_after < result.error_before
+    both = fitted.merged(held_out)
+    assert both.error(result.weight) < both.error(weight)
+
+
+def test_held_out_tokens_guard_against_overfitting():
+    torch.manual_seed(1)
+    weight = torch.randn(3, 40)
+    x, unseen = torch.randn(20, 40), torch.randn(500, 40)
+    # Fewer tokens than inputs, and noise: what fits these says nothing about others.
+    noisy = moments_of(x, x @ weight.T + 5 * torch.randn(20, 3))
+    result = refit(weight, noisy, moments_of(unseen, unseen @ weight.T), torch.float32)
+    assert result.weight is None
+    assert noisy.error(noisy.ridge_fit(weight, 1e-4)) < 0.01
+
+
+def prune(model: Path, out: Path, text: Path, *more: object):
+    return sentei("prune", model, "-o", out, "--calibration", text, *SETTINGS, *more)
+
+
+def test_prune_and_apply_write_the_same_compensated_weights(pico_model: Path, text: Path, tmp_path: Path):
+    assert prune(pico_model, tmp_path / "plain", text).returncode == 0
+    assert prune(pico_model, tmp_path / "out", text, "--compensate").returncode == 0
+    plan = load_plan(tmp_path / "out")
+    assert plan.document.compensation is not None
+    refitted = {f"model.layers.{each.layer}.{each.projection}.weight" for each in plan.document.compensation.refits}
+    plain, compensated = open_checkpoint(tmp_path / "plain"), open_checkpoint(tmp_path / "out")
+    assert refitted
+    assert refitted == {name for name in plain.tensors if not same_bits(plain.read(name), compensated.read(name))}
+    assert plain.shapes == compensated.shapes
+    assert "re-fitted" in (tmp_path / "out" / "README.md").read_text()
+    assert "re-fitted" in sentei("plan", "show", tmp_path / "out").stdout
+
+    apply = ("apply", tmp_path / "out", pico_model, "-o", tmp_path / "again")
+    refused(sentei(*apply), "--calibration")
+    other = tmp_path / "other.txt"
+    other.write_text("Something else is written here. " * 200)
+    refused(sentei(*apply, "--calibration", other), "is not the text")
+    assert sentei(*apply, "--calibration", text).returncode == 0
+    assert open_checkpoint(tmp_path / "again").fingerprint == compensated.fingerprint
+
+
+def test_layers_from_disk_are_fitted_alike(pico_model: Path, text: Path, tmp_path: Path):
+    for name, more in (("memory", ()), ("disk", ("--offload",))):
+        assert prune(pico_model, tmp_path / name, text, "--compensate", *more).returncode == 0
+    one, other = (open_checkpoint(tmp_path / name) for name in ("memory", "disk"))
+    for name in one.tensors:
+        assert torch.allclose(one.read(name), other.read(name), atol=1e-4)
+
+
+def test_the_published_method_is_never_compensated(pico_model: Path, text: Path, tmp_path: Path):
+    refused(prune(pico_model, tmp_path / "out", text, "--method", "2ssp", "--compensate"), "--method 2ssp")
+    refused(prune(pico_model, tmp_path / "out", text, "--compensate", "--samples", 1), "2 calibration windows")
+
+
+def walk_of(model: Path) -> LayerWalk:
+    return open_walk(open_checkpoint(model), dtype=torch.float32, device="cpu", offload=False)
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_every_familys_last_layer_comes_closer_to_the_original(family: str, tmp_path: Path):
+    torch.manual_seed(0)
+    for number, variant in enumerate(VARIANTS[family]):
+        make_family_pico(model := tmp_path / f"model-{number}", family, variant)
+        checkpoint, ids = open_checkpoint(model), torch.randint(3, 96, (16, 32))
+        dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
+        (weights := tmp_path / f"weights-{number}").mkdir()
+        unchanged = compensate(walk_of(model), walk_of(model), ids, weights, dtypes=dtypes)
+        assert unchanged.records == [], variant
+
+        plain, pruned = walk_of(model), walk_of(model)
+        for walk in (plain, pruned):
+            walk.layers.narrow([np.arange(40) for _ in range(4)])
+            walk.layers.remove_attention(1)
+        done = compensate(walk_of(model), pruned, ids, weights, dtypes=dtypes)
+        assert {each.layer for each in done.records} >= {0, 1}, variant
+        assert all(each.error_after < each.error_before for each in done.records), variant
+        with torch.inference_mode():
+            wanted, before, after = (walk.forward(walk.embed(ids)) for walk in (walk_of(model), plain, pruned))
+        assert (after - wanted).square().sum() < 0.9 * (before - wanted).square().sum(), variant
+
+
+def test_it_gains_on_text_it_has_not_seen(demo_model: Path, tmp_path: Path):
+    found, text = {}, tmp_path / "text.txt"
+    *calibration, unseen = documents()[::5]
+    text.write_text("\n\n".join(calibration))
+    settings = ("--samples", 24, "--seq-len", 256, "--sparsity", 0.375, "--attention-removals", 1, "--quiet")
+    for name, more in (("plain", ()), ("compensated", ("--compensate",))):
+        done = sentei("prune", demo_model, "-o", tmp_path / name, "--calibration", text, *settings, *more)
+        assert done.returncode == 0, done.stderr
+        ids = load_tokenizer(demo_model)(unseen, return_tensors="pt")["input_ids"][:, :512]
+        found[name] = perplexity(walk_of(tmp_path / name), ids).perplexity
+    assert found["compensated"] < 0.8 * found["plain"]

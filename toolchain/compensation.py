@@ -1,0 +1,285 @@
+"""Compensation: output projections are re-fitted in closed form, so that what is left does what the whole did.
+
+Layer after layer, the original and the pruned model run side by side on calibration text. In each layer the projection
+out of attention, then the one out of the FFN, gets the weights that bring the pruned model's residual stream closest to
+the original's, with the errors of all earlier layers included: a ridge regression towards the weights it had. No
+training, no gradients. Fitting a pruned layer's output by least squares is FLAP's and SlimGPT's idea too (arXiv
+2312.11983, 2412.18110); the target here is the residual stream. See ``docs/decisions/compensation.md``.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from toolchain.checkpoint import TensorInfo
+from toolchain.errors import SenteiError
+from toolchain.layer_walk import LayerWalk
+from toolchain.metrics import PerplexityMetric, finite
+from toolchain.plan import RefitRecord
+
+# Ridges that are tried, relative to the mean of the Gram matrix's diagonal; held-out windows choose.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# One window in so many is held out while the ridge is chosen.
+_HELD_OUT_EVERY = 8
+# Errors below this share are rounding, not damage.
+_ROUNDING = 1e-6
+
+_Calls = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compensated:
+    """What compensation did.
+
+    Attributes:
+        tensors: Where the re-fitted weights are, by name in the checkpoint; in the dtype the checkpoint keeps.
+        records: One a re-fitted projection, for the plan.
+        perplexity: Of the compensated model on the first window.
+    """
+
+    tensors: dict[str, TensorInfo]
+    records: list[RefitRecord]
+    perplexity: float
+
+
+@torch.inference_mode()
+def compensate(
+    original: LayerWalk,
+    pruned: LayerWalk,
+    windows: torch.Tensor,
+    directory: Path,
+    *,
+    dtypes: dict[str, torch.dtype],
+    on_layer: Callable[[], None] = lambda: None,
+) -> Compensated:
+    """Re-fits the output projections of a pruned model, one layer in memory at a time.
+
+    Args:
+        original: The unpruned model.
+        pruned: The same with its FFNs narrowed and attentions removed; resident layers are changed in place.
+        windows: Calibration, int64 ``[num_samples, seq_len]``, at least two; one in eight chooses the ridges.
+        directory: An existing directory for the weights, one file a layer.
+        dtypes: Stored dtype of every weight, by name in the checkpoint: the fit goes on with the rounded weights.
+        on_layer: Called after each layer, for progress.
+
+    Raises:
+        SenteiError: A single window, or NaN or Inf among the activations.
+    """
+    if len(windows) < 2:
+        raise SenteiError("Compensation needs at least 2 calibration windows.", "Raise --samples.")
+    family, factor = original.family, _residual_factor(original)
+    tensors: dict[str, TensorInfo] = {}
+    records: list[RefitRecord] = []
+    before, after = original.embed(windows), pruned.embed(windows)
+    for index in range(len(original.layers)):
+        with original.layers.layer(index) as module:
+            says, states = _run_original(original, module, index, before, factor)
+        refitted: dict[str, torch.Tensor] = {}
+        with pruned.layers.layer(index) as module:
+            for name in (family.attention_output, family.ffn_output):
+                projection = _projection(module, name)
+                if projection is None:
+                    continue
+                moments = _moments(pruned, module, index, after, name, says[name], states[name], factor)
+                if not all(bool(torch.isfinite(each.energy)) for each in moments):
+                    raise SenteiError(
+                        f"Layer {index}: activations hold NaN or Inf in {pruned.model.dtype}.",
+                        "Compute in another --dtype (float32).",
+                    )
+                full_name = f"{family.layers}.{index}.{name}.weight"
+                result = refit(projection.weight, *moments, dtypes[full_name])
+                if result.weight is None:
+                    continue
+                refitted[full_name] = result.weight
+                projection.weight = nn.Parameter(result.weight.to(projection.weight), requires_grad=False)
+                records.append(
+                    RefitRecord(
+                        layer=index,
+                        projection=name,
+                        ridge=result.ridge,
+                        error_before=result.error_before,
+                        error_after=result.error_after,
+                    )
+                )
+            after = torch.cat([pruned.run(module, index, row) for row in after.split(1)])
+        before = states[family.ffn_output]
+        if refitted:
+            file = directory / f"layer-{index}.safetensors"
+            save_file({name: weight.cpu().contiguous() for name, weight in refitted.items()}, file)
+            tensors |= {name: TensorInfo(file, tuple(each.shape), each.dtype) for name, each in refitted.items()}
+        on_layer()
+    perplexity = PerplexityMetric(windows[:1])(pruned, after[:1])
+    return Compensated(tensors=tensors, records=records, perplexity=finite(perplexity, "perplexity", pruned))
+
+
+def _moments(
+    walk: LayerWalk,
+    module: nn.Module,
+    index: int,
+    hidden: torch.Tensor,
+    name: str,
+    original_says: torch.Tensor,
+    original_state: torch.Tensor,
+    factor: float,
+) -> tuple["Moments", "Moments"]:
+    """Moments of a projection's inputs and of what it should say, over the windows that fit and over those held out."""
+    projection = module.get_submodule(name)
+    assert isinstance(projection, nn.Linear)
+    fitted, held_out = (
+        Moments(projection.in_features, projection.out_features, projection.weight.device) for _ in range(2)
+    )
+    for row in range(len(hidden)):
+        inputs, says, state = _run_to(walk, module, index, hidden[row : row + 1], name, factor)
+        if walk.family.norms_outputs:
+            wanted = original_says[row : row + 1]
+        else:
+            # It is to say also what the residual stream lacks by now.
+            wanted = says + (original_state[row : row + 1] - state) / factor
+        if projection.bias is not None:
+            wanted = wanted - projection.bias
+        is_held_out = row % _HELD_OUT_EVERY == min(_HELD_OUT_EVERY, len(hidden)) - 1
+        (held_out if is_held_out else fitted).add(inputs, wanted)
+    return fitted, held_out
+
+
+class Moments:
+    """What a least-squares fit needs of its data: sums over tokens, in float64."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, device: torch.device) -> None:
+        self.gram = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(num_inputs, num_outputs, dtype=torch.float64, device=device)
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """``inputs`` ``[..., num_inputs]`` and ``targets`` ``[..., num_outputs]``, one row a token."""
+        x, y = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
+        self.gram += x.T @ x
+        self.cross += x.T @ y
+        self.energy += y.double().square().sum()
+
+    def merged(self, other: "Moments") -> "Moments":
+        """The moments of both sets of tokens."""
+        num_inputs, num_outputs = self.cross.shape
+        both = Moments(num_inputs, num_outputs, self.gram.device)
+        for name in ("gram", "cross", "energy"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
+    def error(self, weight: torch.Tensor) -> float:
+        """``sum |W x - y|^2 / sum |y|^2``; ``weight`` is ``[num_outputs, num_inputs]``."""
+        columns = weight.double().T
+        residual = (columns * (self.gram @ columns)).sum() - 2 * (columns * self.cross).sum() + self.energy
+        return float(residual / self.energy.clamp_min(torch.finfo(torch.float64).tiny))
+
+    def ridge_fit(self, weight: torch.Tensor, ridge: float) -> torch.Tensor:
+        """Minimises ``sum |W x - y|^2 + strength |W - weight|^2``, with ``strength`` the ridge times the mean |x_j|^2.
+
+        Returns:
+            float64 ``[num_outputs, num_inputs]``.
+        """
+        strength = ridge * self.gram.diagonal().mean()
+        regular = self.gram + strength * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
+        factor = torch.linalg.cholesky(regular)
+        return torch.cholesky_solve(self.cross + strength * weight.double().T, factor).T
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """The weight that won, ``None`` if nothing beat the old one; held-out errors as shares of the target's energy."""
+
+    weight: torch.Tensor | None
+    ridge: float
+    error_before: float
+    error_after: float
+
+
+def refit(weight: torch.Tensor, fitted: Moments, held_out: Moments, dtype: torch.dtype) -> Refit:
+    """Ridge regression towards ``weight``; held-out tokens choose the ridge, then all tokens fit.
+
+    Args:
+        weight: ``[num_outputs, num_inputs]``, as it is.
+        fitted: Moments of the tokens that fit.
+        held_out: Moments of those that choose.
+        dtype: The result is rounded to this before it is judged.
+    """
+    before = held_out.error(weight)
+    trials = {ridge: held_out.error(fitted.ridge_fit(weight, ridge).to(dtype)) for ridge in RIDGES}
+    best = min(trials, key=trials.__getitem__)
+    if before < _ROUNDING or not trials[best] < before:
+        return Refit(weight=None, ridge=0.0, error_before=before, error_after=before)
+    return Refit(
+        weight=fitted.merged(held_out).ridge_fit(weight, best).to(dtype),
+        ridge=best,
+        error_before=before,
+        error_after=trials[best],
+    )
+
+
+class _Reached(Exception):
+    """A projection has been reached."""
+
+
+@contextmanager
+def _observed(module: nn.Module, names: Collection[str], *, stop: bool = False) -> Iterator[dict[str, _Calls]]:
+    """Collects inputs and outputs of a layer's projections; with ``stop``, the layer runs no further."""
+    calls: dict[str, _Calls] = {name: [] for name in names}
+
+    def hook(name: str) -> Callable[..., None]:
+        def observe(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            calls[name].append((inputs[0], output))
+            if stop:
+                raise _Reached
+
+        return observe
+
+    handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield calls
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_original(
+    walk: LayerWalk, module: nn.Module, index: int, hidden: torch.Tensor, factor: float
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """One layer of the original: what its projections say, and the residual stream behind each of them."""
+    names = (walk.family.attention_output, walk.family.ffn_output)
+    with _observed(module, names) as calls:
+        left = torch.cat([walk.run(module, index, row) for row in hidden.split(1)])
+    says = {name: torch.cat([output for _, output in calls[name]]) for name in names}
+    return says, {names[0]: hidden + factor * says[names[0]], names[1]: left}
+
+
+def _run_to(
+    walk: LayerWalk, module: nn.Module, index: int, hidden: torch.Tensor, name: str, factor: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input and output of a projection, and the residual stream behind it."""
+    left = hidden
+    with _observed(module, [name], stop=name == walk.family.attention_output) as calls:
+        left = walk.run(module, index, hidden)
+    [(inputs, says)] = calls[name]
+    return inputs, says, hidden + factor * says if left is hidden else left
+
+
+def _projection(module: nn.Module, name: str) -> nn.Linear | None:
+    """A layer's output projection; ``None`` if its part was removed, or is as narrow as nothing."""
+    try:
+        projection = module.get_submodule(name)
+    except AttributeError:
+        return None
+    assert isinstance(projection, nn.Linear)
+    return projection if projection.in_features else None
+
+
+def _residual_factor(walk: LayerWalk) -> float:
+    """What attention and FFN are multiplied by before they are added to the residual stream."""
+    key = walk.family.residual_factor
+    return float(getattr(walk.model.config, key)) if key else 1.0
