@@ -138,6 +138,7 @@ def test_every_familys_last_layer_comes_closer_to_the_original(family: str, tmp_
         assert (after - wanted).square().sum() < 0.9 * (before - wanted).square().sum(), variant
 
 
+@pytest.mark.acceptance
 def test_it_gains_on_text_it_has_not_seen(demo_model: Path, tmp_path: Path):
     found, text = {}, tmp_path / "text.txt"
     *calibration, unseen = documents()[::5]
