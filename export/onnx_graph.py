@@ -17,7 +17,8 @@ from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.output import check_output_directory, new_directory
 
-Precision = Literal["fp32", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Device = Literal["cpu", "cuda"]
 SUMMARY_FILE = "sentei_export.json"
 _GRAPH_FILES = ("model.onnx", "model.onnx.data")
 
@@ -27,18 +28,21 @@ def export_onnx(
     out: Path,
     *,
     precision: Precision = "fp32",
+    device: Device = "cpu",
     force: bool = False,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Writes ``model.onnx`` with external weights, ``genai_config.json``, tokenizer and ``sentei_export.json``.
 
     Batch and length are dynamic, logits are given for every position, and only layers that attend have cache inputs.
-    Holds the whole model in memory, for int4 in float32.
+    Holds the whole model in memory, in the checkpoint's dtype; for int8 and int4 also once in float32.
 
     Args:
         directory: A checkpoint, pruned or not.
         out: The directory to create.
-        precision: Of the matrices; activations and the KV cache are float32.
+        precision: Of the matrices. On the CPU, activations and KV cache are float32; on CUDA they are of the same
+            precision, and for int8 and int4 float16, or bfloat16 for Gemma 3.
+        device: Whose kernels the graph is for; CUDA need not be there.
         force: Replace ``out`` if it is not empty.
         on_progress: Called with a line of text now and then.
 
@@ -46,26 +50,46 @@ def export_onnx(
         What ``sentei_export.json`` holds.
 
     Raises:
-        SenteiError: Not a good checkpoint, no tokenizer, or an architecture detail the builder cannot express.
+        SenteiError: Not a good checkpoint, one whose ``verification.json`` says failed, no tokenizer, a precision that
+            the device has not, or an architecture detail that the builder cannot express.
         MissingDependencyError: The ``onnx`` extra is not installed.
     """
     check_output_directory(out, force=force, inputs=[directory])
     checkpoint = open_checkpoint(directory)
+    _refuse_failed(directory)
     with new_directory(out, force=force) as partial:
-        _build(checkpoint, partial, precision, on_progress)
+        _build(checkpoint, partial, precision, device, on_progress)
         if (directory / "plan.json").is_file():
             shutil.copyfile(directory / "plan.json", partial / "plan.json")
         on_progress("Hashing")
-        summary = _summary(checkpoint, partial, precision)
+        summary = _summary(checkpoint, partial, precision, device)
         (partial / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
 
-def _build(checkpoint: Checkpoint, out: Path, precision: Precision, on_progress: Callable[[str], None]) -> None:
+def _refuse_failed(directory: Path) -> None:
+    """Refuses a checkpoint that is itself an export and that ``sentei verify`` found wrong."""
+    path = directory / "verification.json"
+    if not path.is_file():
+        return
+    try:
+        passed = json.loads(path.read_text(encoding="utf-8"))["passed"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SenteiError(f"{path} is damaged ({type(error).__name__}: {error}).", "Verify again.") from error
+    if passed is not True:
+        raise SenteiError(
+            f"{path} says that {directory} differs from the checkpoint it was made from.",
+            "Export that checkpoint instead.",
+        )
+
+
+def _build(
+    checkpoint: Checkpoint, out: Path, precision: Precision, device: Device, on_progress: Callable[[str], None]
+) -> None:
     # The heavy imports wait until the cheap checks have passed.
     with _unchanged_logging():
         try:
-            from export.genai_builder import PrunedLlamaModel, check_supported
+            from export.genai_builder import builder_class, check_supported
         except ModuleNotFoundError as error:
             raise MissingDependencyError(str(error.name).partition(".")[0], "onnx") from error
         except ImportError as error:
@@ -80,28 +104,50 @@ def _build(checkpoint: Checkpoint, out: Path, precision: Precision, on_progress:
     config = AutoConfig.for_model(**plain)
     config.architectures = [checkpoint.family.architecture]
     config.name_or_path = str(checkpoint.directory)  # where the builder looks for generation_config.json and tokenizer
-    check_supported(config)
+    check_supported(config, precision, device)
     load_tokenizer(checkpoint.directory).save_pretrained(out)
     copy_companions(checkpoint.directory, out)
     on_progress("Loading the model")
     try:
         with tempfile.TemporaryDirectory() as temporary, redirect_stdout(_Lines(on_progress)):
-            builder = PrunedLlamaModel(
-                config, load_model(checkpoint), checkpoint.layout, int4=precision == "int4", temporary=temporary
+            builder = builder_class(config)(
+                config,
+                load_model(checkpoint),
+                checkpoint.layout,
+                precision=precision,
+                device=device,
+                temporary=temporary,
             )
             builder.make_model(str(checkpoint.directory))
-            builder.save_model(str(out))
+            builder.save(out, _metadata(checkpoint))
             builder.make_genai_config(config, {"local_files_only": True}, str(out))
     except (NotImplementedError, ValueError) as error:
         raise SenteiError(f"{checkpoint.directory}: ONNX export does not support this model ({error}).") from error
 
 
-def _summary(checkpoint: Checkpoint, out: Path, precision: Precision) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the graph says about where it comes from."""
+    facts = {"sentei.version": version("sentei"), "sentei.source_fingerprint": checkpoint.fingerprint}
+    plan = checkpoint.directory / "plan.json"
+    if plan.is_file():
+        try:
+            base = json.loads(plan.read_text(encoding="utf-8"))["base_model"]
+            facts["sentei.base_model"], facts["sentei.base_model_sha256"] = base["name"], base["weights_sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SenteiError(
+                f"{plan} is damaged ({type(error).__name__}: {error}).", "Prune or apply again."
+            ) from error
+        facts["sentei.plan_sha256"] = _sha256(plan)
+    return facts
+
+
+def _summary(checkpoint: Checkpoint, out: Path, precision: Precision, device: Device) -> dict[str, Any]:
     layout = checkpoint.layout
     return {
         "schema_version": 1,
         "format": "onnx",
         "precision": precision,
+        "device": device,
         "sentei_version": version("sentei"),
         "onnx_ir_version": version("onnx-ir"),
         "source_fingerprint": checkpoint.fingerprint,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
+from serving.sampling import GREEDY, Sampling
 from toolchain.errors import SenteiError
 from toolchain.modeling import load_model, load_tokenizer
 
@@ -20,16 +21,18 @@ def stream_text(
     prompt: str,
     *,
     max_new_tokens: int,
+    sampling: Sampling = GREEDY,
     chat: bool = False,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> Iterator[str]:
-    """Continues a prompt greedily until the end-of-sequence token or ``max_new_tokens``.
+    """Continues a prompt until the end-of-sequence token or ``max_new_tokens``.
 
     Args:
         directory: A checkpoint (run in Transformers) or an ONNX export (run in onnxruntime-genai).
         prompt: Text.
         max_new_tokens: At most this many.
+        sampling: How tokens are picked.
         chat: Whether to put the prompt into the chat template.
         dtype: For checkpoints, what is computed in.
         device: For checkpoints, where.
@@ -40,10 +43,11 @@ def stream_text(
     tokenizer = load_tokenizer(directory)
     ids = _prompt_ids(tokenizer, prompt, chat=chat)
     if (directory / "genai_config.json").is_file():
-        from serving.onnx_engine import stream_tokens
+        from serving.onnx_genai import stream_tokens
 
-        return _decode(tokenizer, stream_tokens(directory, ids, max_new_tokens))
-    return _from_transformers(load_model(directory, dtype=dtype, device=device), tokenizer, ids, max_new_tokens)
+        return _decode(tokenizer, stream_tokens(directory, ids, max_new_tokens, sampling))
+    model = load_model(directory, dtype=dtype, device=device)
+    return _from_transformers(model, tokenizer, ids, max_new_tokens, sampling)
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> list[int]:
@@ -72,16 +76,24 @@ def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterat
 
 
 def _from_transformers(
-    model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_new_tokens: int
+    model: "PreTrainedModel",
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
 ) -> Iterator[str]:
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     inputs = torch.tensor([list(ids)], device=model.device)
     arguments = {
         "attention_mask": torch.ones_like(inputs),
         "max_new_tokens": max_new_tokens,
-        "do_sample": False,
+        "do_sample": sampling.temperature > 0,
         "streamer": streamer,
     }
+    if sampling.temperature > 0:
+        arguments |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
     thread = Thread(target=model.generate, args=(inputs,), kwargs=arguments, daemon=True)
     thread.start()
     yield from streamer

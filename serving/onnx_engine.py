@@ -1,9 +1,15 @@
-"""ONNX exports: plain ONNX Runtime, whose logits can be compared, and onnxruntime-genai, which streams tokens."""
+"""An ONNX export in plain ONNX Runtime: the loop that a program without onnxruntime-genai needs.
+
+A cache is a pair of buffers per attending layer, ``[batch, num_key_value_heads, capacity, head_size]``, allocated once
+and bound both as ``past_key_values.*`` and as ``present.*``: ``GroupQueryAttention`` then writes new keys and values in
+place. Rows may differ in length: they are padded on the right, and ``attention_mask`` has as many ones in a row as
+the row has tokens, from which the graph makes ``seqlens_k``. So each row's next token goes right behind its last one,
+over the padding, and its logits are those at its own last position.
+"""
 
 import importlib
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,82 +19,165 @@ import torch
 from numpy.typing import NDArray
 
 from serving.engines import top_of
+from serving.onnx_files import check_files, damaged, first_line, read_settings
 from toolchain.errors import MissingDependencyError, SenteiError
 
-# Arrays by cache input name, float32 [batch, num_key_value_heads, past_tokens, head_size]
-Cache = Mapping[str, NDArray[np.float32]]
 _CACHE_INPUT = re.compile(r"past_key_values\.\d+\.(key|value)")
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_BATCH, _DECODED = 4, 8  # of comparisons: prompts at once, and tokens of each that are given one by one
+_ELEMENT_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}  # onnx.TensorProto's numbers
+
+
+@dataclass
+class Cache:
+    """Keys and values of a batch of sequences.
+
+    Attributes:
+        buffers: By input name, see above.
+        lengths: int64 ``[batch]``, tokens of each row that are in it.
+        capacity: Tokens a row can have.
+    """
+
+    buffers: dict[str, Any]
+    lengths: NDArray[np.int64]
+    capacity: int
 
 
 class OnnxEngine:
-    """An ONNX export in a plain ``onnxruntime.InferenceSession`` on the CPU."""
+    """An ONNX export in an ``onnxruntime.InferenceSession`` on the device it was made for."""
 
     name = "onnx"
 
-    def __init__(self, directory: Path) -> None:
-        """Opens the export.
+    def __init__(self, directory: Path, device: str | None = None) -> None:
+        """Checks the files' hashes and opens the export.
+
+        Args:
+            directory: The export.
+            device: cpu or cuda; by default what the export was made for. The CPU runs some of what was made for CUDA.
 
         Raises:
-            SenteiError: Files are missing or damaged.
+            SenteiError: Files are missing or damaged, or ONNX Runtime has not the export's device.
             MissingDependencyError: onnxruntime is not installed.
         """
-        settings = _read_settings(directory)
+        self._settings = read_settings(directory)
+        check_files(directory)
         self._directory = directory
-        self._session = _open_session(directory / settings.filename)
+        self._device = device or self._settings.device
+        self._session = _open_session(directory / self._settings.filename, self._device)
         # Which layers have a cache is the graph's to say: layers without attention leave gaps in the numbering.
-        names = [each.name for each in self._session.get_inputs() if _CACHE_INPUT.fullmatch(each.name)]
-        self._no_past = {
-            name: np.zeros((1, settings.num_key_value_heads, 0, settings.head_size), np.float32) for name in names
-        }
-        self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in names)]
+        self._caches = {each.name: each.type for each in self._session.get_inputs() if _CACHE_INPUT.match(each.name)}
 
     @property
     def attending_layers(self) -> list[int]:
         """The layers that have a KV cache, ascending."""
-        return sorted({int(name.split(".")[1]) for name in self._no_past})
+        return sorted({int(name.split(".")[1]) for name in self._caches})
 
-    def step(self, tokens: Sequence[int], past: Cache | None = None) -> tuple[NDArray[np.float32], Cache]:
-        """Runs tokens of one sequence after those already in the cache.
+    def new_cache(self, batch_size: int, capacity: int) -> Cache:
+        """Allocates an empty cache.
 
         Args:
-            tokens: The next tokens, one or more.
-            past: The cache so far; ``None`` starts a sequence.
-
-        Returns:
-            Logits after each of the tokens, float32 ``[len(tokens), vocab_size]``, and the longer cache.
+            batch_size: Rows.
+            capacity: Tokens a row can have, prompt and answer.
 
         Raises:
-            SenteiError: ONNX Runtime refuses, such as for more tokens than the context holds.
+            SenteiError: The model's context is shorter.
         """
-        past = past or self._no_past
-        num_past = next(iter(past.values())).shape[2] if past else 0
-        inputs = {
-            "input_ids": np.asarray([tokens], np.int64),
-            "attention_mask": np.ones((1, num_past + len(tokens)), np.int64),
-            **past,
+        settings = self._settings
+        if capacity > settings.context_length:
+            raise SenteiError(f"{capacity} tokens are asked for; the model's context holds {settings.context_length}.")
+        # Attention over a window wants a buffer that holds one window at least.
+        shape = (batch_size, settings.num_key_value_heads, max(capacity, settings.window), settings.head_size)
+        ort: Any = importlib.import_module("onnxruntime")
+        buffers = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), "cpu")
+            if kind == "tensor(float)" and self._device == "cpu"
+            else ort.OrtValue.ortvalue_from_shape_and_type(shape, _ELEMENT_TYPES[kind], self._device, 0)
+            for name, kind in self._caches.items()
         }
+        return Cache(buffers, np.zeros(batch_size, np.int64), capacity)
+
+    def step(self, cache: Cache, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Runs the next tokens of every row of a batch.
+
+        Args:
+            cache: Is extended.
+            rows: At least one token each. Their lengths may differ when the cache is empty; later, give a batch one
+                token a row, and a single row any number.
+
+        Returns:
+            Logits after each token of each row: float32 ``[len(row), vocab_size]``.
+
+        Raises:
+            SenteiError: More tokens than the cache holds, or ONNX Runtime refuses.
+        """
+        lengths = np.asarray([len(row) for row in rows], np.int64)
+        total = cache.lengths + lengths
+        if total.max() > cache.capacity:
+            raise SenteiError(f"{total.max()} tokens do not fit into a cache of {cache.capacity}.")
+        ids = np.zeros((len(rows), lengths.max()), np.int64)
+        for filled, row in zip(ids, rows, strict=True):
+            filled[: len(row)] = row
+        mask = (np.arange(total.max()) < total[:, None]).astype(np.int64)
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_output("logits", "cpu")
+        for name, buffer in cache.buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
         try:
-            logits, *present = self._session.run(self._outputs, inputs)
+            self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise SenteiError(f"{self._directory} failed in ONNX Runtime ({_first_line(error)}).") from error
-        return logits[0], dict(zip(self._no_past, present, strict=True))
+            raise SenteiError(f"{self._directory} failed in ONNX Runtime ({first_line(error)}).") from error
+        cache.lengths = total
+        logits = binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
+        return [row[:length] for row, length in zip(logits, lengths, strict=True)]
 
     def log_probabilities(self, prompt: Sequence[int]) -> torch.Tensor:
         """Log-probabilities after each prefix of ``prompt``: float32 ``[len(prompt), vocab_size]``."""
-        return torch.from_numpy(self.step(prompt)[0]).log_softmax(-1)
+        return torch.from_numpy(self.step(self.new_cache(1, len(prompt)), [prompt])[0]).log_softmax(-1)
 
     def top_log_probabilities(self, prompts: Sequence[Sequence[int]], k: int) -> list[list[dict[int, float]]]:
-        """See :class:`serving.engines.Engine`."""
-        return [top_of(self.log_probabilities(prompt), prompt, k) for prompt in prompts]
+        """See :class:`serving.engines.Engine`.
+
+        Takes the ways that answers take in use: several prompts a batch, each with at most its last tokens one by one
+        behind a prefill of the rest.
+        """
+        found = []
+        for start in range(0, len(prompts), _BATCH):
+            batch = prompts[start : start + _BATCH]
+            rows = self._prefill_and_decode(batch)
+            found += [
+                top_of(torch.from_numpy(row).log_softmax(-1), prompt, k)
+                for row, prompt in zip(rows, batch, strict=True)
+            ]
+        return found
+
+    def _prefill_and_decode(self, prompts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Logits after each token of each prompt, float32 ``[len(prompt), vocab_size]``."""
+        cache = self.new_cache(len(prompts), min(max(map(len, prompts)) + _DECODED, self._settings.context_length))
+        heads = [max(1, len(prompt) - _DECODED) for prompt in prompts]
+        parts = [[logits] for logits in self.step(cache, [p[:head] for p, head in zip(prompts, heads, strict=True)])]
+        for offset in range(_DECODED):
+            # A row that is done goes on with its last token, to no effect on the others.
+            tokens = [[p[min(head + offset, len(p) - 1)]] for p, head in zip(prompts, heads, strict=True)]
+            for row, logits in zip(parts, self.step(cache, tokens), strict=True):
+                row.append(logits)
+        return [np.concatenate(row)[: len(prompt)] for row, prompt in zip(parts, prompts, strict=True)]
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """See :class:`serving.engines.Engine`."""
-        tokens: list[int] = []
-        logits, past = self.step(prompt)
-        while len(tokens) < max_new_tokens:
-            if tokens:
-                logits, past = self.step(tokens[-1:], past)
-            tokens.append(int(logits[-1].argmax()))
+        return self.generate_batch([prompt], max_new_tokens)[0]
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy tokens after each prompt, all in one batch; exactly ``max_new_tokens`` of each."""
+        cache = self.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        step: Sequence[Sequence[int]] = prompts
+        for _ in range(max_new_tokens):
+            step = [[int(logits[-1].argmax())] for logits in self.step(cache, step)]
+            for row, new in zip(tokens, step, strict=True):
+                row += new
         return tokens
 
     def close(self) -> None:
@@ -96,85 +185,33 @@ class OnnxEngine:
         del self._session
 
 
-def stream_tokens(directory: Path, prompt_ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
-    """Greedy tokens from onnxruntime-genai, one by one, until end of sequence or ``max_new_tokens``.
-
-    Args:
-        directory: An ONNX export.
-        prompt_ids: Token ids, at least one.
-        max_new_tokens: At most this many.
+def missing_provider(device: str) -> SenteiError | None:
+    """Why ONNX Runtime cannot run a device's exports here; ``None`` if it can.
 
     Raises:
-        SenteiError: Files are missing or damaged, or the prompt leaves no room in the context.
-        MissingDependencyError: onnxruntime-genai is not installed.
+        MissingDependencyError: onnxruntime is not installed.
     """
-    context_length = _read_settings(directory).context_length
-    if len(prompt_ids) >= context_length:
-        raise SenteiError(f"The prompt has {len(prompt_ids)} tokens; the model's context holds {context_length}.")
-    try:
-        og: Any = importlib.import_module("onnxruntime_genai")
-    except ImportError as error:
-        raise MissingDependencyError("onnxruntime-genai", "onnx") from error
-    try:
-        model = og.Model(str(directory))
-    except Exception as error:  # genai raises no class of its own
-        raise _damaged(directory, error) from error
-    params = og.GeneratorParams(model)
-    # The KV cache is allocated for max_length at once, so never the whole context.
-    max_length = min(context_length, len(prompt_ids) + max_new_tokens)
-    params.set_search_options(do_sample=False, num_beams=1, repetition_penalty=1.0, max_length=max_length)
-    generator = og.Generator(model, params)
-    generator.append_tokens(np.asarray([prompt_ids], np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-        yield int(generator.get_next_tokens()[0])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    filename: str
-    head_size: int
-    num_key_value_heads: int
-    context_length: int
-
-
-def _read_settings(directory: Path) -> _Settings:
-    path = directory / "genai_config.json"
-    if not path.is_file():
-        raise SenteiError(f"{directory} has no genai_config.json.", "Give a directory that sentei export onnx wrote.")
-    try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        decoder = model["decoder"]
-        return _Settings(
-            filename=str(decoder["filename"]),
-            head_size=int(decoder["head_size"]),
-            num_key_value_heads=int(decoder["num_key_value_heads"]),
-            context_length=int(model["context_length"]),
-        )
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise SenteiError(f"{path} is damaged ({type(error).__name__}: {error}).", "Export the model again.") from error
-
-
-def _open_session(graph: Path) -> Any:
     try:
         ort: Any = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise MissingDependencyError("onnxruntime", "onnx") from error
-    if not graph.is_file():
-        raise SenteiError(f"{graph} does not exist.", "Export the model again.")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong arrives as an exception
-    try:
-        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class
-        raise _damaged(graph.parent, error) from error
-
-
-def _damaged(directory: Path, error: Exception) -> SenteiError:
+    found = ort.get_available_providers()
+    if _PROVIDERS[device] in found:
+        return None
     return SenteiError(
-        f"{directory} cannot be loaded by ONNX Runtime ({_first_line(error)}).", "Export the model again."
+        f"This export is for {device}; ONNX Runtime here has no {_PROVIDERS[device]}, only {', '.join(found)}.",
+        "Install onnxruntime-gpu in place of onnxruntime, and onnxruntime-genai-cuda in place of onnxruntime-genai: "
+        "pip install 'sentei[onnx-gpu]'",
     )
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _open_session(graph: Path, device: str) -> Any:
+    if missing := missing_provider(device):
+        raise missing
+    ort: Any = importlib.import_module("onnxruntime")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong arrives as an exception
+    try:
+        return ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[device]])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise damaged(graph.parent, error) from error

@@ -1,6 +1,11 @@
-"""The rounded matrices inside an int4 ONNX export, read back as what they stand for."""
+"""The weights inside an ONNX export, compared with the checkpoint's, and rounded ones read back as what they stand for.
+
+The vendor's builder stores a matrix as ``[in, out]``, stacks the projections of an attention into one, keeps those of
+an FFN apart, and leaves out biases that are all zero.
+"""
 
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +16,45 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from toolchain.checkpoint import same_bits
 from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.families import FAMILIES
 from toolchain.rounding import RoundedMatrix, measure_rounding
 
 _PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_FLOATS = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}  # onnx.TensorProto's numbers
+_WEIGHT = re.compile(r"(?P<module>(model|lm_head)\b.*?)(?P<kind>\.MatMul\.weight|\.Add\.bias|\.weight)")
+
+
+@torch.no_grad()
+def count_differing(model: PreTrainedModel, graph: Path) -> int:
+    """Counts the unrounded weights of an export that are not the source's, cast, and the source's that it lacks.
+
+    Args:
+        model: The source, float32.
+        graph: ``model.onnx``, its external weights beside it.
+
+    Raises:
+        SenteiError: The graph cannot be read, or has a weight that the model has not.
+        MissingDependencyError: onnx is not installed.
+    """
+    proto = _load(graph)
+    differing = 0
+    missing = {name for name, parameter in model.named_parameters() if parameter.count_nonzero()}
+    for tensor in proto.graph.initializer:
+        match = _WEIGHT.fullmatch(tensor.name)
+        if match is None or tensor.data_type not in _FLOATS:
+            continue
+        found = _torch_tensor(tensor)
+        expected, names = _source_tensor(model, match["module"], match["kind"], graph)
+        missing -= names
+        if found.shape != expected.shape or not same_bits(found, expected.to(found.dtype)):
+            differing += 1
+    for name, _, _ in _matrices(proto):
+        missing -= {f"{module}.weight" for module, _ in _rows(model, name, graph)}
+    if model.config.tie_word_embeddings:
+        missing -= {name for name, parameter in model.named_parameters() if parameter is _head(model).weight}
+    return differing + len(missing)
 
 
 @torch.no_grad()
@@ -36,18 +76,66 @@ def replace_with_rounded(model: PreTrainedModel, graph: Path) -> list[RoundedMat
     shares_embedding = any(node.op_type == "GatherBlockQuantized" for node in proto.graph.node)
     found = []
     for name, bits, matrix in _matrices(proto):
-        for part, weight in _split(model, name, matrix):
-            linear = _linear(model, part, graph)
-            if linear.weight.shape != weight.shape:
+        start = 0
+        for module, rows in _rows(model, name, graph):
+            linear = model.get_submodule(module)
+            source = linear.weight[rows]
+            weight = matrix[start : start + len(source)]
+            start += len(source)
+            if source.shape != weight.shape:
                 raise SenteiError(
-                    f"{graph}: {part} has shape {list(weight.shape)}, the checkpoint's {list(linear.weight.shape)}."
+                    f"{graph}: {name} has shape {list(matrix.shape)}, which does not fit the checkpoint's "
+                    f"{module} {list(linear.weight.shape)}."
                 )
-            found.append(measure_rounding(f"{part}.weight", f"int{bits}", weight, linear.weight))
+            found.append(measure_rounding(f"{module}.weight", f"int{bits}", weight, source))
             # A new parameter, not new values in the old one: that may be the embedding's too.
-            linear.weight = nn.Parameter(weight.to(linear.weight.device), requires_grad=False)
+            replaced = linear.weight.clone()
+            replaced[rows] = weight.to(replaced.device)
+            linear.weight = nn.Parameter(replaced, requires_grad=False)
     if shares_embedding:
-        model.get_input_embeddings().weight = model.get_output_embeddings().weight
+        model.get_input_embeddings().weight = _head(model).weight
     return found
+
+
+def _source_tensor(model: PreTrainedModel, module: str, kind: str, graph: Path) -> tuple[torch.Tensor, set[str]]:
+    """What a graph's tensor should be, float32, and the parameters it is made of."""
+    family = FAMILIES[model.config.model_type]
+    if kind == ".MatMul.weight":
+        rows = _rows(model, _module_name(module), graph)
+        parts = [model.get_submodule(name).weight[part] for name, part in rows]
+        return torch.cat(parts).T, {f"{name}.weight" for name, _ in rows}
+    if kind == ".Add.bias":
+        rows = _rows(model, _module_name(module), graph)
+        parts = [model.get_submodule(name).bias[part] for name, part in rows]
+        return torch.cat(parts), {f"{name}.bias" for name, _ in rows}
+    if module == "model.embed_tokens":
+        return model.get_input_embeddings().weight, {f"{module}.weight"}
+    name = _module_name(module).replace("_norm.layernorm", "_norm")
+    if name.endswith(".final_norm_layernorm"):
+        name = family.final_norm
+    weight = _submodule(model, name, graph).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight + family.norm_offset, {f"{name}.weight"}
+
+
+def _module_name(name: str) -> str:
+    return name.replace(".attn.", ".self_attn.")
+
+
+def _head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def _torch_tensor(tensor: Any) -> torch.Tensor:
+    """A float initializer as it is stored; numpy has no bfloat16."""
+    numpy_helper: Any = importlib.import_module("onnx.numpy_helper")
+    dtype = _FLOATS[tensor.data_type]
+    array = numpy_helper.to_array(tensor)
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(dtype)
+    return torch.from_numpy(array.copy())
 
 
 def _load(graph: Path) -> Any:
@@ -77,8 +165,7 @@ def _matrices(proto: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
             bits=settings["bits"],
             shape=(settings["N"], settings["K"]),
         )
-        name = node.input[1].partition(".MatMul")[0].replace(".attn.", ".self_attn.")
-        yield name, settings["bits"], torch.from_numpy(matrix)
+        yield _module_name(node.input[1].partition(".MatMul")[0]), settings["bits"], torch.from_numpy(matrix)
 
 
 def dequantise(
@@ -116,22 +203,26 @@ def _unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def _split(model: PreTrainedModel, name: str, matrix: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The builder fuses projections that the checkpoint has apart."""
-    parent, _, last = name.rpartition(".")
-    parts = [f"{parent}.{part}" for part in _PARTS.get(last, ())]
+def _rows(model: PreTrainedModel, name: str, graph: Path) -> list[tuple[str, slice]]:
+    """The modules, and which of their rows, that a matrix of the graph stacks."""
     modules = dict(model.named_modules())
-    if not parts or parts[0] not in modules:
-        yield name, matrix
-        return
-    sizes = [modules[part].out_features for part in parts]
-    yield from zip(parts, matrix.split(sizes), strict=True)
+    if name in modules:
+        return [(name, slice(None))]
+    parent, _, last = name.rpartition(".")
+    if last in _PARTS:
+        parts = [f"{parent}.{part}" for part in _PARTS[last]]
+        if all(part in modules for part in parts):
+            return [(part, slice(None)) for part in parts]
+    fused = f"{parent}.gate_up_proj"
+    if last in _PARTS["gate_up_proj"] and fused in modules:
+        width = modules[fused].out_features // 2
+        start = width * _PARTS["gate_up_proj"].index(last)
+        return [(fused, slice(start, start + width))]
+    raise SenteiError(f"{graph} has a matrix {name}, which the checkpoint has not.")
 
 
-def _linear(model: PreTrainedModel, name: str, graph: Path) -> nn.Linear:
+def _submodule(model: PreTrainedModel, name: str, graph: Path) -> nn.Module:
     try:
-        module = model.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError as error:
-        raise SenteiError(f"{graph} has a matrix {name}, which the checkpoint has not.") from error
-    assert isinstance(module, nn.Linear), name
-    return module
+        raise SenteiError(f"{graph} has a weight {name}, which the checkpoint has not.") from error

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from serving.model_facts import checkpoint_facts
+from serving.onnx_engine import missing_provider
+from serving.onnx_files import read_settings
 from serving.vllm_launcher import is_cpu_build
 from serving.vllm_server import has_cxx_compiler
 from toolchain.checkpoint import Checkpoint, read_headers
@@ -152,13 +154,17 @@ def _examine_onnx(directory: Path, findings: dict[str, Any]) -> None:
     try:
         decoder, context_length = settings["model"]["decoder"], int(settings["model"]["context_length"])
         attending = summary["num_hidden_layers"] - len(summary["removed_attention"])
-        kv_bytes_per_token = 2 * 4 * decoder["num_key_value_heads"] * decoder["head_size"] * attending
+        kv_values_per_token = 2 * decoder["num_key_value_heads"] * decoder["head_size"] * attending
         sizes = {str(name): int(entry["bytes"]) for name, entry in summary["files"].items()}
     except (KeyError, TypeError, ValueError) as error:
         raise SenteiError(
             f"{directory}: genai_config.json or sentei_export.json is damaged ({type(error).__name__}: {error}).",
             "Export the model again.",
         ) from error
+    device = read_settings(directory).device
+    kv_bytes_per_token = kv_values_per_token * (4 if device == "cpu" else 2)
+    if importlib.util.find_spec("onnxruntime") and (missing := missing_provider(device)):
+        problems.append(str(missing))
     for name, size in sizes.items():
         if not (directory / name).is_file() or (directory / name).stat().st_size != size:
             problems.append(f"{directory / name} is missing or not {size} bytes long. Export the model again.")

@@ -27,7 +27,9 @@ def _section(verdict: dict[str, Any]) -> str:
     )
     rows = [(name, check["value"], check["limit"]) for name, check in verdict["checks"].items()]
     rows += [
-        (name, verdict[name], None) for name in ("kl_divergence", "top1_agreement") if name not in verdict["checks"]
+        (name, verdict[name], None)
+        for name in ("kl_divergence", "top1_agreement")
+        if name in verdict and name not in verdict["checks"]
     ]
     table = "\n".join(f"| {_words(name)} | {value:.3g} | {_limit(limit)} |" for name, value, limit in rows)
     prompts = f"{verdict['num_prompts']} prompts ({verdict['prompts']}, {verdict['num_tokens']} tokens)"
@@ -36,6 +38,7 @@ def _section(verdict: dict[str, Any]) -> str:
 {said}. Compared with the checkpoint it was made from (fingerprint `{verdict["source_fingerprint"][:16]}`):
 teacher-forced log-probabilities of {prompts},
 by {verdict["engine"]} in {verdict["dtype"]}, against Transformers in float32, in nats. `verification.json` has more.
+{verdict.get("not_run", "")}
 
 | | found | at most |
 |---|---|---|

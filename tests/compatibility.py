@@ -14,7 +14,18 @@ import pytest
 
 from toolchain.families import FAMILIES
 
-COLUMNS = ("prune", "Transformers", "vLLM", "TP 2", "nemotron-nas", "quantised")
+COLUMNS = (
+    "prune",
+    "Transformers",
+    "vLLM",
+    "TP 2",
+    "nemotron-nas",
+    "quantised",
+    "ONNX fp32",
+    "ONNX int8",
+    "ONNX int4",
+    "ONNX for CUDA, not run",
+)
 _OPTION = "--compatibility"
 
 

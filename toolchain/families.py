@@ -33,6 +33,7 @@ class Family:
         residual_factor: Key in ``config.json`` of a number by which attention and FFN are multiplied before they are
             added to the residual stream.
         final_norm: The norm between the last decoder layer and the head.
+        norm_offset: What norms add to their weight.
         logits_divisor: Key in ``config.json`` of a number that the head's output is divided by.
         logits_softcap: Key of a number ``c``, which may be null: the head's output ``x`` becomes ``c * tanh(x / c)``.
         not_in_vllm: Keys that change what Transformers' class computes, and that vLLM's class (0.25 to 0.33) does not
@@ -55,6 +56,7 @@ class Family:
     ffn_output: str = "mlp.down_proj"
     residual_factor: str | None = None
     final_norm: str = "model.norm"
+    norm_offset: float = 0.0
     logits_divisor: str | None = None
     logits_softcap: str | None = None
     not_in_vllm: tuple[str, ...] = ()
@@ -132,6 +134,7 @@ FAMILIES: Mapping[str, Family] = {
             architecture="Gemma3ForCausalLM",
             attention_norms=("input_layernorm", "post_attention_layernorm"),
             ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            norm_offset=1.0,
             logits_softcap="final_logit_softcapping",
             unlike_llama="norms behind attention and FFN and on queries and keys, GELU, and scaled embeddings",
         ),

@@ -14,7 +14,8 @@ import torch
 
 from export.onnx_graph import export_onnx
 from serving.engines import TransformersEngine
-from serving.onnx_engine import OnnxEngine, stream_tokens
+from serving.onnx_engine import OnnxEngine
+from serving.onnx_genai import stream_tokens
 from tests.conftest import make_pico, prune_by_hand
 from toolchain.checkpoint import copy_companions, open_checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
@@ -66,11 +67,9 @@ def prune_pico(tmp_path: Path, demo_model: Path) -> Callable[..., Path]:
 
 def steps(engine: OnnxEngine, ids: list[int], prefill: int) -> torch.Tensor:
     """Log-probabilities from a short prefill and then token after token with the KV cache."""
-    logits, past = engine.step(ids[:prefill])
-    rows = [logits]
-    for token in ids[prefill:]:
-        logits, past = engine.step([token], past)
-        rows.append(logits)
+    cache = engine.new_cache(1, len(ids))
+    rows = [engine.step(cache, [ids[:prefill]])[0]]
+    rows += [engine.step(cache, [[token]])[0] for token in ids[prefill:]]
     return torch.from_numpy(np.concatenate(rows)).log_softmax(-1)
 
 
@@ -118,11 +117,13 @@ def test_graph_is_valid(exported: str, request: pytest.FixtureRequest) -> None:
 
 def test_batch_is_dynamic(pruned_fp32: Path, ids: list[int]) -> None:
     engine = OnnxEngine(pruned_fp32)
-    rows = np.asarray([ids[:12], ids[12:24]], np.int64)
-    past = {name: np.repeat(empty, 2, axis=0) for name, empty in engine._no_past.items()}
-    logits = engine._session.run(["logits"], {"input_ids": rows, "attention_mask": np.ones_like(rows), **past})[0]
-    for row, batched in zip(rows.tolist(), logits, strict=True):
-        assert np.abs(engine.step(row)[0] - batched).max() <= 1e-3
+    prompts = [ids[:12], ids[12:19], ids[19:20]]
+    batch = engine.new_cache(3, 30)
+    together = [*zip(*(engine.step(batch, rows) for rows in (prompts, [[5], [6], [7]])), strict=True)]
+    for prompt, token, logits in zip(prompts, (5, 6, 7), together, strict=True):
+        alone = engine.step(engine.new_cache(1, 13), [[*prompt, token]])[0]
+        assert np.abs(alone - np.concatenate(logits)).max() <= 1e-3
+    assert engine.generate_batch(prompts, 8) == [engine.generate(prompt, 8) for prompt in prompts]
 
 
 def test_files(pruned_demo: Path, pruned_fp32: Path) -> None:
@@ -284,24 +285,30 @@ def pico16(prune_pico: Callable[..., Path]) -> Path:
 
 
 def test_same_model_same_bytes_and_the_plan_travels_along(pico16: Path, tmp_path: Path) -> None:
-    (pico16 / "plan.json").write_text("{}")
+    plan = json.dumps({"base_model": {"name": "org/base", "weights_sha256": "00ff"}})
+    (pico16 / "plan.json").write_text(plan)
     first = export_onnx(pico16, tmp_path / "a", precision="int4")
     second = export_onnx(pico16, tmp_path / "b", precision="int4")
     assert first == second
-    assert (tmp_path / "a" / "plan.json").read_text() == "{}"
+    assert (tmp_path / "a" / "plan.json").read_text() == plan
+    proto = onnx.load(tmp_path / "a" / "model.onnx", load_external_data=False)
+    told = {each.key: each.value for each in proto.metadata_props}
+    assert told["sentei.base_model"] == "org/base" and told["sentei.base_model_sha256"] == "00ff"
+    assert told["sentei.plan_sha256"] == hashlib.sha256(plan.encode()).hexdigest()
+    assert told["sentei.source_fingerprint"] == first["source_fingerprint"]
 
 
 def test_failure_leaves_nothing(pico16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     export_onnx(pico16, out)
     before = (out / "model.onnx").read_bytes()
-    from export.genai_builder import PrunedLlamaModel
+    from export.genai_builder import PrunedBuilder
 
-    def full(self: PrunedLlamaModel, out_dir: str) -> None:
-        (Path(out_dir) / "model.onnx").write_bytes(b"half")
+    def full(self: PrunedBuilder, out: Path, metadata: object) -> None:
+        (out / "model.onnx").write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(PrunedLlamaModel, "save_model", full)
+    monkeypatch.setattr(PrunedBuilder, "save", full)
     with pytest.raises(OSError, match="No space"):
         export_onnx(pico16, out, force=True)
     assert (out / "model.onnx").read_bytes() == before
@@ -316,7 +323,18 @@ def test_failure_leaves_nothing(pico16: Path, tmp_path: Path, monkeypatch: pytes
     "overrides, message",
     [
         ({"head_dim": 8}, "head_dim is 8"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            "longrope.*not in llama",
+        ),
         ({"hidden_act": "mish"}, "mish"),
     ],
 )
@@ -327,6 +345,34 @@ def test_unsupported_models(
     with pytest.raises(SenteiError, match=message):
         export_onnx(pruned, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "pruned"}
+
+
+@pytest.mark.parametrize(
+    "precision, device, instead",
+    [("fp16", "cpu", "fp32, int8, int4"), ("bf16", "cpu", "fp32"), ("fp32", "cuda", "fp16, bf16")],
+)
+def test_pairs_of_precision_and_device(
+    pico16: Path, precision: str, device: str, instead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolchain.modeling.load_model", None)  # refused before weights are loaded
+    with pytest.raises(SenteiError, match=f"no {precision} .* on {device}; it has {instead}"):
+        export_onnx(pico16, tmp_path / "out", precision=precision, device=device)  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("verification.json", '{"passed": false}', "differs from the checkpoint it was made from"),
+        ("verification.json", "{", "is damaged"),
+        ("plan.json", "{}", "is damaged"),
+    ],
+)
+def test_files_that_speak_against_it(pico16: Path, file: str, content: str, message: str, tmp_path: Path) -> None:
+    (pico16 / file).write_text(content)
+    with pytest.raises(SenteiError, match=rf"{file} .*{message}"):
+        export_onnx(pico16, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_no_tokenizer(pico16: Path, tmp_path: Path) -> None:

@@ -4,14 +4,19 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 
 from export.onnx_graph import export_onnx
 from serving.engines import TransformersEngine
 from serving.generate import stream_text
-from serving.onnx_engine import OnnxEngine, stream_tokens
+from serving.onnx_engine import OnnxEngine
+from serving.onnx_genai import stream_tokens
+from serving.sampling import Sampling
+from serving.verify import verify
 from tests.conftest import make_pico, prune_by_hand
 from toolchain.checkpoint import copy_companions
 from toolchain.errors import MissingDependencyError, SenteiError
@@ -74,7 +79,7 @@ def test_the_context_is_the_limit(exported: Path) -> None:
     assert len(list(stream_tokens(exported, prompt, 100))) <= 6
     with pytest.raises(SenteiError, match="context holds 256"):
         list(stream_tokens(exported, [100] * 256, 5))
-    with pytest.raises(SenteiError, match="failed in ONNX Runtime"):
+    with pytest.raises(SenteiError, match="400 tokens are asked for; the model's context holds 256"):
         OnnxEngine(exported).log_probabilities([100] * 400)
 
 
@@ -84,7 +89,7 @@ def test_text_from_an_export_is_the_checkpoints(checkpoint: Path, exported: Path
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data", "genai_config.json"])
-@pytest.mark.parametrize("how", ["missing", "truncated", "garbage"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "garbage", "one bit"])
 def test_damage_is_told(damaged: Path, file: str, how: str) -> None:
     path = damaged / file
     content = path.read_bytes()
@@ -93,10 +98,70 @@ def test_damage_is_told(damaged: Path, file: str, how: str) -> None:
         path.write_bytes(content[: len(content) // 2])
     elif how == "garbage":
         path.write_bytes(b"\xff\x00 not it")
+    elif how == "one bit":
+        if file == "genai_config.json":
+            pytest.skip("a text that people may edit")
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     for use in (OnnxEngine, lambda directory: list(stream_tokens(directory, IDS, 3))):
         with pytest.raises(SenteiError) as caught:
             use(damaged)  # type: ignore[operator]
         assert str(damaged) in caught.value.message
+
+
+def test_a_cache_that_is_full(exported: Path) -> None:
+    engine = OnnxEngine(exported)
+    cache = engine.new_cache(1, 4)
+    engine.step(cache, [IDS[:4]])
+    with pytest.raises(SenteiError, match="5 tokens do not fit into a cache of 4"):
+        engine.step(cache, [[5]])
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it is there")
+def test_missing_provider(checkpoint: Path, tmp_path: Path) -> None:
+    export_onnx(checkpoint, tmp_path / "out", precision="fp16", device="cuda")
+    for use in (OnnxEngine, lambda directory: list(stream_tokens(directory, IDS, 3))):
+        with pytest.raises(SenteiError, match=r"no CUDAExecutionProvider, only .*CPUExecution.*onnx-gpu"):
+            use(tmp_path / "out")  # type: ignore[operator]
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it is there")
+def test_verified_as_far_as_this_machine_can(checkpoint: Path, tmp_path: Path) -> None:
+    for precision, told in (("fp16", "It was run on the CPU instead"), ("bf16", "answers were not")):
+        out = tmp_path / precision
+        export_onnx(checkpoint, out, precision=precision, device="cuda")  # type: ignore[arg-type]
+        verdict = verify(out, checkpoint)
+        assert verdict["passed"], verdict["checks"]
+        assert told in verdict["not_run"] and told in (out / "README.md").read_text()
+        assert ("mean_difference" in verdict["checks"]) == (precision == "fp16")
+        weights = bytearray((out / "model.onnx.data").read_bytes())
+        weights[len(weights) // 2] ^= 1
+        (out / "model.onnx.data").write_bytes(weights)
+        with pytest.raises(SenteiError, match=r"model\.onnx\.data is damaged"):
+            verify(out, checkpoint)
+
+
+@pytest.mark.parametrize("runtime", ["checkpoint", "exported"])
+def test_sampling(runtime: str, request: pytest.FixtureRequest) -> None:
+    directory = request.getfixturevalue(runtime)
+
+    def sampled(**settings: float) -> str:
+        return "".join(stream_text(directory, "Bread is", max_new_tokens=12, sampling=Sampling(**settings)))  # type: ignore[arg-type]
+
+    greedy = sampled()
+    assert sampled(temperature=1.5, seed=1) == sampled(temperature=1.5, seed=1) != greedy
+    assert sampled(temperature=1.5, seed=1) != sampled(temperature=1.5, seed=2)
+    assert sampled(temperature=1.5, top_k=1, seed=1) == greedy
+    assert sampled(temperature=1.5, top_p=1e-6, seed=1) == greedy
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"temperature": -1.0}, "temperature -1"), ({"top_p": 0.0}, r"top_p 0\.0"), ({"top_k": -1}, "top_k -1")],
+)
+def test_sampling_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SenteiError, match=message):
+        Sampling(**settings)
 
 
 def test_not_an_export(tmp_path: Path) -> None:

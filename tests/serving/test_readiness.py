@@ -146,6 +146,9 @@ def test_an_onnx_export(demo_model: Path, tmp_path: Path, good_machine: dict[str
     found = examine_directory(tmp_path / "onnx")
     assert (found["servable"], found["engine"], found["problems"]) == (True, "onnxruntime", [])
     assert found["memory"]["kv_bytes_per_token"] == 2 * 2 * 16 * 4 * 4
+    export_onnx(tmp_path / "model", tmp_path / "cuda", precision="fp16", device="cuda")
+    (lacking,) = examine_directory(tmp_path / "cuda")["problems"]
+    assert "no CUDAExecutionProvider" in lacking
     good_machine.update({"absent": ("onnxruntime_genai",), "free": 0})
     (tmp_path / "onnx" / "model.onnx.data").unlink()
     absent, missing, memory = examine_directory(tmp_path / "onnx")["problems"]

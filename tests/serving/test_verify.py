@@ -69,13 +69,14 @@ def test_one_damaged_matrix_fails_by_its_answers_alone(demo_model, tmp_path, dty
     assert verdict["checks"]["differing_tensors"] == {"passed": False, "value": 1, "limit": 0}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_onnx_passes_when_right(pruned_demo, tmp_path, precision):
     export_onnx(pruned_demo, tmp_path / "out", precision=precision)
     verdict = verify(tmp_path / "out", pruned_demo)
     assert verdict["passed"], failed(verdict)
     assert verdict["engine"] == "onnx"
-    assert ("rounding_mean_difference" in verdict) == (precision == "int4")
+    assert ("rounding_top1_disagreement" in verdict["checks"]) == (precision != "fp32")
+    assert ("rounding_perplexity_ratio" in verdict["checks"]) == (precision != "fp32")
 
 
 @pytest.mark.parametrize(("precision", "factor"), [("fp32", 1.05), ("int4", 1.5)])

@@ -21,7 +21,17 @@ class Precision(StrEnum):
     """Weight precisions of an ONNX export."""
 
     fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
     int4 = "int4"
+
+
+class OnnxDevice(StrEnum):
+    """What an ONNX export is made for."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class VerifyEngine(StrEnum):
@@ -66,8 +76,10 @@ def export_onnx(
     *,
     out: OutOption,
     precision: Annotated[
-        Precision, typer.Option(help="Weights in fp32, or int4 with fp32 arithmetic.")
-    ] = Precision.fp32,
+        Precision | None,
+        typer.Option(help="fp32, int8 or int4 on cpu (fp32 if not given); fp16, bf16, int8 or int4 on cuda (fp16)."),
+    ] = None,
+    device: Annotated[OnnxDevice, typer.Option(help="What it will run on; cuda need not be here.")] = OnnxDevice.cpu,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -76,7 +88,8 @@ def export_onnx(
     output = Output(as_json=as_json, quiet=quiet)
     from export.onnx_graph import export_onnx as run
 
-    run(directory, out, precision=precision.value, force=force, on_progress=output.note)
+    picked = precision or (Precision.fp32 if device is OnnxDevice.cpu else Precision.fp16)
+    run(directory, out, precision=picked.value, device=device.value, force=force, on_progress=output.note)
     _verify(output, out, directory, engine=VerifyEngine.onnx, text=None)
 
 
@@ -124,6 +137,8 @@ def _verify(output: Output, exported: Path, against: Path, *, engine: VerifyEngi
 
     output.note(f"Verifying {exported} against {against} ...")
     verdict: dict[str, Any] = run(exported, against, engine=engine.value, text=text)
+    if verdict["not_run"]:
+        output.note(verdict["not_run"])
     output.result({"directory": str(exported), **verdict}, lambda console: _show(console, exported, verdict))
     if not verdict["passed"]:
         raise CheckFailedError(

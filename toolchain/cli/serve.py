@@ -28,26 +28,34 @@ def generate(
     *,
     prompt: Annotated[str, typer.Option(help="What to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most this many.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that have this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw among this many tokens; 0 is all.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Try a model: continue a prompt, greedily."""
+    """Try a model: continue a prompt."""
     output = Output(as_json=as_json, quiet=quiet)
     if max_new_tokens < 1:
         raise SenteiError(f"--max-new-tokens {max_new_tokens} is less than 1.")
     from serving.generate import stream_text
+    from serving.sampling import Sampling
     from toolchain.checkpoint import open_checkpoint
 
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     is_onnx = (directory / "genai_config.json").is_file()
     if is_onnx:
-        pieces = stream_text(directory, prompt, max_new_tokens=max_new_tokens, chat=chat)
+        pieces = stream_text(directory, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
     else:
         picked = pick_device(device)
         dtype_ = compute_dtype(dtype, picked, open_checkpoint(directory).dtype)
-        pieces = stream_text(directory, prompt, max_new_tokens=max_new_tokens, chat=chat, dtype=dtype_, device=picked)
+        pieces = stream_text(
+            directory, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, dtype=dtype_, device=picked
+        )
     parts = []
     for piece in pieces:
         parts.append(piece)

@@ -1,0 +1,91 @@
+"""An ONNX export in onnxruntime-genai: tokens one by one, greedily or sampled."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serving.onnx_engine import missing_provider
+from serving.onnx_files import check_files, damaged, read_settings
+from serving.sampling import GREEDY, Sampling
+from toolchain.errors import MissingDependencyError, SenteiError
+
+
+class GenaiModel:
+    """A loaded export. One thread at a time may use it."""
+
+    def __init__(self, directory: Path) -> None:
+        """Checks the files' hashes and loads the export.
+
+        Raises:
+            SenteiError: Files are missing or damaged, or ONNX Runtime has not the export's device.
+            MissingDependencyError: onnxruntime-genai is not installed.
+        """
+        self.settings = read_settings(directory)
+        try:
+            self._og: Any = importlib.import_module("onnxruntime_genai")
+        except ImportError as error:
+            raise MissingDependencyError("onnxruntime-genai", "onnx") from error
+        if missing := missing_provider(self.settings.device):
+            raise missing
+        check_files(directory)
+        try:
+            self._model = self._og.Model(str(directory))
+        except Exception as error:  # genai raises no class of its own
+            raise damaged(directory, error) from error
+
+    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """Checks that there is a prompt, and room for an answer.
+
+        Raises:
+            SenteiError: There is not.
+        """
+        if not prompt_ids:
+            raise SenteiError("The prompt is empty.")
+        if len(prompt_ids) >= self.settings.context_length:
+            raise SenteiError(
+                f"The prompt has {len(prompt_ids)} tokens; the model's context holds {self.settings.context_length}."
+            )
+
+    def stream(self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
+        """Tokens up to and with the end of sequence, or until ``max_new_tokens`` or the context's end.
+
+        Args:
+            prompt_ids: Token ids.
+            max_new_tokens: At most this many.
+            sampling: How they are picked.
+
+        Raises:
+            SenteiError: See :meth:`check_prompt`.
+        """
+        self.check_prompt(prompt_ids)
+        return self._tokens(prompt_ids, max_new_tokens, sampling)
+
+    def _tokens(self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
+        # The KV cache is allocated for max_length at once, so never the whole context.
+        options: dict[str, Any] = {
+            "max_length": min(self.settings.context_length, len(prompt_ids) + max_new_tokens),
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
+            "do_sample": sampling.temperature > 0,
+        }
+        if sampling.temperature > 0:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+            if sampling.seed is not None:
+                options["random_seed"] = sampling.seed
+        params = self._og.GeneratorParams(self._model)
+        params.set_search_options(**options)
+        generator = self._og.Generator(self._model, params)
+        generator.append_tokens(np.asarray([prompt_ids], np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+            yield int(generator.get_next_tokens()[0])
+
+
+def stream_tokens(
+    directory: Path, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY
+) -> Iterator[int]:
+    """Tokens of an export that is loaded for them alone; see :meth:`GenaiModel.stream`."""
+    return GenaiModel(directory).stream(prompt_ids, max_new_tokens, sampling)

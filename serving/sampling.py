@@ -1,0 +1,38 @@
+"""How the next token of an answer is picked."""
+
+from dataclasses import dataclass
+
+from toolchain.errors import SenteiError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is picked.
+
+    Attributes:
+        temperature: 0 takes the likeliest.
+        top_p: Sample among the likeliest tokens that together have this probability.
+        top_k: Sample among this many; 0 is all.
+        seed: Of the random numbers; ``None`` is another every time.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            SenteiError: A number is out of range.
+        """
+        if not 0 <= self.temperature <= 2:
+            raise SenteiError(f"temperature {self.temperature} is not between 0 and 2.")
+        if not 0 < self.top_p <= 1:
+            raise SenteiError(f"top_p {self.top_p} is not above 0 and at most 1.")
+        if self.top_k < 0:
+            raise SenteiError(f"top_k {self.top_k} is negative; 0 is all tokens.")
+
+
+GREEDY = Sampling()
