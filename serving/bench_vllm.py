@@ -5,17 +5,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from serving.statistics import METRICS
+from serving.statistics import BETWEEN_TOKENS, METRICS
 from serving.vllm_server import bench_serve, running_server
+from serving.workload import WARMUP_SEED, Workload
 from toolchain.errors import SenteiError
 from toolchain.quantized import open_servable
-
-if TYPE_CHECKING:
-    from serving.benchmark import Workload
 
 _CPU_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
@@ -25,7 +23,7 @@ _WEIGHTS_GIB = re.compile(r"[Mm]odel loading took ([\d.]+) Gi?B")
 @contextmanager
 def vllm_measuring(
     directories: Mapping[str, Path],
-    workload: "Workload",
+    workload: Workload,
     out: Path,
     dtype: str | None,
     engine_options: Sequence[str],
@@ -37,7 +35,7 @@ def vllm_measuring(
 
     Args:
         directories: ``original`` and ``pruned`` checkpoints.
-        workload: See :class:`serving.benchmark.Workload`.
+        workload: See :class:`serving.workload.Workload`.
         out: Existing directory; vLLM's own result files go to ``vllm/``, the servers' logs beside it.
         dtype: Computed in; by default the checkpoint's own, given to vLLM explicitly.
         engine_options: For ``vllm serve``, the same for both.
@@ -51,7 +49,7 @@ def vllm_measuring(
         options = _server_options(directories[side], dtype, engine_options)
         with running_server(directories[side], options=options, log=log) as base_url:
             told[side] = {"device": "cuda" if on_gpu else "cpu", "server_options": options, **_from_log(log)}
-            warmup = _load_options(workload, workload.seed, workload.concurrency)
+            warmup = _load_options(workload, workload.seed + WARMUP_SEED, workload.concurrency)
             bench_serve(base_url, directories[side], options=warmup, result_file=out / f"{side}-warmup.json")
             (out / f"{side}-warmup.json").unlink()
             yield base_url
@@ -91,7 +89,7 @@ def _server_options(directory: Path, dtype: str | None, engine_options: Sequence
     return options
 
 
-def _load_options(workload: "Workload", seed: int, num_prompts: int) -> list[str]:
+def _load_options(workload: Workload, seed: int, num_prompts: int) -> list[str]:
     return [
         "--dataset-name", "random",
         "--random-input-len", str(workload.input_len),
@@ -106,13 +104,13 @@ def _load_options(workload: "Workload", seed: int, num_prompts: int) -> list[str
     ]  # fmt: skip
 
 
-def _metrics(side: str, workload: "Workload", result: Mapping[str, Any]) -> dict[str, float | None]:
+def _metrics(side: str, workload: Workload, result: Mapping[str, Any]) -> dict[str, float | None]:
     if failed := workload.num_prompts - result["completed"]:
         raise SenteiError(
             f"{failed} of {workload.num_prompts} requests to the {side} model failed.",
             "Run sentei serve on that directory and look at its log.",
         )
-    undefined = {"mean_tpot_ms", "mean_itl_ms", "p99_itl_ms"} if workload.output_len == 1 else set()
+    undefined = BETWEEN_TOKENS if workload.output_len == 1 else frozenset()
     return {metric.name: None if metric.name in undefined else result[metric.name] for metric in METRICS}
 
 

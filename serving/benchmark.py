@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +19,16 @@ from serving.model_facts import (
     size_entry,
 )
 from serving.statistics import (
-    PRIMARY_METRIC,
+    DEFAULT_PRIMARY,
     RATIO_FORMULA,
     RequestTimes,
+    check_primary,
     check_statistics,
     compare,
     request_metrics,
 )
 from serving.worker_process import Worker, running_worker
+from serving.workload import WARMUP_SEED, Workload
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.output import check_output_directory, new_directory, write_text
 
@@ -49,25 +51,6 @@ Engine = Literal["transformers", "onnx", "vllm"]
 Measure = Callable[[str, int], dict[str, float | None]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What each repeat asks of each model.
-
-    Attributes:
-        input_len: Tokens of every prompt.
-        output_len: Tokens of every answer; end-of-sequence is ignored.
-        concurrency: Requests in flight: one batch for Transformers and ONNX, ``--max-concurrency`` for vLLM.
-        num_prompts: Requests a repeat.
-        seed: Of the random token ids the prompts are made of; repeat *r* uses ``seed + r`` for both models.
-    """
-
-    input_len: int
-    output_len: int
-    concurrency: int
-    num_prompts: int
-    seed: int
-
-
 def benchmark(
     original: Path,
     pruned: Path,
@@ -80,6 +63,7 @@ def benchmark(
     num_prompts: int | None = None,
     repeats: int = 5,
     seed: int = 0,
+    primary: str = DEFAULT_PRIMARY,
     device: str = "auto",
     dtype: str | None = None,
     engine_options: Sequence[str] = (),
@@ -99,6 +83,7 @@ def benchmark(
         num_prompts: Requests a repeat and model; by default one batch of ``concurrency``, four of them for vLLM.
         repeats: How often both are measured.
         seed: Of the prompts.
+        primary: The metric that decides; the others are marked as exploratory.
         device: ``auto``, ``cpu`` or ``cuda``; vLLM takes the device it was built for.
         dtype: Computed in; by default the checkpoint's own. An ONNX export has its precision built in.
         engine_options: Options for ``vllm serve``, for both models.
@@ -121,6 +106,7 @@ def benchmark(
     )
     check_output_directory(out, force=force, inputs=(original, pruned))
     _check_settings(engine, workload, repeats, dtype, engine_options)
+    check_primary(primary, output_len=output_len)
     check_statistics()
     directories = {"original": original, "pruned": pruned}
     facts = {side: _facts(engine, path, dtype) for side, path in directories.items()}
@@ -130,9 +116,9 @@ def benchmark(
             measure,
             told,
         ):
-            runs = alternate(measure, repeats, on_progress)
+            runs = alternate(measure, repeats, on_progress, primary)
         results = _results(
-            engine, directories, facts, workload, runs, told,
+            engine, directories, facts, workload, runs, told, primary,
             options={
                 "device": device, "dtype": dtype, "repeats": repeats, "engine_options": list(engine_options),
             },
@@ -141,7 +127,9 @@ def benchmark(
     return results
 
 
-def alternate(measure: Measure, repeats: int, on_progress: Callable[[str], None]) -> list[dict[str, Any]]:
+def alternate(
+    measure: Measure, repeats: int, on_progress: Callable[[str], None], primary: str = DEFAULT_PRIMARY
+) -> list[dict[str, Any]]:
     """Measures both sides ``repeats`` times, A B B A A B ...: what drifts meets both alike."""
     runs = []
     for repeat in range(repeats):
@@ -149,7 +137,7 @@ def alternate(measure: Measure, repeats: int, on_progress: Callable[[str], None]
         run: dict[str, Any] = {"repeat": repeat, "order": list(order)}
         for side in order:
             run[side] = measure(side, repeat)
-            on_progress(f"repeat {repeat + 1} of {repeats}: {side} {run[side][PRIMARY_METRIC]:.1f} output tokens/s")
+            on_progress(f"repeat {repeat + 1} of {repeats}: {side} {primary} {run[side][primary]:.1f}")
         runs.append(run)
     return runs
 
@@ -180,7 +168,8 @@ def _measuring(
             workers[side] = stack.enter_context(running_worker(side, out / f"{side}.log"))
             settings = {"engine": engine, "device": device, "dtype": dtype}
             told[side] = workers[side].ask("load", directory=str(directories[side].resolve()), **settings)
-            _ask(workers[side], workload, vocab_size, workload.seed, min(workload.output_len, _WARMUP_TOKENS))
+            warmup_tokens = min(workload.output_len, _WARMUP_TOKENS)
+            _ask(workers[side], workload, vocab_size, workload.seed + WARMUP_SEED, warmup_tokens)
 
         def measure(side: str, repeat: int) -> dict[str, float | None]:
             answer = _ask(workers[side], workload, vocab_size, workload.seed + repeat, workload.output_len)
@@ -265,10 +254,11 @@ def _results(
     workload: Workload,
     runs: Sequence[Mapping[str, Any]],
     told: Mapping[str, Mapping[str, Any]],
+    primary: str,
     *,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    metrics = compare(runs)
+    metrics = compare(runs, primary=primary)
     medians = {name: metric["original"]["median"] for name, metric in metrics.items()}
     sizes = compare_sizes(facts["original"], facts["pruned"])
     place = "vllm" if engine == "vllm" else "cpu" if told["original"]["device"] == "cpu" else "cuda"
@@ -290,7 +280,7 @@ def _results(
         "kind": "benchmark",
         "sentei_version": metadata.version("sentei"),
         "engine": engine,
-        "primary_metric": PRIMARY_METRIC,
+        "primary_metric": primary,
         "ratio_formula": RATIO_FORMULA,
         "options": dict(options),
         "models": {

@@ -11,6 +11,7 @@ from toolchain.plan import PlanDocument
 _LABELS = {
     "output_throughput": "Output throughput",
     "total_token_throughput": "Total throughput",
+    "request_throughput": "Requests answered",
     "mean_ttft_ms": "Time to first token",
     "mean_tpot_ms": "Time per output token",
     "mean_itl_ms": "Gap between tokens",
@@ -185,6 +186,7 @@ def _benchmark(source: Source, number: int) -> dict[str, Any]:
         return {
             "engine": engine,
             "load": load,
+            "primary": _LABELS.get(primary, primary),
             "speed": speed and {"engine": engine, "load": load, **speed},
             "chart": charts.gain_chart(str(number), charted) if charted else None,
             "rows": rows,

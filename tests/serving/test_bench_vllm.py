@@ -32,7 +32,7 @@ def asked(monkeypatch):
         num_prompts = int(options[options.index("--num-prompts") + 1])
         result = {f"{kind}_{name}_ms": 5.0 for kind in ("mean", "p99") for name in ("ttft", "tpot", "itl", "e2el")}
         result |= {"completed": num_prompts - record["failed"], "failed": record["failed"]}
-        result |= {"output_throughput": 100.0, "total_token_throughput": 300.0}
+        result |= {"output_throughput": 100.0, "total_token_throughput": 300.0, "request_throughput": 25.0}
         result_file.write_text("{}")
         return result
 

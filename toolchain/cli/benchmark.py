@@ -28,6 +28,9 @@ def benchmark(
     output_len: Annotated[int, typer.Option(help="Generated tokens.")] = 128,
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
     repeats: Annotated[int, typer.Option(help="Alternating runs of each; at least 3.")] = 5,
+    primary: Annotated[
+        str, typer.Option(help="The metric that decides, such as mean_ttft_ms; the others are exploratory.")
+    ] = "output_throughput",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     engine_option: Annotated[
@@ -51,6 +54,7 @@ def benchmark(
         output_len=output_len,
         concurrency=concurrency,
         repeats=repeats,
+        primary=primary,
         device=device,
         dtype=None if dtype == "auto" else dtype,
         engine_options=engine_option or (),
@@ -86,6 +90,7 @@ def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
                 continue
             console.print(
                 f"  {name:<24} {metric['original']['median']:>9.1f} → {metric['pruned']['median']:>9.1f} "
-                f"{metric['unit']:<8} {gain['value']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f})",
+                f"{metric['unit']:<10} {gain['value']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f}), "
+                f"{metric['verdict']}{' (exploratory)' if metric['role'] == 'exploratory' else ''}",
                 markup=False,
             )
