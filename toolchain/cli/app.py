@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import typer
 
-from toolchain.cli import benchmark, demo, doctor, evaluate, export, import_gguf, plan, prune, quantize, serve
+from toolchain.cli import benchmark, demo, doctor, evaluate, export, import_gguf, plan, prune, quantize, report, serve
 from toolchain.errors import SenteiError
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -41,7 +41,7 @@ app.command("verify")(export.verify)
 app.command("generate")(serve.generate)
 app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
 app.command("benchmark")(benchmark.benchmark)
-app.command("report")(benchmark.report)
+app.command("report")(report.report)
 app.command("demo")(demo.demo)
 
 
