@@ -1,21 +1,27 @@
 """From the journal of a benchmark to ``results.json``."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from serving.device_probe import DevicePeaks, probe_device
 from serving.environment import describe_environment
+from serving.explain import explain
 from serving.goodput import ATTAINMENT, GOODPUT_METRICS
 from serving.journal import Journal
 from serving.model_facts import ModelFacts, compare_sizes, expected_gains, size_entry
+from serving.roofline import roofline
 from serving.statistics import METRICS, RATIO_FORMULA, Metric, compare
 from serving.workload import Slo, Workload
+from toolchain.layout import LayerLayout
+from toolchain.quantized import open_servable
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
 _SIDES = ("original", "pruned")
+_FLOATS = ("float32", "bfloat16", "float16")
 _PEAK_FORMULA = {
     "cpu": "highest resident memory of the process that ran the model alone, the Python runtime and libraries included",
     "cuda": "highest memory allocated by torch on the device; null for engines that do not tell",
@@ -50,10 +56,17 @@ def assemble_results(
         options: What the user chose.
     """
     told = {side: journal.told(side) for side in _SIDES}
+    peaks = _peaks(told, facts)
+    layout = () if engine == "onnx" else open_servable(directories["pruned"]).layout
     measurements = [
         _measurement(_runs(journal, load, repeats, METRICS), workload, facts, primary)
         for load, workload in enumerate(workloads)
     ]
+    if peaks:
+        measurements = [
+            {**each, **_against_roofline(each, workload, facts, peaks, layout, told)}
+            for each, workload in zip(measurements, workloads, strict=True)
+        ]
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "benchmark",
@@ -70,6 +83,7 @@ def assemble_results(
         "sizes": _sizes(engine, facts, told),
         "measurements": measurements,
         "goodput": slo and _goodput(_runs(journal, len(workloads), repeats, GOODPUT_METRICS), slo),
+        "device_peaks": peaks and asdict(peaks),
         "failed_attempts": journal.failures,
         "environment": describe_environment(),
     }  # fmt: skip
@@ -110,6 +124,38 @@ def _measurement(
         ),
         "runs": runs,
     }
+
+
+def _peaks(told: Mapping[str, Mapping[str, Any]], facts: Mapping[str, ModelFacts]) -> DevicePeaks | None:
+    """This device's, now that nothing else runs on it; ``None`` where the servers may be on another machine."""
+    device, precision = told["original"].get("device"), facts["original"].precision
+    if device is None:
+        return None
+    # Quantised weights are multiplied in 16 bits or fewer; what torch can do in 8 or 4 bits is no peak of theirs.
+    return probe_device(device, precision if precision in _FLOATS else "bfloat16")
+
+
+def _against_roofline(
+    measurement: Mapping[str, Any],
+    workload: Workload,
+    facts: Mapping[str, ModelFacts],
+    peaks: DevicePeaks,
+    layout: Sequence[LayerLayout],
+    told: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    medians = {
+        side: {name: metric[side]["median"] for name, metric in measurement["metrics"].items()} for side in _SIDES
+    }
+    concurrency, output_len = in_flight(workload, medians["original"]), workload.output_len
+    expected = roofline(facts, peaks, input_len=workload.input_len, output_len=output_len, concurrency=concurrency)
+    busy = [run[side].get("client_cpu_cores") for run in measurement["runs"] for side in _SIDES]
+    causes = explain(
+        facts, expected, medians, layout=layout, context=workload.input_len + output_len // 2, concurrency=concurrency,
+        kv_cache_tokens={side: told[side].get("kv_cache_tokens") for side in _SIDES},
+        client_cpu_cores=max((each for each in busy if each is not None), default=None),
+        not_compiled=next(filter(None, (told[side].get("not_compiled") for side in _SIDES)), None),
+    )  # fmt: skip
+    return {"roofline": expected, "why_not_more": causes}
 
 
 def in_flight(workload: Workload, medians: Mapping[str, float | None]) -> int:
