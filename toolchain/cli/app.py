@@ -9,6 +9,7 @@ import typer
 
 from toolchain.cli import (
     benchmark,
+    compare,
     demo,
     doctor,
     estimate,
@@ -56,6 +57,7 @@ app.command("generate")(serve.generate)
 app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
 app.command("benchmark")(benchmark.benchmark)
 app.command("report")(report.report)
+app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 
 
