@@ -15,6 +15,7 @@ from serving.model_facts import ModelFacts, compare_sizes, expected_gains, size_
 from serving.roofline import roofline
 from serving.statistics import METRICS, RATIO_FORMULA, Metric, compare
 from serving.workload import Slo, Workload
+from toolchain.errors import SenteiError
 from toolchain.layout import LayerLayout
 from toolchain.quantized import open_servable
 
@@ -127,12 +128,15 @@ def _measurement(
 
 
 def _peaks(told: Mapping[str, Mapping[str, Any]], facts: Mapping[str, ModelFacts]) -> DevicePeaks | None:
-    """This device's, now that nothing else runs on it; ``None`` where the servers may be on another machine."""
+    """This device's, now that nothing else runs on it; ``None`` where the servers are elsewhere or it fails."""
     device, precision = told["original"].get("device"), facts["original"].precision
     if device is None:
         return None
     # Quantised weights are multiplied in 16 bits or fewer; what torch can do in 8 or 4 bits is no peak of theirs.
-    return probe_device(device, precision if precision in _FLOATS else "bfloat16")
+    try:
+        return probe_device(device, precision if precision in _FLOATS else "bfloat16")
+    except SenteiError:
+        return None  # hours of measurements are not thrown away for want of an expectation
 
 
 def _against_roofline(

@@ -12,6 +12,7 @@ from serving.bench_results import RESULTS_FILE, assemble_results, describe
 from serving.goodput import find_highest_rate
 from serving.journal import Journal, open_journal
 from serving.model_facts import ModelFacts, checkpoint_facts, onnx_facts
+from serving.results_table import as_csv, as_markdown
 from serving.statistics import DEFAULT_PRIMARY, check_primary, check_statistics
 from serving.worker_process import EngineFailedError
 from serving.workload import Slo, Workload, prompts_at_rate
@@ -150,6 +151,8 @@ def benchmark(
             journal, engine=engine, directories=directories, facts=facts, workloads=workloads, slo=slo,
             repeats=repeats, primary=primary, options=options,
         )  # fmt: skip
+        write_text(journal.directory / "results.md", as_markdown(results))
+        write_text(journal.directory / "results.csv", as_csv(results))
         write_text(journal.directory / RESULTS_FILE, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return results
 

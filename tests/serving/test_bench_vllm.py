@@ -1,5 +1,6 @@
 """What the benchmark asks of vLLM and takes from it, with a stand-in for the servers; fields as in vLLM 0.32."""
 
+import csv
 from contextlib import contextmanager
 
 import pytest
@@ -133,6 +134,13 @@ def test_the_highest_rate_that_meets_the_limits_is_found_for_each_model(pico_mod
     searched = next(options for _, options, name in asked["loads"] if name.startswith("original-0-slo"))
     assert searched[searched.index("--goodput") + 1 :][:2] == ["ttft:500", "tpot:50"]
     assert results["goodput"]["slo_ms"] == {"ttft": 500, "tpot": 50}
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    found = next(row for row in rows if row["metric"] == "max_request_rate")
+    assert float(found["pruned"]) == metric["pruned"]["median"]
+    assert (found["role"], found["verdict"]) == ("primary", "better")
+    assert "| highest load with ttft 500 ms, tpot 50 ms | max_request_rate |" in (
+        tmp_path / "out" / "results.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_limits_that_no_load_meets_give_no_ratio(pico_model, asked, tmp_path):
