@@ -2,78 +2,170 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from serving.statistics import METRICS
-from serving.vllm_server import bench_serve, running_server
+from serving.bench_client import STALL_TIMEOUT_S, bench_serve
+from serving.statistics import BETWEEN_TOKENS, METRICS
+from serving.vllm_server import running_server, tail
+from serving.worker_process import EngineFailedError
+from serving.workload import WARMUP_SEED, Slo, Workload
 from toolchain.errors import SenteiError
+from toolchain.output import write_text
 from toolchain.quantized import open_servable
 
-if TYPE_CHECKING:
-    from serving.benchmark import Workload
-
+_PROMPTS_FILE = "prompts.jsonl"
 _CPU_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _WEIGHTS_GIB = re.compile(r"[Mm]odel loading took ([\d.]+) Gi?B")
+_UNCOMPILED = re.compile(r"^.*(?:Enforce eager set|[Cc]uda ?graph is disabled|[Ff]all(?:ing)? back to eager).*$", re.M)
 
 
-@contextmanager
-def vllm_measuring(
-    directories: Mapping[str, Path],
-    workload: "Workload",
-    out: Path,
-    dtype: str | None,
-    engine_options: Sequence[str],
-) -> Iterator[tuple[Callable[[str, int], dict[str, float | None]], dict[str, dict[str, Any]]]]:
-    """Yields how to measure one side, and what each server told of itself.
+class VllmSession:
+    """Both models' servers, started when they are needed and warmed up as widely as the widest load.
 
-    On a CPU both servers stay up and only one works at a time. On a GPU a server takes nearly all memory, so each
-    measurement starts its own.
+    On a CPU both stay up and only one works at a time. On a GPU a server takes nearly all memory, so one is up at a
+    time, and each repeat starts its own.
 
-    Args:
-        directories: ``original`` and ``pruned`` checkpoints.
-        workload: See :class:`serving.benchmark.Workload`.
-        out: Existing directory; vLLM's own result files go to ``vllm/``, the servers' logs beside it.
-        dtype: Computed in; by default the checkpoint's own, given to vLLM explicitly.
-        engine_options: For ``vllm serve``, the same for both.
+    Attributes:
+        both_up: Whether both stay up.
+        told: What each server told of itself.
     """
-    (out / "vllm").mkdir()
-    told: dict[str, dict[str, Any]] = {}
-    on_gpu = torch.cuda.is_available()
 
-    @contextmanager
-    def server(side: str, log: Path) -> Iterator[str]:
-        options = _server_options(directories[side], dtype, engine_options)
-        with running_server(directories[side], options=options, log=log) as base_url:
-            told[side] = {"device": "cuda" if on_gpu else "cpu", "server_options": options, **_from_log(log)}
-            warmup = _load_options(workload, workload.seed, workload.concurrency)
-            bench_serve(base_url, directories[side], options=warmup, result_file=out / f"{side}-warmup.json")
-            (out / f"{side}-warmup.json").unlink()
-            yield base_url
+    def __init__(
+        self,
+        directories: Mapping[str, Path],
+        workloads: Sequence[Workload],
+        out: Path,
+        *,
+        dtype: str | None,
+        engine_options: Sequence[str],
+        urls: Mapping[str, str] | None = None,
+        api_key: str | None = None,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+    ) -> None:
+        """Starts nothing yet.
 
-    def run(side: str, repeat: int, base_url: str) -> dict[str, float | None]:
-        options = _load_options(workload, workload.seed + repeat, workload.num_prompts)
-        file = out / "vllm" / f"{side}-{repeat}.json"
-        return _metrics(side, workload, bench_serve(base_url, directories[side], options=options, result_file=file))
+        Args:
+            directories: ``original`` and ``pruned`` checkpoints.
+            workloads: All that will be asked.
+            out: Existing directory; vLLM's own result files go to ``vllm/``, the servers' logs beside it.
+            dtype: Computed in; by default the checkpoint's own, given to vLLM explicitly.
+            engine_options: For ``vllm serve``, the same for both.
+            urls: Servers that run already, by side; none is started then.
+            api_key: What they ask for.
+            stall_timeout_s: See :func:`serving.bench_client.bench_serve`.
+        """
+        self.both_up = urls is not None or not torch.cuda.is_available()
+        self.told: dict[str, dict[str, Any]] = {}
+        self._directories, self._out, self._dtype, self._options = directories, out, dtype, engine_options
+        self._widest = max(workloads, key=lambda workload: workload.width)
+        self._urls, self._api_key, self._stall_timeout_s = urls, api_key, stall_timeout_s
+        self._servers: dict[str, tuple[int, str, ExitStack]] = {}
+        (out / "vllm").mkdir(exist_ok=True)
+        self._prompts_file = out.resolve() / _PROMPTS_FILE
+        if own := self._widest.prompts:
+            write_text(self._prompts_file, "\n".join(own.lines) + "\n")
 
-    with ExitStack() as stack:
-        if on_gpu:
+    def measure(
+        self, side: str, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
+    ) -> dict[str, Any]:
+        """Asks one model one load.
 
-            def measure(side: str, repeat: int) -> dict[str, float | None]:
-                with server(side, out / f"{side}-{repeat}.log") as base_url:
-                    return run(side, repeat, base_url)
+        Args:
+            side: ``original`` or ``pruned``.
+            repeat: Which; it moves the seed.
+            workload: What to ask.
+            name: Of vLLM's result file.
+            slo: Limits that ``request_goodput`` counts by.
+
+        Returns:
+            A value for each of :data:`serving.statistics.METRICS`, ``request_goodput`` if there are limits, and
+            ``completed``, ``failed``, ``first_error``, ``client_cpu_cores``.
+
+        Raises:
+            EngineFailedError: The server died, hung, or failed every request; the end of its log is in the message.
+        """
+        base_url = self._up(side, repeat)
+        options = _load_options(workload, workload.seed + repeat, workload.num_prompts, self._prompts_file)
+        if slo:
+            options += ["--goodput", *(f"{metric}:{limit:g}" for metric, limit in slo.limits.items())]
+        result = self._bench(side, base_url, options, self._out / "vllm" / f"{name}.json")
+        return _metrics(workload, result)
+
+    def drop(self, side: str) -> None:
+        """Stops a side's server; the next measurement starts another."""
+        if side in self._servers:
+            self._servers.pop(side)[2].close()
+
+    def close(self) -> None:
+        """Stops everything."""
+        for side in tuple(self._servers):
+            self.drop(side)
+
+    def log_text(self, side: str) -> str:
+        """All that this side's servers wrote."""
+        return "\n".join(
+            path.read_text(encoding="utf-8", errors="replace") for path in sorted(self._out.glob(f"{side}*.log"))
+        )
+
+    def _up(self, side: str, repeat: int) -> str:
+        if not self.both_up:
+            for other, (started_for, _, _) in tuple(self._servers.items()):
+                if (other, started_for) != (side, repeat):
+                    self.drop(other)
+        if side not in self._servers:
+            stack = ExitStack()
+            try:
+                base_url = self._start(side, repeat, stack)
+            except BaseException:
+                stack.close()
+                raise
+            self._servers[side] = (repeat, base_url, stack)
+        return self._servers[side][1]
+
+    def _start(self, side: str, repeat: int, stack: ExitStack) -> str:
+        if self._urls:
+            base_url = self._urls[side].rstrip("/")
+            self.told[side] = {"device": None, "url": base_url, **_from_log("")}
         else:
-            urls = {side: stack.enter_context(server(side, out / f"{side}.log")) for side in directories}
+            options = _server_options(self._directories[side], self._dtype, self._options)
+            log = self._log(side, repeat)
+            base_url = stack.enter_context(running_server(self._directories[side], options=options, log=log))
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            text = log.read_text(encoding="utf-8", errors="replace")
+            self.told[side] = {"device": device, "server_options": options, **_from_log(text)}
+        warmup = self._widest
+        options = _load_options(warmup, warmup.seed + WARMUP_SEED, warmup.width, self._prompts_file)
+        file = self._out / f"{side}-warmup.json"
+        self._bench(side, base_url, options, file)
+        file.unlink(missing_ok=True)
+        return base_url
 
-            def measure(side: str, repeat: int) -> dict[str, float | None]:
-                return run(side, repeat, urls[side])
+    def _log(self, side: str, repeat: int) -> Path:
+        # A server that is started again must not write over the log of the one that died.
+        stem, number = side if self.both_up else f"{side}-{repeat}", 1
+        while (log := self._out / f"{stem}{'' if number == 1 else f'-start{number}'}.log").exists():
+            number += 1
+        return log
 
-        yield measure, told
+    def _bench(self, side: str, base_url: str, options: list[str], file: Path) -> dict[str, Any]:
+        try:
+            return bench_serve(
+                base_url,
+                self._directories[side],
+                options=options,
+                result_file=file,
+                api_key=self._api_key,
+                stall_timeout_s=self._stall_timeout_s,
+            )
+        except EngineFailedError as error:
+            end = "" if self._urls else f" The end of the {side} server's log:\n{tail(self.log_text(side))}"
+            raise EngineFailedError(f"{error.message}{end}") from error
 
 
 def _server_options(directory: Path, dtype: str | None, engine_options: Sequence[str]) -> list[str]:
@@ -91,14 +183,25 @@ def _server_options(directory: Path, dtype: str | None, engine_options: Sequence
     return options
 
 
-def _load_options(workload: "Workload", seed: int, num_prompts: int) -> list[str]:
+def _load_options(workload: Workload, seed: int, num_prompts: int, prompts_file: Path) -> list[str]:
+    if workload.prompts:
+        # The same prompts in the same order each time, as they stand: a template would add what nobody wrote.
+        options = [
+            "--dataset-name", "custom", "--dataset-path", str(prompts_file), "--custom-output-len", "-1",
+            "--disable-shuffle", "--skip-chat-template",
+        ]  # fmt: skip
+    else:
+        options = [
+            "--dataset-name", "random", "--random-input-len", str(workload.input_len),
+            "--random-output-len", str(workload.output_len), "--random-range-ratio", "0.0",
+        ]  # fmt: skip
+    if workload.concurrency is not None:
+        options += ["--max-concurrency", str(workload.concurrency)]
+    if workload.request_rate is not None:
+        options += ["--request-rate", f"{workload.request_rate:g}"]
     return [
-        "--dataset-name", "random",
-        "--random-input-len", str(workload.input_len),
-        "--random-output-len", str(workload.output_len),
-        "--random-range-ratio", "0.0",
+        *options,
         "--num-prompts", str(num_prompts),
-        "--max-concurrency", str(workload.concurrency),
         "--seed", str(seed),
         "--ignore-eos",
         "--percentile-metrics", "ttft,tpot,itl,e2el",
@@ -106,21 +209,33 @@ def _load_options(workload: "Workload", seed: int, num_prompts: int) -> list[str
     ]  # fmt: skip
 
 
-def _metrics(side: str, workload: "Workload", result: Mapping[str, Any]) -> dict[str, float | None]:
-    if failed := workload.num_prompts - result["completed"]:
-        raise SenteiError(
-            f"{failed} of {workload.num_prompts} requests to the {side} model failed.",
-            "Run sentei serve on that directory and look at its log.",
-        )
-    undefined = {"mean_tpot_ms", "mean_itl_ms", "p99_itl_ms"} if workload.output_len == 1 else set()
-    return {metric.name: None if metric.name in undefined else result[metric.name] for metric in METRICS}
+def _metrics(workload: Workload, result: Mapping[str, Any]) -> dict[str, Any]:
+    undefined = BETWEEN_TOKENS if workload.output_len == 1 else frozenset()
+    metrics = {metric.name: None if metric.name in undefined else result[metric.name] for metric in METRICS}
+    told = {name: result[name] for name in ("first_error", "client_cpu_cores", "duration")}
+    goodput = {"request_goodput": result["request_goodput"]} if result.get("request_goodput") is not None else {}
+    completed = result["completed"]
+    return {**metrics, **goodput, **told, "completed": completed, "failed": workload.num_prompts - completed}
 
 
-def _from_log(log: Path) -> dict[str, Any]:
-    """What the server's log says of its memory; null where this version says nothing."""
-    text = log.read_text(encoding="utf-8", errors="replace")
+def _from_log(text: str) -> dict[str, Any]:
+    """What the server's log says of its memory and of how it runs; null where this version says nothing."""
     tokens, weights = _KV_TOKENS.search(text), _WEIGHTS_GIB.search(text)
     return {
         "kv_cache_tokens": int(tokens[1].replace(",", "")) if tokens else None,
         "loaded_weights_gib": float(weights[1]) if weights else None,
+        "not_compiled": found[0].strip()[-200:] if (found := _UNCOMPILED.search(text)) else None,
     }
+
+
+def check_urls(urls: Sequence[str]) -> None:
+    """Refuses anything but one server for each model.
+
+    Raises:
+        SenteiError: Not two URLs of http or https.
+    """
+    if len(urls) != 2 or any(not url.startswith(("http://", "https://")) for url in urls):
+        raise SenteiError(
+            f"--url takes two servers, the original's and the pruned model's; given: {', '.join(urls)}.",
+            "Write --url http://127.0.0.1:8000 --url http://127.0.0.1:8001.",
+        )

@@ -1,71 +1,66 @@
 """A/B benchmark: original and pruned, alternating, the same prompts and lengths; writes ``results.json``."""
 
 import json
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from serving.environment import describe_environment
-from serving.model_facts import (
-    ModelFacts,
-    checkpoint_facts,
-    compare_sizes,
-    expected_gains,
-    onnx_facts,
-    size_entry,
-)
-from serving.statistics import (
-    PRIMARY_METRIC,
-    RATIO_FORMULA,
-    RequestTimes,
-    check_statistics,
-    compare,
-    request_metrics,
-)
-from serving.worker_process import Worker, running_worker
+from serving.bench_client import STALL_TIMEOUT_S
+from serving.bench_local import LocalSession
+from serving.bench_results import RESULTS_FILE, assemble_results, describe
+from serving.goodput import find_highest_rate
+from serving.journal import Journal, open_journal
+from serving.model_facts import ModelFacts, checkpoint_facts, onnx_facts
+from serving.results_table import as_csv, as_markdown
+from serving.statistics import DEFAULT_PRIMARY, check_primary, check_statistics
+from serving.worker_process import EngineFailedError
+from serving.workload import Slo, Workload, prompts_at_rate
 from toolchain.errors import MissingDependencyError, SenteiError
-from toolchain.output import check_output_directory, new_directory, write_text
+from toolchain.output import write_text
 
-SCHEMA_VERSION = 1
-RESULTS_FILE = "results.json"
 MIN_REPEATS = 3
 SIDES = ("original", "pruned")
 _DTYPES = ("float32", "bfloat16", "float16")
-_WARMUP_TOKENS = 16
 _LIBRARIES = {"onnx": ("onnxruntime_genai", "onnxruntime-genai", "onnx"), "vllm": ("vllm", "vllm", "vllm")}
-_PEAK_FORMULA = {
-    "cpu": "highest resident memory of the process that ran the model alone, the Python runtime and libraries included",
-    "cuda": "highest memory allocated by torch on the device; null for engines that do not tell",
-    "vllm": "not measured: vLLM reserves the memory it is told to, not what the model needs",
-}
-_KV_TOKENS_FORMULA = "tokens that fit into the server's KV cache, from its log; both were given the same memory"
+_MAX_PROBE_PROMPTS = 1000
 
 Engine = Literal["transformers", "onnx", "vllm"]
-# Measures one side once: (side, repeat) to metrics by name.
-Measure = Callable[[str, int], dict[str, float | None]]
+
+
+class Session(Protocol):
+    """Both models behind an engine; see :class:`serving.bench_vllm.VllmSession`."""
+
+    both_up: bool
+    told: dict[str, dict[str, Any]]
+
+    def measure(
+        self, side: str, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
+    ) -> dict[str, Any]:
+        """Asks one model one load."""
+        ...
+
+    def drop(self, side: str) -> None:
+        """Stops a side's process; the next measurement starts another."""
+        ...
+
+    def close(self) -> None:
+        """Stops everything."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What each repeat asks of each model.
+class Visit:
+    """One measurement of one model. The load after the last workload is the search for the highest rate."""
 
-    Attributes:
-        input_len: Tokens of every prompt.
-        output_len: Tokens of every answer; end-of-sequence is ignored.
-        concurrency: Requests in flight: one batch for Transformers and ONNX, ``--max-concurrency`` for vLLM.
-        num_prompts: Requests a repeat.
-        seed: Of the random token ids the prompts are made of; repeat *r* uses ``seed + r`` for both models.
-    """
+    repeat: int
+    load: int
+    side: str
 
-    input_len: int
-    output_len: int
-    concurrency: int
-    num_prompts: int
-    seed: int
+    @property
+    def key(self) -> tuple[int, int, str]:
+        """As the journal has it."""
+        return self.repeat, self.load, self.side
 
 
 def benchmark(
@@ -74,16 +69,18 @@ def benchmark(
     *,
     engine: Engine,
     out: Path,
-    input_len: int = 512,
-    output_len: int = 128,
-    concurrency: int = 1,
-    num_prompts: int | None = None,
+    workloads: Sequence[Workload],
+    slo: Slo | None = None,
     repeats: int = 5,
-    seed: int = 0,
+    primary: str = DEFAULT_PRIMARY,
     device: str = "auto",
     dtype: str | None = None,
     engine_options: Sequence[str] = (),
+    urls: Sequence[str] = (),
+    api_key: str | None = None,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
     force: bool = False,
+    resume: bool = False,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Measures two finished directories against each other and writes ``out/results.json`` with the logs beside it.
@@ -92,125 +89,153 @@ def benchmark(
         original: Checkpoint, or ONNX export for engine ``onnx``.
         pruned: The same kind of directory.
         engine: What runs both.
-        out: Written whole or not at all.
-        input_len: Prompt tokens.
-        output_len: Tokens generated for every prompt.
-        concurrency: Requests in flight.
-        num_prompts: Requests a repeat and model; by default one batch of ``concurrency``, four of them for vLLM.
+        out: Written whole or not at all; until then, what is measured is kept in ``<out>.unfinished``.
+        workloads: See :func:`serving.workload.make_workloads`. The verdict is about the first.
+        slo: If given, the highest request rate that meets these limits is searched for too; vLLM alone.
         repeats: How often both are measured.
-        seed: Of the prompts.
+        primary: The metric that decides; the others are marked as exploratory.
         device: ``auto``, ``cpu`` or ``cuda``; vLLM takes the device it was built for.
         dtype: Computed in; by default the checkpoint's own. An ONNX export has its precision built in.
         engine_options: Options for ``vllm serve``, for both models.
+        urls: Two servers that run already, the original's and the pruned model's; vLLM alone.
+        api_key: What these servers ask for.
+        stall_timeout_s: How long a server may go without a token before it counts as hung.
         force: Replace what is in ``out``.
+        resume: Go on with what is in ``<out>.unfinished``.
         on_progress: Told one line at a time.
 
     Returns:
         What ``results.json`` holds.
 
     Raises:
-        SenteiError: Bad directories or settings, or a process that died; nothing is left in ``out``.
+        SenteiError: Bad directories or settings, or a process that died twice in one measurement; what was measured
+            until then is kept for ``resume``.
         MissingDependencyError: The engine or scipy is not installed.
     """
-    workload = Workload(
-        input_len=input_len,
-        output_len=output_len,
-        concurrency=concurrency,
-        num_prompts=concurrency * (4 if engine == "vllm" else 1) if num_prompts is None else num_prompts,
-        seed=seed,
-    )
-    check_output_directory(out, force=force, inputs=(original, pruned))
-    _check_settings(engine, workload, repeats, dtype, engine_options)
-    check_statistics()
+    if not workloads:
+        raise SenteiError("There is nothing to measure: no load is given.")
+    check_primary(primary, output_len=workloads[0].output_len)
+    _check_settings(engine, repeats, dtype, engine_options, slo=slo, urls=urls)
     directories = {"original": original, "pruned": pruned}
-    facts = {side: _facts(engine, path, dtype) for side, path in directories.items()}
-    _check_comparable(facts, workload)
-    with new_directory(out, force=force) as partial:
-        with _measuring(engine, directories, facts, workload, partial, device, dtype, engine_options) as (
-            measure,
-            told,
-        ):
-            runs = alternate(measure, repeats, on_progress)
-        results = _results(
-            engine, directories, facts, workload, runs, told,
-            options={
-                "device": device, "dtype": dtype, "repeats": repeats, "engine_options": list(engine_options),
-            },
+    facts = {side: onnx_facts(path) if engine == "onnx" else checkpoint_facts(path, dtype)
+             for side, path in directories.items()}  # fmt: skip
+    _check_comparable(facts, workloads)
+    check_statistics()
+    options = {
+        "device": device, "dtype": dtype, "repeats": repeats, "engine_options": list(engine_options),
+        "urls": list(urls), "primary": primary,
+    }  # fmt: skip
+    settings = {
+        "engine": engine, **options, "original": str(original.resolve()), "pruned": str(pruned.resolve()),
+        "workloads": [describe(each) for each in workloads], "slo": slo and slo.limits
+    }  # fmt: skip
+    with open_journal(out, settings, force=force, resume=resume, inputs=(original, pruned)) as journal:
+        session: Session
+        if engine == "vllm":
+            from serving.bench_vllm import VllmSession
+
+            session = VllmSession(
+                directories, workloads, journal.directory, dtype=dtype, engine_options=engine_options,
+                urls=dict(zip(SIDES, urls, strict=True)) if urls else None, api_key=api_key,
+                stall_timeout_s=stall_timeout_s,
+            )  # fmt: skip
+        else:
+            session = LocalSession(engine, directories, facts, workloads, journal.directory, device=device, dtype=dtype)
+        try:
+            for visit in schedule(repeats, len(workloads) + bool(slo), both_up=session.both_up):
+                if not journal.get(visit.key):
+                    _measure(session, visit, workloads, slo, journal, primary, repeats, on_progress)
+        finally:
+            session.close()
+        results = assemble_results(
+            journal, engine=engine, directories=directories, facts=facts, workloads=workloads, slo=slo,
+            repeats=repeats, primary=primary, options=options,
         )  # fmt: skip
-        write_text(partial / RESULTS_FILE, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_text(journal.directory / "results.md", as_markdown(results))
+        write_text(journal.directory / "results.csv", as_csv(results))
+        write_text(journal.directory / RESULTS_FILE, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return results
 
 
-def alternate(measure: Measure, repeats: int, on_progress: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measures both sides ``repeats`` times, A B B A A B ...: what drifts meets both alike."""
-    runs = []
+def schedule(repeats: int, num_loads: int, *, both_up: bool) -> Iterator[Visit]:
+    """A B, B A, A B ...: what drifts meets both alike. A server that is up alone takes all loads in a row."""
     for repeat in range(repeats):
         order = SIDES if repeat % 2 == 0 else SIDES[::-1]
-        run: dict[str, Any] = {"repeat": repeat, "order": list(order)}
-        for side in order:
-            run[side] = measure(side, repeat)
-            on_progress(f"repeat {repeat + 1} of {repeats}: {side} {run[side][PRIMARY_METRIC]:.1f} output tokens/s")
-        runs.append(run)
-    return runs
+        if both_up:
+            yield from (Visit(repeat=repeat, load=load, side=side) for load in range(num_loads) for side in order)
+        else:
+            yield from (Visit(repeat=repeat, load=load, side=side) for side in order for load in range(num_loads))
 
 
-@contextmanager
-def _measuring(
-    engine: Engine,
-    directories: Mapping[str, Path],
-    facts: Mapping[str, ModelFacts],
-    workload: Workload,
-    out: Path,
-    device: str,
-    dtype: str | None,
-    engine_options: Sequence[str],
-) -> Iterator[tuple[Measure, dict[str, dict[str, Any]]]]:
-    """Both models up and warm: yields how to measure one, and what each told of itself, filled meanwhile."""
-    if engine == "vllm":
-        from serving.bench_vllm import vllm_measuring
-
-        with vllm_measuring(directories, workload, out, dtype, engine_options) as measuring:
-            yield measuring
-        return
-    vocab_size = min(each.vocab_size for each in facts.values())
-    told: dict[str, dict[str, Any]] = {}
-    with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        for side in SIDES:
-            workers[side] = stack.enter_context(running_worker(side, out / f"{side}.log"))
-            settings = {"engine": engine, "device": device, "dtype": dtype}
-            told[side] = workers[side].ask("load", directory=str(directories[side].resolve()), **settings)
-            _ask(workers[side], workload, vocab_size, workload.seed, min(workload.output_len, _WARMUP_TOKENS))
-
-        def measure(side: str, repeat: int) -> dict[str, float | None]:
-            answer = _ask(workers[side], workload, vocab_size, workload.seed + repeat, workload.output_len)
-            told[side]["peak_memory_bytes"] = answer["peak_memory_bytes"]
-            requests = [
-                RequestTimes(start_s=each["start_s"], token_times_s=tuple(each["token_times_s"]))
-                for each in answer["requests"]
-            ]
-            return request_metrics(requests, input_len=workload.input_len)
-
-        yield measure, told
+def _measure(
+    session: Session,
+    visit: Visit,
+    workloads: Sequence[Workload],
+    slo: Slo | None,
+    journal: Journal,
+    primary: str,
+    repeats: int,
+    on_progress: Callable[[str], None],
+) -> None:
+    """One measurement, with a second attempt on a fresh process; a failed attempt is recorded, never dropped."""
+    where = f"repeat {visit.repeat + 1} of {repeats}: {visit.side}"
+    for attempt in (1, 2):
+        try:
+            if visit.load < len(workloads):
+                workload = workloads[visit.load]
+                name = f"{visit.side}-{visit.repeat}" + (f"-load{visit.load}" if len(workloads) > 1 else "")
+                measured = session.measure(visit.side, visit.repeat, workload, name=name)
+                said = f"{workload.label}: {primary} {_shown(measured[primary])}"
+            else:
+                assert slo is not None
+                measured = _search_rate(session, visit, workloads[0], slo)
+                said = f"meets the limits up to {measured['max_request_rate']:.3g} requests/s"
+            break
+        except EngineFailedError as error:
+            lost = workloads[min(visit.load, len(workloads) - 1)].num_prompts
+            journal.record_failure(visit.key, num_requests=lost, error=error.message)
+            session.drop(visit.side)
+            if attempt == 2:
+                raise SenteiError(
+                    f"{where}: failed twice. {error.message}\n",
+                    "What was measured is kept: the same command with --resume goes on." if len(journal) else "",
+                ) from error
+            on_progress(f"{where} failed, and is tried once more: {error.message}")
+    journal.record(visit.key, measured, session.told[visit.side])
+    on_progress(f"{where}, {said}")
 
 
-def _ask(worker: Worker, workload: Workload, vocab_size: int, seed: int, output_len: int) -> dict[str, Any]:
-    prompts = random_prompts(workload.num_prompts, workload.input_len, vocab_size, seed)
-    return worker.ask("measure", prompts=prompts, output_len=output_len, batch_size=workload.concurrency)
+def _search_rate(session: Session, visit: Visit, workload: Workload, slo: Slo) -> dict[str, Any]:
+    name = f"{visit.side}-{visit.repeat}-slo"
+    at_once = replace(workload, concurrency=None, request_rate=None, num_prompts=max(workload.num_prompts, 20))
+    capacity = session.measure(visit.side, visit.repeat, at_once, name=f"{name}-capacity", slo=slo)
+    failed = capacity["failed"]
+
+    def probe(rate: float) -> tuple[float, float]:
+        nonlocal failed
+        num_prompts = min(prompts_at_rate(rate), _MAX_PROBE_PROMPTS)
+        load = replace(workload, concurrency=None, request_rate=rate, num_prompts=num_prompts)
+        measured = session.measure(visit.side, visit.repeat, load, name=f"{name}-{rate:.4g}", slo=slo)
+        failed += measured["failed"]
+        return measured["request_goodput"] * measured["duration"] / num_prompts, measured["request_goodput"]
+
+    found = find_highest_rate(capacity["request_throughput"], probe)
+    # Requests that failed at a rate missed their objectives there: they are counted, and do not void the search.
+    return {**found, "capacity": capacity["request_throughput"], "requests_failed": failed, "failed": 0}
 
 
-def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """Prompts of random token ids, the same for the same seed: speed does not depend on what they mean."""
-    generator = random.Random(seed)
-    return [[generator.randrange(vocab_size) for _ in range(length)] for _ in range(count)]
-
-
-def _facts(engine: Engine, directory: Path, dtype: str | None) -> ModelFacts:
-    return onnx_facts(directory) if engine == "onnx" else checkpoint_facts(directory, dtype)
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4g}"
 
 
 def _check_settings(
-    engine: str, workload: Workload, repeats: int, dtype: str | None, engine_options: Sequence[str]
+    engine: str,
+    repeats: int,
+    dtype: str | None,
+    engine_options: Sequence[str],
+    *,
+    slo: Slo | None,
+    urls: Sequence[str],
 ) -> None:
     if engine not in ("transformers", "onnx", "vllm"):
         raise SenteiError(f"Engine {engine!r} is not known.", "Choose transformers, onnx or vllm.")
@@ -218,19 +243,19 @@ def _check_settings(
         raise SenteiError(
             f"{repeats} repeats cannot give an interval worth printing.", f"Use at least {MIN_REPEATS}, better 5."
         )
-    for name in ("input_len", "output_len", "concurrency", "num_prompts"):
-        if getattr(workload, name) < 1:
-            raise SenteiError(f"{name} is {getattr(workload, name)}; it must be at least 1.")
-    if workload.num_prompts < workload.concurrency:
-        raise SenteiError(
-            f"num_prompts is {workload.num_prompts}, fewer than the {workload.concurrency} requests in flight.",
-            "Raise num_prompts, or lower concurrency.",
-        )
     if dtype is not None and (dtype not in _DTYPES or engine == "onnx"):
         allowed = "leave it out: an ONNX export has its precision built in" if engine == "onnx" else ", ".join(_DTYPES)
         raise SenteiError(f"dtype {dtype!r} is not possible with engine {engine}.", f"Allowed: {allowed}.")
-    if engine_options and engine != "vllm":
-        raise SenteiError(f"Engine {engine} takes no further options.", "They are passed to vllm serve alone.")
+    if engine != "vllm" and (engine_options or urls or slo):
+        raise SenteiError(
+            f"Engine {engine} takes no engine options, no --url and no --slo.", "They are for engine vllm alone."
+        )
+    if urls:
+        from serving.bench_vllm import check_urls
+
+        check_urls(urls)
+        if engine_options:
+            raise SenteiError("Engine options are for servers that sentei starts; with --url it starts none.")
     if engine in _LIBRARIES:
         _check_library(*_LIBRARIES[engine])
 
@@ -242,74 +267,17 @@ def _check_library(module: str, library: str, extra: str) -> None:
         raise MissingDependencyError(library, extra)
 
 
-def _check_comparable(facts: Mapping[str, ModelFacts], workload: Workload) -> None:
+def _check_comparable(facts: Mapping[str, ModelFacts], workloads: Sequence[Workload]) -> None:
     if facts["original"].precision != facts["pruned"].precision:
         raise SenteiError(
             f"The original is {facts['original'].precision} and the pruned model {facts['pruned'].precision}: what "
             "comes of pruning could not be told from what comes of precision.",
             "Export both alike, or give a dtype.",
         )
+    needed = max(each.prompts.longest if each.prompts else each.input_len + each.output_len for each in workloads)
     for side, each in facts.items():
-        if workload.input_len + workload.output_len > each.max_len:
+        if needed > each.max_len:
             raise SenteiError(
-                f"{workload.input_len} input and {workload.output_len} output tokens do not fit the {side} model, "
-                f"which takes {each.max_len}.",
+                f"{needed} tokens, input and output, do not fit the {side} model, which takes {each.max_len}.",
                 "Shorten one of them.",
             )
-
-
-def _results(
-    engine: Engine,
-    directories: Mapping[str, Path],
-    facts: Mapping[str, ModelFacts],
-    workload: Workload,
-    runs: Sequence[Mapping[str, Any]],
-    told: Mapping[str, Mapping[str, Any]],
-    *,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    metrics = compare(runs)
-    medians = {name: metric["original"]["median"] for name, metric in metrics.items()}
-    sizes = compare_sizes(facts["original"], facts["pruned"])
-    place = "vllm" if engine == "vllm" else "cpu" if told["original"]["device"] == "cpu" else "cuda"
-    peaks = [told[side].get("peak_memory_bytes") for side in SIDES]
-    sizes["peak_memory_bytes"] = size_entry(*peaks, unit="bytes", formula=_PEAK_FORMULA[place])
-    if engine == "vllm":
-        tokens = [told[side]["kv_cache_tokens"] for side in SIDES]
-        sizes["kv_cache_tokens"] = size_entry(*tokens, unit="tokens", formula=_KV_TOKENS_FORMULA)
-    expected = expected_gains(
-        facts["original"],
-        facts["pruned"],
-        input_len=workload.input_len,
-        output_len=workload.output_len,
-        concurrency=workload.concurrency,
-        original_medians=medians,
-    )
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "benchmark",
-        "sentei_version": metadata.version("sentei"),
-        "engine": engine,
-        "primary_metric": PRIMARY_METRIC,
-        "ratio_formula": RATIO_FORMULA,
-        "options": dict(options),
-        "models": {
-            side: {"name": path.resolve().name, "directory": str(path), **told[side]}
-            for side, path in directories.items()
-        },
-        "sizes": sizes,
-        # A list, so that a sweep over loads can add to it.
-        "measurements": [
-            {
-                "workload": {
-                    **asdict(workload),
-                    "ignore_eos": True,
-                    "prompts": "random token ids, the same for both models",
-                },
-                "metrics": metrics,
-                "expected": expected,
-                "runs": list(runs),
-            }
-        ],
-        "environment": describe_environment(),
-    }

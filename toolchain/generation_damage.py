@@ -15,13 +15,11 @@ class Reference:
     """What the original wrote, and how sure it was of every token.
 
     Attributes:
-        prompts: int64 ``[num_prompts, prompt_tokens]``.
         continuations: Token ids, one list a prompt, up to :data:`NEW_TOKENS` or with an end-of-sequence token.
         log_probabilities: float32 ``[num_tokens, vocab_size]`` a prompt, on the CPU: the next token's distribution at
             each place of the continuation.
     """
 
-    prompts: torch.Tensor
     continuations: list[list[int]]
     log_probabilities: list[torch.Tensor]
 
@@ -48,12 +46,8 @@ def describe_original(model: PreTrainedModel, prompts: torch.Tensor) -> Referenc
     """Lets the original continue the prompts greedily."""
     continuations = continue_greedily(model, prompts)
     return Reference(
-        prompts=prompts,
         continuations=continuations,
-        log_probabilities=[
-            next_token_log_probabilities(model, prompt, continuation)
-            for prompt, continuation in zip(prompts, continuations, strict=True)
-        ],
+        log_probabilities=next_token_log_probabilities(model, prompts, continuations),
     )
 
 
@@ -86,12 +80,24 @@ def continue_greedily(model: PreTrainedModel, prompts: torch.Tensor) -> list[lis
 
 @torch.inference_mode()
 def next_token_log_probabilities(
-    model: PreTrainedModel, prompt: torch.Tensor, continuation: Sequence[int]
-) -> torch.Tensor:
-    """The model's distributions along a given continuation: float32 ``[num_tokens, vocab_size]`` on the CPU."""
-    ids = torch.cat([prompt, torch.tensor(continuation)])[None].to(model.device)
-    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return logits.float().log_softmax(-1).cpu()
+    model: PreTrainedModel, prompts: torch.Tensor, continuations: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """The model's distributions along given continuations.
+
+    Args:
+        model: Original or pruned.
+        prompts: int64 ``[num_prompts, prompt_tokens]``.
+        continuations: Token ids, one sequence a prompt.
+
+    Returns:
+        float32 ``[num_tokens, vocab_size]`` on the CPU, one a prompt.
+    """
+    found = []
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        ids = torch.cat([prompt, torch.tensor(continuation)])[None].to(model.device)
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        found.append(logits.float().log_softmax(-1).cpu())
+    return found
 
 
 def repetition(tokens: Sequence[int]) -> float | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import SenteiError
+from toolchain.task_accuracy import load_questions, question_lines, split_prompt
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -59,8 +60,6 @@ def load_user_questions(*, file: str, **_: Any) -> "DatasetDict":
     Raises:
         SenteiError: See :func:`toolchain.task_accuracy.load_questions`.
     """
-    from toolchain.task_accuracy import load_questions, split_prompt
-
     rows = []
     for question in load_questions(Path(file)):
         parts = [split_prompt(question.prompt, choice) for choice in question.choices]
@@ -93,21 +92,14 @@ def _as_dataset(rows: list[dict[str, Any]]) -> "DatasetDict":
 
 
 def _read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise SenteiError(f"File of questions {path} does not exist.")
     questions = []
-    # Not splitlines(), which also breaks at separators that JSON texts may hold.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    for where, line in question_lines(path):
         try:
             question = json.loads(line)
         except ValueError as error:
-            raise SenteiError(f"{path} line {number} is not JSON.") from error
+            raise SenteiError(f"{where} is not JSON.") from error
         missing = [field for field in fields if not isinstance(question, dict) or field not in question]
         if missing:
-            raise SenteiError(f"{path} line {number} has no field {missing[0]!r}.", f"Needed: {', '.join(fields)}.")
+            raise SenteiError(f"{where} has no field {missing[0]!r}.", f"Needed: {', '.join(fields)}.")
         questions.append(question)
-    if not questions:
-        raise SenteiError(f"{path} holds no question.")
     return questions

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -421,11 +422,12 @@ def _write(
 
     Without a metric, only what was compensated is measured.
     """
-    with new_directory(out, force=force) as partial, TemporaryDirectory(dir=out.parent, prefix=".refit-") as directory:
+    with new_directory(out, force=force) as partial, ExitStack() as stack:
         refitted: dict[str, TensorInfo] = {}
         if plan.document.compensation is not None and (plan.removed_attention or plan.narrows):
             assert computing is not None
-            plan, refitted = _compensate(checkpoint, plan, computing, Path(directory), progress)
+            directory = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=".refit-")))
+            plan, refitted = _compensate(checkpoint, plan, computing, directory, progress)
         write_pruned(checkpoint, plan.layout, plan.kept_neurons, partial, refitted=refitted, progress=progress)
         plan.save(partial)
         pruned = open_checkpoint(partial)

@@ -95,16 +95,23 @@ def load_questions(path: Path) -> list[Question]:
     Raises:
         SenteiError: Missing or empty file, or a line that is not such a question.
     """
+    return [_question(where, line) for where, line in question_lines(path)]
+
+
+def question_lines(path: Path) -> list[tuple[str, str]]:
+    """The lines of a file of questions that are not blank, each behind the words that name its place.
+
+    Raises:
+        SenteiError: There is no such file, or nothing in it.
+    """
     if not path.is_file():
         raise SenteiError(f"File of questions {path} does not exist.")
-    questions = []
     # Not splitlines(), which also breaks at separators that JSON texts may hold.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            questions.append(_question(f"{path} line {number}", line))
-    if not questions:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    found = [(f"{path} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
         raise SenteiError(f"{path} holds no question.")
-    return questions
+    return found
 
 
 def _question(where: str, line: str) -> Question:

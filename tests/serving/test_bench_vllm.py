@@ -1,21 +1,30 @@
 """What the benchmark asks of vLLM and takes from it, with a stand-in for the servers; fields as in vLLM 0.32."""
 
-import sys
+import csv
 from contextlib import contextmanager
-from types import ModuleType
 
 import pytest
 
-from serving.benchmark import benchmark
+from serving import bench_vllm
+from serving import benchmark as benchmark_module
+from serving.worker_process import EngineFailedError
+from serving.workload import Slo, make_workloads, read_prompts
 from toolchain.errors import SenteiError
 
-TINY = {"input_len": 8, "output_len": 4, "repeats": 3, "engine": "vllm"}
+TINY = {"input_len": 8, "output_len": 4, "repeats": 3}
+LOAD = ("input_len", "output_len", "concurrency", "request_rate", "num_prompts", "prompts")
+
+
+def benchmark(original, pruned, **settings):
+    load = {name: settings.pop(name) for name in LOAD if name in settings}
+    workloads = make_workloads(engine="vllm", **load)
+    return benchmark_module.benchmark(original, pruned, engine="vllm", workloads=workloads, **settings)
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Records what is asked; ``failed`` requests can be set on it."""
-    record = {"servers": [], "loads": [], "failed": 0, "up": 0}
+    """Records what is asked. ``failed`` requests, ``dead`` attempts, and each model's ``limit`` of rate can be set."""
+    record = {"servers": [], "loads": [], "failed": 0, "up": 0, "dead": [], "limit": {}, "keys": set()}
 
     @contextmanager
     def running_server(directory, port=None, options=(), log=None):
@@ -27,27 +36,36 @@ def asked(monkeypatch):
         finally:
             record["up"] -= 1
 
-    def bench_serve(base_url, model_dir, options=(), result_file=None):
+    def bench_serve(base_url, model_dir, options=(), result_file=None, api_key=None, stall_timeout_s=None):
+        warmup = "warmup" in result_file.name
         record["loads"].append((model_dir, list(options), result_file.name))
+        record["keys"].add((base_url, api_key))
+        if not warmup and record["dead"] and record["dead"].pop(0):
+            raise EngineFailedError("The server no longer answers.")
         num_prompts = int(options[options.index("--num-prompts") + 1])
         result = {f"{kind}_{name}_ms": 5.0 for kind in ("mean", "p99") for name in ("ttft", "tpot", "itl", "e2el")}
-        result |= {"completed": num_prompts - record["failed"], "failed": record["failed"]}
-        result |= {"output_throughput": 100.0, "total_token_throughput": 300.0}
+        result |= {"completed": num_prompts - record["failed"], "failed": record["failed"], "duration": 10.0}
+        result |= {"output_throughput": 100.0, "total_token_throughput": 300.0, "request_throughput": 16.0}
+        result |= {"first_error": None, "client_cpu_cores": 0.1, "request_goodput": None}
+        if "--goodput" in options and "--request-rate" in options:
+            rate = float(options[options.index("--request-rate") + 1])
+            share = 1.0 if rate <= record["limit"][str(model_dir)] else 0.5
+            result["request_goodput"] = share * num_prompts / 10.0
+        elif "--goodput" in options:
+            result["request_goodput"] = 0.0
         result_file.write_text("{}")
         return result
 
-    fake = ModuleType("serving.vllm_server")
-    fake.running_server, fake.bench_serve = running_server, bench_serve
-    monkeypatch.setitem(sys.modules, "serving.vllm_server", fake)
-    monkeypatch.delitem(sys.modules, "serving.bench_vllm", raising=False)
-    yield record
-    sys.modules.pop("serving.bench_vllm", None)
+    monkeypatch.setattr(bench_vllm, "running_server", running_server)
+    monkeypatch.setattr(bench_vllm, "bench_serve", bench_serve)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    return record
 
 
 def test_both_servers_stay_up_and_get_the_same_load(pico_model, asked, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    results = benchmark(pico_model, pico_model, out=tmp_path / "out", concurrency=2, **TINY)
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", concurrency=[2], **TINY)
     options = ["--dtype", "float32", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", "1G"]
     assert asked["servers"] == [(pico_model, options), (pico_model, options)]
     assert asked["up"] == 0
@@ -75,9 +93,98 @@ def test_on_a_gpu_each_measurement_has_its_server(pico_model, asked, tmp_path, m
     assert asked["servers"][0][1] == ["--enforce-eager", "--dtype", "bfloat16", "--no-enable-prefix-caching"]
 
 
-def test_failed_requests_are_not_averaged_away(pico_model, asked, tmp_path, monkeypatch):
+def test_failed_requests_are_counted_and_nothing_is_compared(pico_model, asked, tmp_path):
     asked["failed"] = 1
-    with pytest.raises(SenteiError, match="1 of 4 requests to the original model failed"):
-        benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+    (measurement,) = results["measurements"]
+    assert measurement["failed_requests"] == {"original": 3, "pruned": 3}
+    assert {metric["verdict"] for metric in measurement["metrics"].values()} == {None}
     assert asked["up"] == 0
-    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_dies_is_started_again_and_its_requests_are_counted(pico_model, asked, tmp_path):
+    asked["dead"] = [False, False, True]
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+    (failure,) = results["failed_attempts"]
+    assert (failure["side"], failure["repeat"], failure["failed"]) == ("pruned", 1, 4)
+    assert "The end of the pruned server's log:" in failure["error"]
+    assert "55,808 tokens" in failure["error"]
+    assert len(asked["servers"]) == 3
+    assert (tmp_path / "out" / "pruned-start2.log").is_file()
+
+
+def test_a_sweep_is_asked_of_both_with_a_warm_up_as_wide_as_the_widest_load(pico_model, asked, tmp_path):
+    out = tmp_path / "out"
+    results = benchmark(pico_model, pico_model, out=out, concurrency=[1, 6], request_rate=[0.5], **TINY)
+    assert [each["workload"]["request_rate"] for each in results["measurements"]] == [None, None, 0.5]
+    warmups = [options for _, options, name in asked["loads"] if "warmup" in name]
+    assert [options[options.index("--num-prompts") + 1] for options in warmups] == ["20", "20"]
+    poisson = {name: options for _, options, name in asked["loads"]}["pruned-2-load2.json"]
+    assert poisson[poisson.index("--request-rate") + 1] == "0.5"
+    assert "--max-concurrency" not in poisson
+
+
+def test_the_highest_rate_that_meets_the_limits_is_found_for_each_model(pico_model, wide_model, asked, tmp_path):
+    asked["limit"] = {str(pico_model): 3.0, str(wide_model): 9.0}
+    results = benchmark(pico_model, wide_model, out=tmp_path / "out", slo=Slo(ttft=500, tpot=50), **TINY)
+    metric = results["goodput"]["metrics"]["max_request_rate"]
+    for side, limit in (("original", 3.0), ("pruned", 9.0)):
+        assert limit / 2 ** (1 / 16) < metric[side]["median"] <= limit
+    assert metric["verdict"] == "better"
+    searched = next(options for _, options, name in asked["loads"] if name.startswith("original-0-slo"))
+    assert searched[searched.index("--goodput") + 1 :][:2] == ["ttft:500", "tpot:50"]
+    assert results["goodput"]["slo_ms"] == {"ttft": 500, "tpot": 50}
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    found = next(row for row in rows if row["metric"] == "max_request_rate")
+    assert float(found["pruned"]) == metric["pruned"]["median"]
+    assert (found["role"], found["verdict"]) == ("primary", "better")
+    assert "| highest load with ttft 500 ms, tpot 50 ms | max_request_rate |" in (
+        tmp_path / "out" / "results.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_limits_that_no_load_meets_give_no_ratio(pico_model, asked, tmp_path):
+    asked["limit"] = {str(pico_model): 0.0}
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", slo=Slo(e2el=1), **TINY)
+    assert results["goodput"]["metrics"]["max_request_rate"]["gain"] is None
+    assert results["goodput"]["runs"][0]["original"]["max_request_rate"] == 0
+
+
+def test_own_prompts_are_asked_as_they_stand(pico_model, asked, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one two three", "output_tokens": 5}\n\n{"prompt": "four", "output_tokens": 9}\n')
+    prompts = read_prompts(file, output_len=None, tokenizer=pico_model)
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", prompts=prompts, repeats=3)
+    _, options, _ = asked["loads"][1]
+    assert options[options.index("--dataset-path") + 1].endswith("prompts.jsonl")
+    assert {"--skip-chat-template", "--disable-shuffle"} <= set(options)
+    assert (tmp_path / "out" / "prompts.jsonl").read_text().count("\n") == 2
+    workload = results["measurements"][0]["workload"]
+    assert (workload["output_len"], workload["num_prompts"]) == (7, 2)
+    assert prompts.sha256 in workload["prompts"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is not a prompt"),
+        ('{"prompt": "x"}', "output_tokens"),
+        ('{"prompt": 3, "output_tokens": 1}', "a text"),
+        ("", "holds no prompts"),
+    ],
+)
+def test_bad_prompts_are_refused(pico_model, tmp_path, line, message):
+    (tmp_path / "p.jsonl").write_text(line)
+    with pytest.raises(SenteiError, match=message):
+        read_prompts(tmp_path / "p.jsonl", output_len=None, tokenizer=pico_model)
+
+
+def test_running_servers_are_measured_and_not_started(pico_model, asked, tmp_path):
+    urls = ["http://127.0.0.1:8001/", "http://127.0.0.1:8002"]
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", urls=urls, api_key="secret", **TINY)
+    assert not asked["servers"]
+    assert asked["keys"] == {("http://127.0.0.1:8001", "secret"), ("http://127.0.0.1:8002", "secret")}
+    assert "secret" not in "".join(path.read_text() for path in (tmp_path / "out").rglob("*.json"))
+    assert results["sizes"]["kv_cache_tokens"]["original"] is None
+    with pytest.raises(SenteiError, match="takes two servers"):
+        benchmark(pico_model, pico_model, out=tmp_path / "other", urls=urls[:1], **TINY)

@@ -9,15 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from serving import bench_local
 from serving import benchmark as benchmark_module
-from serving.benchmark import alternate, benchmark, random_prompts
+from serving.bench_local import random_prompts
+from serving.benchmark import schedule
 from serving.model_facts import checkpoint_facts, expected_gains, onnx_facts
 from serving.worker_process import Worker, running_worker
+from serving.workload import make_workloads
 from tests.conftest import make_pico, prune_by_hand
 from toolchain.checkpoint import copy_companions, open_checkpoint, write_weights
 from toolchain.errors import SenteiError
 
 TINY = {"input_len": 12, "output_len": 4, "repeats": 3}
+LOAD = ("input_len", "output_len", "concurrency", "num_prompts")
+
+
+def benchmark(original, pruned, *, engine, **settings):
+    load = {name: settings.pop(name) for name in LOAD if name in settings}
+    workloads = make_workloads(engine=engine, **load)
+    return benchmark_module.benchmark(original, pruned, engine=engine, workloads=workloads, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +58,7 @@ def check_results(results, out, *, engine, repeats):
 def test_transformers_end_to_end(pico_model, pruned_pico, tmp_path):
     told = []
     results = benchmark(
-        pico_model, pruned_pico, engine="transformers", out=tmp_path / "out", concurrency=2, num_prompts=4,
+        pico_model, pruned_pico, engine="transformers", out=tmp_path / "out", concurrency=[2], num_prompts=4,
         device="cpu", on_progress=told.append, **TINY,
     )  # fmt: skip
     check_results(results, tmp_path / "out", engine="transformers", repeats=3)
@@ -83,7 +93,7 @@ def test_onnx_end_to_end(demo_model, tmp_path):
         tmp_path / "onnx-pruned",
         engine="onnx",
         out=out,
-        concurrency=2,
+        concurrency=[2],
         device="cpu",
         **TINY,
     )
@@ -101,16 +111,17 @@ def test_a_directory_that_is_no_onnx_export_is_refused(pico_model, tmp_path):
 
 
 def test_order_alternates():
-    asked = []
-
-    def measure(side, repeat):
-        asked.append((side, repeat))
-        return {"output_throughput": 1.0}
-
-    alternate(measure, 3, lambda message: None)
-    assert asked == [
-        ("original", 0), ("pruned", 0), ("pruned", 1), ("original", 1), ("original", 2), ("pruned", 2),
+    visits = [(visit.side, visit.repeat, visit.load) for visit in schedule(3, 1, both_up=True)]
+    assert visits == [
+        ("original", 0, 0), ("pruned", 0, 0), ("pruned", 1, 0), ("original", 1, 0), ("original", 2, 0),
+        ("pruned", 2, 0),
     ]  # fmt: skip
+
+
+def test_where_one_server_is_up_at_a_time_it_takes_every_load_in_a_row():
+    sides = [visit.side[0] for visit in schedule(2, 3, both_up=False)]
+    assert "".join(sides) == "oooppppppooo"
+    assert "".join(visit.side[0] for visit in schedule(2, 3, both_up=True)) == "op" * 3 + "po" * 3
 
 
 def test_prompts_are_the_same_for_the_same_seed():
@@ -137,9 +148,11 @@ def test_expectation_from_parameters(tmp_path):
         ({"repeats": 2}, "repeats"),
         ({"input_len": 0}, "input_len"),
         ({"input_len": 1000}, "do not fit"),
-        ({"concurrency": 4, "num_prompts": 2}, "num_prompts"),
+        ({"concurrency": [4], "num_prompts": 2}, "num_prompts"),
         ({"dtype": "int3"}, "dtype"),
         ({"engine": "llama"}, "Engine"),
+        ({"concurrency": [0]}, "concurrency"),
+        ({"primary": "speed"}, "primary metric"),
         ({"engine_options": ["--x"]}, "options"),
     ],
 )
@@ -173,18 +186,72 @@ def test_a_full_output_directory_is_refused(pico_model, pruned_pico, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
 
-def test_a_dying_worker_is_reported_and_leaves_nothing(pico_model, pruned_pico, tmp_path, monkeypatch):
-    ask = benchmark_module._ask
+@pytest.fixture
+def deaths(monkeypatch):
+    """Kills the pruned model's worker before as many of its questions as the list says, warm-ups not counted."""
+    left, ask = [], bench_local._ask
 
-    def kill_then_ask(worker, *args):
-        if worker.name == "pruned":
+    def kill_then_ask(worker, workload, vocab_size, seed, output_len):
+        if worker.name == "pruned" and seed < bench_local.WARMUP_SEED and left and left.pop(0):
             worker.process.send_signal(signal.SIGKILL)
-        return ask(worker, *args)
+            worker.process.wait()
+        return ask(worker, workload, vocab_size, seed, output_len)
 
-    monkeypatch.setattr(benchmark_module, "_ask", kill_then_ask)
-    with pytest.raises(SenteiError, match="measured the pruned model was killed by signal 9"):
+    monkeypatch.setattr(bench_local, "_ask", kill_then_ask)
+    return left
+
+
+def test_a_worker_that_dies_once_is_started_again_and_told_of(pico_model, pruned_pico, tmp_path, deaths):
+    deaths += [False, True]
+    told = []
+    results = benchmark(
+        pico_model, pruned_pico, engine="transformers", out=tmp_path / "out", on_progress=told.append, **TINY
+    )
+    (failure,) = results["failed_attempts"]
+    assert (failure["repeat"], failure["side"], failure["failed"]) == (1, "pruned", 1)
+    assert "killed by signal 9" in failure["error"]
+    assert any("is tried once more" in line for line in told)
+    assert results["measurements"][0]["metrics"]["output_throughput"]["gain"]
+
+
+def test_a_worker_that_keeps_dying_stops_the_benchmark_which_resumes(pico_model, pruned_pico, tmp_path, deaths):
+    out = tmp_path / "out"
+    settings = {"engine": "transformers", "out": out, **TINY}
+    deaths += [False, True, True]
+    with pytest.raises(SenteiError, match=r"(?s)repeat 2 of 3: pruned: failed twice.*signal 9.*--resume goes on"):
+        benchmark(pico_model, pruned_pico, **settings)
+    assert not out.exists()
+    with pytest.raises(SenteiError, match="unfinished benchmark"):
+        benchmark(pico_model, pruned_pico, **settings)
+    with pytest.raises(SenteiError, match="begun with another repeats: 3, now 4"):
+        benchmark(pico_model, pruned_pico, resume=True, **(settings | {"repeats": 4}))
+    journal = tmp_path / "out.unfinished" / "measured.jsonl"
+    before = [json.loads(line) for line in journal.read_text().splitlines()]
+    with journal.open("a") as file:
+        file.write('{"key": [2, 0, "ori')  # as a kill in the middle of a write leaves it
+    results = benchmark(pico_model, pruned_pico, resume=True, **settings)
+    kept = [entry["metrics"] for entry in before if "key" in entry]
+    runs = results["measurements"][0]["runs"]
+    assert [runs[0]["original"], runs[0]["pruned"]] == kept
+    assert len(results["failed_attempts"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_worker_that_never_answers_leaves_its_failures(pico_model, pruned_pico, tmp_path, deaths):
+    deaths += [True, True]
+    with pytest.raises(SenteiError, match="failed twice"):
         benchmark(pico_model, pruned_pico, engine="transformers", out=tmp_path / "out", **TINY)
-    assert not list(tmp_path.iterdir())
+    benchmark(pico_model, pruned_pico, engine="transformers", out=tmp_path / "out", force=True, **TINY)
+
+
+def test_a_sweep_measures_every_load(pico_model, pruned_pico, tmp_path):
+    results = benchmark(
+        pico_model, pruned_pico, engine="transformers", out=tmp_path / "out", concurrency=[1, 3], **TINY
+    )
+    assert [each["workload"]["concurrency"] for each in results["measurements"]] == [1, 3]
+    assert [each["workload"]["num_prompts"] for each in results["measurements"]] == [1, 3]
+    for measurement in results["measurements"]:
+        assert measurement["failed_requests"] == {"original": 0, "pruned": 0}
 
 
 def test_a_crashing_worker_shows_its_last_words(tmp_path):

@@ -3,13 +3,10 @@
 from statistics import median
 
 import pytest
-import torch
 
 from export.quantize import quantize
-from serving.compressed_weights import replace_with_rounded
-from serving.engines import TransformersEngine
+from tests.serving.test_quantized_in_vllm import differences_from_rounded
 from tests.serving.test_vllm_families import PROMPTS, SPLIT, ask_vllm, wide_pico
-from toolchain.quantized import open_quantized
 
 pytestmark = [
     pytest.mark.acceptance,
@@ -43,13 +40,6 @@ def quantised(tmp_path_factory: pytest.TempPathFactory):
 def test_vllm_computes_with_the_rounded_matrices(quantised, family: str, scheme: str):
     pruned, out, answer = quantised[family, scheme]
     assert "refused" not in answer, answer["refused"]
-    reference = TransformersEngine(pruned, dtype=torch.float32)
-    replace_with_rounded(reference.model, open_quantized(out))
-    differences = [
-        abs(value - float(expected[token]))
-        for prompt, positions in zip(PROMPTS, answer["log_probabilities"], strict=True)
-        for expected, found in zip(reference.log_probabilities(prompt), positions, strict=False)
-        for token, value in found
-    ]
+    differences = differences_from_rounded(pruned, out, PROMPTS, answer)
     assert median(differences) < LIMITS[scheme][1]
     assert max(differences) < 2

@@ -139,11 +139,17 @@ def vllm_answers(pruned_wide, tmp_path_factory):
 def test_vllm_computes_with_the_rounded_matrices(pruned_wide, vllm_answers, scheme):
     directory, found = vllm_answers[scheme]
     assert "refused" not in found, found
-    reference = TransformersEngine(pruned_wide, dtype=torch.float32)
+    differences = differences_from_rounded(pruned_wide, directory, PROMPTS, found)
+    assert sum(differences) / len(differences) < VLLM[scheme][1]
+
+
+def differences_from_rounded(source, directory, prompts, answer):
+    """Of vLLM's log-probabilities from those of the source with the rounded matrices, in nats."""
+    reference = TransformersEngine(source, dtype=torch.float32)
     replace_with_rounded(reference.model, open_quantized(directory))
     differences = []
-    for prompt, positions in zip(PROMPTS, found["log_probabilities"], strict=True):
+    for prompt, positions in zip(prompts, answer["log_probabilities"], strict=True):
         expected = reference.log_probabilities(prompt)
         for row, entry in zip(expected, positions, strict=False):
             differences += [abs(value - float(row[token])) for token, value in entry]
-    assert sum(differences) / len(differences) < VLLM[scheme][1]
+    return differences

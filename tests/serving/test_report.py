@@ -144,7 +144,7 @@ def test_the_page_needs_no_network(everything, tmp_path):
     [
         ([0.9, 1.2, 1.0], 1.1, ["No difference shown", "The interval holds that too"]),
         ([1.0, 1.01, 0.99], 1.3, ["No difference shown", "falls short of it"]),
-        ([0.8, 0.81, 0.82], 1.3, ["is slower", "falls short of it"]),
+        ([0.8, 0.81, 0.82], 1.3, ["is worse", "falls short of it"]),
         ([1.5, 1.51, 1.52], 1.3, ["1.51x the speed", "is above it"]),
         ([1.28, 1.30, 1.32], 1.3, ["1.30x the speed", "lies inside the measured interval"]),
     ],

@@ -2,8 +2,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from serving.statistics import RequestTimes, compare, percentile, ratio_interval, request_metrics
+from serving.statistics import RequestTimes, check_primary, compare, percentile, ratio_interval, request_metrics
+from toolchain.errors import SenteiError
 
 
 def test_metrics_of_hand_written_timestamps():
@@ -15,6 +18,7 @@ def test_metrics_of_hand_written_timestamps():
         {
             "output_throughput": 6 / 2.0,
             "total_token_throughput": (6 + 14) / 2.0,
+            "request_throughput": 2 / 2.0,
             "mean_ttft_ms": (500 + 1000) / 2,
             "mean_tpot_ms": (300 / 2 + 1000 / 2) / 2,
             "mean_itl_ms": (100 + 200 + 500 + 500) / 4,
@@ -75,3 +79,30 @@ def test_verdicts():
     assert compare(_runs([10, 10, 10], [12, 12.1, 12], "mean_ttft_ms"))["mean_ttft_ms"]["verdict"] == "worse"
     undefined = compare(_runs([None] * 3, [None] * 3, "mean_tpot_ms"))["mean_tpot_ms"]
     assert (undefined["ratio"], undefined["gain"], undefined["verdict"]) == (None, None, None)
+
+
+def test_one_metric_decides_and_the_others_are_exploratory():
+    metrics = compare(_runs([10, 11, 12], [12, 10, 11], "mean_ttft_ms"), primary="mean_ttft_ms")
+    assert [name for name, metric in metrics.items() if metric["role"] == "primary"] == ["mean_ttft_ms"]
+    assert {metric["role"] for name, metric in metrics.items() if name != "mean_ttft_ms"} == {"exploratory"}
+
+
+@pytest.mark.parametrize(
+    ("primary", "output_len", "message"), [("speed", 8, "not known"), ("mean_tpot_ms", 1, "one token")]
+)
+def test_a_primary_metric_that_cannot_decide_is_refused(primary, output_len, message):
+    with pytest.raises(SenteiError, match=message):
+        check_primary(primary, output_len=output_len)
+    check_primary("mean_tpot_ms", output_len=2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(*[st.floats(0.1, 1e4)] * 2), min_size=3, max_size=8), st.floats(0.2, 5))
+def test_the_interval_holds_the_ratio_and_turns_with_it(pairs, factor):
+    original, pruned = map(list, zip(*pairs, strict=True))
+    one, other = ratio_interval(original, pruned), ratio_interval(pruned, original)
+    assert one["low"] <= one["value"] * (1 + 1e-9)
+    assert one["value"] <= one["high"] * (1 + 1e-9)
+    assert other["low"] == pytest.approx(1 / one["high"], rel=1e-6)
+    slowed = ratio_interval(original, [value * factor for value in pruned])
+    assert slowed["value"] == pytest.approx(one["value"] * factor, rel=1e-6)

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from serving import vllm_launcher, vllm_server
-from serving.vllm_server import bench_serve, running_server
+from serving.bench_client import bench_serve
+from serving.vllm_server import running_server
 from toolchain.errors import MissingDependencyError, SenteiError
 
 if importlib.util.find_spec("vllm") is None:
@@ -62,7 +63,10 @@ def test_serves_a_pruned_checkpoint_and_is_measured(pruned_demo, tmp_path):
         result = bench_serve(base_url, pruned_demo, options=LOAD, result_file=tmp_path / "result.json")
         command_line = f"--port\0{base_url.rpartition(':')[2]}"
         assert processes_with(command_line)
-    assert result == json.loads((tmp_path / "result.json").read_text())
+    kept = json.loads((tmp_path / "result.json").read_text())
+    assert {name: result[name] for name in kept} == kept
+    assert result["first_error"] is None
+    assert not (tmp_path / "result.log").exists()
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (4, 0, 16)
     assert all(result[f"mean_{name}_ms"] > 0 for name in ("ttft", "tpot", "itl", "e2el"))
     assert not processes_with(command_line)
@@ -95,7 +99,7 @@ def test_an_option_vllm_does_not_know(pico_model, tmp_path):
 
 def test_a_server_that_never_gets_ready_is_stopped(pico_model, tmp_path, monkeypatch):
     script = "import time; print('thinking', flush=True); time.sleep(60)"
-    monkeypatch.setattr(vllm_server, "_command", lambda *arguments: [sys.executable, "-c", script])
+    monkeypatch.setattr(vllm_server, "launcher_command", lambda *arguments: [sys.executable, "-c", script])
     started = time.monotonic()
     with (
         pytest.raises(SenteiError, match=r"not ready after 1 s\. The end of its log:\nthinking"),

@@ -7,7 +7,21 @@ from importlib.metadata import version
 
 import typer
 
-from toolchain.cli import benchmark, demo, doctor, evaluate, export, import_gguf, plan, prune, quantize, serve
+from toolchain.cli import (
+    benchmark,
+    compare,
+    demo,
+    doctor,
+    estimate,
+    evaluate,
+    export,
+    import_gguf,
+    plan,
+    prune,
+    quantize,
+    report,
+    serve,
+)
 from toolchain.errors import SenteiError
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -34,6 +48,7 @@ app.command("import")(import_gguf.import_)
 app.command("prune")(prune.prune)
 app.command("apply")(prune.apply)
 app.add_typer(plan.app, name="plan")
+app.command("estimate")(estimate.estimate)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(export.app, name="export")
 app.command("quantize")(quantize.quantize)
@@ -41,7 +56,8 @@ app.command("verify")(export.verify)
 app.command("generate")(serve.generate)
 app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
 app.command("benchmark")(benchmark.benchmark)
-app.command("report")(benchmark.report)
+app.command("report")(report.report)
+app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 
 

@@ -1,13 +1,19 @@
-"""``sentei benchmark`` and ``sentei report``."""
+"""``sentei benchmark``."""
 
+import os
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 from toolchain.cli.console import DeviceOption, DtypeOption, ForceOption, JsonOption, Output, QuietOption, pick_dtype
+from toolchain.errors import CheckFailedError, SenteiError
+
+_LOAD, _SERVER = "Load", "Server"
+N = TypeVar("N", int, float)
 
 
 class BenchmarkEngine(StrEnum):
@@ -18,21 +24,68 @@ class BenchmarkEngine(StrEnum):
     vllm = "vllm"
 
 
+class PresetName(StrEnum):
+    """Loads that have a name; see :data:`serving.workload.PRESETS`."""
+
+    chat = "chat"
+    rag = "rag"
+    batch = "batch"
+    classify = "classify"
+
+
 def benchmark(
     original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The original: a model, or its ONNX export.")],
     pruned: Annotated[Path, typer.Argument(metavar="PRUNED", help="The pruned one, of the same kind.")],
     *,
     engine: Annotated[BenchmarkEngine, typer.Option(help="What runs them.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for results.json.")],
-    input_len: Annotated[int, typer.Option(help="Prompt tokens.")] = 512,
-    output_len: Annotated[int, typer.Option(help="Generated tokens.")] = 128,
-    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
+    workload: Annotated[
+        PresetName | None,
+        typer.Option(
+            help="chat: 512 tokens in, 256 out, 8 at a time; rag: 4096/512, 4; batch: 512/128, 64; classify: 512/1, 8.",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
+    input_len: Annotated[int | None, typer.Option(help="Prompt tokens (512).", rich_help_panel=_LOAD)] = None,
+    output_len: Annotated[int | None, typer.Option(help="Generated tokens (128).", rich_help_panel=_LOAD)] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='Your own: JSONL, {"prompt": "...", "output_tokens": 128} a line.', rich_help_panel=_LOAD),
+    ] = None,
+    concurrency: Annotated[
+        str | None, typer.Option(help="Requests at a time (1), or a sweep: 1,4,16.", rich_help_panel=_LOAD)
+    ] = None,
+    request_rate: Annotated[
+        str | None, typer.Option(help="Poisson arrivals a second, or a sweep: 0.5,1,2.", rich_help_panel=_LOAD)
+    ] = None,
+    slo: Annotated[
+        str | None,
+        typer.Option(
+            help="Find the highest request rate that meets limits in ms: ttft=500,tpot=50.", rich_help_panel=_LOAD
+        ),
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="Requests a repeat.", rich_help_panel=_LOAD)] = None,
     repeats: Annotated[int, typer.Option(help="Alternating runs of each; at least 3.")] = 5,
+    primary: Annotated[
+        str, typer.Option(help="The metric that decides, such as mean_ttft_ms; the others are exploratory.")
+    ] = "output_throughput",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     engine_option: Annotated[
-        list[str] | None, typer.Option(help="Passed to vllm serve, as in --engine-option=--enforce-eager.")
+        list[str] | None,
+        typer.Option(help="Passed to vllm serve, as in --engine-option=--enforce-eager.", rich_help_panel=_SERVER),
     ] = None,
+    url: Annotated[
+        list[str] | None,
+        typer.Option(help="A running server; give it twice, the original's first.", rich_help_panel=_SERVER),
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable that holds its key.", rich_help_panel=_SERVER)
+    ] = None,
+    stall_timeout: Annotated[
+        float, typer.Option(help="Seconds without a token until a server counts as hung.", rich_help_panel=_SERVER)
+    ] = 600,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted benchmark.")] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -41,51 +94,96 @@ def benchmark(
     output = Output(as_json=as_json, quiet=quiet)
     pick_dtype(dtype, auto=None)
     from serving.benchmark import benchmark as run
+    from serving.workload import PRESETS, make_workloads, parse_slo, read_prompts
 
+    preset = PRESETS[workload.value] if workload else None
+    if prompts and (preset or input_len):
+        raise SenteiError("--prompts brings its own lengths.", "Leave out --workload and --input-len.")
+    rates = _numbers("--request-rate", request_rate, float)
+    in_flight = _numbers("--concurrency", concurrency, int)
+    if not in_flight and not rates:
+        in_flight = [preset.concurrency if preset else 1]
+    workloads = make_workloads(
+        engine=engine.value,
+        input_len=_first(input_len, preset.input_len if preset else None, 512),
+        output_len=_first(output_len, preset.output_len if preset else None, 128),
+        concurrency=in_flight,
+        request_rate=rates,
+        num_prompts=num_prompts,
+        prompts=read_prompts(prompts, output_len=output_len, tokenizer=original) if prompts else None,
+    )
     results = run(
         original,
         pruned,
         engine=engine.value,
         out=out,
-        input_len=input_len,
-        output_len=output_len,
-        concurrency=concurrency,
+        workloads=workloads,
+        slo=parse_slo(slo) if slo else None,
         repeats=repeats,
+        primary=primary,
         device=device,
         dtype=None if dtype == "auto" else dtype,
         engine_options=engine_option or (),
+        urls=url or (),
+        api_key=_api_key(api_key_env),
+        stall_timeout_s=stall_timeout,
         force=force,
+        resume=resume,
         on_progress=output.note,
     )
     output.result({"directory": str(out), **results}, lambda console: show_results(console, out, results))
-
-
-def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Where results were written.")],
-    *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Write one self-contained HTML page from everything found in the directories."""
-    output = Output(as_json=as_json, quiet=quiet)
-    from serving.report import render_report
-
-    summary = render_report(directories, out, force=force)
-    output.result({**summary, "report": str(out)}, lambda console: console.print(f"Report: {out}", markup=False))
+    failed = sum(sum(each["failed_requests"].values()) for each in results["measurements"])
+    if failed:
+        raise CheckFailedError(
+            f"{failed} requests failed; where they did, nothing is compared.", f"See {out}/results.json and the logs."
+        )
 
 
 def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
-    """Prints each metric's medians and gain with its interval."""
+    """Prints each load's medians and gains with their intervals."""
     for measurement in results["measurements"]:
-        console.print(f"{out}, {results['engine']}: original → pruned, gain (95 % interval)", markup=False)
-        for name, metric in measurement["metrics"].items():
-            gain = metric["gain"]
-            if gain is None:
-                continue
-            console.print(
-                f"  {name:<24} {metric['original']['median']:>9.1f} → {metric['pruned']['median']:>9.1f} "
-                f"{metric['unit']:<8} {gain['value']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f})",
-                markup=False,
-            )
+        load = measurement["workload"]
+        how = [f"{load['concurrency']} at a time"] if load["concurrency"] else []
+        how += [f"{load['request_rate']:g} requests/s"] if load["request_rate"] else []
+        console.print(
+            f"{out}, {results['engine']}, {load['input_len']} tokens in, {load['output_len']} out, {', '.join(how)}: "
+            "original → pruned, gain (95 % interval)",
+            markup=False,
+        )
+        _show_metrics(console, measurement["metrics"])
+    if goodput := results["goodput"]:
+        limits = ", ".join(f"{name} {limit:g} ms" for name, limit in goodput["slo_ms"].items())
+        console.print(f"Highest load at which {goodput['attainment']:.0%} of requests meet {limits}:", markup=False)
+        _show_metrics(console, goodput["metrics"])
+
+
+def _show_metrics(console: Console, metrics: dict[str, Any]) -> None:
+    for name, metric in metrics.items():
+        gain = metric["gain"]
+        if gain is None:
+            continue
+        console.print(
+            f"  {name:<24} {metric['original']['median']:>9.4g} → {metric['pruned']['median']:>9.4g} "
+            f"{metric['unit']:<10} {gain['value']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f}), "
+            f"{metric['verdict']}{' (exploratory)' if metric['role'] == 'exploratory' else ''}",
+            markup=False,
+        )
+
+
+def _numbers(option: str, text: str | None, kind: Callable[[str], N]) -> list[N]:
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise SenteiError(f"{option} {text!r} is not a number or a list of them.", "Write it like 1,4,16.") from error
+
+
+def _first(*values: int | None) -> int:
+    return next(value for value in values if value is not None)
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not (key := os.environ.get(variable)):
+        raise SenteiError(f"--api-key-env: the environment has no {variable}.", "Give the name, not the key.")
+    return key

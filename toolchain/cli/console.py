@@ -23,6 +23,17 @@ OffloadOption = Annotated[bool, typer.Option("--offload", help="For models large
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="Computed in: auto, float32, bfloat16 or float16 (auto: float32 on a CPU).")
 ]
+# The same for commands whose options stand in panels.
+COMPUTING = "Computing"
+DeviceInPanelOption = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=COMPUTING)
+]
+DtypeInPanelOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto, float32, bfloat16 or float16 (auto: float32 on a CPU).", rich_help_panel=COMPUTING
+    ),
+]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

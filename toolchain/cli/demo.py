@@ -13,7 +13,7 @@ from toolchain.output import check_output_directory, new_directory
 
 _SPARSITY = 0.25
 _SEQ_LEN, _CALIBRATION_WINDOWS, _EVALUATION_WINDOWS, _GENERATIONS = 512, 32, 32, 4
-_WORKLOAD = {"input_len": 128, "output_len": 32, "repeats": 5}
+_LENGTHS = {"input_len": 128, "output_len": 32}
 # A short context, and no compilation: the servers start in half a minute.
 _VLLM_OPTIONS = ("--max-model-len", "512", "--enforce-eager")
 
@@ -161,6 +161,7 @@ def _export(directory: Path, output: Output) -> dict[str, bool]:
 
 def _benchmark(directory: Path, output: Output, *, has_vllm: bool) -> dict[str, dict[str, float]]:
     from serving.benchmark import benchmark
+    from serving.workload import make_workloads
 
     pairs: dict[str, tuple[str, str]] = {"onnx": ("onnx-original", "onnx")}
     if has_vllm:
@@ -174,7 +175,7 @@ def _benchmark(directory: Path, output: Output, *, has_vllm: bool) -> dict[str, 
             out=directory / f"benchmark-{engine}",
             engine_options=_VLLM_OPTIONS if engine == "vllm" else (),
             on_progress=output.note,
-            **_WORKLOAD,  # type: ignore[arg-type]
+            workloads=make_workloads(engine=engine, **_LENGTHS),  # type: ignore[arg-type]
         )
         gain = results["measurements"][0]["metrics"]["output_throughput"]["gain"]
         if gain is None:

@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 from toolchain.cli.console import (
+    COMPUTING,
+    DeviceInPanelOption,
+    DtypeInPanelOption,
     ForceOption,
     JsonOption,
     Output,
@@ -18,7 +21,7 @@ from toolchain.cli.evaluation_view import show_evaluation
 from toolchain.errors import SenteiError
 
 _DEFAULT_GENERATIONS = 16
-_TEXT, _TASKS, _COMPUTE = "Text", "Tasks", "Computing"
+_TEXT, _TASKS = "Text", "Tasks"
 
 
 def evaluate(
@@ -61,14 +64,11 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="The first N questions of each task.", rich_help_panel=_TASKS)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=_COMPUTE)] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto, float32, bfloat16 or float16 (auto: float32 on a CPU).", rich_help_panel=_COMPUTE),
-    ] = "auto",
+    device: DeviceInPanelOption = "auto",
+    dtype: DtypeInPanelOption = "auto",
     offload: Annotated[
         bool,
-        typer.Option("--offload", help="One layer in memory at a time; perplexity only.", rich_help_panel=_COMPUTE),
+        typer.Option("--offload", help="One layer in memory at a time; perplexity only.", rich_help_panel=COMPUTING),
     ] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,

@@ -9,13 +9,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, compute_dtype, pick_device
+from toolchain.cli.console import (
+    COMPUTING,
+    DeviceInPanelOption,
+    DtypeInPanelOption,
+    ForceOption,
+    JsonOption,
+    OffloadOption,
+    Output,
+    QuietOption,
+    compute_dtype,
+    pick_device,
+)
 from toolchain.errors import SenteiError
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
 
 
-_TARGET, _TEXT, _SEARCH, _LIMIT, _COMPUTE = "Target", "Calibration", "Search", "Limit", "Computing"
+_TARGET, _TEXT, _SEARCH, _LIMIT = "Target", "Calibration", "Search", "Limit"
 
 
 class Method(StrEnum):
@@ -146,14 +157,13 @@ def prune(
     ] = None,
     offload: Annotated[
         bool,
-        typer.Option("--offload", help="For models larger than memory: one layer at a time.", rich_help_panel=_COMPUTE),
+        typer.Option(
+            "--offload", help="For models larger than memory: one layer at a time.", rich_help_panel=COMPUTING
+        ),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=_COMPUTE)] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto, float32, bfloat16 or float16 (auto: float32 on a CPU).", rich_help_panel=_COMPUTE),
-    ] = "auto",
-    seed: Annotated[int, typer.Option(help="Recorded in the plan.", rich_help_panel=_COMPUTE)] = 0,
+    device: DeviceInPanelOption = "auto",
+    dtype: DtypeInPanelOption = "auto",
+    seed: Annotated[int, typer.Option(help="Recorded in the plan.", rich_help_panel=COMPUTING)] = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -241,7 +251,7 @@ def apply(
     calibration: Annotated[
         Path | None, typer.Option(help="The text a compensated plan was made with: its weights are fitted again.")
     ] = None,
-    offload: Annotated[bool, typer.Option("--offload", help="For models larger than memory.")] = False,
+    offload: OffloadOption = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; where compensation computes.")] = "auto",
     force: ForceOption = False,
     as_json: JsonOption = False,

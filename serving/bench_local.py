@@ -1,0 +1,97 @@
+"""Transformers and ONNX Runtime in the benchmark: a worker process for each model, both up, one working at a time."""
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from serving.model_facts import ModelFacts
+from serving.statistics import RequestTimes, request_metrics
+from serving.worker_process import Worker, running_worker
+from serving.workload import WARMUP_SEED, Slo, Workload
+
+_WARMUP_TOKENS = 16
+
+
+class LocalSession:
+    """Both models loaded and warmed up when they are needed.
+
+    Attributes:
+        both_up: Always.
+        told: What each engine told of itself.
+    """
+
+    both_up = True
+
+    def __init__(
+        self,
+        engine: str,
+        directories: Mapping[str, Path],
+        facts: Mapping[str, ModelFacts],
+        workloads: Sequence[Workload],
+        out: Path,
+        *,
+        device: str,
+        dtype: str | None,
+    ) -> None:
+        """Starts nothing yet; the workers' logs go to ``out``."""
+        self.told: dict[str, dict[str, Any]] = {}
+        self._settings = {"engine": engine, "device": device, "dtype": dtype}
+        self._directories, self._out = directories, out
+        self._vocab_size = min(each.vocab_size for each in facts.values())
+        self._widest = max(workloads, key=lambda workload: workload.width)
+        self._workers: dict[str, tuple[Worker, ExitStack]] = {}
+
+    def measure(
+        self, side: str, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
+    ) -> dict[str, Any]:
+        """Asks one model one load; see :meth:`serving.bench_vllm.VllmSession.measure`. Limits are vLLM's alone."""
+        worker = self._up(side)
+        answer = _ask(worker, workload, self._vocab_size, workload.seed + repeat, workload.output_len)
+        self.told[side]["peak_memory_bytes"] = answer["peak_memory_bytes"]
+        requests = [
+            RequestTimes(start_s=each["start_s"], token_times_s=tuple(each["token_times_s"]))
+            for each in answer["requests"]
+        ]
+        return {
+            **request_metrics(requests, input_len=workload.input_len), "completed": len(requests), "failed": 0,
+            "first_error": None, "client_cpu_cores": None,
+        }  # fmt: skip
+
+    def drop(self, side: str) -> None:
+        """Ends a side's worker; the next measurement starts another."""
+        if side in self._workers:
+            self._workers.pop(side)[1].close()
+
+    def close(self) -> None:
+        """Ends everything."""
+        for side in tuple(self._workers):
+            self.drop(side)
+
+    def _up(self, side: str) -> Worker:
+        if side not in self._workers:
+            stack = ExitStack()
+            worker = stack.enter_context(running_worker(side, self._out / f"{side}.log"))
+            try:
+                directory = str(self._directories[side].resolve())
+                self.told[side] = worker.ask("load", directory=directory, **self._settings)
+                tokens = min(self._widest.output_len, _WARMUP_TOKENS)
+                _ask(worker, self._widest, self._vocab_size, self._widest.seed + WARMUP_SEED, tokens)
+            except BaseException:
+                worker.process.kill()
+                stack.close()
+                raise
+            self._workers[side] = (worker, stack)
+        return self._workers[side][0]
+
+
+def _ask(worker: Worker, workload: Workload, vocab_size: int, seed: int, output_len: int) -> dict[str, Any]:
+    prompts = random_prompts(workload.num_prompts, workload.input_len, vocab_size, seed)
+    return worker.ask("measure", prompts=prompts, output_len=output_len, batch_size=workload.width)
+
+
+def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Prompts of random token ids, the same for the same seed: speed does not depend on what they mean."""
+    generator = random.Random(seed)
+    return [[generator.randrange(vocab_size) for _ in range(length)] for _ in range(count)]

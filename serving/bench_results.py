@@ -1,0 +1,200 @@
+"""From the journal of a benchmark to ``results.json``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from serving.device_probe import DevicePeaks, probe_device
+from serving.environment import describe_environment
+from serving.explain import explain
+from serving.goodput import ATTAINMENT, GOODPUT_METRICS
+from serving.journal import Journal
+from serving.model_facts import ModelFacts, compare_sizes, expected_gains, size_entry
+from serving.roofline import roofline
+from serving.statistics import METRICS, RATIO_FORMULA, Metric, compare
+from serving.workload import Slo, Workload
+from toolchain.errors import SenteiError
+from toolchain.layout import LayerLayout
+from toolchain.quantized import open_servable
+
+SCHEMA_VERSION = 1
+RESULTS_FILE = "results.json"
+_SIDES = ("original", "pruned")
+_FLOATS = ("float32", "bfloat16", "float16")
+_PEAK_FORMULA = {
+    "cpu": "highest resident memory of the process that ran the model alone, the Python runtime and libraries included",
+    "cuda": "highest memory allocated by torch on the device; null for engines that do not tell",
+    "vllm": "not measured: vLLM reserves the memory it is told to, not what the model needs",
+}
+_KV_TOKENS_FORMULA = "tokens that fit into the server's KV cache, from its log; both were given the same memory"
+
+
+def assemble_results(
+    journal: Journal,
+    *,
+    engine: str,
+    directories: Mapping[str, Path],
+    facts: Mapping[str, ModelFacts],
+    workloads: Sequence[Workload],
+    slo: Slo | None,
+    repeats: int,
+    primary: str,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What ``results.json`` holds; ``docs/metrics.md`` describes it.
+
+    Args:
+        journal: Every measurement of every repeat.
+        engine: What ran both.
+        directories: By side.
+        facts: By side.
+        workloads: What was asked, in the journal's order.
+        slo: What the search, which comes after the workloads in the journal, looked for.
+        repeats: How often.
+        primary: The metric that decides.
+        options: What the user chose.
+    """
+    told = {side: journal.told(side) for side in _SIDES}
+    peaks = _peaks(told, facts)
+    layout = () if engine == "onnx" else open_servable(directories["pruned"]).layout
+    measurements = [
+        _measurement(_runs(journal, load, repeats, METRICS), workload, facts, primary)
+        for load, workload in enumerate(workloads)
+    ]
+    if peaks:
+        measurements = [
+            {**each, **_against_roofline(each, workload, facts, peaks, layout, told)}
+            for each, workload in zip(measurements, workloads, strict=True)
+        ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "benchmark",
+        "sentei_version": metadata.version("sentei"),
+        "engine": engine,
+        "primary_metric": primary,
+        "ratio_formula": RATIO_FORMULA,
+        "options": dict(options),
+        "models": {
+            side: {"name": path.resolve().name, "directory": str(path), "precision": facts[side].precision,
+                   **told[side]}
+            for side, path in directories.items()
+        },
+        "sizes": _sizes(engine, facts, told),
+        "measurements": measurements,
+        "goodput": slo and _goodput(_runs(journal, len(workloads), repeats, GOODPUT_METRICS), slo),
+        "device_peaks": peaks and asdict(peaks),
+        "failed_attempts": journal.failures,
+        "environment": describe_environment(),
+    }  # fmt: skip
+
+
+def _runs(journal: Journal, load: int, repeats: int, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    runs = []
+    for repeat in range(repeats):
+        measured = {side: journal.get((repeat, load, side)) for side in _SIDES}
+        run: dict[str, Any] = {"repeat": repeat, "order": list(_SIDES if repeat % 2 == 0 else _SIDES[::-1])}
+        for side, entry in measured.items():
+            assert entry is not None, "every visit was made"
+            run[side] = dict(entry["metrics"])
+        runs.append(run)
+    return runs
+
+
+def _measurement(
+    runs: list[dict[str, Any]], workload: Workload, facts: Mapping[str, ModelFacts], primary: str
+) -> dict[str, Any]:
+    failed = {side: sum(run[side]["failed"] for run in runs) for side in _SIDES}
+    metrics = compare(runs, primary=primary)
+    if any(failed.values()):
+        # Rates and times of the requests that got through say nothing of those that did not.
+        metrics = {name: {**metric, "ratio": None, "gain": None, "verdict": None} for name, metric in metrics.items()}
+    medians = {name: metric["original"]["median"] for name, metric in metrics.items()}
+    return {
+        "workload": describe(workload),
+        "metrics": metrics,
+        "failed_requests": failed,
+        "expected": expected_gains(
+            facts["original"],
+            facts["pruned"],
+            input_len=workload.input_len,
+            output_len=workload.output_len,
+            concurrency=in_flight(workload, medians),
+            original_medians=medians,
+        ),
+        "runs": runs,
+    }
+
+
+def _peaks(told: Mapping[str, Mapping[str, Any]], facts: Mapping[str, ModelFacts]) -> DevicePeaks | None:
+    """This device's, now that nothing else runs on it; ``None`` where the servers are elsewhere or it fails."""
+    device, precision = told["original"].get("device"), facts["original"].precision
+    if device is None:
+        return None
+    # Quantised weights are multiplied in 16 bits or fewer; what torch can do in 8 or 4 bits is no peak of theirs.
+    try:
+        return probe_device(device, precision if precision in _FLOATS else "bfloat16")
+    except SenteiError:
+        return None  # hours of measurements are not thrown away for want of an expectation
+
+
+def _against_roofline(
+    measurement: Mapping[str, Any],
+    workload: Workload,
+    facts: Mapping[str, ModelFacts],
+    peaks: DevicePeaks,
+    layout: Sequence[LayerLayout],
+    told: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    medians = {
+        side: {name: metric[side]["median"] for name, metric in measurement["metrics"].items()} for side in _SIDES
+    }
+    concurrency, output_len = in_flight(workload, medians["original"]), workload.output_len
+    expected = roofline(facts, peaks, input_len=workload.input_len, output_len=output_len, concurrency=concurrency)
+    busy = [run[side].get("client_cpu_cores") for run in measurement["runs"] for side in _SIDES]
+    causes = explain(
+        facts, expected, medians, layout=layout, context=workload.input_len + output_len // 2, concurrency=concurrency,
+        kv_cache_tokens={side: told[side].get("kv_cache_tokens") for side in _SIDES},
+        client_cpu_cores=max((each for each in busy if each is not None), default=None),
+        not_compiled=next(filter(None, (told[side].get("not_compiled") for side in _SIDES)), None),
+    )  # fmt: skip
+    return {"roofline": expected, "why_not_more": causes}
+
+
+def in_flight(workload: Workload, medians: Mapping[str, float | None]) -> int:
+    """How many requests are decoded together: as many as are let in, or by Little's law at a request rate."""
+    if workload.concurrency is not None:
+        return workload.concurrency
+    rate, seconds = medians["request_throughput"], medians["mean_e2el_ms"]
+    return max(1, round(rate * seconds / 1000)) if rate and seconds else 1
+
+
+def describe(workload: Workload) -> dict[str, Any]:
+    """A workload as JSON; of a file of prompts, that it is one."""
+    content = {field.name: getattr(workload, field.name) for field in fields(workload)}
+    own = workload.prompts
+    said = "random token ids" if own is None else f"one's own (SHA-256 {own.sha256}), as in prompts.jsonl"
+    return {**content, "ignore_eos": True, "prompts": f"{said}, the same for both models"}
+
+
+def _goodput(runs: list[dict[str, Any]], slo: Slo) -> dict[str, Any]:
+    return {
+        "slo_ms": slo.limits,
+        "attainment": ATTAINMENT,
+        "metrics": compare(runs, primary="max_request_rate", metrics=GOODPUT_METRICS),
+        "runs": runs,
+    }
+
+
+def _sizes(
+    engine: str, facts: Mapping[str, ModelFacts], told: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    sizes = compare_sizes(facts["original"], facts["pruned"])
+    place = "vllm" if engine == "vllm" else "cpu" if told["original"]["device"] == "cpu" else "cuda"
+    peaks = [told[side].get("peak_memory_bytes") for side in _SIDES]
+    sizes["peak_memory_bytes"] = size_entry(*peaks, unit="bytes", formula=_PEAK_FORMULA[place])
+    if engine == "vllm":
+        tokens = [told[side]["kv_cache_tokens"] for side in _SIDES]
+        sizes["kv_cache_tokens"] = size_entry(*tokens, unit="tokens", formula=_KV_TOKENS_FORMULA)
+    return sizes

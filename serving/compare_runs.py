@@ -1,0 +1,144 @@
+"""Two benchmarks of different days, machines or versions side by side, if they can be compared at all."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean, variance
+from typing import Any
+
+from serving.bench_results import RESULTS_FILE, SCHEMA_VERSION
+from serving.statistics import CONFIDENCE
+from toolchain.errors import SenteiError
+
+FORMULA = (
+    "ratio = exp(mean ln B - mean ln A) over the repeats of each run, with Welch's 95 % t-interval: the repeats of two "
+    "runs are not pairs. An interval that contains 1 shows no difference."
+)
+_SIDES = ("original", "pruned")
+_SAME = ("engine", "primary_metric")
+_LOAD = ("input_len", "output_len", "concurrency", "request_rate", "prompts", "ignore_eos")
+
+
+def compare_results(one: Path, other: Path) -> dict[str, Any]:
+    """Sets run B beside run A, load by load.
+
+    Args:
+        one: A's ``results.json``, or its directory.
+        other: B's.
+
+    Returns:
+        ``changed`` (what differs of models, options and environment: ``[name, A's, B's]``), ``loads`` (for each:
+        ``workload`` and by metric and side A's and B's geometric means, ``ratio`` B/A and ``verdict``), ``formula``.
+
+    Raises:
+        SenteiError: Not two benchmarks, or not comparable; the message says why.
+    """
+    runs = [_read(path) for path in (one, other)]
+    for name in _SAME:
+        if runs[0][name] != runs[1][name]:
+            raise SenteiError(f"Not comparable: {name} is {runs[0][name]!r} in {one} and {runs[1][name]!r} in {other}.")
+    names = [run["models"]["original"]["name"] for run in runs]
+    if names[0] != names[1] or _size(runs[0]) != _size(runs[1]):
+        raise SenteiError(
+            f"Not comparable: the originals differ, {names[0]} ({_size(runs[0])} bytes) and {names[1]} "
+            f"({_size(runs[1])} bytes)."
+        )
+    for side in _SIDES:
+        precisions = [run["models"][side].get("precision") for run in runs]
+        if precisions[0] != precisions[1]:
+            raise SenteiError(f"Not comparable: the {side} model is {precisions[0]} in A and {precisions[1]} in B.")
+    loads = [{_load(each): each for each in run["measurements"]} for run in runs]
+    shared = [load for load in loads[0] if load in loads[1]]
+    if not shared:
+        raise SenteiError("Not comparable: no load was measured in both (lengths, requests in flight, rate, prompts).")
+    formulas = [{name: m["formula"] for name, m in run["measurements"][0]["metrics"].items()} for run in runs]
+    for name in formulas[0].keys() & formulas[1].keys():
+        if formulas[0][name] != formulas[1][name]:
+            raise SenteiError(f"Not comparable: {name} was computed in another way.", "Measure again with one sentei.")
+    return {
+        "formula": FORMULA,
+        "changed": _changed(_circumstances(runs[0]), _circumstances(runs[1])),
+        "loads": [_compare_load(loads[0][load], loads[1][load]) for load in shared],
+        "left_out": len(loads[0]) + len(loads[1]) - 2 * len(shared),
+    }
+
+
+def welch_interval(one: list[float], other: list[float]) -> dict[str, float]:
+    """The ratio other/one of geometric means, and its t-interval (Welch, 1947) on logarithms.
+
+    Args:
+        one: Positive values, two at least.
+        other: Likewise, not paired with them.
+    """
+    from scipy.stats import t
+
+    logs = [[math.log(value) for value in values] for values in (one, other)]
+    center = fmean(logs[1]) - fmean(logs[0])
+    parts = [variance(each) / len(each) for each in logs]
+    margin = 0.0
+    if sum(parts) > 0:
+        freedom = sum(parts) ** 2 / sum(p**2 / (len(each) - 1) for p, each in zip(parts, logs, strict=True))
+        margin = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(sum(parts))
+    return {
+        "value": math.exp(center), "low": math.exp(center - margin), "high": math.exp(center + margin),
+        "confidence": CONFIDENCE,
+    }  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / RESULTS_FILE if path.is_dir() else path
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SenteiError(f"{file} is not readable JSON ({error}).") from error
+    if not isinstance(content, dict) or content.get("kind") != "benchmark":
+        raise SenteiError(f"{file} is not a benchmark's results.json.")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise SenteiError(f"{file}: schema_version is {content.get('schema_version')!r}; this sentei reads 1.")
+    return content
+
+
+def _size(run: Mapping[str, Any]) -> int:
+    size: int = run["sizes"]["weight_bytes"]["original"]
+    return size
+
+
+def _load(measurement: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(measurement["workload"].get(name) for name in _LOAD)
+
+
+def _compare_load(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    for name, metric in one["metrics"].items():
+        if name in other["metrics"]:
+            sides = {side: _compare_side(metric, other["metrics"][name], side) for side in _SIDES}
+            metrics[name] = {"unit": metric["unit"], "role": metric["role"], **sides}
+    return {"workload": one["workload"], "metrics": metrics}
+
+
+def _compare_side(one: Mapping[str, Any], other: Mapping[str, Any], side: str) -> dict[str, Any] | None:
+    values = [metric[side]["values"] for metric in (one, other)]
+    if any(value is None or value <= 0 for each in values for value in each):
+        return None
+    ratio = welch_interval(*values)
+    gain_low, gain_high = ratio["low"], ratio["high"]
+    if one["better"] == "lower":
+        gain_low, gain_high = 1 / ratio["high"], 1 / ratio["low"]
+    verdict = "better" if gain_low > 1 else "worse" if gain_high < 1 else "no difference shown"
+    return {"a": math.exp(fmean(map(math.log, values[0]))), "b": math.exp(fmean(map(math.log, values[1]))),
+            "ratio": ratio, "verdict": verdict}  # fmt: skip
+
+
+def _circumstances(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {part: run[part] for part in ("models", "options", "environment")}
+
+
+def _changed(one: Any, other: Any, name: str = "") -> list[list[Any]]:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return [
+            row
+            for key in sorted(one.keys() | other.keys())
+            for row in _changed(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if one == other else [[name, one, other]]

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+from scipy.stats import ttest_ind
+
+from serving.compare_runs import compare_results, welch_interval
+from tests.command_line import refused, sentei
+from tests.serving.test_report import write_results
+from toolchain.errors import SenteiError
+
+
+def change(directory, **changes):
+    file = directory / "results.json"
+    content = json.loads(file.read_text())
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        target = content
+        for name in parents:
+            target = target[int(name)] if isinstance(target, list) else target[name]
+        target[last] = value
+    file.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, gains in (("a", [1.2, 1.22, 1.21]), ("b", [1.3, 1.31, 1.32])):
+        write_results(tmp_path / name, gains=gains)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_the_interval_is_welchs():
+    one, other = [1.0, 1.1, 1.3, 1.2], [2.0, 2.3, 2.1]
+    import numpy as np
+
+    expected = ttest_ind(np.log(other), np.log(one), equal_var=False).confidence_interval()
+    interval = welch_interval(one, other)
+    assert (interval["low"], interval["high"]) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
+    assert welch_interval([2.0, 2.0], [3.0, 3.0])["low"] == pytest.approx(1.5)
+
+
+def test_a_faster_day_is_seen_and_what_changed_is_listed(runs):
+    change(runs[1], environment__versions__torch="2.14.0")
+    result = compare_results(*runs)
+    (load,) = result["loads"]
+    throughput = load["metrics"]["output_throughput"]
+    assert throughput["original"]["verdict"] == "no difference shown"
+    assert throughput["pruned"]["verdict"] == "better"
+    assert load["metrics"]["mean_tpot_ms"]["pruned"]["ratio"]["value"] < 1
+    assert load["metrics"]["mean_tpot_ms"]["pruned"]["verdict"] == "better"
+    assert result["changed"] == [["environment.versions.torch", "2.13.0", "2.14.0"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "vllm"}, "engine is 'onnx' in .* and 'vllm'"),
+        ({"primary_metric": "mean_ttft_ms"}, "primary_metric"),
+        ({"models__original__name": "other"}, "originals differ"),
+        ({"sizes__weight_bytes__original": 3}, "originals differ"),
+        ({"models__pruned__precision": "int8"}, "pruned model is None in A and int8"),
+        ({"measurements__0__workload__input_len": 65}, "no load was measured in both"),
+        ({"measurements__0__metrics__mean_tpot_ms__formula": "other"}, "mean_tpot_ms was computed in another way"),
+        ({"kind": "evaluation"}, "not a benchmark"),
+        ({"schema_version": 9}, "schema_version is 9"),
+    ],
+)
+def test_what_is_not_comparable_is_refused(runs, changes, message):
+    change(runs[1], **changes)
+    with pytest.raises(SenteiError, match=message):
+        compare_results(*runs)
+
+
+def test_the_command(runs):
+    done = sentei("compare", *runs)
+    assert done.returncode == 0
+    assert "better" in done.stdout
+    assert "(exploratory)" in done.stdout
+    refused(sentei("compare", runs[0], runs[0] / "missing.json"), "not readable JSON")

@@ -1,0 +1,51 @@
+"""``sentei compare``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from toolchain.cli.console import JsonOption, Output, QuietOption
+
+
+def compare(
+    one: Annotated[Path, typer.Argument(metavar="A", help="results.json, or its directory.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="Another, of another day, machine or version.")],
+    *,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Set two benchmarks side by side, or say why they cannot be compared."""
+    output = Output(as_json=as_json, quiet=quiet)
+    from serving.compare_runs import compare_results
+
+    result = compare_results(one, other)
+    output.result(result, lambda console: _show(console, result))
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    for load in result["loads"]:
+        shape = load["workload"]
+        rate = f", {shape['request_rate']:g} requests/s" if shape.get("request_rate") else ""
+        at_a_time = f", {shape['concurrency']} at a time" if shape["concurrency"] else ""
+        console.print(
+            f"{shape['input_len']} tokens in, {shape['output_len']} out{at_a_time}{rate}: A → B, B/A (95 % interval)",
+            markup=False,
+        )
+        for name, metric in load["metrics"].items():
+            for side in ("original", "pruned"):
+                if (found := metric[side]) is None:
+                    continue
+                ratio = found["ratio"]
+                console.print(
+                    f"  {name:<24} {side:<9} {found['a']:>9.4g} → {found['b']:>9.4g} {metric['unit']:<10} "
+                    f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}), {found['verdict']}"
+                    f"{' (exploratory)' if metric['role'] == 'exploratory' else ''}",
+                    markup=False,
+                )
+    if result["left_out"]:
+        console.print(f"{result['left_out']} loads were measured in one run alone and are left out.", markup=False)
+    console.print("What differs between the runs:" if result["changed"] else "Nothing else differs.", markup=False)
+    for name, before, after in result["changed"]:
+        console.print(f"  {name}: {before} → {after}", markup=False)

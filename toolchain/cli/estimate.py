@@ -1,0 +1,80 @@
+"""``sentei estimate``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from toolchain.cli.console import DeviceOption, DtypeOption, JsonOption, Output, QuietOption, pick_device, pick_dtype
+
+_UNITS = {"mean_ttft_ms": "ms", "mean_tpot_ms": "ms", "mean_e2el_ms": "ms", "output_throughput": "tokens/s"}
+
+
+def estimate(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json, or the directory that holds it.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The original: a directory or a hub id.")],
+    *,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    input_len: Annotated[int, typer.Option(help="Prompt tokens.")] = 512,
+    output_len: Annotated[int, typer.Option(help="Generated tokens.")] = 128,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Say what a plan promises on this device, before anything is pruned."""
+    output = Output(as_json=as_json, quiet=quiet)
+    pick_dtype(dtype, auto=None)
+    from serving.device_probe import probe_device
+    from serving.estimate import estimate as run
+    from toolchain.checkpoint import open_checkpoint, resolve_model
+    from toolchain.plan import load_plan
+
+    loaded, directory = load_plan(plan), resolve_model(model)
+    computed = str(open_checkpoint(directory).dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    output.note("Measuring this device, a few seconds ...")
+    result = run(
+        directory,
+        loaded.layout,
+        probe_device(pick_device(device), computed),
+        dtype=computed,
+        input_len=input_len,
+        output_len=output_len,
+        concurrency=concurrency,
+    )
+    load = {"input_len": input_len, "output_len": output_len, "concurrency": concurrency}
+    result = {**result, "peaks": asdict(result["peaks"]), "workload": load}
+    output.result(result, lambda console: _show(console, result))
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    peaks, load = result["peaks"], result["workload"]
+    console.print(
+        f"{peaks['device']}, {peaks['dtype']}: {peaks['flops_per_s'] / 1e9:,.0f} GFLOP/s, "
+        f"{peaks['bytes_per_s'] / 1e9:,.1f} GB/s read, measured just now",
+        markup=False,
+    )
+    console.print(
+        f"{load['input_len']} tokens in, {load['output_len']} out, {load['concurrency']} at a time: the best that this "
+        "device allows (roofline); no server reaches it, but both models miss it alike",
+        markup=False,
+    )
+    table = Table(box=None)
+    for header in ("", "original", "planned", "", "gain"):
+        table.add_column(header, justify="right" if header in ("original", "planned", "gain") else "left")
+    for name, unit in _UNITS.items():
+        metric = result["metrics"][name]
+        table.add_row(name, f"{metric['original']:.4g}", f"{metric['pruned']:.4g}", unit, f"{metric['gain']:.2f}x")
+    console.print(table)
+    for phase, entry in result["roofline"].items():
+        planned = entry["pruned"]
+        console.print(
+            f"  {phase}: {planned['flops_per_token'] / 1e9:.3g} GFLOP and {planned['bytes_per_token'] / 1e6:.3g} MB a "
+            f"token, {planned['flops_per_byte']:.3g} FLOP a byte: bound by {planned['bound']}",
+            markup=False,
+        )
+    for limit in result["limits"]:
+        console.print(f"  {limit['text']}", markup=False)
