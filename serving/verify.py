@@ -73,7 +73,8 @@ class Tolerances:
         max_difference: Of any log-probability, absolute.
         mean_difference: Of log-probabilities, absolute, on average. Few very sensitive tokens can dominate it.
         median_difference: Of log-probabilities, absolute.
-        greedy_margin: How much less likely than its first choice the reference finds a greedy token, on average.
+        greedy_margin: How much less likely than its first choice the reference finds a greedy token, on average; one
+            token counts as 1 at most.
     """
 
     max_difference: float | None = None
@@ -121,28 +122,32 @@ class Answers:
 #   float32   1.8e-3 | 1.6e-5 | 8e-6  | 0        float16   2.0 | 0.013 | 0.006 | 2e-4
 #   bfloat16  9.1    | 0.11   | 0.049 | 4e-3     int4      2.0 | 0.11  | 0.079 | 0.13
 # Maxima come from a few tokens to which a model without its first attention is very sensitive; outside float32 they
-# tell nothing. A fault in one down_proj, smallest over the demo model's layers: times 1.05 in float32 0.33 | 0.026;
-# times 1.5 in bfloat16 a mean of 0.21 and a median of 0.137.
+# tell nothing. After some commas the first choice of such a model is 9.5 nats apart in Transformers' own float32 and
+# bfloat16: hence the cap on a greedy token's margin. A cache that is never read: 0.25. A fault in one down_proj,
+# smallest over the demo model's layers: times 1.05 in float32 0.33 | 0.026; times 1.5 in bfloat16 a mean of 0.21 and a
+# median of 0.137.
 TOLERANCES: Mapping[str, Tolerances] = {
     "float32": Tolerances(max_difference=5e-3, mean_difference=1e-4, median_difference=5e-5, greedy_margin=1e-3),
     "float16": Tolerances(mean_difference=0.05, median_difference=0.02, greedy_margin=0.1),
-    "bfloat16": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
+    "bfloat16": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.1),
     "onnx-float32": Tolerances(max_difference=1e-3, mean_difference=1e-4, median_difference=5e-5, greedy_margin=1e-3),
-    "onnx-int8": Tolerances(mean_difference=0.3, median_difference=0.15, greedy_margin=0.5),
-    "int4": Tolerances(mean_difference=0.3, median_difference=0.15, greedy_margin=0.5),
+    "onnx-int8": Tolerances(mean_difference=0.3, median_difference=0.15, greedy_margin=0.2),
+    "int4": Tolerances(mean_difference=0.3, median_difference=0.15, greedy_margin=0.2),
     # Of quantised checkpoints, computed in bfloat16. Measured on the demo model pruned by 25 %, mean | median | greedy
     # margin: w4a16 0.062 | 0.047 | 4e-3; int8, whose tolerances grow by what rounding does, 0.34 | 0.24 | 0.02.
-    "fp8": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
-    "int8": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
-    "w4a16": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.3),
+    "fp8": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.1),
+    "int8": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.1),
+    "w4a16": Tolerances(mean_difference=0.3, median_difference=0.1, greedy_margin=0.1),
 }
 # Of checkpoints for vLLM.
 QUANTISED = ("fp8", "int8", "w4a16")
 _ONNX_PRECISIONS = {"fp32": "onnx-float32", "fp16": "float16", "bf16": "bfloat16", "int8": "onnx-int8", "int4": "int4"}
 # Of ONNX, by what rounding may do: largest fraction of other likeliest tokens, and factor on perplexity. Measured on
-# the demo model: int8 0.016 | 1.002, int4 0.16 | 1.12; on itself with attention gone in layers 0 and 12, which has lost
-# most of what it knew: int8 0.085 | 1.07, int4 0.41 | 1.55.
-_ROUNDING_EFFECTS = {"onnx-int8": (0.15, 1.1), "int4": (0.5, 2.0)}
+# the demo model: int8 0.016 | 1.002, int4 0.16 | 1.12; on itself with attention gone in layers 12 and 27: int8 0.057 |
+# 1.011, int4 0.32 | 1.42. With attention gone in layers 0 and 12 it has lost most of what it knew; int8 does 0.085 |
+# 1.07 there, and int4 0.41 | 1.55, which is refused: nobody should serve that.
+_ROUNDING_EFFECTS = {"onnx-int8": (0.15, 1.1), "int4": (0.4, 1.5)}
+_LARGEST_MARGIN = 1.0
 
 
 def verify(
@@ -286,7 +291,8 @@ def compare(reference: TransformersEngine, prompts: Sequence[Sequence[int]], ans
     margins: list[float] = []
     for prompt, tokens in zip(prompts, answers.greedy, strict=False):
         expected = reference.log_probabilities([*prompt, *tokens]).cpu()[len(prompt) - 1 : -1]
-        margins += (expected.max(-1).values - expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]).tolist()
+        chosen = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        margins += (expected.max(-1).values - chosen).clamp(max=_LARGEST_MARGIN).tolist()
     return Differences(
         max_difference=max(differences),
         mean_difference=statistics.fmean(differences),

@@ -69,14 +69,32 @@ def test_one_damaged_matrix_fails_by_its_answers_alone(demo_model, tmp_path, dty
     assert verdict["checks"]["differing_tensors"] == {"passed": False, "value": 1, "limit": 0}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_onnx_passes_when_right(pruned_demo, tmp_path, precision):
-    export_onnx(pruned_demo, tmp_path / "out", precision=precision)
-    verdict = verify(tmp_path / "out", pruned_demo)
+@pytest.fixture(scope="module")
+def healthy_demo(demo_model, tmp_path_factory):
+    """Without attention in layers 12 and 27, and with narrower FFNs; int4 leaves something of it."""
+    directory = tmp_path_factory.mktemp("models") / "healthy"
+    directory.mkdir()
+    prune_by_hand(demo_model, directory, removed_attention={12, 27}, width=lambda layer: 1536 - 8 * (layer + 1))
+    return directory
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.acceptance), "int4"])
+def test_onnx_passes_when_right(healthy_demo, tmp_path, precision):
+    export_onnx(healthy_demo, tmp_path / "out", precision=precision)
+    verdict = verify(tmp_path / "out", healthy_demo)
     assert verdict["passed"], failed(verdict)
     assert verdict["engine"] == "onnx"
     assert ("rounding_top1_disagreement" in verdict["checks"]) == (precision != "fp32")
     assert ("rounding_perplexity_ratio" in verdict["checks"]) == (precision != "fp32")
+
+
+@pytest.mark.acceptance
+def test_onnx_fails_when_rounding_ruins_the_model(pruned_demo, tmp_path):
+    """Without its first attention the demo model has little left, and int4 takes a third of that."""
+    export_onnx(pruned_demo, tmp_path / "out", precision="int4")
+    failures = failed(verify(tmp_path / "out", pruned_demo))
+    assert "rounding_perplexity_ratio" in failures
+    assert failures <= {"rounding_perplexity_ratio", "rounding_top1_disagreement"}
 
 
 @pytest.mark.parametrize(("precision", "factor"), [("fp32", 1.05), ("int4", 1.5)])
@@ -150,6 +168,15 @@ def test_a_broken_cache_shows_in_the_greedy_tokens(demo_model):
     broken = compare(reference, PROMPTS, Answers(log_probabilities=right.log_probabilities, greedy=forgetful))
     assert broken.max_difference == 0
     assert broken.greedy_margin > max(each.greedy_margin for each in TOLERANCES.values())
+
+
+def test_one_sensitive_token_does_not_decide(demo_model):
+    reference = TransformersEngine(demo_model, dtype=torch.float32)
+    prompt = PROMPTS[0]
+    tokens = reference.generate(prompt, 8)
+    tokens[-1] = int(reference.log_probabilities([*prompt, *tokens])[-2].argmin())
+    answers = Answers(log_probabilities=reference.top_log_probabilities([prompt], 5), greedy=[tokens])
+    assert compare(reference, [prompt], answers).greedy_margin == pytest.approx(1 / 8, abs=1e-5)
 
 
 def test_nan_fails():
