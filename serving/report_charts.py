@@ -105,7 +105,7 @@ def curve_chart(plans: Sequence[PruningPlan], limit: float | None) -> str:
         hover = [f"step {step.number}: {step.metric:.4g}" for step in plan.steps]
         for name, color, part in (
             ("FFNs narrowed", ORIGINAL, slice(0, rungs + 1)),
-            ("attentions removed", PRUNED, slice(rungs, None)),
+            ("blocks removed" if plan.document.block_steps else "attentions removed", PRUNED, slice(rungs, None)),
         ):
             figure.add_scatter(
                 x=x[part], y=y[part], mode="lines+markers", name=name, showlegend=number == 0, legendgroup=name,

@@ -13,6 +13,7 @@ from toolchain.metrics import Metric, StateMetric, TokenMetric, finite, measure
 from toolchain.plan import Dropped
 from toolchain.racing import run_heats
 from toolchain.stepping import EnteringStates, embedded_states, without_each
+from toolchain.sub_blocks import SubBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +114,25 @@ def candidate_scores(
     states: EnteringStates,
     on_candidate: Callable[[], None] = lambda: None,
 ) -> dict[int, float]:
-    """The metric of each candidate's removal.
+    """The metric of each attention's removal.
 
     Raises:
         SenteiError: The metric is NaN or Inf, or memory does not suffice for one candidate.
     """
+    attentions = [SubBlock(layer, "attention") for layer in candidates]
+    return {
+        each.layer: value for each, value in sub_block_scores(walk, metric, attentions, states, on_candidate).items()
+    }
+
+
+def sub_block_scores(
+    walk: LayerWalk,
+    metric: StateMetric,
+    candidates: list[SubBlock],
+    states: EnteringStates,
+    on_candidate: Callable[[], None] = lambda: None,
+) -> dict[SubBlock, float]:
+    """The metric of each candidate's removal; see :func:`candidate_scores`."""
 
     def score(hidden: torch.Tensor) -> float:
         value = finite(metric(walk, hidden), metric.name, walk)

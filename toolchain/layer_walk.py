@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from toolchain.families import Family
 from toolchain.memory import available_bytes
-from toolchain.modeling import decoder_layers, remove_attention
+from toolchain.modeling import decoder_layers, remove_attention, remove_ffn
+from toolchain.sub_blocks import Part, SubBlock
 from toolchain.surgery import KeptNeurons, narrow_ffn
 
 # So many logits are made at a time, for at most so many tokens: a block of them stays in a CPU's cache, and is still
@@ -47,6 +48,10 @@ class Layers(Protocol):
         """Takes out a layer's attention."""
         ...
 
+    def remove_ffn(self, index: int) -> None:
+        """Takes out a layer's whole FFN."""
+        ...
+
 
 class ResidentLayers:
     """The layers of a model that is in memory; the model itself is changed."""
@@ -73,6 +78,10 @@ class ResidentLayers:
     def remove_attention(self, index: int) -> None:
         """See :class:`Layers`."""
         remove_attention(self._layers[index], self._family)
+
+    def remove_ffn(self, index: int) -> None:
+        """See :class:`Layers`."""
+        remove_ffn(self._layers[index], self._family)
 
 
 class LayerWalk:
@@ -163,17 +172,22 @@ class LayerWalk:
     def _sequences_per_call(self, seq_len: int) -> int:
         return max(1, _TOKENS_PER_CALL["cuda" if self.model.device.type == "cuda" else "cpu"] // seq_len)
 
-    def run_without_attention(self, module: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Runs one layer as if its attention had been removed."""
-        with attention_removed(module, self.family):
+    def run_without(self, parts: Collection[Part], module: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Runs one layer as if its attention, its FFN or both had been removed."""
+        with parts_removed(module, self.family, parts):
             return self.run(module, index, hidden)
+
+    def remove(self, sub_blocks: Collection[SubBlock]) -> None:
+        """Takes these out for good."""
+        for layer, part in sub_blocks:
+            {"attention": self.layers.remove_attention, "ffn": self.layers.remove_ffn}[part](layer)
 
     def forward(self, hidden: torch.Tensor, *, without_attention: Collection[int] = ()) -> torch.Tensor:
         """Runs all layers, some of them as if their attention had been removed."""
         for index in range(len(self.layers)):
             with self.layers.layer(index) as module:
-                run = self.run_without_attention if index in without_attention else self.run
-                hidden = run(module, index, hidden)
+                parts: tuple[Part, ...] = ("attention",) if index in without_attention else ()
+                hidden = self.run_without(parts, module, index, hidden)
         return hidden
 
     def logits(self, states: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -277,11 +291,19 @@ class _Listener(nn.Module):
         return hidden
 
 
-@contextmanager
-def attention_removed(module: nn.Module, family: Family) -> Iterator[None]:
+def attention_removed(module: nn.Module, family: Family) -> AbstractContextManager[None]:
     """Runs a layer as if its attention, and the norms that go with it, were gone."""
-    saved = {name: getattr(module, name) for name in family.attention_parts}
-    remove_attention(module, family)
+    attention: Part = "attention"
+    return parts_removed(module, family, [attention])
+
+
+@contextmanager
+def parts_removed(module: nn.Module, family: Family, parts: Collection[Part]) -> Iterator[None]:
+    """Runs a layer as if some of its parts, and the norms that go with them, were gone."""
+    modules = {"attention": (family.attention_parts, remove_attention), "ffn": (family.ffn_parts, remove_ffn)}
+    saved = {name: getattr(module, name) for part in parts for name in modules[part][0]}
+    for part in parts:
+        modules[part][1](module, family)
     try:
         yield
     finally:

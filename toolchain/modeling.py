@@ -176,6 +176,13 @@ def remove_attention(layer: nn.Module, family: Family) -> None:
         setattr(layer, norm, nn.Identity())
 
 
+def remove_ffn(layer: nn.Module, family: Family) -> None:
+    """Takes a decoder layer's whole FFN out, and its norms."""
+    setattr(layer, family.ffn, RemovedFFN())
+    for norm in family.ffn_norms:
+        setattr(layer, norm, nn.Identity())
+
+
 def shape_layers(model: PreTrainedModel, family: Family, layout: tuple[LayerLayout, ...]) -> None:
     """Gives each layer of a freshly built model the modules its layout asks for; weights are left to the loader."""
     global_width = model.config.intermediate_size
@@ -183,9 +190,7 @@ def shape_layers(model: PreTrainedModel, family: Family, layout: tuple[LayerLayo
         if not wanted.attention:
             remove_attention(layer, family)
         if wanted.intermediate_size == 0:
-            setattr(layer, family.ffn, RemovedFFN())
-            for norm in family.ffn_norms:
-                setattr(layer, norm, nn.Identity())
+            remove_ffn(layer, family)
         elif wanted.intermediate_size != global_width:
             narrow = copy.copy(model.config)
             narrow.intermediate_size = wanted.intermediate_size

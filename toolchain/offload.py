@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from toolchain.checkpoint import Checkpoint
 from toolchain.layer_walk import LayerWalk
 from toolchain.layout import LayerLayout
-from toolchain.modeling import check_complete, decoder_layers, remove_attention, transformers_class
+from toolchain.modeling import check_complete, decoder_layers, remove_attention, remove_ffn, transformers_class
 from toolchain.surgery import KeptNeurons, PrunedTensors, narrow_ffn
 
 
@@ -86,6 +86,13 @@ class DiskLayers:
         """See :class:`toolchain.layer_walk.Layers`."""
         remove_attention(self._layers[index], self._checkpoint.family)
         self._layout[index] = LayerLayout(attention=False, intermediate_size=self._layout[index].intermediate_size)
+        self._reshaped()
+
+    def remove_ffn(self, index: int) -> None:
+        """See :class:`toolchain.layer_walk.Layers`."""
+        remove_ffn(self._layers[index], self._checkpoint.family)
+        self._layout[index] = LayerLayout(attention=self._layout[index].attention, intermediate_size=0)
+        self._kept = [each[:0] if layer == index else each for layer, each in enumerate(self._kept)]
         self._reshaped()
 
     def _reshaped(self) -> None:

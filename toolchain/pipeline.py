@@ -14,6 +14,7 @@ import transformers
 
 from toolchain import embedded_text
 from toolchain.allocation import Allocation, Protected, allocate, block_parameters
+from toolchain.block_removal import BLOCK_METHODS, EVOPRESS, num_blocks_to_remove, remove_blocks
 from toolchain.calibration import TokenWindows, load_windows
 from toolchain.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from toolchain.compensation import compensate
@@ -53,6 +54,8 @@ class PruneSettings:
 
     Attributes:
         sparsity: Fraction of decoder-block parameters to remove.
+        method: ``2ssp``, or one of :data:`toolchain.block_removal.BLOCK_METHODS`, which know no other setting than
+            ``evopress_budget``, calibration and computing.
         calibration: Text file; ``None`` for the embedded text.
         num_samples: Calibration windows; stage 2 uses the first.
         seq_len: Tokens a window.
@@ -67,10 +70,11 @@ class PruneSettings:
         limit_metric: What the limit looks at, if that is another metric.
         tensor_parallel: Ranks that a server will split each layer over.
         compensate: Re-fit the output projections of what is left; see :mod:`toolchain.compensation`.
+        evopress_budget: One of :data:`toolchain.evopress.BUDGETS`.
         offload: Keep one layer in memory instead of all.
         device: Computed on.
         dtype: Computed in; the checkpoint keeps the model's own.
-        seed: Recorded and set, although 2SSP draws nothing at random.
+        seed: Recorded and set; only EvoPress draws at random.
     """
 
     sparsity: float
@@ -82,6 +86,7 @@ class PruneSettings:
     device: str
     dtype: torch.dtype
     seed: int
+    method: str = METHOD
     allocation: str = "formula"
     widths: str = "uniform"
     protected: Protected = field(default_factory=Protected)
@@ -91,6 +96,7 @@ class PruneSettings:
     limit_metric: str | None = None
     tensor_parallel: int = 1
     compensate: bool = False
+    evopress_budget: str = "paper"
     offload: bool = False
 
 
@@ -116,10 +122,11 @@ def prune(
     resume: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Runs both stages of 2SSP and writes the pruned checkpoint with its plan, summary and model card.
+    """Runs both stages of 2SSP, or another method, and writes the checkpoint with its plan, summary and model card.
 
     Until it is done, the search lives in ``<out>.search``, a plan directory that is saved after every step. If the
-    search fails after it has removed an attention, it stays there: what made it fail may be mended, and it resumed.
+    search fails after it has removed an attention or a block, it stays there: what made it fail may be mended, and it
+    resumed.
 
     Args:
         model_directory: The unpruned model.
@@ -185,16 +192,22 @@ def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> 
     """
     checkpoint = open_checkpoint(model_directory)
     sizes = block_parameters(checkpoint)
-    unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
-    # From here on, and in the plan, only the multiple itself counts.
-    settings = replace(settings, align=unit, tensor_parallel=1)
-    allocation = allocate(
-        sizes,
-        settings.sparsity,
-        align=settings.align,
-        attention_removals=settings.attention_removals,
-        protected=settings.protected,
-    )
+    allocation = None
+    if settings.method in BLOCK_METHODS:
+        num_blocks_to_remove(sizes.num_hidden_layers, settings.sparsity)
+        search_kind = settings.evopress_budget if settings.method == EVOPRESS else "exact"
+        settings = replace(settings, align=1, allocation=settings.method, widths="whole", search=search_kind)
+    else:
+        unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
+        # From here on, and in the plan, only the multiple itself counts.
+        settings = replace(settings, align=unit, tensor_parallel=1)
+        allocation = allocate(
+            sizes,
+            settings.sparsity,
+            align=settings.align,
+            attention_removals=settings.attention_removals,
+            protected=settings.protected,
+        )
     tokenizer = load_tokenizer(model_directory)
     windows = load_windows(settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len)
     metric = choose_metric(settings.metric, windows.ids[:1], tokenizer)
@@ -225,17 +238,17 @@ def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None
 def _blank_plan(
     checkpoint: Checkpoint,
     settings: PruneSettings,
-    allocation: Allocation,
+    allocation: Allocation | None,
     windows: TokenWindows,
     metric: Metric,
     model_name: str,
 ) -> PlanDocument:
     """The plan a search begins with: where it comes from and where it wants to go."""
-    published = settings.allocation == "formula" and settings.widths == "uniform"
+    published = allocation if settings.allocation == "formula" and settings.widths == "uniform" else None
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
         sentei_version=version("sentei"),
-        method=f"{METHOD}, compensated" if settings.compensate else METHOD,
+        method=f"{settings.method}, compensated" if settings.compensate else settings.method,
         base_model=BaseModelRecord(
             name=model_name,
             model_type=checkpoint.family.model_type,
@@ -245,8 +258,8 @@ def _blank_plan(
             weights_sha256=checkpoint.fingerprint,
         ),
         target_sparsity=settings.sparsity,
-        target_intermediate_size=list(allocation.widths) if published else [],
-        target_attention_removals=allocation.num_attention_removals if published else 0,
+        target_intermediate_size=list(published.widths) if published else [],
+        target_attention_removals=published.num_attention_removals if published else 0,
         align=settings.align,
         allocation=settings.allocation if settings.attention_removals is None else "given",
         attention_removals=settings.attention_removals,
@@ -292,7 +305,8 @@ def search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Pro
         save=state.save,
         progress=progress,
     )
-    return running.finish(plan or running.begin(job.blank))
+    plan = plan or running.begin(job.blank)
+    return remove_blocks(running, plan) if settings.method in BLOCK_METHODS else running.finish(plan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -506,7 +520,7 @@ def summarise(
             "name": document.metric,
             "source": document.metric_source,
             "original": document.metric_original,
-            "after_stage_1": document.metric_after_stage_1,
+            "after_stage_1": None if document.block_steps else document.metric_after_stage_1,
             "after_stage_2": document.metric_at_end,
             "pruned": measured,
         },

@@ -88,6 +88,22 @@ class Removal(_Record):
     limit_metric: float | None = None
 
 
+class BlockStep(_Record):
+    """One step of a method that removes whole attentions and FFNs: all that is gone after it, and the metric then.
+
+    ``score`` is what the method itself went by, if that is not the metric, and ``candidates`` that of each candidate.
+    ``generation`` is the last one of an evolution that this was the best of.
+    """
+
+    attention: list[int]
+    ffn: list[int]
+    metric: float
+    num_block_parameters: int
+    score: float | None = None
+    generation: int | None = None
+    candidates: dict[str, float] | None = None
+
+
 class RefitRecord(_Record):
     """A projection that was re-fitted: the ridge chosen, and the error on held-out windows before and after.
 
@@ -164,6 +180,7 @@ class PlanDocument(_Record):
     layers: list[PlannedLayer]
     stage_1: list[Rung]
     trace: list[Removal]
+    block_steps: list[BlockStep] = []
 
     @property
     def metric_after_stage_1(self) -> float:
@@ -173,6 +190,8 @@ class PlanDocument(_Record):
     @property
     def metric_at_end(self) -> float:
         """The search's metric after its last step."""
+        if self.block_steps:
+            return self.block_steps[-1].metric
         return self.trace[-1].metric if self.trace else self.metric_after_stage_1
 
 
@@ -241,8 +260,9 @@ class PruningPlan:
     def steps(self) -> tuple[Step, ...]:
         """Every point at which pruning can stop, the original first."""
         document = self.document
-        points: list[tuple[str, Rung | Removal]] = [(_rung_label(rung), rung) for rung in document.stage_1]
+        points: list[tuple[str, Rung | Removal | BlockStep]] = [(_rung_label(rung), rung) for rung in document.stage_1]
         points += [(f"attention {step.removed} removed", step) for step in document.trace]
+        points += zip(_block_labels(document.block_steps), document.block_steps, strict=True)
         original = Step(
             number=0,
             label="original",
@@ -269,21 +289,33 @@ class PruningPlan:
             SenteiError: There is no such step.
         """
         document = self.document
-        last = len(document.stage_1) + len(document.trace)
+        last = len(self.steps) - 1
         if not 0 <= step <= last:
             raise SenteiError(f"There is no step {step}.", f"This plan has steps 0 to {last}; see sentei plan curve.")
+        if document.block_steps:
+            return self.at([], [], document.block_steps[:step])
         return self.at(document.stage_1[:step], document.trace[: max(0, step - len(document.stage_1))])
 
-    def at(self, stage_1: Sequence[Rung], trace: Sequence[Removal]) -> "PruningPlan":
-        """The same plan after other steps: widths of the last rung, attentions of the trace removed."""
+    def at(
+        self, stage_1: Sequence[Rung], trace: Sequence[Removal], block_steps: Sequence[BlockStep] = ()
+    ) -> "PruningPlan":
+        """The same plan after other steps: widths of the last rung, attentions of the trace removed.
+
+        Of a method that removes whole attentions and FFNs, what its last step says.
+        """
         base = self.document.base_model
         widths = stage_1[-1].intermediate_size if stage_1 else [base.intermediate_size] * base.num_hidden_layers
         removed = {step.removed for step in trace}
+        if block_steps:
+            removed |= set(block_steps[-1].attention)
+            widths = [0 if layer in block_steps[-1].ffn else width for layer, width in enumerate(widths)]
         layers = [
             PlannedLayer(layer=layer, attention="remove" if layer in removed else "keep", intermediate_size=width)
             for layer, width in enumerate(widths)
         ]
-        changes: dict[str, Any] = {"stage_1": list(stage_1), "trace": list(trace), "layers": layers}
+        changes: dict[str, Any] = {
+            "stage_1": list(stage_1), "trace": list(trace), "block_steps": list(block_steps), "layers": layers
+        }  # fmt: skip
         if self.document.compensation is not None:
             changes["compensation"] = CompensationRecord()
         return PruningPlan(self.document.model_copy(update=changes), self.importance)
@@ -291,7 +323,7 @@ class PruningPlan:
     def summary(self) -> dict[str, Any]:
         """The plan for machines: what ``sentei plan show --json`` prints."""
         return {
-            **self.document.model_dump(exclude={"layers", "stage_1", "trace"}),
+            **self.document.model_dump(exclude={"layers", "stage_1", "trace", "block_steps"}),
             "metric_after_stage_1": self.document.metric_after_stage_1,
             "layers": [
                 {**layer.model_dump(), "kept_neurons": kept.tolist()}
@@ -300,6 +332,7 @@ class PruningPlan:
             "removed_attention": list(self.removed_attention),
             "stage_1": [rung.model_dump() for rung in self.document.stage_1],
             "trace": [step.model_dump(exclude_none=True) for step in self.document.trace],
+            "block_steps": [step.model_dump(exclude_none=True) for step in self.document.block_steps],
         }
 
     def save(self, directory: Path) -> None:
@@ -314,6 +347,34 @@ class PruningPlan:
 def _rung_label(rung: Rung) -> str:
     low, high = min(rung.intermediate_size), max(rung.intermediate_size)
     return f"FFN narrowed to {low}" + (f"-{high}" if high > low else "")
+
+
+def _block_labels(steps: Sequence[BlockStep]) -> list[str]:
+    """What each step took away, and put back."""
+    labels = []
+    before: set[tuple[str, int]] = set()
+    for step in steps:
+        after = {("attention", layer) for layer in step.attention} | {("FFN", layer) for layer in step.ffn}
+        gone, back = after - before, before - after
+        labels.append(
+            "; ".join(f"{_named(parts)} {what}" for parts, what in ((gone, "removed"), (back, "back")) if parts)
+        )
+        before = after
+    return labels
+
+
+def _named(parts: set[tuple[str, int]]) -> str:
+    """Such as "blocks 3, 4 and FFN 7": whole blocks first, then what is only half of one."""
+    layers: dict[str, list[int]] = {"block": [], "attention": [], "FFN": []}
+    for part, layer in sorted(parts):
+        whole = {("attention", layer), ("FFN", layer)} <= parts
+        if not whole or part == "FFN":
+            layers["block" if whole else part].append(layer)
+    return " and ".join(
+        f"{name}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+        for name, numbers in layers.items()
+        if numbers
+    )
 
 
 def top_neurons(scores: NDArray[np.float32], width: int) -> NDArray[np.int64]:
@@ -419,7 +480,9 @@ def _to_json(document: PlanDocument) -> str:
     fields = document.model_dump(mode="json")
     lines = []
     for key, value in fields.items():
-        if key in ("layers", "stage_1", "trace") and value:
+        if key == "block_steps" and not value:
+            continue
+        if key in ("layers", "stage_1", "trace", "block_steps") and value:
             # What is not set is left out.
             value = [{k: v for k, v in entry.items() if v is not None} for entry in value]
             entries = ",\n".join(f"    {json.dumps(entry)}" for entry in value)

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from toolchain.errors import SenteiError
-from toolchain.plan import PruningPlan, Removal
+from toolchain.plan import PlanDocument, PruningPlan, Removal
 
-_FOUND = {"layers", "stage_1", "trace"}
+_FOUND = {"layers", "stage_1", "trace", "block_steps"}
 
 
 def difference(first: PruningPlan, second: PruningPlan) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def reasons(plan: PruningPlan, layer: int) -> dict[str, Any]:
         ``attention``: ``decision``, ``protected``, and ``steps``, one entry a step the layer was a candidate in: the
         ``metric`` its removal would have left, its ``rank`` among ``num_candidates``, and what was ``removed`` instead
         with the metric ``best``; a candidate that lost a race early has the metric on ``num_tokens`` tokens.
+        ``blocks``: what a method that removes whole attentions and FFNs gave those of the layer, in its first step.
         ``ffn``: ``intermediate_size`` of ``full``, ``protected``, ``importance_kept`` (the kept neurons' share of the
         layer's summed squared scores), ``least_kept`` and ``most_removed`` (scores; ``None`` where there is none).
 
@@ -71,6 +72,7 @@ def reasons(plan: PruningPlan, layer: int) -> dict[str, Any]:
             "protected": layer in document.protected.attention,
             "steps": [seen for number, step in enumerate(document.trace, 1) if (seen := _seen(number, step, layer))],
         },
+        "blocks": _first_look(document, layer),
         "ffn": {
             "intermediate_size": len(kept),
             "full": len(scores),
@@ -80,6 +82,11 @@ def reasons(plan: PruningPlan, layer: int) -> dict[str, Any]:
             "most_removed": float(scores[removed].max()) if len(removed) else None,
         },
     }
+
+
+def _first_look(document: PlanDocument, layer: int) -> dict[str, float]:
+    candidates = document.block_steps[0].candidates if document.block_steps else None
+    return {name: score for name, score in (candidates or {}).items() if name.split()[-1].split("-")[0] == str(layer)}
 
 
 def _seen(number: int, step: Removal, layer: int) -> dict[str, Any] | None:

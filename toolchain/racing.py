@@ -15,6 +15,7 @@ from toolchain.layer_walk import LayerWalk
 from toolchain.metrics import TokenMetric
 from toolchain.plan import Dropped
 from toolchain.stepping import EnteringStates, without_each
+from toolchain.sub_blocks import SubBlock
 
 # Behind means: the mean difference from the leader is more than this many of its standard errors.
 _STANDARD_ERRORS = 2.0
@@ -68,12 +69,13 @@ def _values(
     walk: LayerWalk, metric: TokenMetric, racing: list[int], states: EnteringStates, num_tokens: int
 ) -> dict[int, torch.Tensor]:
     walk.embed(metric.ids[:, :num_tokens])
-    return without_each(
+    found = without_each(
         walk,
-        racing,
+        [SubBlock(layer, "attention") for layer in racing],
         states.starting(num_tokens),
         lambda hidden: metric.of_tokens(walk, hidden).double().flatten(),
     )
+    return {each.layer: values for each, values in found.items()}
 
 
 def _is_behind(values: torch.Tensor, leader: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ _MEASURED: dict[str, Any] = {
     "layers": True,
     "stage_1": True,
     "trace": True,
+    "block_steps": True,
     "compensation": {"refits", "perplexity"},
 }
 
@@ -77,8 +78,11 @@ class SearchState:
 
     @property
     def worth_keeping(self) -> bool:
-        """Whether an attention was removed already: only steps of stage 2 take long."""
-        return (self.directory / PLAN_FILE).exists() and bool(load_plan(self.directory).document.trace)
+        """Whether an attention or a block was removed already: only such steps take long."""
+        if not (self.directory / PLAN_FILE).exists():
+            return False
+        document = load_plan(self.directory).document
+        return bool(document.trace or document.block_steps)
 
     def remove(self) -> None:
         """Forgets the search."""

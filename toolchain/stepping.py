@@ -1,13 +1,13 @@
-"""One step of the search: a model without each candidate's attention, the work below a candidate done once.
+"""One step of the search: a model without each candidate, the work below a candidate done once.
 
-Removing the attention of layer *i* changes nothing below it. So a candidate joins the walk at its layer, and from there
-all candidates of a step go up together: each layer is visited once a step, and its weights are read once. And once the
-attention of layer *r* is gone for good, candidates below *r* are what they were up to there: in the next step they join
-the walk at *r*.
+A candidate is a layer's attention or its FFN. Removing a part of layer *i* changes nothing below it.
+So a candidate joins the walk at its layer, and from there all candidates of a step go up together: each layer is
+visited once a step, and its weights are read once. And once a part of layer *r* is gone for good, candidates below *r*
+are what they were up to there: in the next step they join the walk at *r*.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from toolchain.errors import SenteiError
 from toolchain.layer_walk import LayerWalk
 from toolchain.memory import available_bytes, is_out_of_memory
+from toolchain.sub_blocks import SubBlock
 
 # The rest is for what a layer and the head need while they run.
 _SHARE_FOR_STATES = 0.4
@@ -25,7 +26,7 @@ Found = TypeVar("Found")
 class EnteringStates:
     """Hidden states where they are known: what enters layer 0, and as many others as fit.
 
-    Of the current model, and of the candidates of the last step, which are the current model without one attention.
+    Of the current model, and of the candidates of the last step, which are the current model without one part.
 
     Attributes:
         nbytes: Of one state.
@@ -35,7 +36,7 @@ class EnteringStates:
     def __init__(self, embedded: torch.Tensor) -> None:
         """``embedded``: what enters layer 0, ``[num_sequences, seq_len, hidden_size]``."""
         self._states = {0: embedded}
-        self._of_candidates: dict[int, dict[int, torch.Tensor]] = {}
+        self._of_candidates: dict[SubBlock, dict[int, torch.Tensor]] = {}
         self.nbytes = embedded.nbytes
         self.num_tokens = embedded.shape[0] * embedded.shape[1]
 
@@ -61,8 +62,8 @@ class EnteringStates:
         """A state, if it is known."""
         return self._states.get(layer)
 
-    def of_candidate(self, candidate: int) -> tuple[int, torch.Tensor] | None:
-        """The highest layer above a candidate's own whose entering state is known without its attention, and that."""
+    def of_candidate(self, candidate: SubBlock) -> tuple[int, torch.Tensor] | None:
+        """The highest layer above a candidate's own whose entering state is known without it, and that."""
         known = self._of_candidates.get(candidate)
         return max(known.items(), key=lambda item: item[0]) if known else None
 
@@ -71,8 +72,8 @@ class EnteringStates:
         if len(self._states) < capacity:
             self._states[layer] = state
 
-    def keep_of_candidate(self, candidate: int, layer: int, state: torch.Tensor) -> None:
-        """Keeps a state without a candidate's attention."""
+    def keep_of_candidate(self, candidate: SubBlock, layer: int, state: torch.Tensor) -> None:
+        """Keeps a state without a candidate."""
         self._of_candidates.setdefault(candidate, {})[layer] = state
 
     def forget_above(self, layer: int) -> None:
@@ -96,22 +97,22 @@ def embedded_states(walk: LayerWalk, ids: torch.Tensor) -> EnteringStates:
 
 @torch.inference_mode()
 def without_each(
-    walk: LayerWalk, candidates: list[int], states: EnteringStates, look: Callable[[torch.Tensor], Found]
-) -> dict[int, Found]:
-    """What ``look`` makes of the last hidden state without each candidate's attention, in turn.
+    walk: LayerWalk, candidates: list[SubBlock], states: EnteringStates, look: Callable[[torch.Tensor], Found]
+) -> dict[SubBlock, Found]:
+    """What ``look`` makes of the last hidden state without each candidate, in turn.
 
     As many candidates go up together as memory holds.
 
     Args:
         walk: Over the model as it is.
-        candidates: Layers, ascending.
+        candidates: By layer, ascending.
         states: Of the model as it is.
         look: Given ``[num_sequences, seq_len, hidden_size]``.
 
     Raises:
         SenteiError: Memory does not suffice for one candidate.
     """
-    results: dict[int, Found] = {}
+    results: dict[SubBlock, Found] = {}
     free = available_bytes(walk.model.device) + (len(states) - 1) * states.nbytes
     room = max(2, int(_SHARE_FOR_STATES * free / states.nbytes))
     size = min(len(candidates), room - 1)
@@ -138,22 +139,55 @@ def without_each(
     return results
 
 
+@torch.inference_mode()
+def last_states(walk: LayerWalk, ids: torch.Tensor, models: Sequence[frozenset[SubBlock]]) -> Iterator[torch.Tensor]:
+    """What leaves the last layer of several models that differ in what is removed; up to there, two run as one.
+
+    Args:
+        walk: Over the unpruned model.
+        ids: int64 ``[num_sequences, seq_len]``.
+        models: What is removed of each.
+
+    Yields:
+        ``[num_sequences, seq_len, hidden_size]`` of each model in turn.
+    """
+    embedded = walk.embed(ids)
+    # In a layer, what enters it and what leaves it are there of each model.
+    together = max(1, int(_SHARE_FOR_STATES * available_bytes(walk.model.device) / (2 * embedded.nbytes)))
+    for start in range(0, len(models), together):
+        group = models[start : start + together]
+        states = {frozenset[SubBlock](): embedded}
+        for index in range(len(walk.layers)):
+            below = dict.fromkeys(frozenset(each for each in model if each.layer <= index) for model in group)
+            with walk.layers.layer(index) as module:
+                states = {
+                    removed: walk.run_without(
+                        [each.part for each in removed if each.layer == index],
+                        module,
+                        index,
+                        states[frozenset(each for each in removed if each.layer < index)],
+                    )
+                    for removed in below
+                }
+        yield from (states[model] for model in group)
+
+
 def _without_group(
     walk: LayerWalk,
-    group: list[int],
+    group: list[SubBlock],
     states: EnteringStates,
     look: Callable[[torch.Tensor], Found],
     *,
     capacity: int,
     stride: int | None,
-) -> dict[int, Found]:
+) -> dict[SubBlock, Found]:
     """Walks the candidates of ``group`` (ascending) up together, each from where it is known."""
     resumed = {candidate: place for candidate in group if (place := states.of_candidate(candidate))}
     fresh = [candidate for candidate in group if candidate not in resumed]
     # The current model itself is walked up to the last candidate that branches off from it.
-    base, last = (states.nearest(fresh[0]), fresh[-1]) if fresh else (len(walk.layers), -1)
+    base, last = (states.nearest(fresh[0].layer), fresh[-1].layer) if fresh else (len(walk.layers), -1)
     current = states.get(base)
-    rows: dict[int, torch.Tensor] = {}
+    rows: dict[SubBlock, torch.Tensor] = {}
     for index in range(min([base, *(layer for layer, _ in resumed.values())]), len(walk.layers)):
         with walk.layers.layer(index) as module:
             for candidate in rows:
@@ -161,9 +195,10 @@ def _without_group(
             for candidate, (layer, state) in resumed.items():
                 if layer == index:
                     rows[candidate] = walk.run(module, index, state)
-            if index in fresh:
-                assert current is not None
-                rows[index] = walk.run_without_attention(module, index, current)
+            for candidate in fresh:
+                if candidate.layer == index:
+                    assert current is not None
+                    rows[candidate] = walk.run_without((candidate.part,), module, index, current)
             if base <= index < last:
                 if (known := states.get(index + 1)) is None:
                     assert current is not None

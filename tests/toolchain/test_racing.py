@@ -18,6 +18,7 @@ from toolchain.metrics import KLDivergence, PerplexityMetric
 from toolchain.modeling import load_model, load_tokenizer
 from toolchain.plan import load_plan
 from toolchain.stepping import embedded_states, without_each
+from toolchain.sub_blocks import SubBlock
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +35,12 @@ def test_the_start_of_a_window_is_an_exact_part_of_it(demo_model: Path, ids: tor
     """What a race relies on: a candidate's losses on the first tokens do not depend on those that follow."""
     walk, metric = walk_over(demo_model), PerplexityMetric(ids)
     states, candidates = embedded_states(walk, ids), [3, 20]
-    whole = without_each(walk, candidates, states, lambda hidden: metric.of_tokens(walk, hidden).flatten())
+    attentions = [SubBlock(layer, "attention") for layer in candidates]
+    whole = without_each(walk, attentions, states, lambda hidden: metric.of_tokens(walk, hidden).flatten())
     short = racing._values(walk, metric, candidates, states, 32)
     for layer in candidates:
         assert len(short[layer]) == 31
-        torch.testing.assert_close(short[layer].float(), whole[layer][:31], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(short[layer].float(), whole[SubBlock(layer, "attention")][:31], rtol=1e-4, atol=1e-4)
 
 
 def test_it_runs_fewer_tokens_and_every_candidate_is_accounted_for(demo_model: Path, ids: torch.Tensor):

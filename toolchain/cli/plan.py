@@ -198,6 +198,9 @@ def _show_reasons(console: Console, found: dict[str, Any]) -> None:
             instead = "itself" if step["removed"] == found["layer"] else str(step["removed"])
             table.add_row(str(step["step"]), f"{step['metric']:.4g}", place, instead, f"{step['best']:.4g}")
         console.print(table, soft_wrap=False)
+    elif found["blocks"]:
+        for candidate, score in found["blocks"].items():
+            console.print(f"  {candidate}: {score:.4g} in the method's first look", markup=False)
     elif not attention["protected"]:
         console.print("  The search removed no attention, or never came to this layer.")
     console.print(
@@ -228,7 +231,8 @@ def _show(console: Console, plan: "PruningPlan") -> None:
                 f"[red]remove[/red] (step {steps[layer.layer][0]}, {document.metric} {steps[layer.layer][1]:.4g})"
             )
         else:
-            attention = "[red]remove[/red] (by hand)"
+            by_hand = not document.block_steps or layer.layer not in document.block_steps[-1].attention
+            attention = "[red]remove[/red]" + (" (by hand)" if by_hand else "")
         if layer.layer in document.protected.ffn:
             bar += " protected"
         table.add_row(str(layer.layer), attention, f"{layer.intermediate_size:>6} {share:>4.0%} {bar}")
@@ -236,7 +240,11 @@ def _show(console: Console, plan: "PruningPlan") -> None:
     console.print(
         f"{document.metric} on {document.metric_source or 'the calibration text'}: "
         f"{document.metric_original:.4g} originally, "
-        f"{document.metric_after_stage_1:.4g} after the FFNs"
+        + (
+            f"{document.metric_at_end:.4g} without what is removed"
+            if document.block_steps
+            else f"{document.metric_after_stage_1:.4g} after the FFNs"
+        )
         + (f", {document.trace[-1].metric:.4g} after the attentions" if document.trace else "")
     )
     if (compensation := document.compensation) is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +34,24 @@ class Method(StrEnum):
     """Pruning methods."""
 
     two_ssp = "2ssp"
+    shortgpt = "shortgpt"
+    sliding_window = "sliding-window"
+    blockpruner = "blockpruner"
+    evopress = "evopress"
+
+
+class EvopressBudget(StrEnum):
+    """How much EvoPress tries."""
+
+    paper = "paper"
+    small = "small"
+
+
+# What only 2SSP knows: the other methods remove whole attentions and FFNs, as published.
+_FOR_2SSP = (
+    "sweep", "align", "tensor_parallel", "compensate", "allocation", "attention_removals", "widths", "protect",
+    "metric", "search", "max_degradation", "max_metric", "min_metric", "limit_metric",
+)  # fmt: skip
 
 
 class Allocation(StrEnum):
@@ -57,6 +76,7 @@ class SearchKind(StrEnum):
 
 
 def prune(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")],
     *,
     out: OutOption,
@@ -86,9 +106,15 @@ def prune(
     method: Annotated[
         Method | None,
         typer.Option(
-            help="2ssp: exactly the published method (arXiv 2501.17771), never compensated.", rich_help_panel=_TARGET
+            help="2ssp: exactly the published method (arXiv 2501.17771), never compensated. The others remove whole "
+            "attentions and FFNs, as published: see docs/methods.md.",
+            rich_help_panel=_TARGET,
         ),
     ] = None,
+    evopress_budget: Annotated[
+        EvopressBudget,
+        typer.Option(help="How much --method evopress tries: as the paper, or far less.", rich_help_panel=_TARGET),
+    ] = EvopressBudget.paper,
     compensate: Annotated[
         bool,
         typer.Option(
@@ -168,7 +194,7 @@ def prune(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Prune a model in two stages: FFN neurons, then whole attentions."""
+    """Prune a model in two stages, FFN neurons, then whole attentions; or by another method."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain import pipeline
     from toolchain.allocation import parse_protected
@@ -177,6 +203,7 @@ def prune(
     from toolchain.search_state import search_directory
     from toolchain.sweep import sweep as run_sweep
 
+    _check_options(context, method)
     sparsities = _sparsities(sparsity, sweep)
     if method is Method.two_ssp and compensate:
         raise SenteiError(
@@ -186,6 +213,7 @@ def prune(
     directory = resolve_model(model)
     settings = pipeline.PruneSettings(
         sparsity=sparsities[0],
+        method=(method or Method.two_ssp).value,
         calibration=calibration,
         num_samples=samples,
         seq_len=seq_len,
@@ -203,6 +231,7 @@ def prune(
         limit=LimitSettings(max_degradation=max_degradation, max_metric=max_metric, min_metric=min_metric),
         limit_metric=limit_metric,
         compensate=compensate,
+        evopress_budget=evopress_budget.value,
         offload=offload,
     )
     if calibration is None:
@@ -225,6 +254,21 @@ def prune(
         if (unfinished := search_directory(out)).exists() and "--resume" not in str(error):
             output.note(f"{unfinished} holds the search so far. The same command with --resume goes on from there.")
         raise
+
+
+def _check_options(context: typer.Context, method: Method | None) -> None:
+    """Refuses options that the method does not know."""
+
+    def given(name: str) -> bool:
+        return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+    if method not in (None, Method.two_ssp) and (unknown := [name for name in _FOR_2SSP if given(name)]):
+        raise SenteiError(
+            f"--method {method} removes whole blocks as published and knows no --{unknown[0].replace('_', '-')}.",
+            "Leave it out, or prune with 2SSP.",
+        )
+    if method is not Method.evopress and given("evopress_budget"):
+        raise SenteiError("--evopress-budget is for --method evopress.", "Leave one out, or add the other.")
 
 
 def _sparsities(sparsity: float | None, sweep: str | None) -> list[float]:
@@ -284,6 +328,10 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     console.print(f"  attention    removed in layers {removed}")
     if damage["pruned"] is None:
         console.print("  damage       not measured: sentei evaluate does")
+    elif damage["after_stage_1"] is None:
+        console.print(
+            f"  {damage['name']:<11}  {damage['original']:.4g} → {damage['pruned']:.4g}, on the calibration text"
+        )
     else:
         compensated = f" → {damage['pruned']:.4g} (compensated)" if summary["num_refitted"] else ""
         console.print(
