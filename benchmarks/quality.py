@@ -58,7 +58,13 @@ class Method:
 _PRUNE = (
     "prune {model} -o {out} --sparsity {sparsity} --calibration {calibration} --samples {samples} --seq-len {seq_len}"
 )
-METHODS = (Method(name="2ssp", commands=(f"{_PRUNE} --method 2ssp --align 1",)),)
+METHODS = (
+    Method(name="2ssp", commands=(f"{_PRUNE} --method 2ssp --align 1",)),
+    Method(name="shortgpt", commands=(f"{_PRUNE} --method shortgpt",)),
+    Method(name="sliding-window", commands=(f"{_PRUNE} --method sliding-window",)),
+    Method(name="blockpruner", commands=(f"{_PRUNE} --method blockpruner",)),
+    Method(name="evopress", commands=(f"{_PRUNE} --method evopress --evopress-budget small",)),
+)
 BASELINE = "2ssp"
 TASKS = {
     "winogrande": "winogrande_xl_dev.jsonl",

@@ -191,23 +191,14 @@ def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> 
         SenteiError: Bad input.
     """
     checkpoint = open_checkpoint(model_directory)
-    sizes = block_parameters(checkpoint)
-    allocation = None
-    if settings.method in BLOCK_METHODS:
-        num_blocks_to_remove(sizes.num_hidden_layers, settings.sparsity)
+    allocation = allocation_of(checkpoint, settings)
+    if allocation is None:
         search_kind = settings.evopress_budget if settings.method == EVOPRESS else "exact"
         settings = replace(settings, align=1, allocation=settings.method, widths="whole", search=search_kind)
     else:
-        unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
         # From here on, and in the plan, only the multiple itself counts.
+        unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
         settings = replace(settings, align=unit, tensor_parallel=1)
-        allocation = allocate(
-            sizes,
-            settings.sparsity,
-            align=settings.align,
-            attention_removals=settings.attention_removals,
-            protected=settings.protected,
-        )
     tokenizer = load_tokenizer(model_directory)
     windows = load_windows(settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len)
     metric = choose_metric(settings.metric, windows.ids[:1], tokenizer)
@@ -221,6 +212,25 @@ def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> 
     blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric)})
     return Job(
         checkpoint=checkpoint, settings=settings, windows=windows, metric=metric, limit_metric=limit_metric, blank=blank
+    )
+
+
+def allocation_of(checkpoint: Checkpoint, settings: PruneSettings) -> Allocation | None:
+    """How 2SSP would split the target; ``None`` for a method that removes whole blocks.
+
+    Raises:
+        SenteiError: The method cannot reach the target.
+    """
+    sizes = block_parameters(checkpoint)
+    if settings.method in BLOCK_METHODS:
+        num_blocks_to_remove(sizes.num_hidden_layers, settings.sparsity)
+        return None
+    return allocate(
+        sizes,
+        settings.sparsity,
+        align=width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel),
+        attention_removals=settings.attention_removals,
+        protected=settings.protected,
     )
 
 

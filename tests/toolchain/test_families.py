@@ -20,6 +20,8 @@ from toolchain.layer_walk import LayerWalk
 from toolchain.metrics import PerplexityMetric
 from toolchain.modeling import load_model
 from toolchain.offload import open_offloaded
+from toolchain.stepping import last_states
+from toolchain.sub_blocks import SubBlock, layers_of, whole_blocks
 from toolchain.surgery import narrow_ffn
 
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -28,6 +30,8 @@ WIDTH = 48
 # every sliding one, every full one, one of each, and all but the last.
 WIDTHS = (31, 0, 48, 7)
 REMOVALS = ({0}, {0, 2}, {1, 3}, {1, 2}, {0, 1, 2})
+# Whole blocks, and half of another one.
+WITHOUT = (([], SubBlock(1, "ffn")), ([0], SubBlock(2, "attention")), ([1, 2, 3], SubBlock(0, "ffn")))
 
 each_variant = pytest.mark.parametrize("pico", EVERY_VARIANT, indirect=True, ids="-".join)
 
@@ -208,6 +212,20 @@ def test_the_search_agrees_with_the_plain_way(pico: Path):
     for (_, ours), (_, theirs) in zip(from_memory, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert search(open_offloaded(checkpoint, dtype=torch.float32, device="cpu"), 4) == from_memory
+
+
+@each_variant
+def test_models_without_whole_blocks_run_as_the_plain_way(pico: Path):
+    """Several at a time: half blocks, whole blocks, the first layer, and all but one."""
+    models = [frozenset(whole_blocks(layers) | {half}) for layers, half in WITHOUT]
+    walk = LayerWalk(load_model(pico), open_checkpoint(pico).family)
+    every, nothing = np.arange(WIDTH), np.arange(0)
+    for removed, state in zip(models, last_states(walk, IDS, models), strict=True):
+        kept = [nothing if layer in layers_of("ffn", removed) else every for layer in range(4)]
+        with torch.inference_mode():
+            expected = masked(pico, set(layers_of("attention", removed)), kept)(IDS).logits
+            found = torch.cat([logits for _, logits in walk.logits(state.flatten(0, 1))], dim=1)
+        torch.testing.assert_close(found, expected.flatten(0, 1).float(), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

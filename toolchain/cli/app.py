@@ -10,6 +10,7 @@ import typer
 from toolchain.cli import (
     benchmark,
     compare,
+    compare_methods,
     demo,
     doctor,
     estimate,
@@ -50,6 +51,7 @@ app.command("apply")(prune.apply)
 app.add_typer(plan.app, name="plan")
 app.command("estimate")(estimate.estimate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare-methods")(compare_methods.compare_methods)
 app.add_typer(export.app, name="export")
 app.command("quantize")(quantize.quantize)
 app.command("verify")(export.verify)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
@@ -260,7 +259,9 @@ def _check_options(context: typer.Context, method: Method | None) -> None:
     """Refuses options that the method does not know."""
 
     def given(name: str) -> bool:
-        return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        source = context.get_parameter_source(name)
+        # By name: Typer brings a click of its own, whose enumeration is not that of click.
+        return source is not None and source.name == "COMMANDLINE"
 
     if method not in (None, Method.two_ssp) and (unknown := [name for name in _FOR_2SSP if given(name)]):
         raise SenteiError(

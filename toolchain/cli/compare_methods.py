@@ -1,0 +1,175 @@
+"""``sentei compare-methods``."""
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from toolchain.cli.console import (
+    COMPUTING,
+    DeviceInPanelOption,
+    DtypeInPanelOption,
+    ForceOption,
+    JsonOption,
+    Output,
+    QuietOption,
+    compute_dtype,
+    pick_device,
+)
+from toolchain.cli.prune import EvopressBudget
+from toolchain.errors import SenteiError
+
+_PRUNING, _EVALUATION = "Pruning", "Evaluation"
+_INPUT_LEN, _OUTPUT_LEN, _REPEATS = 128, 32, 3
+
+
+def compare_methods(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")],
+    *,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory for comparison.json, comparison.md and the plans.")
+    ],
+    sparsity: Annotated[str, typer.Option(help="One or several.", rich_help_panel=_PRUNING)] = "0.25,0.375,0.5",
+    methods: Annotated[
+        str | None, typer.Option(help="Some of them, comma-separated; without it, all.", rich_help_panel=_PRUNING)
+    ] = None,
+    evopress_budget: Annotated[
+        EvopressBudget, typer.Option(help="How much EvoPress tries.", rich_help_panel=_PRUNING)
+    ] = EvopressBudget.paper,
+    align: Annotated[
+        int, typer.Option(help="FFN widths of 2SSP are multiples of this.", rich_help_panel=_PRUNING)
+    ] = 64,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text, as for sentei prune; not that of --text.", rich_help_panel=_PRUNING)
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.", rich_help_panel=_PRUNING)] = 32,
+    seed: Annotated[int, typer.Option(help="Of EvoPress.", rich_help_panel=_PRUNING)] = 0,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Perplexity on this; several times.", rich_help_panel=_EVALUATION)
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="How many windows of each; without it, all.", rich_help_panel=_EVALUATION)
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=FILE]", help="As for sentei evaluate; several times.", rich_help_panel=_EVALUATION),
+    ] = None,
+    questions: Annotated[
+        list[Path] | None, typer.Option(help="Your own; several times.", rich_help_panel=_EVALUATION)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first N questions of each task.", rich_help_panel=_EVALUATION)
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure speed too, in Transformers.", rich_help_panel=_EVALUATION)
+    ] = False,
+    seq_len: Annotated[int, typer.Option(help="Tokens a window, of every text.", rich_help_panel=COMPUTING)] = 2048,
+    device: DeviceInPanelOption = "auto",
+    dtype: DtypeInPanelOption = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted comparison.")] = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Prune by every method to several sparsities, evaluate what is left, and put it in one table."""
+    output = Output(as_json=as_json, quiet=quiet)
+    from toolchain.checkpoint import open_checkpoint, resolve_model
+    from toolchain.evaluation_parts import Parts, parts_directory
+    from toolchain.evaluation_run import EvaluationSettings
+    from toolchain.lm_eval_tasks import USER_QUESTIONS, TaskRequest, parse_task
+    from toolchain.method_comparison import METHODS, Comparison, compare_methods, save_comparison
+    from toolchain.output import check_output_directory, new_directory
+    from toolchain.pipeline import PruneSettings
+
+    chosen = methods.split(",") if methods else list(METHODS)
+    if unknown := [name for name in chosen if name not in METHODS]:
+        raise SenteiError(f"--methods: {unknown[0]!r} is not known.", f"Known are {', '.join(METHODS)}.")
+    sparsities = _sparsities(sparsity)
+    picked_device, directory = pick_device(device), resolve_model(model)
+    computed_in = compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype)
+    requests = [parse_task(each) for each in task or []]
+    requests += [TaskRequest(name=USER_QUESTIONS, file=each) for each in questions or []]
+
+    def measure_speed(pruned: Path) -> dict[str, Any]:
+        from serving.benchmark import benchmark
+        from serving.workload import make_workloads
+
+        workloads = make_workloads(engine="transformers", input_len=_INPUT_LEN, output_len=_OUTPUT_LEN)
+        with TemporaryDirectory() as place:
+            results = benchmark(
+                directory, pruned, engine="transformers", out=Path(place) / "speed", workloads=workloads,
+                repeats=_REPEATS, device=picked_device, dtype=str(computed_in).removeprefix("torch."),
+                on_progress=output.note,
+            )  # fmt: skip
+        [measurement] = results["measurements"]
+        return {"workload": measurement["workload"], **measurement["metrics"][results["primary_metric"]]}
+
+    asked = Comparison(
+        model=directory,
+        name=directory.resolve().name if Path(model).is_dir() else model,
+        methods=chosen,
+        sparsities=sparsities,
+        pruning=PruneSettings(
+            sparsity=sparsities[0],
+            calibration=calibration,
+            num_samples=samples,
+            seq_len=seq_len,
+            align=align,
+            attention_removals=None,
+            device=picked_device,
+            dtype=computed_in,
+            seed=seed,
+            evopress_budget=evopress_budget.value,
+        ),
+        evaluation=EvaluationSettings(
+            texts=tuple(text or ()),
+            num_windows=windows,
+            seq_len=seq_len,
+            tasks=tuple(requests),
+            limit=limit,
+            device=picked_device,
+            dtype=computed_in,
+        ),
+        measure_speed=measure_speed if speed else None,
+    )
+    check_output_directory(out, force=force, inputs=[directory])
+    work = parts_directory(out)
+    if force and not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    elif not resume:
+        Parts(work).check_free()
+    try:
+        document = compare_methods(asked, work, progress=output.progress)
+    except BaseException:
+        if work.exists():
+            output.note(f"{work} holds what is finished. The same command with --resume goes on.")
+        raise
+    with new_directory(out, force=force) as partial:
+        save_comparison(document, work, partial)
+    shutil.rmtree(work)
+    output.result({"directory": str(out), **document}, lambda console: _show(console, out, document))
+
+
+def _sparsities(given: str) -> list[float]:
+    try:
+        return sorted({float(each) for each in given.split(",")})
+    except ValueError as error:
+        raise SenteiError(f"--sparsity {given!r} is not understood.", "Write 0.25, or 0.25,0.375,0.5.") from error
+
+
+def _show(console: Console, out: Path, document: dict[str, Any]) -> None:
+    from toolchain.method_comparison import NOTES, table
+
+    headers, rows = table(document)
+    shown = Table(title=document["model"], title_justify="left", box=None)
+    for column, header in enumerate(headers):
+        shown.add_column(header, justify="right" if column else "left")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown, soft_wrap=False)
+    console.print(NOTES, markup=False)
+    console.print(f"{out}: comparison.json, comparison.md and every plan; sentei apply writes a model.", markup=False)
