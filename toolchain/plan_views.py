@@ -51,7 +51,8 @@ def reasons(plan: PruningPlan, layer: int) -> dict[str, Any]:
         ``attention``: ``decision``, ``protected``, and ``steps``, one entry a step the layer was a candidate in: the
         ``metric`` its removal would have left, its ``rank`` among ``num_candidates``, and what was ``removed`` instead
         with the metric ``best``; a candidate that lost a race early has the metric on ``num_tokens`` tokens.
-        ``blocks``: what a method that removes whole attentions and FFNs gave those of the layer, in its first step.
+        ``blocks``: what a method that removes whole attentions and FFNs gave those of the layer in its first step, as
+        far as it looks at them one by one; ``None`` for 2SSP.
         ``ffn``: ``intermediate_size`` of ``full``, ``protected``, ``importance_kept`` (the kept neurons' share of the
         layer's summed squared scores), ``least_kept`` and ``most_removed`` (scores; ``None`` where there is none).
 
@@ -84,9 +85,11 @@ def reasons(plan: PruningPlan, layer: int) -> dict[str, Any]:
     }
 
 
-def _first_look(document: PlanDocument, layer: int) -> dict[str, float]:
-    candidates = document.block_steps[0].candidates if document.block_steps else None
-    return {name: score for name, score in (candidates or {}).items() if name.split()[-1].split("-")[0] == str(layer)}
+def _first_look(document: PlanDocument, layer: int) -> dict[str, float] | None:
+    if not document.block_steps:
+        return None
+    candidates = document.block_steps[0].candidates or {}
+    return {name: score for name, score in candidates.items() if name.split()[-1].split("-")[0] == str(layer)}
 
 
 def _seen(number: int, step: Removal, layer: int) -> dict[str, Any] | None:

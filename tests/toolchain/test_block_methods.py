@@ -272,3 +272,14 @@ def test_what_a_method_does_not_know_is_refused(
 ):
     refused(prune(pico_model, text, tmp_path / "out", method, *options), *parts)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_why_tells_what_the_method_gave_a_layer(pico_model: Path, text: Path, tmp_path: Path):
+    assert prune(pico_model, text, tmp_path / "out", "blockpruner").returncode == 0
+    first = load_plan(tmp_path / "out").document.block_steps[0].candidates
+    assert first is not None
+    found = json.loads(sentei("plan", "why", tmp_path / "out", 2, "--json").stdout)
+    assert found["blocks"] == {"attention 2": first["attention 2"], "ffn 2": first["ffn 2"]}
+    shown = sentei("plan", "why", tmp_path / "out", 2).stdout
+    assert f"attention 2: {first['attention 2']:.4g}" in shown
+    assert "removed no attention" not in shown
