@@ -58,7 +58,11 @@ class Method:
 _PRUNE = (
     "prune {model} -o {out} --sparsity {sparsity} --calibration {calibration} --samples {samples} --seq-len {seq_len}"
 )
-METHODS = (Method(name="2ssp", commands=(f"{_PRUNE} --method 2ssp --align 1",)),)
+METHODS = (
+    Method(name="2ssp", commands=(f"{_PRUNE} --method 2ssp --align 1",)),
+    # As many attentions and as many neurons in all, so as many parameters.
+    Method(name="ours", commands=(f"{_PRUNE} --align 1 --widths ranked --compensate --search racing",)),
+)
 BASELINE = "2ssp"
 TASKS = {
     "winogrande": "winogrande_xl_dev.jsonl",
