@@ -60,6 +60,8 @@ _PRUNE = (
 )
 METHODS = (
     Method(name="2ssp", commands=(f"{_PRUNE} --method 2ssp --align 1",)),
+    # As many attentions and as many neurons in all, so as many parameters.
+    Method(name="ours", commands=(f"{_PRUNE} --align 1 --widths ranked --compensate --search racing",)),
     Method(name="shortgpt", commands=(f"{_PRUNE} --method shortgpt",)),
     Method(name="sliding-window", commands=(f"{_PRUNE} --method sliding-window",)),
     Method(name="blockpruner", commands=(f"{_PRUNE} --method blockpruner",)),

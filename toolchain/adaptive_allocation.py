@@ -1,4 +1,4 @@
-"""Allocations that look at the model: the split by measured damage, and FFN widths that differ by importance."""
+"""Allocations that look at the model: the split by measured damage, and FFN widths that differ by sensitivity."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -25,17 +25,16 @@ def best_split(possible: Sequence[int], damage: Callable[[int], float]) -> int:
 
 
 def ranked_widths(
-    importance: Sequence[NDArray[np.float32]], even: Sequence[int], align: int, protected: Collection[int] = ()
+    sensitivity: Sequence[NDArray[np.float32]], even: Sequence[int], align: int, protected: Collection[int] = ()
 ) -> tuple[int, ...]:
     """Widths by one ranking of the neurons of all layers, as many neurons in all as ``even`` keeps.
 
-    Scores of different layers do not compare as they are, since activations grow with depth. So each layer's are
-    divided by their root mean square, which makes a neuron's squared score its share of the layer's activation energy
-    (a global ranking after such a normalisation: FLAP, arXiv 2312.11983, section 3.3). Whole units of ``align`` neurons
-    are ranked by their mean, and no layer falls below half of its even width.
+    Whole units of ``align`` neurons are ranked by their mean, and no layer falls below half of its even width. Which
+    neurons a layer then keeps is not decided here.
 
     Args:
-        importance: float32 ``[intermediate_size]`` a layer.
+        sensitivity: float32 ``[intermediate_size]`` a layer, comparable across layers
+            (:func:`toolchain.sensitivity.neuron_sensitivity`).
         even: Widths of an even split, multiples of ``align`` but for those of full width.
         align: Neurons of a unit.
         protected: Layers that keep their even width.
@@ -44,8 +43,7 @@ def ranked_widths(
     gains: list[tuple[float, int]] = []
     widths = list(even)
     for layer in free:
-        scores = np.sort(importance[layer].astype(np.float64))[::-1]
-        scores = scores / np.sqrt(np.mean(scores**2))
+        scores = np.sort(sensitivity[layer].astype(np.float64))[::-1]
         units = len(scores) // align
         floor = max(1, int(even[layer] * _FLOOR) // align)
         widths[layer] = floor * align

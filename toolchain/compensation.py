@@ -7,7 +7,7 @@ training, no gradients. Fitting a pruned layer's output by least squares is FLAP
 2312.11983, 2412.18110); the target here is the residual stream. See ``docs/decisions/compensation.md``.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,13 @@ from torch import nn
 
 from toolchain.checkpoint import TensorInfo
 from toolchain.errors import SenteiError
+from toolchain.families import Family
 from toolchain.layer_walk import LayerWalk
 from toolchain.metrics import PerplexityMetric, finite
 from toolchain.plan import RefitRecord
 
-# Ridges that are tried, relative to the mean of the Gram matrix's diagonal; held-out windows choose.
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# Ridges that are tried, relative to each input's own energy; held-out windows choose.
+RIDGES = (0.1, 1.0, 10.0)
 # One window in so many is held out while the ridge is chosen.
 _HELD_OUT_EVERY = 8
 # Errors below this share are rounding, not damage.
@@ -81,11 +82,14 @@ def compensate(
             says, states = _run_original(original, module, index, before, factor)
         refitted: dict[str, torch.Tensor] = {}
         with pruned.layers.layer(index) as module:
+            left: torch.Tensor | None = None
             for name in (family.attention_output, family.ffn_output):
                 projection = _projection(module, name)
                 if projection is None:
                     continue
-                moments = _moments(pruned, module, index, after, name, says[name], states[name], factor)
+                seen = [_run_to(pruned, module, index, row, name, factor) for row in after.split(1)]
+                wanted = _wanted(says[name], states[name], seen, factor, family)
+                moments = _moments(projection, seen, wanted)
                 if not all(bool(torch.isfinite(each.energy)) for each in moments):
                     raise SenteiError(
                         f"Layer {index}: activations hold NaN or Inf in {pruned.model.dtype}.",
@@ -93,20 +97,24 @@ def compensate(
                     )
                 full_name = f"{family.layers}.{index}.{name}.weight"
                 result = refit(projection.weight, *moments, dtypes[full_name])
-                if result.weight is None:
-                    continue
-                refitted[full_name] = result.weight
-                projection.weight = nn.Parameter(result.weight.to(projection.weight), requires_grad=False)
-                records.append(
-                    RefitRecord(
-                        layer=index,
-                        projection=name,
-                        ridge=result.ridge,
-                        error_before=result.error_before,
-                        error_after=result.error_after,
+                if result.weight is not None:
+                    refitted[full_name] = result.weight
+                    projection.weight = nn.Parameter(result.weight.to(projection.weight), requires_grad=False)
+                    records.append(
+                        RefitRecord(
+                            layer=index,
+                            projection=name,
+                            ridge=result.ridge,
+                            error_before=result.error_before,
+                            error_after=result.error_after,
+                        )
                     )
-                )
-            after = torch.cat([pruned.run(module, index, row) for row in after.split(1)])
+                if name == family.ffn_output and not family.norms_outputs:
+                    # What leaves the layer now; running it again would say the same.
+                    left = torch.cat([each.state + factor * (projection(each.inputs) - each.says) for each in seen])
+            if left is None:
+                left = torch.cat([pruned.run(module, index, row) for row in after.split(1)])
+            after = left
         before = states[family.ffn_output]
         if refitted:
             file = directory / f"layer-{index}.safetensors"
@@ -117,33 +125,38 @@ def compensate(
     return Compensated(tensors=tensors, records=records, perplexity=finite(perplexity, "perplexity", pruned))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """Of one window: input and output of a projection, and the residual stream behind it."""
+
+    inputs: torch.Tensor
+    says: torch.Tensor
+    state: torch.Tensor
+
+
+def _wanted(
+    original_says: torch.Tensor, original_state: torch.Tensor, seen: Sequence[_Seen], factor: float, family: Family
+) -> Iterator[torch.Tensor]:
+    """What a projection should say, window by window."""
+    if family.norms_outputs:
+        yield from original_says.split(1)
+        return
+    for state, each in zip(original_state.split(1), seen, strict=True):
+        # It is to say also what the residual stream lacks by now.
+        yield each.says + (state - each.state) / factor
+
+
 def _moments(
-    walk: LayerWalk,
-    module: nn.Module,
-    index: int,
-    hidden: torch.Tensor,
-    name: str,
-    original_says: torch.Tensor,
-    original_state: torch.Tensor,
-    factor: float,
+    projection: nn.Linear, seen: Sequence[_Seen], wanted: Iterator[torch.Tensor]
 ) -> tuple["Moments", "Moments"]:
     """Moments of a projection's inputs and of what it should say, over the windows that fit and over those held out."""
-    projection = module.get_submodule(name)
-    assert isinstance(projection, nn.Linear)
     fitted, held_out = (
         Moments(projection.in_features, projection.out_features, projection.weight.device) for _ in range(2)
     )
-    for row in range(len(hidden)):
-        inputs, says, state = _run_to(walk, module, index, hidden[row : row + 1], name, factor)
-        if walk.family.norms_outputs:
-            wanted = original_says[row : row + 1]
-        else:
-            # It is to say also what the residual stream lacks by now.
-            wanted = says + (original_state[row : row + 1] - state) / factor
-        if projection.bias is not None:
-            wanted = wanted - projection.bias
-        is_held_out = row % _HELD_OUT_EVERY == min(_HELD_OUT_EVERY, len(hidden)) - 1
-        (held_out if is_held_out else fitted).add(inputs, wanted)
+    for number, (each, target) in enumerate(zip(seen, wanted, strict=True)):
+        is_held_out = number % _HELD_OUT_EVERY == min(_HELD_OUT_EVERY, len(seen)) - 1
+        bias = 0.0 if projection.bias is None else projection.bias
+        (held_out if is_held_out else fitted).add(each.inputs, target - bias)
     return fitted, held_out
 
 
@@ -177,15 +190,19 @@ class Moments:
         return float(residual / self.energy.clamp_min(torch.finfo(torch.float64).tiny))
 
     def ridge_fit(self, weight: torch.Tensor, ridge: float) -> torch.Tensor:
-        """Minimises ``sum |W x - y|^2 + strength |W - weight|^2``, with ``strength`` the ridge times the mean |x_j|^2.
+        """Minimises ``sum |W x - y|^2 + sum_j strength_j |W_j - weight_j|^2``.
+
+        ``strength_j`` is the ridge times ``sum x_j^2``, so that an input's unit does not matter, and the few inputs of
+        huge activations do not hold the others back.
 
         Returns:
             float64 ``[num_outputs, num_inputs]``.
         """
-        strength = ridge * self.gram.diagonal().mean()
-        regular = self.gram + strength * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
-        factor = torch.linalg.cholesky(regular)
-        return torch.cholesky_solve(self.cross + strength * weight.double().T, factor).T
+        energies = self.gram.diagonal()
+        # An input that is always zero would make the matrix singular.
+        strengths = ridge * energies.clamp_min(_ROUNDING * energies.mean())
+        factor = torch.linalg.cholesky(self.gram + torch.diag(strengths))
+        return torch.cholesky_solve(self.cross + strengths[:, None] * weight.double().T, factor).T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,15 +275,13 @@ def _run_original(
     return says, {names[0]: hidden + factor * says[names[0]], names[1]: left}
 
 
-def _run_to(
-    walk: LayerWalk, module: nn.Module, index: int, hidden: torch.Tensor, name: str, factor: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input and output of a projection, and the residual stream behind it."""
+def _run_to(walk: LayerWalk, module: nn.Module, index: int, hidden: torch.Tensor, name: str, factor: float) -> _Seen:
+    """Runs a layer on one window, no further than to its projection if that is attention's."""
     left = hidden
     with _observed(module, [name], stop=name == walk.family.attention_output) as calls:
         left = walk.run(module, index, hidden)
     [(inputs, says)] = calls[name]
-    return inputs, says, hidden + factor * says if left is hidden else left
+    return _Seen(inputs=inputs, says=says, state=hidden + factor * says if left is hidden else left)
 
 
 def _projection(module: nn.Module, name: str) -> nn.Linear | None:

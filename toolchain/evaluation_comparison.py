@@ -38,6 +38,19 @@ def share(scores: Sequence[float]) -> Share:
     return Share(value=value, low=difference.low, high=difference.high)
 
 
+def mean_within(values: Sequence[float], lowest: float, highest: float) -> Share:
+    """The mean of measurements that lie within bounds, with its t-interval cut to them.
+
+    The true mean lies within the bounds too, so what is cut off takes nothing from the interval's coverage.
+    """
+    found = compare_means(values)
+    return Share(
+        value=found.value,
+        low=None if found.low is None else max(lowest, found.low),
+        high=None if found.high is None else min(highest, found.high),
+    )
+
+
 def perplexity_ratio(original: Sequence[float], pruned: Sequence[float]) -> Change:
     """Of two perplexities, from the mean losses of the same windows in nats: ``exp`` of their mean difference."""
     found = compare_means([after - before for before, after in zip(original, pruned, strict=True)])

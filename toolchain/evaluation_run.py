@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from toolchain.evaluation_comparison import (
     change,
     compare_task,
     mean_score,
+    mean_within,
     perplexity_ratio,
     share,
 )
@@ -32,7 +34,6 @@ from toolchain.evaluation_document import (
     EvaluationDocument,
     GenerationComparison,
     Sample,
-    Share,
     Side,
     TaskComparison,
     TaskResult,
@@ -274,8 +275,8 @@ class _Generation:
             distinct_1_pruned=damage.distinct(both[1], 1),
             distinct_2_original=damage.distinct(both[0], 2),
             distinct_2_pruned=damage.distinct(both[1], 2),
-            token_agreement=_mean([damage.agreement(*pair) for pair in pairs]),
-            kl_divergence=_mean([damage.divergence(*pair) for pair in pairs]),
+            token_agreement=mean_within([damage.agreement(*pair) for pair in pairs], 0.0, 1.0),
+            kl_divergence=mean_within([damage.divergence(*pair) for pair in pairs], 0.0, math.inf),
             common_prefix_tokens=fmean(damage.common_prefix(a, b) for a, b in zip(*both, strict=True)),
             samples=[
                 Sample(
@@ -287,12 +288,6 @@ class _Generation:
             ],
             duration_s=round(time.monotonic() - self._started, 1),
         ).model_dump()
-
-
-def _mean(values: Sequence[float]) -> Share:
-    """A mean over prompts with its t-interval."""
-    found = compare_means(values)
-    return Share(value=found.value, low=found.low, high=found.high)
 
 
 def _text_result(model: _Model, windows: TokenWindows, result: dict[str, Any]) -> TextResult:

@@ -62,7 +62,8 @@ class PruneSettings:
         align: FFN widths on each rank are multiples of this; 1, on a single rank, gives the published widths.
         attention_removals: Overrides the published formula.
         allocation: How many attentions go: ``formula``, as published, or ``auto``, by measured damage.
-        widths: Of the FFNs: ``uniform``, as published, or ``ranked``, by one ranking of all neurons.
+        widths: Of the FFNs: ``uniform``, as published, or ``ranked``, wider where the loss is more
+            sensitive.
         protected: Layers left alone.
         search: ``exact``, or ``racing``: drop candidates that fall behind early.
         metric: Decides what is removed; see :func:`toolchain.metric_choice.choose_metric`.

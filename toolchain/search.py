@@ -4,7 +4,9 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from toolchain.adaptive_allocation import best_split, ranked_widths
 from toolchain.allocation import BlockParameters, Protected, allocate, ladder, reachable_removals
@@ -16,11 +18,14 @@ from toolchain.limits import holds, resolve_limit
 from toolchain.metrics import Metric, measure
 from toolchain.plan import PlanDocument, PruningPlan, Removal, Rung, top_neurons
 from toolchain.progress import Progress, no_progress
+from toolchain.sensitivity import neuron_sensitivity
 from toolchain.stepping import embedded_states
 from toolchain.surgery import KeptNeurons
 
 # On the way to the target widths the metric is taken this often: the part of the curve that stage 1 walks.
 _NUM_RUNGS = 4
+# A window's gradients take three times its forward pass.
+_NUM_SENSITIVITY_WINDOWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,7 @@ class Search:
         document = plan.document
         protected = Protected.of(document.protected)
         asked = document.attention_removals
+        sensitivity = self._sensitivity() if document.widths == "ranked" else ()
 
         def widths(num_removals: int | None) -> tuple[int, tuple[int, ...]]:
             align = document.align
@@ -102,7 +108,7 @@ class Search:
             )
             if document.widths == "uniform":
                 return split.num_attention_removals, split.widths
-            return split.num_attention_removals, ranked_widths(plan.importance, split.widths, align, protected.ffn)
+            return split.num_attention_removals, ranked_widths(sensitivity, split.widths, align, protected.ffn)
 
         if document.allocation == "auto":
             possible = reachable_removals(
@@ -114,6 +120,11 @@ class Search:
         plan = PruningPlan(document.model_copy(update=changes), plan.importance)
         self.save(plan)
         return plan
+
+    def _sensitivity(self) -> tuple[NDArray[np.float32], ...]:
+        windows = self.windows[:_NUM_SENSITIVITY_WINDOWS]
+        with self.progress("Sensitivity of neurons", len(windows)) as advance:
+            return neuron_sensitivity(self.walk, windows, on_window=advance)
 
     def _best_split(self, plan: PruningPlan, possible: Sequence[int], widths: Callable[[int], tuple[int, ...]]) -> int:
         with self.progress("Attention or FFN", len(possible)) as advance:

@@ -149,11 +149,13 @@ def test_a_larger_budget_narrows_no_layer(drawn, more: int):
     assert all(a <= b for a, b in zip(narrow, wide, strict=True))
 
 
-def test_ranked_widths_do_not_depend_on_a_layers_scale():
-    scores = [np.linspace(1, 10, 16, dtype=np.float32) ** power for power in (1, 2, 3)]
-    widths = ranked_widths(scores, (8, 8, 8), 2)
-    assert widths[0] > widths[1] > widths[2]  # the flatter a layer's scores, the more of its neurons matter
-    assert ranked_widths([1000 * scores[0], scores[1], scores[2] / 7], (8, 8, 8), 2) == widths
+def test_ranked_widths_follow_what_the_loss_is_sensitive_to():
+    scores = [np.linspace(1, 2, 16, dtype=np.float32) * factor for factor in (1.4, 1.2, 1)]
+    # Means of the units above the floor of 4, per layer: 2.38 2.19 2.01 1.82 1.63 ..., 2.04 1.88 1.72 ..., 1.70 ...
+    assert ranked_widths(scores, (8, 8, 8), 2) == (12, 8, 4)
+    # A common factor says nothing about where neurons matter.
+    assert ranked_widths([1000 * each for each in scores], (8, 8, 8), 2) == (12, 8, 4)
+    assert ranked_widths([10 * scores[0], *scores[1:]], (8, 8, 8), 2) == (16, 4, 4)
 
 
 def test_the_best_split_is_the_least_damage_and_ties_go_to_fewer_removals():

@@ -38,11 +38,24 @@ def test_the_fit_is_least_squares_with_ridge_rows(data):
     x, y, weight = (each.double() for each in data)
     fit = moments_of(x, y).ridge_fit(weight, 0.1)
     # The same problem, with the penalty as further rows of data.
-    strength = 0.1 * x.square().sum(0).mean()
-    rows = torch.cat([x, strength.sqrt() * torch.eye(12, dtype=torch.float64)])
-    wanted = torch.cat([y, strength.sqrt() * weight.T])
+    strengths = 0.1 * x.square().sum(0)
+    rows = torch.cat([x, strengths.sqrt().diag()])
+    wanted = torch.cat([y, strengths.sqrt()[:, None] * weight.T])
     expected = torch.linalg.lstsq(rows, wanted).solution.T
     assert torch.allclose(fit, expected, atol=1e-4)
+
+
+def test_the_unit_of_an_input_does_not_matter(data):
+    x, y, weight = (each.double() for each in data)
+    units = torch.logspace(-1, 1, 12, dtype=torch.float64)
+    fit, scaled = moments_of(x, y).ridge_fit(weight, 1.0), moments_of(x * units, y).ridge_fit(weight / units, 1.0)
+    assert torch.allclose(scaled * units, fit, atol=1e-4)
+
+
+def test_an_input_that_is_always_zero_keeps_its_weight(data):
+    x, y, weight = data
+    x[:, 3] = 0
+    assert torch.allclose(moments_of(x, y).ridge_fit(weight, 1.0)[:, 3].float(), weight[:, 3])
 
 
 def test_errors_are_those_of_the_data(data):

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from toolchain import generation_damage as damage
 from toolchain.errors import SenteiError
-from toolchain.evaluation_comparison import compare_task, mean_score, perplexity_ratio, share
+from toolchain.evaluation_comparison import compare_task, mean_score, mean_within, perplexity_ratio, share
 from toolchain.evaluation_parts import Parts
+from toolchain.paired_tests import compare_means
 from toolchain.passages import number_passages, worst_passages
 
 
@@ -76,6 +79,22 @@ def test_perplexity_ratio_is_of_the_windows_mean_losses():
 def test_share_of_right_answers():
     assert share([1.0, 0.0, 1.0, 0.0]).value == 0.5
     assert 0 < share([1.0] * 4).low < share([1.0] * 4).high == 1
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8))
+def test_an_interval_of_shares_stays_within_them(values: list[float]):
+    found = mean_within(values, 0.0, 1.0)
+    assert found.low is not None
+    assert found.high is not None
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert compare_means(values).low == pytest.approx(found.low) or found.low == 0
+    assert compare_means(values).high == pytest.approx(found.high) or found.high == 1
+
+
+def test_an_interval_of_shares_is_cut_where_it_would_leave_them():
+    found = mean_within([1.0, 1.0, 0.6], 0.0, 1.0)
+    assert (found.value, found.high) == (pytest.approx(2.6 / 3), 1.0)
+    assert mean_within([0.5], 0.0, 1.0).high is None
 
 
 def test_repetition_and_distinct_ngrams():

@@ -134,7 +134,10 @@ def prune(
     ] = None,
     widths: Annotated[
         Widths,
-        typer.Option(help="FFN widths: even, as published, or by one ranking of all neurons.", rich_help_panel=_TARGET),
+        typer.Option(
+            help="FFN widths: even, as published, or wider where the loss is more sensitive (gradients).",
+            rich_help_panel=_TARGET,
+        ),
     ] = Widths.uniform,
     protect: Annotated[
         list[str] | None,

@@ -1,0 +1,100 @@
+"""How much the loss would change with each FFN neuron's removal: a first-order estimate, by gradients.
+
+Activations alone say which neurons of a layer matter, and not which layers do: what an early layer gets wrong passes
+through all later ones. Gradients see that. Nothing is trained.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from toolchain.errors import SenteiError
+from toolchain.layer_walk import LayerWalk
+
+# Logits of so many tokens, with their gradients, exist at a time.
+_HEAD_TOKENS = 256
+
+
+def neuron_sensitivity(
+    walk: LayerWalk, windows: torch.Tensor, *, on_window: Callable[[], None] = lambda: None
+) -> tuple[NDArray[np.float32], ...]:
+    """Scores every neuron by what its removal does to the loss, in nats and comparable across layers.
+
+    The score of neuron *j* is ``|sum_t a_tj dL/da_tj|``, averaged over the windows: ``L`` is the window's summed loss
+    and ``a_tj`` the activation for token *t* (first-order Taylor expansion: Molchanov et al., arXiv 1611.06440,
+    section 2.2, with sums over tokens and a window as the example). The walk goes up layer by layer and down again; one
+    window's states and one layer's graph are in memory at a time.
+
+    Args:
+        walk: Over the unpruned model.
+        windows: int64 ``[num_samples, seq_len]``.
+        on_window: Called once a window, for progress.
+
+    Returns:
+        float32 ``[intermediate_size]`` a layer.
+
+    Raises:
+        SenteiError: NaN or Inf among the gradients; names the highest such layer.
+    """
+    # A walk of its own: what others have remembered under inference mode takes no gradients.
+    walk = LayerWalk(walk.model, walk.family, walk.layers)
+    totals: list[torch.Tensor | float] = [0.0] * len(walk.layers)
+    for window in windows.split(1):
+        states = _entering_states(walk, window)
+        gradient = _gradient_of_loss(walk, states.pop(), window)
+        for index in reversed(range(len(walk.layers))):
+            with (
+                walk.layers.layer(index) as module,
+                torch.enable_grad(),
+                _input_of(module.get_submodule(walk.family.ffn_output)) as seen,
+            ):
+                entering = states.pop().requires_grad_()
+                leaving = walk.run(module, index, entering)
+                [activations] = seen
+                gradient, slopes = torch.autograd.grad(leaving, (entering, activations), gradient)
+            contributions = (activations.detach().float() * slopes.float()).sum((0, 1)).abs().double()
+            if not bool(torch.isfinite(contributions).all()):
+                raise SenteiError(
+                    f"Layer {index}: gradients hold NaN or Inf in {walk.model.dtype}.",
+                    "Compute in another --dtype (float32).",
+                )
+            totals[index] = totals[index] + contributions.cpu()
+        on_window()
+    return tuple((torch.as_tensor(total) / len(windows)).float().numpy() for total in totals)
+
+
+@torch.no_grad()
+def _entering_states(walk: LayerWalk, window: torch.Tensor) -> list[torch.Tensor]:
+    """What enters each layer, and what leaves the last."""
+    states = [walk.embed(window)]
+    for index in range(len(walk.layers)):
+        with walk.layers.layer(index) as module:
+            states.append(walk.run(module, index, states[-1]))
+    return states
+
+
+@torch.enable_grad()
+def _gradient_of_loss(walk: LayerWalk, last: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """Of a window's summed loss, with respect to what leaves the last layer."""
+    gradient = torch.zeros_like(last)
+    tokens, targets = last[0, :-1], window[0, 1:].to(last.device)
+    for start in range(0, len(tokens), _HEAD_TOKENS):
+        part = tokens[start : start + _HEAD_TOKENS].detach().requires_grad_()
+        loss = walk.losses(part, targets[start : start + _HEAD_TOKENS]).sum()
+        [gradient[0, start : start + len(part)]] = torch.autograd.grad(loss, part)
+    return gradient
+
+
+@contextmanager
+def _input_of(projection: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects what enters ``projection``."""
+    seen: list[torch.Tensor] = []
+    handle = projection.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
