@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.model_facts import ModelFacts
-from serving.statistics import RequestTimes, request_metrics
+from serving.statistics import RequestTimes, request_metrics, request_percentiles
 from serving.worker_process import Worker, running_worker
 from serving.workload import WARMUP_SEED, Slo, Workload
 
@@ -55,8 +55,8 @@ class LocalSession:
             for each in answer["requests"]
         ]
         return {
-            **request_metrics(requests, input_len=workload.input_len), "completed": len(requests), "failed": 0,
-            "first_error": None, "client_cpu_cores": None,
+            **request_metrics(requests, input_len=workload.input_len), "percentiles": request_percentiles(requests),
+            "completed": len(requests), "failed": 0, "first_error": None, "client_cpu_cores": None,
         }  # fmt: skip
 
     def drop(self, side: str) -> None:
@@ -70,20 +70,25 @@ class LocalSession:
             self.drop(side)
 
     def _up(self, side: str) -> Worker:
-        if side not in self._workers:
-            stack = ExitStack()
-            worker = stack.enter_context(running_worker(side, self._out / f"{side}.log"))
-            try:
-                directory = str(self._directories[side].resolve())
-                self.told[side] = worker.ask("load", directory=directory, **self._settings)
-                tokens = min(self._widest.output_len, _WARMUP_TOKENS)
-                _ask(worker, self._widest, self._vocab_size, self._widest.seed + WARMUP_SEED, tokens)
-            except BaseException:
-                worker.process.kill()
-                stack.close()
-                raise
-            self._workers[side] = (worker, stack)
+        # None is measured before both are up: an idle neighbour takes memory too.
+        for each in self._directories:
+            if each not in self._workers:
+                self._workers[each] = self._started(each)
         return self._workers[side][0]
+
+    def _started(self, side: str) -> tuple[Worker, ExitStack]:
+        stack = ExitStack()
+        worker = stack.enter_context(running_worker(side, self._out / f"{side}.log"))
+        try:
+            directory = str(self._directories[side].resolve())
+            self.told[side] = worker.ask("load", directory=directory, **self._settings)
+            tokens = min(self._widest.output_len, _WARMUP_TOKENS)
+            _ask(worker, self._widest, self._vocab_size, self._widest.seed + WARMUP_SEED, tokens)
+        except BaseException:
+            worker.process.kill()
+            stack.close()
+            raise
+        return worker, stack
 
 
 def _ask(worker: Worker, workload: Workload, vocab_size: int, seed: int, output_len: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from serving.device_probe import DevicePeaks, probe_device
@@ -13,7 +14,7 @@ from serving.goodput import ATTAINMENT, GOODPUT_METRICS
 from serving.journal import Journal
 from serving.model_facts import ModelFacts, compare_sizes, expected_gains, size_entry
 from serving.roofline import roofline
-from serving.statistics import METRICS, RATIO_FORMULA, Metric, compare
+from serving.statistics import DISTRIBUTED, METRICS, RATIO_FORMULA, Metric, compare
 from serving.workload import Slo, Workload
 from toolchain.errors import SenteiError
 from toolchain.layout import LayerLayout
@@ -37,6 +38,7 @@ def assemble_results(
     engine: str,
     directories: Mapping[str, Path],
     facts: Mapping[str, ModelFacts],
+    hashes: Mapping[str, str],
     workloads: Sequence[Workload],
     slo: Slo | None,
     repeats: int,
@@ -50,6 +52,7 @@ def assemble_results(
         engine: What ran both.
         directories: By side.
         facts: By side.
+        hashes: Of the weights, by side.
         workloads: What was asked, in the journal's order.
         slo: What the search, which comes after the workloads in the journal, looked for.
         repeats: How often.
@@ -77,8 +80,8 @@ def assemble_results(
         "ratio_formula": RATIO_FORMULA,
         "options": dict(options),
         "models": {
-            side: {"name": path.resolve().name, "directory": str(path), "precision": facts[side].precision,
-                   **told[side]}
+            side: {"name": path.resolve().name, "directory": str(path), "weights_sha256": hashes[side],
+                   "precision": facts[side].precision, **told[side]}
             for side, path in directories.items()
         },
         "sizes": _sizes(engine, facts, told),
@@ -115,6 +118,7 @@ def _measurement(
         "workload": describe(workload),
         "metrics": metrics,
         "failed_requests": failed,
+        "percentiles": _percentiles(runs),
         "expected": expected_gains(
             facts["original"],
             facts["pruned"],
@@ -125,6 +129,17 @@ def _measurement(
         ),
         "runs": runs,
     }
+
+
+def _percentiles(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By time and side: percentile to the median over repeats, in ms; null where undefined."""
+    return {name: {side: _median_percentiles([run[side]["percentiles"][name] for run in runs]) for side in _SIDES}
+            for name in DISTRIBUTED}  # fmt: skip
+
+
+def _median_percentiles(repeats: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
+    found = [each for each in repeats if each]
+    return {percent: median(each[percent] for each in found) for percent in found[0]} if found else None
 
 
 def _peaks(told: Mapping[str, Mapping[str, Any]], facts: Mapping[str, ModelFacts]) -> DevicePeaks | None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from serving.bench_client import STALL_TIMEOUT_S, bench_serve
-from serving.statistics import BETWEEN_TOKENS, METRICS
+from serving.statistics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
 from serving.vllm_server import running_server, tail
 from serving.worker_process import EngineFailedError
 from serving.workload import WARMUP_SEED, Slo, Workload
@@ -118,15 +119,19 @@ class VllmSession:
             for other, (started_for, _, _) in tuple(self._servers.items()):
                 if (other, started_for) != (side, repeat):
                     self.drop(other)
-        if side not in self._servers:
-            stack = ExitStack()
-            try:
-                base_url = self._start(side, repeat, stack)
-            except BaseException:
-                stack.close()
-                raise
-            self._servers[side] = (repeat, base_url, stack)
+        # Where both stay up, none is measured before both are: an idle neighbour takes memory too.
+        for each in self._directories if self.both_up else (side,):
+            if each not in self._servers:
+                self._servers[each] = self._started(each, repeat)
         return self._servers[side][1]
+
+    def _started(self, side: str, repeat: int) -> tuple[int, str, ExitStack]:
+        stack = ExitStack()
+        try:
+            return repeat, self._start(side, repeat, stack), stack
+        except BaseException:
+            stack.close()
+            raise
 
     def _start(self, side: str, repeat: int, stack: ExitStack) -> str:
         if self._urls:
@@ -134,11 +139,14 @@ class VllmSession:
             self.told[side] = {"device": None, "url": base_url, **_from_log("")}
         else:
             options = _server_options(self._directories[side], self._dtype, self._options)
-            log = self._log(side, repeat)
+            log, start_s = self._log(side, repeat), time.monotonic()
             base_url = stack.enter_context(running_server(self._directories[side], options=options, log=log))
+            startup_s = time.monotonic() - start_s
             device = "cuda" if torch.cuda.is_available() else "cpu"
             text = log.read_text(encoding="utf-8", errors="replace")
-            self.told[side] = {"device": device, "server_options": options, **_from_log(text)}
+            self.told[side] = {
+                "device": device, "server_options": options, "startup_s": startup_s, **_from_log(text)
+            }  # fmt: skip
         warmup = self._widest
         options = _load_options(warmup, warmup.seed + WARMUP_SEED, warmup.width, self._prompts_file)
         file = self._out / f"{side}-warmup.json"
@@ -205,7 +213,7 @@ def _load_options(workload: Workload, seed: int, num_prompts: int, prompts_file:
         "--seed", str(seed),
         "--ignore-eos",
         "--percentile-metrics", "ttft,tpot,itl,e2el",
-        "--metric-percentiles", "99",
+        "--metric-percentiles", ",".join(map(str, PERCENTILES)),
     ]  # fmt: skip
 
 
@@ -214,8 +222,20 @@ def _metrics(workload: Workload, result: Mapping[str, Any]) -> dict[str, Any]:
     metrics = {metric.name: None if metric.name in undefined else result[metric.name] for metric in METRICS}
     told = {name: result[name] for name in ("first_error", "client_cpu_cores", "duration")}
     goodput = {"request_goodput": result["request_goodput"]} if result.get("request_goodput") is not None else {}
+    percentiles = {
+        name: {str(percent): result[f"p{percent}_{name}_ms"] for percent in PERCENTILES}
+        if f"mean_{name}_ms" not in undefined else None
+        for name in DISTRIBUTED
+    }  # fmt: skip
     completed = result["completed"]
-    return {**metrics, **goodput, **told, "completed": completed, "failed": workload.num_prompts - completed}
+    return {
+        **metrics,
+        **goodput,
+        **told,
+        "percentiles": percentiles,
+        "completed": completed,
+        "failed": workload.num_prompts - completed,
+    }
 
 
 def _from_log(text: str) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any, Literal, Protocol
 from serving.bench_client import STALL_TIMEOUT_S
 from serving.bench_local import LocalSession
 from serving.bench_results import RESULTS_FILE, assemble_results, describe
-from serving.goodput import find_highest_rate
+from serving.environment import library_versions
+from serving.goodput import Probe, find_highest_rate
 from serving.journal import Journal, open_journal
-from serving.model_facts import ModelFacts, checkpoint_facts, onnx_facts
+from serving.model_facts import ModelFacts, checkpoint_facts, onnx_facts, weights_sha256
 from serving.results_table import as_csv, as_markdown
 from serving.statistics import DEFAULT_PRIMARY, check_primary, check_statistics
 from serving.worker_process import EngineFailedError
@@ -125,8 +126,10 @@ def benchmark(
         "device": device, "dtype": dtype, "repeats": repeats, "engine_options": list(engine_options),
         "urls": list(urls), "primary": primary,
     }  # fmt: skip
+    hashes = {side: weights_sha256(path) for side, path in directories.items()}
     settings = {
-        "engine": engine, **options, "original": str(original.resolve()), "pruned": str(pruned.resolve()),
+        "engine": engine, "weights_sha256": hashes, "versions": library_versions(), **options,
+        "original": str(original.resolve()), "pruned": str(pruned.resolve()),
         "workloads": [describe(each) for each in workloads], "slo": slo and slo.limits
     }  # fmt: skip
     with open_journal(out, settings, force=force, resume=resume, inputs=(original, pruned)) as journal:
@@ -148,8 +151,8 @@ def benchmark(
         finally:
             session.close()
         results = assemble_results(
-            journal, engine=engine, directories=directories, facts=facts, workloads=workloads, slo=slo,
-            repeats=repeats, primary=primary, options=options,
+            journal, engine=engine, directories=directories, facts=facts, hashes=hashes, workloads=workloads,
+            slo=slo, repeats=repeats, primary=primary, options=options,
         )  # fmt: skip
         write_text(journal.directory / "results.md", as_markdown(results))
         write_text(journal.directory / "results.csv", as_csv(results))
@@ -211,13 +214,17 @@ def _search_rate(session: Session, visit: Visit, workload: Workload, slo: Slo) -
     capacity = session.measure(visit.side, visit.repeat, at_once, name=f"{name}-capacity", slo=slo)
     failed = capacity["failed"]
 
-    def probe(rate: float) -> tuple[float, float]:
+    def probe(rate: float) -> Probe:
         nonlocal failed
         num_prompts = min(prompts_at_rate(rate), _MAX_PROBE_PROMPTS)
         load = replace(workload, concurrency=None, request_rate=rate, num_prompts=num_prompts)
         measured = session.measure(visit.side, visit.repeat, load, name=f"{name}-{rate:.4g}", slo=slo)
         failed += measured["failed"]
-        return measured["request_goodput"] * measured["duration"] / num_prompts, measured["request_goodput"]
+        return Probe(
+            met=measured["request_goodput"] * measured["duration"] / num_prompts,
+            request_goodput=measured["request_goodput"],
+            request_throughput=measured["request_throughput"],
+        )
 
     found = find_highest_rate(capacity["request_throughput"], probe)
     # Requests that failed at a rate missed their objectives there: they are counted, and do not void the search.

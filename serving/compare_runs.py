@@ -110,11 +110,15 @@ def _load(measurement: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _compare_load(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
+    # Rates and times of the requests that got through say nothing of those that did not.
+    failed = {side: one["failed_requests"][side] + other["failed_requests"][side] for side in _SIDES}
     for name, metric in one["metrics"].items():
         if name in other["metrics"]:
-            sides = {side: _compare_side(metric, other["metrics"][name], side) for side in _SIDES}
+            sides = {
+                side: None if failed[side] else _compare_side(metric, other["metrics"][name], side) for side in _SIDES
+            }
             metrics[name] = {"unit": metric["unit"], "role": metric["role"], **sides}
-    return {"workload": one["workload"], "metrics": metrics}
+    return {"workload": one["workload"], "failed_requests": failed, "metrics": metrics}
 
 
 def _compare_side(one: Mapping[str, Any], other: Mapping[str, Any], side: str) -> dict[str, Any] | None:

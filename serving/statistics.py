@@ -6,6 +6,7 @@ Names and formulas are those of ``vllm bench serve``, so that the figures of eve
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, median
 from typing import Any, Literal
 
@@ -71,6 +72,9 @@ METRICS: tuple[Metric, ...] = (
         formula="E2EL = time from handing over the prompt to the last output token; mean over requests",
     ),
 )  # fmt: skip
+# What is kept of each repeat's distributions, linearly interpolated, of these times in ms.
+PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
+DISTRIBUTED = ("ttft", "tpot", "itl", "e2el")
 DEFAULT_PRIMARY = "output_throughput"
 # With one output token there is no gap to measure; vLLM writes 0 where these are undefined.
 BETWEEN_TOKENS = frozenset({"mean_tpot_ms", "mean_itl_ms", "p99_itl_ms"})
@@ -95,25 +99,35 @@ def request_metrics(requests: Sequence[RequestTimes], *, input_len: int) -> dict
     """
     duration_s = max(r.token_times_s[-1] for r in requests) - min(r.start_s for r in requests)
     num_output_tokens = sum(len(r.token_times_s) for r in requests)
-    ttft_s = [r.token_times_s[0] - r.start_s for r in requests]
-    tpot_s = [
-        (r.token_times_s[-1] - r.token_times_s[0]) / (len(r.token_times_s) - 1)
-        for r in requests
-        if len(r.token_times_s) > 1
-    ]
-    gaps_s = [
-        later - earlier for r in requests for earlier, later in zip(r.token_times_s, r.token_times_s[1:], strict=False)
-    ]
+    times = _times_ms(requests)
     return {
         "output_throughput": num_output_tokens / duration_s,
         "total_token_throughput": (num_output_tokens + input_len * len(requests)) / duration_s,
         "request_throughput": len(requests) / duration_s,
-        "mean_ttft_ms": 1000 * fmean(ttft_s),
-        "mean_tpot_ms": 1000 * fmean(tpot_s) if tpot_s else None,
-        "mean_itl_ms": 1000 * fmean(gaps_s) if gaps_s else None,
-        "p99_itl_ms": 1000 * percentile(gaps_s, 99) if gaps_s else None,
-        "mean_e2el_ms": 1000 * fmean(r.token_times_s[-1] - r.start_s for r in requests),
+        **{f"mean_{name}_ms": fmean(values) if values else None for name, values in times.items()},
+        "p99_itl_ms": percentile(times["itl"], 99) if times["itl"] else None,
     }
+
+
+def request_percentiles(requests: Sequence[RequestTimes]) -> dict[str, dict[str, float] | None]:
+    """One repeat's distributions: for each of :data:`DISTRIBUTED`, percentile to ms; ``None`` where undefined."""
+    return {
+        name: {str(percent): percentile(values, percent) for percent in PERCENTILES} if values else None
+        for name, values in _times_ms(requests).items()
+    }
+
+
+def _times_ms(requests: Sequence[RequestTimes]) -> dict[str, list[float]]:
+    """TTFT, TPOT and E2EL of every request and the pooled gaps between tokens; the second and third may be empty."""
+    stamps = [(each.start_s, each.token_times_s) for each in requests]
+    gaps = [later - before for _, times in stamps for before, later in pairwise(times)]
+    seconds = {
+        "ttft": [times[0] - start for start, times in stamps],
+        "tpot": [(times[-1] - times[0]) / (len(times) - 1) for _, times in stamps if len(times) > 1],
+        "itl": gaps,
+        "e2el": [times[-1] - start for start, times in stamps],
+    }
+    return {name: [1000 * value for value in values] for name, values in seconds.items()}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

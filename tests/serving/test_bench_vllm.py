@@ -7,6 +7,7 @@ import pytest
 
 from serving import bench_vllm
 from serving import benchmark as benchmark_module
+from serving.statistics import PERCENTILES
 from serving.worker_process import EngineFailedError
 from serving.workload import Slo, make_workloads, read_prompts
 from toolchain.errors import SenteiError
@@ -43,7 +44,11 @@ def asked(monkeypatch):
         if not warmup and record["dead"] and record["dead"].pop(0):
             raise EngineFailedError("The server no longer answers.")
         num_prompts = int(options[options.index("--num-prompts") + 1])
-        result = {f"{kind}_{name}_ms": 5.0 for kind in ("mean", "p99") for name in ("ttft", "tpot", "itl", "e2el")}
+        result = {
+            f"{kind}_{name}_ms": 5.0
+            for kind in ("mean", *(f"p{p}" for p in PERCENTILES))
+            for name in ("ttft", "tpot", "itl", "e2el")
+        }
         result |= {"completed": num_prompts - record["failed"], "failed": record["failed"], "duration": 10.0}
         result |= {"output_throughput": 100.0, "total_token_throughput": 300.0, "request_throughput": 16.0}
         result |= {"first_error": None, "client_cpu_cores": 0.1, "request_goodput": None}

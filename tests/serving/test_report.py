@@ -84,7 +84,7 @@ def write_results(directory, *, gains, expected=1.25, engine="onnx"):
         "sizes": {"weight_bytes": size, "peak_memory_bytes": {**size, "original": None, "pruned": None, "ratio": None}},
         "measurements": [{
             "workload": {"input_len": 64, "output_len": 8, "concurrency": 1, "num_prompts": 1, "seed": 0},
-            "metrics": compare(runs), "runs": runs,
+            "metrics": compare(runs), "runs": runs, "failed_requests": {"original": 0, "pruned": 0},
             "expected": {"output_throughput": {"phase": "decode", "gain": expected, "formula": "bytes"}},
         }],
         "environment": {"cpu": "A CPU", "accelerators": [], "versions": {"torch": "2.13.0"}},
