@@ -30,6 +30,7 @@ _PEAK_FORMULA = {
     "vllm": "not measured: vLLM reserves the memory it is told to, not what the model needs",
 }
 _KV_TOKENS_FORMULA = "tokens that fit into the server's KV cache, from its log; both were given the same memory"
+FORMULAS = (*_PEAK_FORMULA.values(), _KV_TOKENS_FORMULA)
 
 
 def assemble_results(
