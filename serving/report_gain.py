@@ -52,12 +52,13 @@ def benchmark_view(source: Source, number: int, say: Say) -> dict[str, Any]:
         first = measurements[0]
         metrics, expected = first["metrics"], first["expected"]
         speed = _speed(metrics[primary], expected.get(primary), say)
-        load = load_label(first["workload"], say)
+        load, label = load_label(first["workload"], say), LABELS.get(primary, primary)
         return {
             "engine": engine,
             "load": load,
             "pruned": results["models"]["pruned"]["name"],
-            "primary": say(LABELS.get(primary, primary)),
+            "primary": say(label),
+            "primary_inside": label[0].lower() + label[1:] if say.language == "en" else say(label),
             "speed": speed and {"engine": engine, "load": load, **speed},
             "loads": [_load(each, f"{number}-{i}", primary, say) for i, each in enumerate(measurements)],
             "curves": _curves(measurements, str(number), say),
@@ -124,7 +125,7 @@ def _speed(metric: Mapping[str, Any], expected: Mapping[str, Any] | None, say: S
         "interval": _interval(gain, say),
         "original": f"{metric['original']['median']:.4g}",
         "pruned": f"{metric['pruned']['median']:.4g}",
-        "unit": metric["unit"],
+        "unit": say(metric["unit"]),
         "expected": _times(expected["gain"], say) if expected else None,
         "against_expected": _against_expected(gain, expected["gain"], say) if expected else None,
     }
@@ -149,7 +150,7 @@ def _against_expected(gain: Mapping[str, float], expected: float, say: Say) -> s
 
 
 def _metric_row(name: str, metric: Mapping[str, Any], expected: Mapping[str, Any] | None, say: Say) -> dict[str, Any]:
-    gain, unit = metric["gain"], metric["unit"]
+    gain, unit = metric["gain"], say(metric["unit"])
     medians = {side: metric[side]["median"] for side in _SIDES}
     return {
         "name": name,

@@ -27,7 +27,7 @@ SAID_OF_DATA = {
     statistics.RATIO_FORMULA, model_facts.PREFILL_FORMULA, model_facts.DECODE_FORMULA, model_facts.END_TO_END_FORMULA,
     *roofline.PHASES, "prefill and decode", "compute", "memory",
     *get_args(Verdict), "document", "window", "exact McNemar test", "paired t-test of the questions' scores",
-    "original", "pruned", "after stage 1", "perplexity", "kl", "accuracy", "metric",
+    "tokens/s", "requests/s", "ms", "original", "pruned", "after stage 1", "perplexity", "kl", "accuracy", "metric",
 }  # fmt: skip
 
 
