@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from serving.gpu_state import energy, watched_gpus
 from serving.model_facts import ModelFacts
 from serving.statistics import RequestTimes, request_metrics, request_percentiles
 from serving.worker_process import Worker, running_worker
@@ -48,14 +49,17 @@ class LocalSession:
     ) -> dict[str, Any]:
         """Asks one model one load; see :meth:`serving.bench_vllm.VllmSession.measure`. Limits are vLLM's alone."""
         worker = self._up(side)
-        answer = _ask(worker, workload, self._vocab_size, workload.seed + repeat, workload.output_len)
+        with watched_gpus() as gpus:
+            answer = _ask(worker, workload, self._vocab_size, workload.seed + repeat, workload.output_len)
         self.told[side]["peak_memory_bytes"] = answer["peak_memory_bytes"]
         requests = [
             RequestTimes(start_s=each["start_s"], token_times_s=tuple(each["token_times_s"]))
             for each in answer["requests"]
         ]
+        duration_s = max(each.token_times_s[-1] for each in requests) - min(each.start_s for each in requests)
         return {
             **request_metrics(requests, input_len=workload.input_len), "percentiles": request_percentiles(requests),
+            **energy(gpus.last(duration_s), sum(len(each.token_times_s) for each in requests)),
             "completed": len(requests), "failed": 0, "first_error": None, "client_cpu_cores": None,
         }  # fmt: skip
 

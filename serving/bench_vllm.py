@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from serving.bench_client import STALL_TIMEOUT_S, bench_serve
+from serving.gpu_state import energy, watched_gpus
 from serving.statistics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
 from serving.vllm_server import running_server, tail
 from serving.worker_process import EngineFailedError
@@ -95,8 +96,11 @@ class VllmSession:
         options = _load_options(workload, workload.seed + repeat, workload.num_prompts, self._prompts_file)
         if slo:
             options += ["--goodput", *(f"{metric}:{limit:g}" for metric, limit in slo.limits.items())]
-        result = self._bench(side, base_url, options, self._out / "vllm" / f"{name}.json")
-        return _metrics(workload, result)
+        with watched_gpus() as gpus:
+            result = self._bench(side, base_url, options, self._out / "vllm" / f"{name}.json")
+        # The GPUs here are not those of a server that was there before us.
+        seen = None if self._urls else gpus.last(result["duration"])
+        return {**_metrics(workload, result), **energy(seen, result["total_output_tokens"])}
 
     def drop(self, side: str) -> None:
         """Stops a side's server; the next measurement starts another."""
@@ -136,16 +140,16 @@ class VllmSession:
     def _start(self, side: str, repeat: int, stack: ExitStack) -> str:
         if self._urls:
             base_url = self._urls[side].rstrip("/")
-            self.told[side] = {"device": None, "url": base_url, **_from_log("")}
+            self.told[side] = {"device": None, "url": base_url, **engine_facts("")}
         else:
-            options = _server_options(self._directories[side], self._dtype, self._options)
+            options = engine_options_for(self._directories[side], self._dtype, self._options)
             log, start_s = self._log(side, repeat), time.monotonic()
             base_url = stack.enter_context(running_server(self._directories[side], options=options, log=log))
             startup_s = time.monotonic() - start_s
             device = "cuda" if torch.cuda.is_available() else "cpu"
             text = log.read_text(encoding="utf-8", errors="replace")
             self.told[side] = {
-                "device": device, "server_options": options, "startup_s": startup_s, **_from_log(text)
+                "device": device, "server_options": options, "startup_s": startup_s, **engine_facts(text)
             }  # fmt: skip
         warmup = self._widest
         options = _load_options(warmup, warmup.seed + WARMUP_SEED, warmup.width, self._prompts_file)
@@ -176,7 +180,8 @@ class VllmSession:
             raise EngineFailedError(f"{error.message}{end}") from error
 
 
-def _server_options(directory: Path, dtype: str | None, engine_options: Sequence[str]) -> list[str]:
+def engine_options_for(directory: Path, dtype: str | None, engine_options: Sequence[str]) -> list[str]:
+    """The user's options with what makes a comparison fair: one precision, no prefix cache, one size of KV cache."""
     options = list(engine_options)
     if not any(option.split("=")[0] == "--dtype" for option in options):
         # vLLM's "auto" would run a float32 checkpoint in half precision.
@@ -201,7 +206,7 @@ def _load_options(workload: Workload, seed: int, num_prompts: int, prompts_file:
     else:
         options = [
             "--dataset-name", "random", "--random-input-len", str(workload.input_len),
-            "--random-output-len", str(workload.output_len), "--random-range-ratio", "0.0",
+            "--random-output-len", str(workload.output_len), "--random-range-ratio", f"{workload.range_ratio:g}",
         ]  # fmt: skip
     if workload.concurrency is not None:
         options += ["--max-concurrency", str(workload.concurrency)]
@@ -238,7 +243,7 @@ def _metrics(workload: Workload, result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _from_log(text: str) -> dict[str, Any]:
+def engine_facts(text: str) -> dict[str, Any]:
     """What the server's log says of its memory and of how it runs; null where this version says nothing."""
     tokens, weights = _KV_TOKENS.search(text), _WEIGHTS_GIB.search(text)
     return {
@@ -248,14 +253,14 @@ def _from_log(text: str) -> dict[str, Any]:
     }
 
 
-def check_urls(urls: Sequence[str]) -> None:
+def check_urls(urls: Sequence[str], num_models: int) -> None:
     """Refuses anything but one server for each model.
 
     Raises:
-        SenteiError: Not two URLs of http or https.
+        SenteiError: Another number, or not URLs of http or https.
     """
-    if len(urls) != 2 or any(not url.startswith(("http://", "https://")) for url in urls):
+    if len(urls) != num_models or any(not url.startswith(("http://", "https://")) for url in urls):
         raise SenteiError(
-            f"--url takes two servers, the original's and the pruned model's; given: {', '.join(urls)}.",
-            "Write --url http://127.0.0.1:8000 --url http://127.0.0.1:8001.",
+            f"--url takes one server for each model, the original's first; given: {', '.join(urls)}.",
+            "Write --url http://127.0.0.1:8000 --url http://127.0.0.1:8001, or name one model.",
         )

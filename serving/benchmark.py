@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from serving.bench_client import STALL_TIMEOUT_S
 from serving.bench_local import LocalSession
+from serving.bench_offline import UNDEFINED, OfflineSession
 from serving.bench_results import RESULTS_FILE, assemble_results, describe
+from serving.bench_vllm import VllmSession, check_urls
 from serving.environment import library_versions
 from serving.goodput import Probe, find_highest_rate
 from serving.journal import Journal, open_journal
@@ -23,10 +25,11 @@ from toolchain.output import write_text
 MIN_REPEATS = 3
 SIDES = ("original", "pruned")
 _DTYPES = ("float32", "bfloat16", "float16")
-_LIBRARIES = {"onnx": ("onnxruntime_genai", "onnxruntime-genai", "onnx"), "vllm": ("vllm", "vllm", "vllm")}
+_LIBRARIES = {"onnx": ("onnxruntime_genai", "onnxruntime-genai", "onnx"), "vllm": ("vllm", "vllm", "vllm"),
+              "vllm-offline": ("vllm", "vllm", "vllm")}  # fmt: skip
 _MAX_PROBE_PROMPTS = 1000
 
-Engine = Literal["transformers", "onnx", "vllm"]
+Engine = Literal["transformers", "onnx", "vllm", "vllm-offline"]
 
 
 class Session(Protocol):
@@ -66,7 +69,7 @@ class Visit:
 
 def benchmark(
     original: Path,
-    pruned: Path,
+    pruned: Path | None,
     *,
     engine: Engine,
     out: Path,
@@ -79,6 +82,7 @@ def benchmark(
     engine_options: Sequence[str] = (),
     urls: Sequence[str] = (),
     api_key: str | None = None,
+    price_per_hour: float | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
     force: bool = False,
     resume: bool = False,
@@ -88,7 +92,7 @@ def benchmark(
 
     Args:
         original: Checkpoint, or ONNX export for engine ``onnx``.
-        pruned: The same kind of directory.
+        pruned: The same kind of directory; ``None`` measures one running server alone.
         engine: What runs both.
         out: Written whole or not at all; until then, what is measured is kept in ``<out>.unfinished``.
         workloads: See :func:`serving.workload.make_workloads`. The verdict is about the first.
@@ -98,8 +102,9 @@ def benchmark(
         device: ``auto``, ``cpu`` or ``cuda``; vLLM takes the device it was built for.
         dtype: Computed in; by default the checkpoint's own. An ONNX export has its precision built in.
         engine_options: Options for ``vllm serve``, for both models.
-        urls: Two servers that run already, the original's and the pruned model's; vLLM alone.
+        urls: Servers that run already, the original's and then the pruned model's; vLLM alone.
         api_key: What these servers ask for.
+        price_per_hour: Of the machine, in any currency; gives the cost of a million output tokens.
         stall_timeout_s: How long a server may go without a token before it counts as hung.
         force: Replace what is in ``out``.
         resume: Go on with what is in ``<out>.unfinished``.
@@ -115,37 +120,43 @@ def benchmark(
     """
     if not workloads:
         raise SenteiError("There is nothing to measure: no load is given.")
-    check_primary(primary, output_len=workloads[0].output_len)
-    _check_settings(engine, repeats, dtype, engine_options, slo=slo, urls=urls)
-    directories = {"original": original, "pruned": pruned}
+    undefined = UNDEFINED if engine == "vllm-offline" else frozenset()
+    check_primary(primary, output_len=workloads[0].output_len, undefined=undefined)
+    directories = {"original": original} if pruned is None else {"original": original, "pruned": pruned}
+    _check_settings(engine, repeats, dtype, engine_options, slo=slo, urls=urls, num_models=len(directories))
     facts = {side: onnx_facts(path) if engine == "onnx" else checkpoint_facts(path, dtype)
              for side, path in directories.items()}  # fmt: skip
     _check_comparable(facts, workloads)
     check_statistics()
     options = {
         "device": device, "dtype": dtype, "repeats": repeats, "engine_options": list(engine_options),
-        "urls": list(urls), "primary": primary,
+        "urls": list(urls), "primary": primary, "price_per_hour": price_per_hour,
     }  # fmt: skip
     hashes = {side: weights_sha256(path) for side, path in directories.items()}
     settings = {
         "engine": engine, "weights_sha256": hashes, "versions": library_versions(), **options,
-        "original": str(original.resolve()), "pruned": str(pruned.resolve()),
+        "directories": {side: str(path.resolve()) for side, path in directories.items()},
         "workloads": [describe(each) for each in workloads], "slo": slo and slo.limits
     }  # fmt: skip
-    with open_journal(out, settings, force=force, resume=resume, inputs=(original, pruned)) as journal:
+    with open_journal(out, settings, force=force, resume=resume, inputs=tuple(directories.values())) as journal:
         session: Session
         if engine == "vllm":
-            from serving.bench_vllm import VllmSession
-
             session = VllmSession(
                 directories, workloads, journal.directory, dtype=dtype, engine_options=engine_options,
-                urls=dict(zip(SIDES, urls, strict=True)) if urls else None, api_key=api_key,
+                urls=dict(zip(directories, urls, strict=True)) if urls else None, api_key=api_key,
+                stall_timeout_s=stall_timeout_s,
+            )  # fmt: skip
+        elif engine == "vllm-offline":
+            session = OfflineSession(
+                directories, journal.directory, dtype=dtype, engine_options=engine_options,
                 stall_timeout_s=stall_timeout_s,
             )  # fmt: skip
         else:
             session = LocalSession(engine, directories, facts, workloads, journal.directory, device=device, dtype=dtype)
         try:
-            for visit in schedule(repeats, len(workloads) + bool(slo), both_up=session.both_up):
+            for visit in schedule(
+                repeats, len(workloads) + bool(slo), sides=tuple(directories), both_up=session.both_up
+            ):
                 if not journal.get(visit.key):
                     _measure(session, visit, workloads, slo, journal, primary, repeats, on_progress)
         finally:
@@ -160,10 +171,10 @@ def benchmark(
     return results
 
 
-def schedule(repeats: int, num_loads: int, *, both_up: bool) -> Iterator[Visit]:
+def schedule(repeats: int, num_loads: int, *, both_up: bool, sides: Sequence[str] = SIDES) -> Iterator[Visit]:
     """A B, B A, A B ...: what drifts meets both alike. A server that is up alone takes all loads in a row."""
     for repeat in range(repeats):
-        order = SIDES if repeat % 2 == 0 else SIDES[::-1]
+        order = sides if repeat % 2 == 0 else sides[::-1]
         if both_up:
             yield from (Visit(repeat=repeat, load=load, side=side) for load in range(num_loads) for side in order)
         else:
@@ -243,9 +254,10 @@ def _check_settings(
     *,
     slo: Slo | None,
     urls: Sequence[str],
+    num_models: int,
 ) -> None:
-    if engine not in ("transformers", "onnx", "vllm"):
-        raise SenteiError(f"Engine {engine!r} is not known.", "Choose transformers, onnx or vllm.")
+    if engine not in get_args(Engine):
+        raise SenteiError(f"Engine {engine!r} is not known.", f"Choose one of {', '.join(get_args(Engine))}.")
     if repeats < MIN_REPEATS:
         raise SenteiError(
             f"{repeats} repeats cannot give an interval worth printing.", f"Use at least {MIN_REPEATS}, better 5."
@@ -253,16 +265,18 @@ def _check_settings(
     if dtype is not None and (dtype not in _DTYPES or engine == "onnx"):
         allowed = "leave it out: an ONNX export has its precision built in" if engine == "onnx" else ", ".join(_DTYPES)
         raise SenteiError(f"dtype {dtype!r} is not possible with engine {engine}.", f"Allowed: {allowed}.")
-    if engine != "vllm" and (engine_options or urls or slo):
-        raise SenteiError(
-            f"Engine {engine} takes no engine options, no --url and no --slo.", "They are for engine vllm alone."
-        )
+    if engine != "vllm" and (urls or slo):
+        raise SenteiError(f"Engine {engine} takes no --url and no --slo.", "They are for engine vllm alone.")
+    if engine_options and not engine.startswith("vllm"):
+        raise SenteiError(f"Engine {engine} takes no engine options.", "They are for vLLM alone.")
     if urls:
-        from serving.bench_vllm import check_urls
-
-        check_urls(urls)
+        check_urls(urls, num_models)
         if engine_options:
             raise SenteiError("Engine options are for servers that sentei starts; with --url it starts none.")
+    elif num_models == 1:
+        raise SenteiError(
+            "There is nothing to compare with.", "Give the pruned model too, or one running server's --url."
+        )
     if engine in _LIBRARIES:
         _check_library(*_LIBRARIES[engine])
 
@@ -275,13 +289,13 @@ def _check_library(module: str, library: str, extra: str) -> None:
 
 
 def _check_comparable(facts: Mapping[str, ModelFacts], workloads: Sequence[Workload]) -> None:
-    if facts["original"].precision != facts["pruned"].precision:
+    if len({each.precision for each in facts.values()}) > 1:
         raise SenteiError(
             f"The original is {facts['original'].precision} and the pruned model {facts['pruned'].precision}: what "
             "comes of pruning could not be told from what comes of precision.",
             "Export both alike, or give a dtype.",
         )
-    needed = max(each.prompts.longest if each.prompts else each.input_len + each.output_len for each in workloads)
+    needed = max(each.longest for each in workloads)
     for side, each in facts.items():
         if needed > each.max_len:
             raise SenteiError(

@@ -38,8 +38,10 @@ OVERHEAD = (
 )
 CLIENT = "The load generator used %(cores)s processor cores: it may have been the limit, not the server."
 NOT_COMPILED = "The server ran without compiled kernels: %(said)s"
+THROTTLED = "A GPU slowed itself down while it was measured (%(reasons)s), which blurs every ratio."
 MESSAGES = (
     UNTILEABLE, HEAD, KV_CACHE, *KV_FULL.values(), KV_FULL_BOTH, OVERHEAD_ALONE, OVERHEAD, CLIENT, NOT_COMPILED,
+    THROTTLED,
 )  # fmt: skip
 
 Told = tuple[str, dict[str, Any]]  # a message, and the values that go into it
@@ -56,6 +58,7 @@ def explain(
     kv_cache_tokens: Mapping[str, int | None],
     client_cpu_cores: float | None,
     not_compiled: str | None,
+    throttled: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Every cause found; an empty list says that nothing here explains a shortfall.
 
@@ -69,6 +72,7 @@ def explain(
         kv_cache_tokens: By side, tokens that the server's cache holds.
         client_cpu_cores: Processor seconds a second of the load generator.
         not_compiled: The line of the server's log that says so.
+        throttled: What slowed a GPU down while it was measured; see :mod:`serving.gpu_state`.
 
     Returns:
         ``cause`` (a fixed word), ``message`` with its ``values`` put in as ``text``, so that it can be said in another
@@ -81,6 +85,7 @@ def explain(
         "kv_cache_full": _kv_full(kv_cache_tokens, context, concurrency),
         "overhead": _overhead(roofline["decode"], medians, concurrency),
         "client": _client(client_cpu_cores),
+        "throttled": (THROTTLED, {"reasons": ", ".join(throttled)}) if throttled else None,
         "not_compiled": (NOT_COMPILED, {"said": not_compiled}) if not_compiled else None,
     }
     return [

@@ -236,15 +236,15 @@ def weights_sha256(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def compare_sizes(original: ModelFacts, pruned: ModelFacts) -> dict[str, dict[str, Any]]:
+def compare_sizes(original: ModelFacts, pruned: ModelFacts | None) -> dict[str, dict[str, Any]]:
     """The sizes of both models side by side, each with its unit, formula and ratio pruned/original."""
     return {
-        name: size_entry(getattr(original, name), getattr(pruned, name), unit=unit, formula=formula)
+        name: size_entry(getattr(original, name), getattr(pruned, name, None), unit=unit, formula=formula)
         for name, (unit, formula) in SIZE_FORMULAS.items()
     }
 
 
-def size_entry(original: int | None, pruned: int | None, *, unit: str, formula: str) -> dict[str, Any]:
+def size_entry(original: float | None, pruned: float | None, *, unit: str, formula: str) -> dict[str, Any]:
     """One line of the table of sizes; unknown is null."""
     ratio = pruned / original if original and pruned is not None else None
     return {"unit": unit, "formula": formula, "original": original, "pruned": pruned, "ratio": ratio}

@@ -26,12 +26,14 @@ LABELS = {
     "peak_memory_bytes": "Peak memory",
     "kv_bytes_per_token": "KV cache per token",
     "kv_cache_tokens": "Tokens the KV cache holds",
+    "startup_s": "Start-up time",
+    "energy_per_output_token_j": "Energy per output token",
 }
 # The curves of a sweep, and the distributions.
 _LATENCIES = {"mean_ttft_ms": "TTFT", "mean_tpot_ms": "TPOT", "mean_e2el_ms": "E2EL"}
 _TIMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
 _CHARTED = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms")
-_ENGINES = {"transformers": "Transformers", "onnx": "ONNX Runtime", "vllm": "vLLM"}
+_ENGINES = {"transformers": "Transformers", "onnx": "ONNX Runtime", "vllm": "vLLM", "vllm-offline": "vLLM, offline"}
 
 
 def benchmark_view(source: Source, number: int, say: Say) -> dict[str, Any]:
@@ -56,13 +58,17 @@ def benchmark_view(source: Source, number: int, say: Say) -> dict[str, Any]:
         return {
             "engine": engine,
             "load": load,
-            "pruned": results["models"]["pruned"]["name"],
+            "alone": None
+            if "pruned" in results["models"]
+            else _metric_row(primary, metrics[primary], None, say)["original"],
             "primary": say(label),
             "primary_inside": label[0].lower() + label[1:] if say.language == "en" else say(label),
             "speed": speed and {"engine": engine, "load": load, **speed},
             "loads": [_load(each, f"{number}-{i}", primary, say) for i, each in enumerate(measurements)],
             "curves": _curves(measurements, str(number), say),
             "goodput": _goodput(results["goodput"], str(number), say) if results.get("goodput") else None,
+            "cost": _costs(measurements, say),
+            "gpu_state": say(results["gpu_state"]) if "gpu_state" in results else None,
             "failed_attempts": results.get("failed_attempts", []),
             "sizes": [_size_row(name, entry, say) for name, entry in results["sizes"].items()],
             "options": flatten(results["options"], say),
@@ -155,7 +161,10 @@ def _metric_row(name: str, metric: Mapping[str, Any], expected: Mapping[str, Any
     return {
         "name": name,
         "label": say(LABELS.get(name, name)),
-        **{side: f"{value:.4g} {unit}" if value is not None else say("undefined") for side, value in medians.items()},
+        **{
+            side: f"{value:.4g} {unit}" if value is not None else "" if not metric[side]["values"] else say("undefined")
+            for side, value in medians.items()
+        },
         "gain": _times(gain["value"], say) if gain else None,
         "interval": _interval(gain, say) if gain else None,
         "expected": _times(expected["gain"], say) if expected else None,
@@ -173,8 +182,12 @@ def _curves(measurements: Sequence[Mapping[str, Any]], name: str, say: Say) -> l
         if len(swept) < 2:
             continue
         for metric, label in _LATENCIES.items():
-            if all(each["metrics"][metric][side]["median"] for each in swept for side in _SIDES):
-                points = {side: [_point(each, side, metric, say) for each in swept] for side in _SIDES}
+            points = {
+                side: [_point(each, side, metric, say) for each in swept]
+                for side in _SIDES
+                if all(each["metrics"][metric][side]["median"] for each in swept)
+            }
+            if points:
                 fragments.append(charts.load_chart(f"curve-{name}-{kind}-{metric}", points, label, say))
     return fragments
 
@@ -199,16 +212,27 @@ def _distributions(percentiles: Mapping[str, Any], name: str, say: Say) -> list[
     return fragments
 
 
+def _costs(measurements: Sequence[Mapping[str, Any]], say: Say) -> list[dict[str, Any]]:
+    """What a million output tokens cost, load by load; empty where no price was given."""
+    costs = [(_how_hard(each["workload"], say), each["cost"]["per_million_output_tokens"])
+             for each in measurements if each.get("cost")]  # fmt: skip
+    return [
+        {"hard": hard, **{side: f"{cost[side]:.4g}" if cost.get(side) else "" for side in _SIDES}}
+        for hard, cost in costs
+    ]
+
+
 def _goodput(found: Mapping[str, Any], name: str, say: Say) -> dict[str, Any]:
     metrics = found["metrics"]
-    tried = {side: [each for run in found["runs"] for each in run[side]["tried"]] for side in _SIDES}
+    tried = {side: [each for run in found["runs"] for each in run[side]["tried"]]
+             for side in _SIDES if side in found["runs"][0]}  # fmt: skip
     rate = metrics["max_request_rate"]
     return {
         "limits": ", ".join(f"{time.upper()} ≤ {limit:g} ms" for time, limit in found["slo_ms"].items()),
         "attainment": f"{100 * found['attainment']:.0f}",
         "speed": _speed(rate, None, say),
         "rows": [_metric_row(each, metric, None, say) for each, metric in metrics.items()],
-        "unmet": [say(side) for side in _SIDES if not all(rate[side]["values"])],
+        "unmet": [say(side) for side in tried if not all(rate[side]["values"])],
         "chart": charts.attainment_chart(f"goodput-{name}", tried, found["attainment"], say),
     }
 
@@ -230,7 +254,7 @@ def _roofline(phases: Mapping[str, Any], say: Say) -> list[dict[str, str]]:
 
 
 def _size_row(name: str, entry: Mapping[str, Any], say: Say) -> dict[str, Any]:
-    show = format_bytes if entry["unit"] == "bytes" else format_count
+    show = {"bytes": format_bytes, "s": "{:.3g} s".format}.get(entry["unit"], format_count)
     return {
         "name": name,
         "label": say(LABELS.get(name, name)),
@@ -256,4 +280,5 @@ def _raw_values(metrics: Mapping[str, Any], say: Say) -> list[dict[str, Any]]:
         }
         for name, metric in metrics.items()
         for side in _SIDES
+        if metric[side]["values"]
     ]

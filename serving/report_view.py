@@ -62,6 +62,8 @@ def _size(inputs: ReportInputs) -> dict[str, Any] | None:
     if inputs.benchmarks:
         with fields_of(inputs.benchmarks[0]) as results:
             weights = results["sizes"]["weight_bytes"]
+            if weights["ratio"] is None:  # one server, measured alone
+                return None
             return {
                 "original": format_bytes(weights["original"]),
                 "pruned": format_bytes(weights["pruned"]),

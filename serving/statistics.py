@@ -72,6 +72,11 @@ METRICS: tuple[Metric, ...] = (
         formula="E2EL = time from handing over the prompt to the last output token; mean over requests",
     ),
 )  # fmt: skip
+# On GPUs that count it; see serving.gpu_state.
+ENERGY = Metric(
+    name="energy_per_output_token_j", unit="J", better="lower",
+    formula="energy that NVML counted for the GPUs over the repeat / output tokens; idle power included",
+)  # fmt: skip
 # What is kept of each repeat's distributions, linearly interpolated, of these times in ms.
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 DISTRIBUTED = ("ttft", "tpot", "itl", "e2el")
@@ -175,8 +180,8 @@ def ratio_interval(original: Sequence[float], pruned: Sequence[float]) -> dict[s
     }
 
 
-def check_primary(primary: str, *, output_len: int | None) -> None:
-    """Refuses a primary metric that nobody measures, or that this load leaves undefined.
+def check_primary(primary: str, *, output_len: int | None, undefined: frozenset[str] | set[str] = frozenset()) -> None:
+    """Refuses a primary metric that nobody measures, or that this load or engine leaves ``undefined``.
 
     Raises:
         SenteiError: Not one of :data:`METRICS`, or about the gap between tokens where there is one token.
@@ -184,6 +189,8 @@ def check_primary(primary: str, *, output_len: int | None) -> None:
     names = [metric.name for metric in METRICS]
     if primary not in names:
         raise SenteiError(f"The primary metric {primary!r} is not known.", f"Choose one of {', '.join(names)}.")
+    if primary in undefined:
+        raise SenteiError(f"The primary metric {primary} is undefined with this engine.", "Choose another.")
     if output_len == 1 and primary in BETWEEN_TOKENS:
         raise SenteiError(f"The primary metric {primary} is undefined where every answer has one token.")
 
@@ -194,7 +201,7 @@ def compare(
     """Sets the models' repeats side by side, metric by metric.
 
     Args:
-        runs: One mapping a repeat, with ``original`` and ``pruned`` metrics.
+        runs: One mapping a repeat, with ``original`` and ``pruned`` metrics, or ``original`` alone.
         primary: The metric that decides, named before anything was measured.
         metrics: What to compare.
 
@@ -207,16 +214,18 @@ def compare(
 
 
 def _compare_metric(metric: Metric, runs: Sequence[Mapping[str, Any]], primary: str) -> dict[str, Any]:
-    values = {side: [run[side].get(metric.name) for run in runs] for side in ("original", "pruned")}
-    defined = all(value is not None and value > 0 for side in values.values() for value in side)
-    ratio = ratio_interval(values["original"], values["pruned"]) if defined else None
+    values = {side: [run[side].get(metric.name) for run in runs if side in run] for side in ("original", "pruned")}
+    defined = {
+        side: bool(each) and all(value is not None and value > 0 for value in each) for side, each in values.items()
+    }
+    ratio = ratio_interval(values["original"], values["pruned"]) if all(defined.values()) else None
     gain = _gain(ratio, metric.better) if ratio else None
     return {
         "role": "primary" if metric.name == primary else "exploratory",
         "unit": metric.unit,
         "better": metric.better,
         "formula": metric.formula,
-        **{side: {"median": median(each) if defined else None, "values": each} for side, each in values.items()},
+        **{side: {"median": median(each) if defined[side] else None, "values": each} for side, each in values.items()},
         "ratio": ratio,
         "gain": gain,
         "verdict": _verdict(gain) if gain else None,

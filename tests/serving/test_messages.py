@@ -9,7 +9,7 @@ from typing import get_args
 import jinja2
 import pytest
 
-from serving import bench_results, explain, goodput, model_facts, roofline, statistics
+from serving import bench_results, explain, goodput, gpu_state, model_facts, roofline, statistics
 from serving import messages as messages_module
 from serving.messages import LANGUAGES, Say
 from serving.report_gain import LABELS
@@ -24,6 +24,7 @@ SAID_OF_DATA = {
     *(metric.formula for metric in (*statistics.METRICS, *goodput.GOODPUT_METRICS)),
     *(formula for _, formula in model_facts.SIZE_FORMULAS.values()),
     *bench_results.FORMULAS,
+    gpu_state.RECORDED, gpu_state.NOT_RECORDED, statistics.ENERGY.formula, "J",
     statistics.RATIO_FORMULA, model_facts.PREFILL_FORMULA, model_facts.DECODE_FORMULA, model_facts.END_TO_END_FORMULA,
     *roofline.PHASES, "prefill and decode", "compute", "memory",
     *get_args(Verdict), "document", "window", "exact McNemar test", "paired t-test of the questions' scores",
