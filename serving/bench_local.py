@@ -47,7 +47,7 @@ class LocalSession:
     def measure(
         self, side: str, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
     ) -> dict[str, Any]:
-        """Asks one model one load; see :meth:`serving.bench_vllm.VllmSession.measure`. Limits are vLLM's alone."""
+        """Asks one model one load; see :meth:`serving.bench_vllm.ServerSession.measure`. Limits are vLLM's alone."""
         worker = self._up(side)
         with watched_gpus() as gpus:
             answer = _ask(worker, workload, self._vocab_size, workload.seed + repeat, workload.output_len)

@@ -47,7 +47,7 @@ class OfflineSession:
         engine_options: Sequence[str],
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
-        """Starts nothing yet; see :class:`serving.bench_vllm.VllmSession`.
+        """Starts nothing yet; see :class:`serving.bench_vllm.ServerSession`.
 
         Args:
             directories: ``original`` and ``pruned`` checkpoints.

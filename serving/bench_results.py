@@ -68,7 +68,7 @@ def assemble_results(
     told = {side: journal.told(side) for side in directories}
     both = len(directories) == 2
     peaks = _peaks(told, facts) if both else None
-    layout = () if engine == "onnx" or not both else open_servable(directories["pruned"]).layout
+    layout = () if engine.startswith("onnx") or not both else open_servable(directories["pruned"]).layout
     measurements = [
         _measurement(
             _runs(journal, load, repeats, tuple(directories)), workload, facts, primary, options["price_per_hour"]

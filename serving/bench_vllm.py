@@ -1,10 +1,10 @@
-"""The vLLM half of the benchmark: real servers, driven by ``vllm bench serve``; its figures are taken as they are."""
+"""Servers in the benchmark, vLLM's and ONNX Runtime's, driven by ``vllm bench serve``; its figures are kept."""
 
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ _WEIGHTS_GIB = re.compile(r"[Mm]odel loading took ([\d.]+) Gi?B")
 _UNCOMPILED = re.compile(r"^.*(?:Enforce eager set|[Cc]uda ?graph is disabled|[Ff]all(?:ing)? back to eager).*$", re.M)
 
 
-class VllmSession:
-    """Both models' servers, started when they are needed and warmed up as widely as the widest load.
+class ServerSession:
+    """Both models' servers, vLLM or ONNX, started when they are needed and warmed up as widely as the widest load.
 
     On a CPU both stay up and only one works at a time. On a GPU a server takes nearly all memory, so one is up at a
     time, and each repeat starts its own.
@@ -49,6 +49,7 @@ class VllmSession:
         urls: Mapping[str, str] | None = None,
         api_key: str | None = None,
         stall_timeout_s: float = STALL_TIMEOUT_S,
+        onnx_context: int | None = None,
     ) -> None:
         """Starts nothing yet.
 
@@ -61,10 +62,12 @@ class VllmSession:
             urls: Servers that run already, by side; none is started then.
             api_key: What they ask for.
             stall_timeout_s: See :func:`serving.bench_client.bench_serve`.
+            onnx_context: For ONNX exports, the tokens that their context holds; ``None`` starts vLLM.
         """
         self.both_up = urls is not None or not torch.cuda.is_available()
         self.told: dict[str, dict[str, Any]] = {}
         self._directories, self._out, self._dtype, self._options = directories, out, dtype, engine_options
+        self._onnx_context, self._longest = onnx_context, max(workload.longest for workload in workloads)
         self._widest = max(workloads, key=lambda workload: workload.width)
         self._urls, self._api_key, self._stall_timeout_s = urls, api_key, stall_timeout_s
         self._servers: dict[str, tuple[int, str, ExitStack]] = {}
@@ -142,9 +145,9 @@ class VllmSession:
             base_url = self._urls[side].rstrip("/")
             self.told[side] = {"device": None, "url": base_url, **engine_facts("")}
         else:
-            options = engine_options_for(self._directories[side], self._dtype, self._options)
             log, start_s = self._log(side, repeat), time.monotonic()
-            base_url = stack.enter_context(running_server(self._directories[side], options=options, log=log))
+            options, running = self._server(self._directories[side])
+            base_url = stack.enter_context(running(self._directories[side], options=options, log=log))
             startup_s = time.monotonic() - start_s
             device = "cuda" if torch.cuda.is_available() else "cpu"
             text = log.read_text(encoding="utf-8", errors="replace")
@@ -157,6 +160,18 @@ class VllmSession:
         self._bench(side, base_url, options, file)
         file.unlink(missing_ok=True)
         return base_url
+
+    def _server(self, directory: Path) -> tuple[list[str], Callable[..., AbstractContextManager[str]]]:
+        """The options of a side's server, and what runs it."""
+        if self._onnx_context is None:
+            return engine_options_for(directory, self._dtype, self._options), running_server
+        from serving.onnx_server import running_server as running_onnx_server
+
+        # It reserves the memory of every answer at its full length.
+        fair = {"--max-num-seqs": self._widest.width, "--max-model-len": min(self._longest + 16, self._onnx_context)}
+        given = {option.split("=")[0] for option in self._options}
+        added = [text for name, value in fair.items() if name not in given for text in (name, str(value))]
+        return [*self._options, *added], running_onnx_server
 
     def _log(self, side: str, repeat: int) -> Path:
         # A server that is started again must not write over the log of the one that died.

@@ -10,7 +10,7 @@ from serving.bench_client import STALL_TIMEOUT_S
 from serving.bench_local import LocalSession
 from serving.bench_offline import UNDEFINED, OfflineSession
 from serving.bench_results import RESULTS_FILE, assemble_results, describe
-from serving.bench_vllm import VllmSession, check_urls
+from serving.bench_vllm import ServerSession, check_urls
 from serving.environment import library_versions
 from serving.goodput import Probe, find_highest_rate
 from serving.journal import Journal, open_journal
@@ -18,22 +18,23 @@ from serving.model_facts import ModelFacts, checkpoint_facts, onnx_facts, weight
 from serving.results_table import as_csv, as_markdown
 from serving.statistics import DEFAULT_PRIMARY, check_primary, check_statistics
 from serving.worker_process import EngineFailedError
-from serving.workload import Slo, Workload, prompts_at_rate
+from serving.workload import SERVERS, Slo, Workload, prompts_at_rate
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.output import write_text
 
 MIN_REPEATS = 3
 SIDES = ("original", "pruned")
 _DTYPES = ("float32", "bfloat16", "float16")
-_LIBRARIES = {"onnx": ("onnxruntime_genai", "onnxruntime-genai", "onnx"), "vllm": ("vllm", "vllm", "vllm"),
-              "vllm-offline": ("vllm", "vllm", "vllm")}  # fmt: skip
+_ONNX, _VLLM = ("onnxruntime_genai", "onnxruntime-genai", "onnx"), ("vllm", "vllm", "vllm")
+# vLLM's own client drives the ONNX server too.
+_LIBRARIES = {"onnx": (_ONNX,), "onnx-server": (_ONNX, _VLLM), "vllm": (_VLLM,), "vllm-offline": (_VLLM,)}
 _MAX_PROBE_PROMPTS = 1000
 
-Engine = Literal["transformers", "onnx", "vllm", "vllm-offline"]
+Engine = Literal["transformers", "onnx", "onnx-server", "vllm", "vllm-offline"]
 
 
 class Session(Protocol):
-    """Both models behind an engine; see :class:`serving.bench_vllm.VllmSession`."""
+    """Both models behind an engine; see :class:`serving.bench_vllm.ServerSession`."""
 
     both_up: bool
     told: dict[str, dict[str, Any]]
@@ -124,7 +125,7 @@ def benchmark(
     check_primary(primary, output_len=workloads[0].output_len, undefined=undefined)
     directories = {"original": original} if pruned is None else {"original": original, "pruned": pruned}
     _check_settings(engine, repeats, dtype, engine_options, slo=slo, urls=urls, num_models=len(directories))
-    facts = {side: onnx_facts(path) if engine == "onnx" else checkpoint_facts(path, dtype)
+    facts = {side: onnx_facts(path) if engine.startswith("onnx") else checkpoint_facts(path, dtype)
              for side, path in directories.items()}  # fmt: skip
     _check_comparable(facts, workloads)
     check_statistics()
@@ -140,11 +141,12 @@ def benchmark(
     }  # fmt: skip
     with open_journal(out, settings, force=force, resume=resume, inputs=tuple(directories.values())) as journal:
         session: Session
-        if engine == "vllm":
-            session = VllmSession(
+        if engine in SERVERS:
+            session = ServerSession(
                 directories, workloads, journal.directory, dtype=dtype, engine_options=engine_options,
                 urls=dict(zip(directories, urls, strict=True)) if urls else None, api_key=api_key,
                 stall_timeout_s=stall_timeout_s,
+                onnx_context=min(each.max_len for each in facts.values()) if engine == "onnx-server" else None,
             )  # fmt: skip
         elif engine == "vllm-offline":
             session = OfflineSession(
@@ -262,13 +264,14 @@ def _check_settings(
         raise SenteiError(
             f"{repeats} repeats cannot give an interval worth printing.", f"Use at least {MIN_REPEATS}, better 5."
         )
-    if dtype is not None and (dtype not in _DTYPES or engine == "onnx"):
-        allowed = "leave it out: an ONNX export has its precision built in" if engine == "onnx" else ", ".join(_DTYPES)
+    is_onnx = engine.startswith("onnx")
+    if dtype is not None and (dtype not in _DTYPES or is_onnx):
+        allowed = "leave it out: an ONNX export has its precision built in" if is_onnx else ", ".join(_DTYPES)
         raise SenteiError(f"dtype {dtype!r} is not possible with engine {engine}.", f"Allowed: {allowed}.")
-    if engine != "vllm" and (urls or slo):
-        raise SenteiError(f"Engine {engine} takes no --url and no --slo.", "They are for engine vllm alone.")
-    if engine_options and not engine.startswith("vllm"):
-        raise SenteiError(f"Engine {engine} takes no engine options.", "They are for vLLM alone.")
+    if engine not in SERVERS and (urls or slo):
+        raise SenteiError(f"Engine {engine} takes no --url and no --slo.", f"They are for {' and '.join(SERVERS)}.")
+    if engine_options and engine in ("transformers", "onnx"):
+        raise SenteiError(f"Engine {engine} takes no engine options.", "They are for vLLM and for servers.")
     if urls:
         check_urls(urls, num_models)
         if engine_options:
@@ -277,8 +280,8 @@ def _check_settings(
         raise SenteiError(
             "There is nothing to compare with.", "Give the pruned model too, or one running server's --url."
         )
-    if engine in _LIBRARIES:
-        _check_library(*_LIBRARIES[engine])
+    for library in _LIBRARIES.get(engine, ()):
+        _check_library(*library)
 
 
 def _check_library(module: str, library: str, extra: str) -> None:

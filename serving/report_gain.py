@@ -33,7 +33,13 @@ LABELS = {
 _LATENCIES = {"mean_ttft_ms": "TTFT", "mean_tpot_ms": "TPOT", "mean_e2el_ms": "E2EL"}
 _TIMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
 _CHARTED = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms")
-_ENGINES = {"transformers": "Transformers", "onnx": "ONNX Runtime", "vllm": "vLLM", "vllm-offline": "vLLM, offline"}
+_ENGINES = {
+    "transformers": "Transformers",
+    "onnx": "ONNX Runtime",
+    "onnx-server": "ONNX Runtime, server",
+    "vllm": "vLLM",
+    "vllm-offline": "vLLM, offline",
+}
 
 
 def benchmark_view(source: Source, number: int, say: Say) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from toolchain.errors import SenteiError
 
+# Engines that answer requests as they come.
+SERVERS = ("vllm", "onnx-server")
 # Added to the seed: a warm-up with a repeat's own prompts would leave them in a prefix cache.
 WARMUP_SEED = 1_000_003
 _RATE_SECONDS, _RATE_MIN_PROMPTS = 30, 20
@@ -166,7 +168,7 @@ def make_workloads(
     Raises:
         SenteiError: A setting that cannot be.
     """
-    if engine != "vllm" and (request_rate or prompts or range_ratio):
+    if engine not in SERVERS and (request_rate or prompts or range_ratio):
         raise SenteiError(
             f"Request rates, files of prompts and ranges of lengths need a server; engine {engine} has none.",
             "Use vllm.",
@@ -185,7 +187,7 @@ def make_workloads(
         input_len, output_len, num_prompts = prompts.input_len, prompts.output_len, num_prompts or len(prompts.lines)
     common: dict[str, Any] = {"input_len": input_len, "output_len": output_len, "seed": seed, "prompts": prompts,
                               "range_ratio": range_ratio}  # fmt: skip
-    batches = 4 if engine in ("vllm", "vllm-offline") else 1
+    batches = 4 if engine in (*SERVERS, "vllm-offline") else 1
     workloads = [
         Workload(concurrency=each, num_prompts=num_prompts or batches * each, **common) for each in concurrency
     ]

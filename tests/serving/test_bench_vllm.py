@@ -1,7 +1,9 @@
 """What the benchmark asks of vLLM and takes from it, with a stand-in for the servers; fields as in vLLM 0.32."""
 
 import csv
+import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -219,6 +221,22 @@ def test_one_running_server_is_measured_alone(pico_model, asked, tmp_path):
     benchmark(pico_model, None, out=again, urls=urls, concurrency=[1, 4], **TINY)
     compared = compare_results(out, again)["loads"][0]["metrics"]["output_throughput"]
     assert (compared["original"]["verdict"], compared["pruned"]) == ("no difference shown", None)
+
+
+def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path, monkeypatch):
+    # The module stands in for itself: what it starts is what the fixture starts.
+    monkeypatch.setitem(sys.modules, "serving.onnx_server", SimpleNamespace(running_server=bench_vllm.running_server))
+    workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10, concurrency=[1, 6])
+    directories = {"original": pico_model, "pruned": pico_model}
+    session = bench_vllm.ServerSession(
+        directories, workloads, tmp_path, dtype=None, engine_options=["--max-model-len=100"], onnx_context=256
+    )
+    try:
+        assert session.measure("pruned", 0, workloads[1], name="pruned-0")["completed"] == 24
+    finally:
+        session.close()
+    options = ["--max-model-len=100", "--max-num-seqs", "6"]
+    assert [each for _, each in asked["servers"]] == [options, options]
 
 
 def test_lengths_may_vary(pico_model, asked, tmp_path):

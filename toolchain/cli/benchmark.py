@@ -21,6 +21,7 @@ class BenchmarkEngine(StrEnum):
 
     transformers = "transformers"
     onnx = "onnx"
+    onnx_server = "onnx-server"
     vllm = "vllm"
     vllm_offline = "vllm-offline"
 
@@ -82,7 +83,9 @@ def benchmark(
     dtype: DtypeOption = "auto",
     engine_option: Annotated[
         list[str] | None,
-        typer.Option(help="Passed to vLLM, as in --engine-option=--enforce-eager.", rich_help_panel=_SERVER),
+        typer.Option(
+            help="Passed to vLLM or the server, as in --engine-option=--enforce-eager.", rich_help_panel=_SERVER
+        ),
     ] = None,
     url: Annotated[
         list[str] | None,
