@@ -89,7 +89,7 @@ def by_guidellm(guidellm: str, url: str, model: Path, num_prompts: int, seed: in
         "--constraint", f"kind=max_requests,count={num_prompts}",
         "--tokenizer", f"kind=huggingface_auto,model={model.resolve()}",
         "--data", data,
-        "--seed", f"kind=static,seed={seed}",
+        "--seed", f"kind=static,value={seed}",
         "--output", f"kind=json,path={file}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)

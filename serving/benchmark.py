@@ -28,7 +28,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _ONNX, _VLLM = ("onnxruntime_genai", "onnxruntime-genai", "onnx"), ("vllm", "vllm", "vllm")
 # vLLM's own client drives the ONNX server too.
 _LIBRARIES = {"onnx": (_ONNX,), "onnx-server": (_ONNX, _VLLM), "vllm": (_VLLM,), "vllm-offline": (_VLLM,)}
-_MAX_PROBE_PROMPTS = 1000
+_MAX_PROBE_PROMPTS = 3000
 
 Engine = Literal["transformers", "onnx", "onnx-server", "vllm", "vllm-offline"]
 
