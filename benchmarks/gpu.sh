@@ -33,16 +33,16 @@ export_onnx() { # DIRECTORY TO
   [[ -d $2 ]] || "${sentei[@]}" export onnx "$1" "${precision[@]}" -o "$2"
 }
 
-compare() { # NAME ORIGINAL PRUNED
+compare() { # NAME ORIGINAL PRUNED DIRECTORIES_OF_THE_REPORT...
   # shellcheck disable=SC2086 # the loads are lists of options
-  {
-    measure "vllm-$1" "$2" "$3" --engine vllm $chat $vllm_options
-    measure "offline-$1" "$2" "$3" --engine vllm-offline $batch $vllm_options
-    export_onnx "$2" "$2-onnx"
-    export_onnx "$3" "$3-onnx"
-    measure "onnx-$1" "$2-onnx" "$3-onnx" --engine onnx --device "$device" $one
-  }
-  "${sentei[@]}" report "$out/vllm-$1" "$out/offline-$1" "$out/onnx-$1" --force -o "$out/report-$1.html"
+  measure "vllm-$1" "$2" "$3" --engine vllm $chat $vllm_options
+  # shellcheck disable=SC2086
+  measure "offline-$1" "$2" "$3" --engine vllm-offline $batch $vllm_options
+  export_onnx "$2" "$2-onnx"
+  export_onnx "$3" "$3-onnx"
+  # shellcheck disable=SC2086
+  measure "onnx-$1" "$2-onnx" "$3-onnx" --engine onnx --device "$device" $one
+  "${sentei[@]}" report "${@:4}" "$out/vllm-$1" "$out/offline-$1" "$out/onnx-$1" --force -o "$out/report-$1.html"
 }
 
 mkdir -p "$out"
@@ -50,7 +50,7 @@ mkdir -p "$out"
 if command -v nvidia-smi >/dev/null; then nvidia-smi -q >"$out/nvidia-smi.txt"; fi
 
 [[ -d $out/demo ]] || "${sentei[@]}" demo -o "$out/demo"
-compare demo "$out/demo/original" "$out/demo/pruned"
+compare demo "$out/demo/original" "$out/demo/pruned" "$out/demo/pruned" "$out/demo/evaluation"
 
 read -ra levels <<<"$sparsities"
 "${python[@]}" benchmarks/random_checkpoint.py "$out/models" --shape "$shape" \
