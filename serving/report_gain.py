@@ -120,7 +120,7 @@ def _load(measurement: Mapping[str, Any], name: str, primary: str, say: Say) -> 
         "failed": {say(side): count for side, count in measurement["failed_requests"].items() if count},
         "causes": [_cause(each, say) for each in measurement.get("why_not_more", [])],
         "roofline": _roofline(measurement.get("roofline", {}), say),
-        "workload": flatten(measurement["workload"], say),
+        "workload": flatten({name: each for name, each in measurement["workload"].items() if each is not None}, say),
         "runs": _raw_values(metrics, say),
         "repeats": len(measurement["runs"]),
     }

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from serving import bench_offline
+from serving import bench_offline, bench_results
 from serving import benchmark as benchmark_module
 from serving.bench_offline import OfflineSession
+from serving.device_probe import DevicePeaks
 from serving.worker_process import EngineFailedError
 from serving.workload import make_workloads
 from toolchain.errors import SenteiError
@@ -34,6 +35,8 @@ def asked(monkeypatch):
         return [sys.executable, "-c", record["script"] or f"print('KV cache size: 1,024 tokens'); {written}"]
 
     monkeypatch.setattr(bench_offline, "launcher_command", command)
+    peaks = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e11, bytes_per_s=1e10)
+    monkeypatch.setattr(bench_results, "probe_device", lambda device, dtype: peaks)  # that takes seconds
     monkeypatch.setattr(bench_offline, "has_cxx_compiler", lambda: True)
     return record
 

@@ -7,15 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving import bench_vllm
+from serving import bench_results, bench_vllm
 from serving import benchmark as benchmark_module
 from serving.compare_runs import compare_results
+from serving.device_probe import DevicePeaks
 from serving.report import render_report
 from serving.statistics import PERCENTILES
 from serving.worker_process import EngineFailedError
 from serving.workload import Slo, make_workloads, read_prompts
 from toolchain.errors import SenteiError
 
+PEAKS = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e11, bytes_per_s=1e10)
 TINY = {"input_len": 8, "output_len": 4, "repeats": 3}
 LOAD = ("input_len", "output_len", "concurrency", "request_rate", "num_prompts", "prompts")
 
@@ -67,6 +69,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(bench_vllm, "running_server", running_server)
     monkeypatch.setattr(bench_vllm, "bench_serve", bench_serve)
+    monkeypatch.setattr(bench_results, "probe_device", lambda device, dtype: PEAKS)  # that takes seconds
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     return record
 

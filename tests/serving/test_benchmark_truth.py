@@ -1,6 +1,6 @@
 """Does the benchmark tell the truth? The same model twice, one slowed by a known factor, and vLLM's client by hand.
 
-Long: real vLLM servers that stay up between the runs. ``SENTEI_RUNS`` shortens it (10 runs by default).
+Long: real vLLM servers that stay up between the runs. ``SENTEI_RUNS`` (10) and ``SENTEI_REPEATS`` (6) shorten it.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.timeout(4 * 3600),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-RUNS, REPEATS = int(os.environ.get("SENTEI_RUNS", "10")), 6
+RUNS, REPEATS = (int(os.environ.get(f"SENTEI_{name}", default)) for name, default in (("RUNS", "10"), ("REPEATS", "6")))
 OPTIONS = ["--max-model-len", "256", "--dtype", "bfloat16", "--kv-cache-memory-bytes", "1G",
            "--no-enable-prefix-caching"]  # fmt: skip
 SHAPE = {"input_len": 32, "output_len": 32, "concurrency": [1], "num_prompts": 8}
