@@ -39,7 +39,14 @@ def main(
 ) -> None:
     """Measures one server with both clients, alternating, and writes the ratio of what they saw."""
     turns: list[dict[str, dict[str, float]]] = []
-    options = ["--max-model-len", "512", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", "1G"]
+    options = [
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+        "--no-enable-prefix-caching",
+        "--kv-cache-memory-bytes",
+        "1G",
+    ]
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         with running_server(model, options=[*options, "--dtype", "bfloat16"], log=directory / "server.log") as url:

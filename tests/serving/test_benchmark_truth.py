@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 RUNS, REPEATS = (int(os.environ.get(f"SENTEI_{name}", default)) for name, default in (("RUNS", "10"), ("REPEATS", "6")))
-OPTIONS = ["--max-model-len", "256", "--dtype", "bfloat16", "--kv-cache-memory-bytes", "1G",
+OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--dtype", "bfloat16", "--kv-cache-memory-bytes", "1G",
            "--no-enable-prefix-caching"]  # fmt: skip
 SHAPE = {"input_len": 32, "output_len": 32, "concurrency": [1], "num_prompts": 8}
 ROOT = Path(__file__).resolve().parents[2]
