@@ -17,13 +17,11 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from transformers import LlamaConfig
+from random_checkpoint import generate
 
 from serving.environment import describe_environment
-from toolchain.checkpoint import copy_companions, open_checkpoint, write_config, write_weights
-from toolchain.gguf_import import demo_gguf, import_gguf
+from toolchain.checkpoint import open_checkpoint
 from toolchain.output import write_text
 
 _SHAPE = {
@@ -47,7 +45,7 @@ def main(
     limit = int(limit_gb * 1e9)
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
-        generate(directory / "model", layers)
+        generate(directory / "model", {**_SHAPE, "num_hidden_layers": layers}, max_shard_bytes=_SHARD_BYTES)
         checkpoint = open_checkpoint(directory / "model")
         settings = ["--sparsity", "0.25", "--samples", "4", "--seq-len", str(seq_len), "--dtype", "float32"]
         settings += ["--attention-removals", str(removals)]
@@ -77,41 +75,6 @@ def main(
     typer.echo(f"{checkpoint.weight_bytes / 1e9:.2f} GB of weights; peak from disk {peaks}")
     if not result["same_plan"] or offloaded["peak_anonymous_bytes"] > limit:
         raise SystemExit("The plans differ, or the limit was exceeded.")
-
-
-def generate(directory: Path, layers: int) -> None:
-    """Writes a checkpoint of random weights, with the demo model's tokenizer, one tensor in memory at a time."""
-    config = LlamaConfig(**_SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16")
-    hidden, width, key_width = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_key_value_heads * config.head_dim,
-    )
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for layer in range(layers):
-        of_layer = {
-            "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (key_width, hidden),
-            "self_attn.v_proj": (key_width, hidden), "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width),
-            "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-        }  # fmt: skip
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-
-    def load(name: str) -> torch.Tensor:
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-        shape = shapes[name]
-        if len(shape) == 1:
-            return torch.ones(shape, dtype=torch.bfloat16)
-        return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.03).to(torch.bfloat16)
-
-    directory.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        import_gguf(demo_gguf(), Path(temporary) / "demo")
-        copy_companions(Path(temporary) / "demo", directory)
-    write_config(directory, config.to_dict())
-    tensors = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
-    write_weights(directory, tensors, load, max_shard_bytes=_SHARD_BYTES)
 
 
 def _prune(directory: Path, name: str, settings: list[str]) -> dict[str, Any]:

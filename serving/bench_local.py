@@ -6,8 +6,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from serving.gpu_state import energy, watched_gpus
 from serving.model_facts import ModelFacts
-from serving.statistics import RequestTimes, request_metrics
+from serving.statistics import RequestTimes, request_metrics, request_percentiles
 from serving.worker_process import Worker, running_worker
 from serving.workload import WARMUP_SEED, Slo, Workload
 
@@ -46,17 +47,20 @@ class LocalSession:
     def measure(
         self, side: str, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
     ) -> dict[str, Any]:
-        """Asks one model one load; see :meth:`serving.bench_vllm.VllmSession.measure`. Limits are vLLM's alone."""
+        """Asks one model one load; see :meth:`serving.bench_vllm.ServerSession.measure`. Limits are vLLM's alone."""
         worker = self._up(side)
-        answer = _ask(worker, workload, self._vocab_size, workload.seed + repeat, workload.output_len)
+        with watched_gpus() as gpus:
+            answer = _ask(worker, workload, self._vocab_size, workload.seed + repeat, workload.output_len)
         self.told[side]["peak_memory_bytes"] = answer["peak_memory_bytes"]
         requests = [
             RequestTimes(start_s=each["start_s"], token_times_s=tuple(each["token_times_s"]))
             for each in answer["requests"]
         ]
+        duration_s = max(each.token_times_s[-1] for each in requests) - min(each.start_s for each in requests)
         return {
-            **request_metrics(requests, input_len=workload.input_len), "completed": len(requests), "failed": 0,
-            "first_error": None, "client_cpu_cores": None,
+            **request_metrics(requests, input_len=workload.input_len), "percentiles": request_percentiles(requests),
+            **energy(gpus.last(duration_s), sum(len(each.token_times_s) for each in requests)),
+            "completed": len(requests), "failed": 0, "first_error": None, "client_cpu_cores": None,
         }  # fmt: skip
 
     def drop(self, side: str) -> None:
@@ -70,20 +74,25 @@ class LocalSession:
             self.drop(side)
 
     def _up(self, side: str) -> Worker:
-        if side not in self._workers:
-            stack = ExitStack()
-            worker = stack.enter_context(running_worker(side, self._out / f"{side}.log"))
-            try:
-                directory = str(self._directories[side].resolve())
-                self.told[side] = worker.ask("load", directory=directory, **self._settings)
-                tokens = min(self._widest.output_len, _WARMUP_TOKENS)
-                _ask(worker, self._widest, self._vocab_size, self._widest.seed + WARMUP_SEED, tokens)
-            except BaseException:
-                worker.process.kill()
-                stack.close()
-                raise
-            self._workers[side] = (worker, stack)
+        # None is measured before both are up: an idle neighbour takes memory too.
+        for each in self._directories:
+            if each not in self._workers:
+                self._workers[each] = self._started(each)
         return self._workers[side][0]
+
+    def _started(self, side: str) -> tuple[Worker, ExitStack]:
+        stack = ExitStack()
+        worker = stack.enter_context(running_worker(side, self._out / f"{side}.log"))
+        try:
+            directory = str(self._directories[side].resolve())
+            self.told[side] = worker.ask("load", directory=directory, **self._settings)
+            tokens = min(self._widest.output_len, _WARMUP_TOKENS)
+            _ask(worker, self._widest, self._vocab_size, self._widest.seed + WARMUP_SEED, tokens)
+        except BaseException:
+            worker.process.kill()
+            stack.close()
+            raise
+        return worker, stack
 
 
 def _ask(worker: Worker, workload: Workload, vocab_size: int, seed: int, output_len: int) -> dict[str, Any]:

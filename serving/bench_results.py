@@ -4,16 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from serving.device_probe import DevicePeaks, probe_device
 from serving.environment import describe_environment
 from serving.explain import explain
 from serving.goodput import ATTAINMENT, GOODPUT_METRICS
+from serving.gpu_state import NOT_RECORDED, RECORDED, is_recorded
 from serving.journal import Journal
 from serving.model_facts import ModelFacts, compare_sizes, expected_gains, size_entry
 from serving.roofline import roofline
-from serving.statistics import METRICS, RATIO_FORMULA, Metric, compare
+from serving.statistics import DISTRIBUTED, ENERGY, METRICS, RATIO_FORMULA, compare
 from serving.workload import Slo, Workload
 from toolchain.errors import SenteiError
 from toolchain.layout import LayerLayout
@@ -29,6 +31,11 @@ _PEAK_FORMULA = {
     "vllm": "not measured: vLLM reserves the memory it is told to, not what the model needs",
 }
 _KV_TOKENS_FORMULA = "tokens that fit into the server's KV cache, from its log; both were given the same memory"
+_STARTUP_FORMULA = (
+    "from starting the engine until it could answer: loading, compiling and vLLM's own warm-up; the last start"
+)
+COST_FORMULA = "price per hour / (3600 x median output throughput) x 1,000,000"
+FORMULAS = (*_PEAK_FORMULA.values(), _KV_TOKENS_FORMULA, _STARTUP_FORMULA, COST_FORMULA)
 
 
 def assemble_results(
@@ -37,6 +44,7 @@ def assemble_results(
     engine: str,
     directories: Mapping[str, Path],
     facts: Mapping[str, ModelFacts],
+    hashes: Mapping[str, str],
     workloads: Sequence[Workload],
     slo: Slo | None,
     repeats: int,
@@ -50,17 +58,21 @@ def assemble_results(
         engine: What ran both.
         directories: By side.
         facts: By side.
+        hashes: Of the weights, by side.
         workloads: What was asked, in the journal's order.
         slo: What the search, which comes after the workloads in the journal, looked for.
         repeats: How often.
         primary: The metric that decides.
         options: What the user chose.
     """
-    told = {side: journal.told(side) for side in _SIDES}
-    peaks = _peaks(told, facts)
-    layout = () if engine == "onnx" else open_servable(directories["pruned"]).layout
+    told = {side: journal.told(side) for side in directories}
+    both = len(directories) == 2
+    peaks = _peaks(told, facts) if both else None
+    layout = () if engine.startswith("onnx") or not both else open_servable(directories["pruned"]).layout
     measurements = [
-        _measurement(_runs(journal, load, repeats, METRICS), workload, facts, primary)
+        _measurement(
+            _runs(journal, load, repeats, tuple(directories)), workload, facts, primary, options["price_per_hour"]
+        )
         for load, workload in enumerate(workloads)
     ]
     if peaks:
@@ -77,24 +89,25 @@ def assemble_results(
         "ratio_formula": RATIO_FORMULA,
         "options": dict(options),
         "models": {
-            side: {"name": path.resolve().name, "directory": str(path), "precision": facts[side].precision,
-                   **told[side]}
+            side: {"name": path.resolve().name, "directory": str(path), "weights_sha256": hashes[side],
+                   "precision": facts[side].precision, **told[side]}
             for side, path in directories.items()
         },
         "sizes": _sizes(engine, facts, told),
         "measurements": measurements,
-        "goodput": slo and _goodput(_runs(journal, len(workloads), repeats, GOODPUT_METRICS), slo),
+        "goodput": slo and _goodput(_runs(journal, len(workloads), repeats, tuple(directories)), slo),
         "device_peaks": peaks and asdict(peaks),
+        "gpu_state": RECORDED if is_recorded() else NOT_RECORDED,
         "failed_attempts": journal.failures,
         "environment": describe_environment(),
     }  # fmt: skip
 
 
-def _runs(journal: Journal, load: int, repeats: int, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+def _runs(journal: Journal, load: int, repeats: int, sides: Sequence[str]) -> list[dict[str, Any]]:
     runs = []
     for repeat in range(repeats):
-        measured = {side: journal.get((repeat, load, side)) for side in _SIDES}
-        run: dict[str, Any] = {"repeat": repeat, "order": list(_SIDES if repeat % 2 == 0 else _SIDES[::-1])}
+        measured = {side: journal.get((repeat, load, side)) for side in sides}
+        run: dict[str, Any] = {"repeat": repeat, "order": list(sides if repeat % 2 == 0 else sides[::-1])}
         for side, entry in measured.items():
             assert entry is not None, "every visit was made"
             run[side] = dict(entry["metrics"])
@@ -103,10 +116,15 @@ def _runs(journal: Journal, load: int, repeats: int, metrics: Sequence[Metric]) 
 
 
 def _measurement(
-    runs: list[dict[str, Any]], workload: Workload, facts: Mapping[str, ModelFacts], primary: str
+    runs: list[dict[str, Any]],
+    workload: Workload,
+    facts: Mapping[str, ModelFacts],
+    primary: str,
+    price_per_hour: float | None,
 ) -> dict[str, Any]:
-    failed = {side: sum(run[side]["failed"] for run in runs) for side in _SIDES}
-    metrics = compare(runs, primary=primary)
+    failed = {side: sum(run[side]["failed"] for run in runs) for side in facts}
+    counted = all(run[side][ENERGY.name] is not None for run in runs for side in facts)
+    metrics = compare(runs, primary=primary, metrics=(*METRICS, ENERGY) if counted else METRICS)
     if any(failed.values()):
         # Rates and times of the requests that got through say nothing of those that did not.
         metrics = {name: {**metric, "ratio": None, "gain": None, "verdict": None} for name, metric in metrics.items()}
@@ -115,7 +133,11 @@ def _measurement(
         "workload": describe(workload),
         "metrics": metrics,
         "failed_requests": failed,
-        "expected": expected_gains(
+        "percentiles": _percentiles(runs),
+        "cost": price_per_hour and _cost(metrics, price_per_hour),
+        "expected": {}
+        if len(facts) == 1
+        else expected_gains(
             facts["original"],
             facts["pruned"],
             input_len=workload.input_len,
@@ -125,6 +147,29 @@ def _measurement(
         ),
         "runs": runs,
     }
+
+
+def _cost(metrics: Mapping[str, Any], price_per_hour: float) -> dict[str, Any]:
+    throughput = {side: metrics["output_throughput"][side]["median"] for side in _SIDES}
+    return {
+        "price_per_hour": price_per_hour,
+        "formula": COST_FORMULA,
+        "per_million_output_tokens": {
+            side: price_per_hour / 3600 / each * 1e6 if each else None for side, each in throughput.items()
+        },
+    }
+
+
+def _percentiles(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By time and side: percentile to the median over repeats, in ms; null where undefined."""
+    return {name: {side: _median_percentiles([run[side]["percentiles"][name] for run in runs if side in run])
+                   for side in _SIDES}
+            for name in DISTRIBUTED}  # fmt: skip
+
+
+def _median_percentiles(repeats: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
+    found = [each for each in repeats if each]
+    return {percent: median(each[percent] for each in found) for percent in found[0]} if found else None
 
 
 def _peaks(told: Mapping[str, Mapping[str, Any]], facts: Mapping[str, ModelFacts]) -> DevicePeaks | None:
@@ -157,6 +202,8 @@ def _against_roofline(
         facts, expected, medians, layout=layout, context=workload.input_len + output_len // 2, concurrency=concurrency,
         kv_cache_tokens={side: told[side].get("kv_cache_tokens") for side in _SIDES},
         client_cpu_cores=max((each for each in busy if each is not None), default=None),
+        throttled=sorted({reason for run in measurement["runs"] for side in _SIDES
+                          for reason in (run[side]["gpu"] or {}).get("throttled", ())}),
         not_compiled=next(filter(None, (told[side].get("not_compiled") for side in _SIDES)), None),
     )  # fmt: skip
     return {"roofline": expected, "why_not_more": causes}
@@ -190,11 +237,13 @@ def _goodput(runs: list[dict[str, Any]], slo: Slo) -> dict[str, Any]:
 def _sizes(
     engine: str, facts: Mapping[str, ModelFacts], told: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    sizes = compare_sizes(facts["original"], facts["pruned"])
-    place = "vllm" if engine == "vllm" else "cpu" if told["original"]["device"] == "cpu" else "cuda"
-    peaks = [told[side].get("peak_memory_bytes") for side in _SIDES]
+    sizes = compare_sizes(facts["original"], facts.get("pruned"))
+    place = "vllm" if engine.startswith("vllm") else "cpu" if told["original"]["device"] == "cpu" else "cuda"
+    peaks = [told.get(side, {}).get("peak_memory_bytes") for side in _SIDES]
     sizes["peak_memory_bytes"] = size_entry(*peaks, unit="bytes", formula=_PEAK_FORMULA[place])
-    if engine == "vllm":
-        tokens = [told[side]["kv_cache_tokens"] for side in _SIDES]
+    if engine.startswith("vllm"):
+        tokens = [told.get(side, {}).get("kv_cache_tokens") for side in _SIDES]
         sizes["kv_cache_tokens"] = size_entry(*tokens, unit="tokens", formula=_KV_TOKENS_FORMULA)
+    startup = [told.get(side, {}).get("startup_s") for side in _SIDES]
+    sizes["startup_s"] = size_entry(*startup, unit="s", formula=_STARTUP_FORMULA)
     return sizes

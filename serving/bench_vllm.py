@@ -1,16 +1,18 @@
-"""The vLLM half of the benchmark: real servers, driven by ``vllm bench serve``; its figures are taken as they are."""
+"""Servers in the benchmark, vLLM's and ONNX Runtime's, driven by ``vllm bench serve``; its figures are kept."""
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from serving.bench_client import STALL_TIMEOUT_S, bench_serve
-from serving.statistics import BETWEEN_TOKENS, METRICS
+from serving.gpu_state import energy, watched_gpus
+from serving.statistics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
 from serving.vllm_server import running_server, tail
 from serving.worker_process import EngineFailedError
 from serving.workload import WARMUP_SEED, Slo, Workload
@@ -25,8 +27,8 @@ _WEIGHTS_GIB = re.compile(r"[Mm]odel loading took ([\d.]+) Gi?B")
 _UNCOMPILED = re.compile(r"^.*(?:Enforce eager set|[Cc]uda ?graph is disabled|[Ff]all(?:ing)? back to eager).*$", re.M)
 
 
-class VllmSession:
-    """Both models' servers, started when they are needed and warmed up as widely as the widest load.
+class ServerSession:
+    """Both models' servers, vLLM or ONNX, started when they are needed and warmed up as widely as the widest load.
 
     On a CPU both stay up and only one works at a time. On a GPU a server takes nearly all memory, so one is up at a
     time, and each repeat starts its own.
@@ -47,6 +49,7 @@ class VllmSession:
         urls: Mapping[str, str] | None = None,
         api_key: str | None = None,
         stall_timeout_s: float = STALL_TIMEOUT_S,
+        onnx_context: int | None = None,
     ) -> None:
         """Starts nothing yet.
 
@@ -59,10 +62,12 @@ class VllmSession:
             urls: Servers that run already, by side; none is started then.
             api_key: What they ask for.
             stall_timeout_s: See :func:`serving.bench_client.bench_serve`.
+            onnx_context: For ONNX exports, the tokens that their context holds; ``None`` starts vLLM.
         """
         self.both_up = urls is not None or not torch.cuda.is_available()
         self.told: dict[str, dict[str, Any]] = {}
         self._directories, self._out, self._dtype, self._options = directories, out, dtype, engine_options
+        self._onnx_context, self._longest = onnx_context, max(workload.longest for workload in workloads)
         self._widest = max(workloads, key=lambda workload: workload.width)
         self._urls, self._api_key, self._stall_timeout_s = urls, api_key, stall_timeout_s
         self._servers: dict[str, tuple[int, str, ExitStack]] = {}
@@ -94,8 +99,11 @@ class VllmSession:
         options = _load_options(workload, workload.seed + repeat, workload.num_prompts, self._prompts_file)
         if slo:
             options += ["--goodput", *(f"{metric}:{limit:g}" for metric, limit in slo.limits.items())]
-        result = self._bench(side, base_url, options, self._out / "vllm" / f"{name}.json")
-        return _metrics(workload, result)
+        with watched_gpus() as gpus:
+            result = self._bench(side, base_url, options, self._out / "vllm" / f"{name}.json")
+        # The GPUs here are not those of a server that was there before us.
+        seen = None if self._urls else gpus.last(result["duration"])
+        return {**_metrics(workload, result), **energy(seen, result["total_output_tokens"])}
 
     def drop(self, side: str) -> None:
         """Stops a side's server; the next measurement starts another."""
@@ -118,33 +126,52 @@ class VllmSession:
             for other, (started_for, _, _) in tuple(self._servers.items()):
                 if (other, started_for) != (side, repeat):
                     self.drop(other)
-        if side not in self._servers:
-            stack = ExitStack()
-            try:
-                base_url = self._start(side, repeat, stack)
-            except BaseException:
-                stack.close()
-                raise
-            self._servers[side] = (repeat, base_url, stack)
+        # Where both stay up, none is measured before both are: an idle neighbour takes memory too.
+        for each in self._directories if self.both_up else (side,):
+            if each not in self._servers:
+                self._servers[each] = self._started(each, repeat)
         return self._servers[side][1]
+
+    def _started(self, side: str, repeat: int) -> tuple[int, str, ExitStack]:
+        stack = ExitStack()
+        try:
+            return repeat, self._start(side, repeat, stack), stack
+        except BaseException:
+            stack.close()
+            raise
 
     def _start(self, side: str, repeat: int, stack: ExitStack) -> str:
         if self._urls:
             base_url = self._urls[side].rstrip("/")
-            self.told[side] = {"device": None, "url": base_url, **_from_log("")}
+            self.told[side] = {"device": None, "url": base_url, **engine_facts("")}
         else:
-            options = _server_options(self._directories[side], self._dtype, self._options)
-            log = self._log(side, repeat)
-            base_url = stack.enter_context(running_server(self._directories[side], options=options, log=log))
+            log, start_s = self._log(side, repeat), time.monotonic()
+            options, running = self._server(self._directories[side])
+            base_url = stack.enter_context(running(self._directories[side], options=options, log=log))
+            startup_s = time.monotonic() - start_s
             device = "cuda" if torch.cuda.is_available() else "cpu"
             text = log.read_text(encoding="utf-8", errors="replace")
-            self.told[side] = {"device": device, "server_options": options, **_from_log(text)}
+            self.told[side] = {
+                "device": device, "server_options": options, "startup_s": startup_s, **engine_facts(text)
+            }  # fmt: skip
         warmup = self._widest
         options = _load_options(warmup, warmup.seed + WARMUP_SEED, warmup.width, self._prompts_file)
         file = self._out / f"{side}-warmup.json"
         self._bench(side, base_url, options, file)
         file.unlink(missing_ok=True)
         return base_url
+
+    def _server(self, directory: Path) -> tuple[list[str], Callable[..., AbstractContextManager[str]]]:
+        """The options of a side's server, and what runs it."""
+        if self._onnx_context is None:
+            return engine_options_for(directory, self._dtype, self._options), running_server
+        from serving.onnx_server import running_server as running_onnx_server
+
+        # It reserves the memory of every answer at its full length.
+        fair = {"--max-num-seqs": self._widest.width, "--max-model-len": min(self._longest + 16, self._onnx_context)}
+        given = {option.split("=")[0] for option in self._options}
+        added = [text for name, value in fair.items() if name not in given for text in (name, str(value))]
+        return [*self._options, *added], running_onnx_server
 
     def _log(self, side: str, repeat: int) -> Path:
         # A server that is started again must not write over the log of the one that died.
@@ -168,7 +195,8 @@ class VllmSession:
             raise EngineFailedError(f"{error.message}{end}") from error
 
 
-def _server_options(directory: Path, dtype: str | None, engine_options: Sequence[str]) -> list[str]:
+def engine_options_for(directory: Path, dtype: str | None, engine_options: Sequence[str]) -> list[str]:
+    """The user's options with what makes a comparison fair: one precision, no prefix cache, one size of KV cache."""
     options = list(engine_options)
     if not any(option.split("=")[0] == "--dtype" for option in options):
         # vLLM's "auto" would run a float32 checkpoint in half precision.
@@ -193,7 +221,7 @@ def _load_options(workload: Workload, seed: int, num_prompts: int, prompts_file:
     else:
         options = [
             "--dataset-name", "random", "--random-input-len", str(workload.input_len),
-            "--random-output-len", str(workload.output_len), "--random-range-ratio", "0.0",
+            "--random-output-len", str(workload.output_len), "--random-range-ratio", f"{workload.range_ratio:g}",
         ]  # fmt: skip
     if workload.concurrency is not None:
         options += ["--max-concurrency", str(workload.concurrency)]
@@ -205,7 +233,7 @@ def _load_options(workload: Workload, seed: int, num_prompts: int, prompts_file:
         "--seed", str(seed),
         "--ignore-eos",
         "--percentile-metrics", "ttft,tpot,itl,e2el",
-        "--metric-percentiles", "99",
+        "--metric-percentiles", ",".join(map(str, PERCENTILES)),
     ]  # fmt: skip
 
 
@@ -214,11 +242,23 @@ def _metrics(workload: Workload, result: Mapping[str, Any]) -> dict[str, Any]:
     metrics = {metric.name: None if metric.name in undefined else result[metric.name] for metric in METRICS}
     told = {name: result[name] for name in ("first_error", "client_cpu_cores", "duration")}
     goodput = {"request_goodput": result["request_goodput"]} if result.get("request_goodput") is not None else {}
+    percentiles = {
+        name: {str(percent): result[f"p{percent}_{name}_ms"] for percent in PERCENTILES}
+        if f"mean_{name}_ms" not in undefined else None
+        for name in DISTRIBUTED
+    }  # fmt: skip
     completed = result["completed"]
-    return {**metrics, **goodput, **told, "completed": completed, "failed": workload.num_prompts - completed}
+    return {
+        **metrics,
+        **goodput,
+        **told,
+        "percentiles": percentiles,
+        "completed": completed,
+        "failed": workload.num_prompts - completed,
+    }
 
 
-def _from_log(text: str) -> dict[str, Any]:
+def engine_facts(text: str) -> dict[str, Any]:
     """What the server's log says of its memory and of how it runs; null where this version says nothing."""
     tokens, weights = _KV_TOKENS.search(text), _WEIGHTS_GIB.search(text)
     return {
@@ -228,14 +268,14 @@ def _from_log(text: str) -> dict[str, Any]:
     }
 
 
-def check_urls(urls: Sequence[str]) -> None:
+def check_urls(urls: Sequence[str], num_models: int) -> None:
     """Refuses anything but one server for each model.
 
     Raises:
-        SenteiError: Not two URLs of http or https.
+        SenteiError: Another number, or not URLs of http or https.
     """
-    if len(urls) != 2 or any(not url.startswith(("http://", "https://")) for url in urls):
+    if len(urls) != num_models or any(not url.startswith(("http://", "https://")) for url in urls):
         raise SenteiError(
-            f"--url takes two servers, the original's and the pruned model's; given: {', '.join(urls)}.",
-            "Write --url http://127.0.0.1:8000 --url http://127.0.0.1:8001.",
+            f"--url takes one server for each model, the original's first; given: {', '.join(urls)}.",
+            "Write --url http://127.0.0.1:8000 --url http://127.0.0.1:8001, or name one model.",
         )

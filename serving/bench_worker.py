@@ -150,7 +150,7 @@ class _Session:
         start_s = time.perf_counter()
         self._decode, facts = loader(Path(directory), device, dtype)
         self._device = facts["device"]
-        return {**facts, "load_s": time.perf_counter() - start_s}
+        return {**facts, "startup_s": time.perf_counter() - start_s}
 
     def measure(self, *, prompts: list[list[int]], output_len: int, batch_size: int) -> dict[str, Any]:
         assert self._decode is not None, "load comes before measure"

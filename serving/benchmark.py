@@ -4,32 +4,37 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from serving.bench_client import STALL_TIMEOUT_S
 from serving.bench_local import LocalSession
+from serving.bench_offline import UNDEFINED, OfflineSession
 from serving.bench_results import RESULTS_FILE, assemble_results, describe
-from serving.goodput import find_highest_rate
+from serving.bench_vllm import ServerSession, check_urls
+from serving.environment import library_versions
+from serving.goodput import Probe, find_highest_rate
 from serving.journal import Journal, open_journal
-from serving.model_facts import ModelFacts, checkpoint_facts, onnx_facts
+from serving.model_facts import ModelFacts, checkpoint_facts, onnx_facts, weights_sha256
 from serving.results_table import as_csv, as_markdown
 from serving.statistics import DEFAULT_PRIMARY, check_primary, check_statistics
 from serving.worker_process import EngineFailedError
-from serving.workload import Slo, Workload, prompts_at_rate
+from serving.workload import SERVERS, Slo, Workload, prompts_at_rate
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.output import write_text
 
 MIN_REPEATS = 3
 SIDES = ("original", "pruned")
 _DTYPES = ("float32", "bfloat16", "float16")
-_LIBRARIES = {"onnx": ("onnxruntime_genai", "onnxruntime-genai", "onnx"), "vllm": ("vllm", "vllm", "vllm")}
-_MAX_PROBE_PROMPTS = 1000
+_ONNX, _VLLM = ("onnxruntime_genai", "onnxruntime-genai", "onnx"), ("vllm", "vllm", "vllm")
+# vLLM's own client drives the ONNX server too.
+_LIBRARIES = {"onnx": (_ONNX,), "onnx-server": (_ONNX, _VLLM), "vllm": (_VLLM,), "vllm-offline": (_VLLM,)}
+_MAX_PROBE_PROMPTS = 3000
 
-Engine = Literal["transformers", "onnx", "vllm"]
+Engine = Literal["transformers", "onnx", "onnx-server", "vllm", "vllm-offline"]
 
 
 class Session(Protocol):
-    """Both models behind an engine; see :class:`serving.bench_vllm.VllmSession`."""
+    """Both models behind an engine; see :class:`serving.bench_vllm.ServerSession`."""
 
     both_up: bool
     told: dict[str, dict[str, Any]]
@@ -65,7 +70,7 @@ class Visit:
 
 def benchmark(
     original: Path,
-    pruned: Path,
+    pruned: Path | None,
     *,
     engine: Engine,
     out: Path,
@@ -78,6 +83,7 @@ def benchmark(
     engine_options: Sequence[str] = (),
     urls: Sequence[str] = (),
     api_key: str | None = None,
+    price_per_hour: float | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
     force: bool = False,
     resume: bool = False,
@@ -87,7 +93,7 @@ def benchmark(
 
     Args:
         original: Checkpoint, or ONNX export for engine ``onnx``.
-        pruned: The same kind of directory.
+        pruned: The same kind of directory; ``None`` measures one running server alone.
         engine: What runs both.
         out: Written whole or not at all; until then, what is measured is kept in ``<out>.unfinished``.
         workloads: See :func:`serving.workload.make_workloads`. The verdict is about the first.
@@ -97,8 +103,9 @@ def benchmark(
         device: ``auto``, ``cpu`` or ``cuda``; vLLM takes the device it was built for.
         dtype: Computed in; by default the checkpoint's own. An ONNX export has its precision built in.
         engine_options: Options for ``vllm serve``, for both models.
-        urls: Two servers that run already, the original's and the pruned model's; vLLM alone.
+        urls: Servers that run already, the original's and then the pruned model's; vLLM alone.
         api_key: What these servers ask for.
+        price_per_hour: Of the machine, in any currency; gives the cost of a million output tokens.
         stall_timeout_s: How long a server may go without a token before it counts as hung.
         force: Replace what is in ``out``.
         resume: Go on with what is in ``<out>.unfinished``.
@@ -114,42 +121,51 @@ def benchmark(
     """
     if not workloads:
         raise SenteiError("There is nothing to measure: no load is given.")
-    check_primary(primary, output_len=workloads[0].output_len)
-    _check_settings(engine, repeats, dtype, engine_options, slo=slo, urls=urls)
-    directories = {"original": original, "pruned": pruned}
-    facts = {side: onnx_facts(path) if engine == "onnx" else checkpoint_facts(path, dtype)
+    undefined = UNDEFINED if engine == "vllm-offline" else frozenset()
+    check_primary(primary, output_len=workloads[0].output_len, undefined=undefined)
+    directories = {"original": original} if pruned is None else {"original": original, "pruned": pruned}
+    _check_settings(engine, repeats, dtype, engine_options, slo=slo, urls=urls, num_models=len(directories))
+    facts = {side: onnx_facts(path) if engine.startswith("onnx") else checkpoint_facts(path, dtype)
              for side, path in directories.items()}  # fmt: skip
     _check_comparable(facts, workloads)
     check_statistics()
     options = {
         "device": device, "dtype": dtype, "repeats": repeats, "engine_options": list(engine_options),
-        "urls": list(urls), "primary": primary,
+        "urls": list(urls), "primary": primary, "price_per_hour": price_per_hour,
     }  # fmt: skip
+    hashes = {side: weights_sha256(path) for side, path in directories.items()}
     settings = {
-        "engine": engine, **options, "original": str(original.resolve()), "pruned": str(pruned.resolve()),
+        "engine": engine, "weights_sha256": hashes, "versions": library_versions(), **options,
+        "directories": {side: str(path.resolve()) for side, path in directories.items()},
         "workloads": [describe(each) for each in workloads], "slo": slo and slo.limits
     }  # fmt: skip
-    with open_journal(out, settings, force=force, resume=resume, inputs=(original, pruned)) as journal:
+    with open_journal(out, settings, force=force, resume=resume, inputs=tuple(directories.values())) as journal:
         session: Session
-        if engine == "vllm":
-            from serving.bench_vllm import VllmSession
-
-            session = VllmSession(
+        if engine in SERVERS:
+            session = ServerSession(
                 directories, workloads, journal.directory, dtype=dtype, engine_options=engine_options,
-                urls=dict(zip(SIDES, urls, strict=True)) if urls else None, api_key=api_key,
+                urls=dict(zip(directories, urls, strict=True)) if urls else None, api_key=api_key,
+                stall_timeout_s=stall_timeout_s,
+                onnx_context=min(each.max_len for each in facts.values()) if engine == "onnx-server" else None,
+            )  # fmt: skip
+        elif engine == "vllm-offline":
+            session = OfflineSession(
+                directories, journal.directory, dtype=dtype, engine_options=engine_options,
                 stall_timeout_s=stall_timeout_s,
             )  # fmt: skip
         else:
             session = LocalSession(engine, directories, facts, workloads, journal.directory, device=device, dtype=dtype)
         try:
-            for visit in schedule(repeats, len(workloads) + bool(slo), both_up=session.both_up):
+            for visit in schedule(
+                repeats, len(workloads) + bool(slo), sides=tuple(directories), both_up=session.both_up
+            ):
                 if not journal.get(visit.key):
                     _measure(session, visit, workloads, slo, journal, primary, repeats, on_progress)
         finally:
             session.close()
         results = assemble_results(
-            journal, engine=engine, directories=directories, facts=facts, workloads=workloads, slo=slo,
-            repeats=repeats, primary=primary, options=options,
+            journal, engine=engine, directories=directories, facts=facts, hashes=hashes, workloads=workloads,
+            slo=slo, repeats=repeats, primary=primary, options=options,
         )  # fmt: skip
         write_text(journal.directory / "results.md", as_markdown(results))
         write_text(journal.directory / "results.csv", as_csv(results))
@@ -157,10 +173,10 @@ def benchmark(
     return results
 
 
-def schedule(repeats: int, num_loads: int, *, both_up: bool) -> Iterator[Visit]:
+def schedule(repeats: int, num_loads: int, *, both_up: bool, sides: Sequence[str] = SIDES) -> Iterator[Visit]:
     """A B, B A, A B ...: what drifts meets both alike. A server that is up alone takes all loads in a row."""
     for repeat in range(repeats):
-        order = SIDES if repeat % 2 == 0 else SIDES[::-1]
+        order = sides if repeat % 2 == 0 else sides[::-1]
         if both_up:
             yield from (Visit(repeat=repeat, load=load, side=side) for load in range(num_loads) for side in order)
         else:
@@ -211,13 +227,17 @@ def _search_rate(session: Session, visit: Visit, workload: Workload, slo: Slo) -
     capacity = session.measure(visit.side, visit.repeat, at_once, name=f"{name}-capacity", slo=slo)
     failed = capacity["failed"]
 
-    def probe(rate: float) -> tuple[float, float]:
+    def probe(rate: float) -> Probe:
         nonlocal failed
         num_prompts = min(prompts_at_rate(rate), _MAX_PROBE_PROMPTS)
         load = replace(workload, concurrency=None, request_rate=rate, num_prompts=num_prompts)
         measured = session.measure(visit.side, visit.repeat, load, name=f"{name}-{rate:.4g}", slo=slo)
         failed += measured["failed"]
-        return measured["request_goodput"] * measured["duration"] / num_prompts, measured["request_goodput"]
+        return Probe(
+            met=measured["request_goodput"] * measured["duration"] / num_prompts,
+            request_goodput=measured["request_goodput"],
+            request_throughput=measured["request_throughput"],
+        )
 
     found = find_highest_rate(capacity["request_throughput"], probe)
     # Requests that failed at a rate missed their objectives there: they are counted, and do not void the search.
@@ -236,28 +256,32 @@ def _check_settings(
     *,
     slo: Slo | None,
     urls: Sequence[str],
+    num_models: int,
 ) -> None:
-    if engine not in ("transformers", "onnx", "vllm"):
-        raise SenteiError(f"Engine {engine!r} is not known.", "Choose transformers, onnx or vllm.")
+    if engine not in get_args(Engine):
+        raise SenteiError(f"Engine {engine!r} is not known.", f"Choose one of {', '.join(get_args(Engine))}.")
     if repeats < MIN_REPEATS:
         raise SenteiError(
             f"{repeats} repeats cannot give an interval worth printing.", f"Use at least {MIN_REPEATS}, better 5."
         )
-    if dtype is not None and (dtype not in _DTYPES or engine == "onnx"):
-        allowed = "leave it out: an ONNX export has its precision built in" if engine == "onnx" else ", ".join(_DTYPES)
+    is_onnx = engine.startswith("onnx")
+    if dtype is not None and (dtype not in _DTYPES or is_onnx):
+        allowed = "leave it out: an ONNX export has its precision built in" if is_onnx else ", ".join(_DTYPES)
         raise SenteiError(f"dtype {dtype!r} is not possible with engine {engine}.", f"Allowed: {allowed}.")
-    if engine != "vllm" and (engine_options or urls or slo):
-        raise SenteiError(
-            f"Engine {engine} takes no engine options, no --url and no --slo.", "They are for engine vllm alone."
-        )
+    if engine not in SERVERS and (urls or slo):
+        raise SenteiError(f"Engine {engine} takes no --url and no --slo.", f"They are for {' and '.join(SERVERS)}.")
+    if engine_options and engine in ("transformers", "onnx"):
+        raise SenteiError(f"Engine {engine} takes no engine options.", "They are for vLLM and for servers.")
     if urls:
-        from serving.bench_vllm import check_urls
-
-        check_urls(urls)
+        check_urls(urls, num_models)
         if engine_options:
             raise SenteiError("Engine options are for servers that sentei starts; with --url it starts none.")
-    if engine in _LIBRARIES:
-        _check_library(*_LIBRARIES[engine])
+    elif num_models == 1:
+        raise SenteiError(
+            "There is nothing to compare with.", "Give the pruned model too, or one running server's --url."
+        )
+    for library in _LIBRARIES.get(engine, ()):
+        _check_library(*library)
 
 
 def _check_library(module: str, library: str, extra: str) -> None:
@@ -268,13 +292,13 @@ def _check_library(module: str, library: str, extra: str) -> None:
 
 
 def _check_comparable(facts: Mapping[str, ModelFacts], workloads: Sequence[Workload]) -> None:
-    if facts["original"].precision != facts["pruned"].precision:
+    if len({each.precision for each in facts.values()}) > 1:
         raise SenteiError(
             f"The original is {facts['original'].precision} and the pruned model {facts['pruned'].precision}: what "
             "comes of pruning could not be told from what comes of precision.",
             "Export both alike, or give a dtype.",
         )
-    needed = max(each.prompts.longest if each.prompts else each.input_len + each.output_len for each in workloads)
+    needed = max(each.longest for each in workloads)
     for side, each in facts.items():
         if needed > each.max_len:
             raise SenteiError(

@@ -17,7 +17,7 @@ FORMULA = (
 )
 _SIDES = ("original", "pruned")
 _SAME = ("engine", "primary_metric")
-_LOAD = ("input_len", "output_len", "concurrency", "request_rate", "prompts", "ignore_eos")
+_LOAD = ("input_len", "output_len", "concurrency", "request_rate", "range_ratio", "prompts", "ignore_eos")
 
 
 def compare_results(one: Path, other: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def compare_results(one: Path, other: Path) -> dict[str, Any]:
             f"({_size(runs[1])} bytes)."
         )
     for side in _SIDES:
-        precisions = [run["models"][side].get("precision") for run in runs]
+        precisions = [run["models"].get(side, {}).get("precision") for run in runs]
         if precisions[0] != precisions[1]:
             raise SenteiError(f"Not comparable: the {side} model is {precisions[0]} in A and {precisions[1]} in B.")
     loads = [{_load(each): each for each in run["measurements"]} for run in runs]
@@ -110,16 +110,20 @@ def _load(measurement: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _compare_load(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
+    # Rates and times of the requests that got through say nothing of those that did not.
+    failed = {side: sum(each["failed_requests"].get(side, 0) for each in (one, other)) for side in _SIDES}
     for name, metric in one["metrics"].items():
         if name in other["metrics"]:
-            sides = {side: _compare_side(metric, other["metrics"][name], side) for side in _SIDES}
+            sides = {
+                side: None if failed[side] else _compare_side(metric, other["metrics"][name], side) for side in _SIDES
+            }
             metrics[name] = {"unit": metric["unit"], "role": metric["role"], **sides}
-    return {"workload": one["workload"], "metrics": metrics}
+    return {"workload": one["workload"], "failed_requests": failed, "metrics": metrics}
 
 
 def _compare_side(one: Mapping[str, Any], other: Mapping[str, Any], side: str) -> dict[str, Any] | None:
     values = [metric[side]["values"] for metric in (one, other)]
-    if any(value is None or value <= 0 for each in values for value in each):
+    if not all(values) or any(value is None or value <= 0 for each in values for value in each):
         return None
     ratio = welch_interval(*values)
     gain_low, gain_high = ratio["low"], ratio["high"]

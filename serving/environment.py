@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -64,4 +65,13 @@ def _accelerators() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
     properties = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return [{"name": each.name, "memory_bytes": each.total_memory} for each in properties]
+    return [
+        {"name": each.name, "memory_bytes": each.total_memory, "driver": _nvidia_driver(), "cuda": torch.version.cuda}
+        for each in properties
+    ]
+
+
+def _nvidia_driver() -> str | None:
+    file = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Kernel Module.*?  (\d[\d.]+)", file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found[1] if found else None

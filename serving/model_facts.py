@@ -4,6 +4,7 @@ The expectation is deliberately simple and every formula stands in the results: 
 cache once a step; prefill does all matrix products once a prompt token.
 """
 
+import hashlib
 import importlib
 import json
 import math
@@ -33,6 +34,7 @@ END_TO_END_FORMULA = (
 )
 # ONNX's numbers for its floating-point types.
 _FLOATS: Mapping[int, str] = {1: "float32", 10: "float16", 16: "bfloat16"}
+_WEIGHT_FILES = (".safetensors", ".onnx", ".data")
 SIZE_FORMULAS: Mapping[str, tuple[str, str]] = {
     "num_parameters": ("parameters", "all stored parameters; tied embeddings count once"),
     "weight_bytes": ("bytes", "all stored weight tensors"),
@@ -225,15 +227,24 @@ def _size_on_disk(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def compare_sizes(original: ModelFacts, pruned: ModelFacts) -> dict[str, dict[str, Any]]:
+def weights_sha256(directory: Path) -> str:
+    """SHA-256 over the names and bytes of a directory's weight files: safetensors, or an ONNX graph with its data."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.iterdir() if path.suffix in _WEIGHT_FILES):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def compare_sizes(original: ModelFacts, pruned: ModelFacts | None) -> dict[str, dict[str, Any]]:
     """The sizes of both models side by side, each with its unit, formula and ratio pruned/original."""
     return {
-        name: size_entry(getattr(original, name), getattr(pruned, name), unit=unit, formula=formula)
+        name: size_entry(getattr(original, name), getattr(pruned, name, None), unit=unit, formula=formula)
         for name, (unit, formula) in SIZE_FORMULAS.items()
     }
 
 
-def size_entry(original: int | None, pruned: int | None, *, unit: str, formula: str) -> dict[str, Any]:
+def size_entry(original: float | None, pruned: float | None, *, unit: str, formula: str) -> dict[str, Any]:
     """One line of the table of sizes; unknown is null."""
     ratio = pruned / original if original and pruned is not None else None
     return {"unit": unit, "formula": formula, "original": original, "pruned": pruned, "ratio": ratio}

@@ -4,7 +4,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from serving.report_charts import plotly_js
+from serving.messages import ENGLISH, Say
+from serving.plot import plotly_js
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.output import write_text
 
@@ -23,10 +24,16 @@ def check_page(out: Path, *, force: bool) -> None:
         raise SenteiError(f"Output {out} exists.", "Choose another, or add --force to replace it.")
 
 
-def write_page(template: str, out: Path, **view: Any) -> None:
+def write_page(template: str, out: Path, *, say: Say = ENGLISH, **view: Any) -> None:
     """Renders a template and writes the page; the directory is created.
 
-    Charts, Plotly's own fragments, are marked safe in the templates; everything else is escaped.
+    Charts, Plotly's own fragments, are marked safe in the templates; everything else is escaped in HTML.
+
+    Args:
+        template: Its name; ``.html.j2`` is HTML, anything else plain text.
+        out: The file.
+        say: What translates the template's messages (``{% trans %}`` and ``_()``).
+        view: What it prints.
 
     Raises:
         MissingDependencyError: jinja2 or plotly is not installed.
@@ -38,11 +45,17 @@ def write_page(template: str, out: Path, **view: Any) -> None:
         raise MissingDependencyError("jinja2", "demo") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
+        autoescape=template.endswith(".html.j2"),
+        extensions=["jinja2.ext.i18n"],
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(**view, plotly_js=markupsafe.Markup(plotly_js()))
+    environment.policies["ext.i18n.trimmed"] = True
+    environment.install_gettext_callables(say, say)
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    page = environment.get_template(template).render(
+        **view, language=say.language, plotly_js=markupsafe.Markup(plotly_js())
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)

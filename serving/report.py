@@ -1,20 +1,24 @@
-"""One self-contained HTML page from the files that pruning, evaluation, verification and benchmarks left behind."""
+"""One self-contained page from the files that pruning, evaluation, verification and benchmarks left behind."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from serving.messages import Language, Say
 from serving.page import check_page, write_page
 from serving.report_inputs import read_inputs
 from serving.report_view import build_view
 
 
-def render_report(directories: Sequence[Path], out: Path, *, force: bool = False) -> dict[str, Any]:
+def render_report(
+    directories: Sequence[Path], out: Path, *, language: Language = "en", force: bool = False
+) -> dict[str, Any]:
     """Renders the page.
 
     Args:
         directories: Each is looked at itself and one level below.
-        out: The HTML file; its directory is created.
+        out: The file: Markdown, without charts, if it ends in ``.md``, else HTML. Its directory is created.
+        language: Of everything but what files hold in their own words.
         force: Replace an existing file.
 
     Returns:
@@ -27,6 +31,12 @@ def render_report(directories: Sequence[Path], out: Path, *, force: bool = False
     """
     check_page(out, force=force)
     inputs = read_inputs(directories)
-    view = build_view(inputs)
-    write_page("report.html.j2", out, **view, missing=inputs.missing)
-    return {"report": str(out), "missing": inputs.missing, "verdict": [speed for speed in view["speeds"] if speed]}
+    say = Say(language)
+    view = build_view(inputs, say)
+    template = "report.md.j2" if out.suffix == ".md" else "report.html.j2"
+    write_page(template, out, say=say, **view, missing=inputs.missing)
+    return {
+        "report": str(out),
+        "missing": inputs.missing,
+        "verdict": [each["speed"] for each in view["benchmarks"] if each["speed"]],
+    }

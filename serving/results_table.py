@@ -40,7 +40,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     """The table with what it is of; four significant digits, a dash where undefined."""
     models = results["models"]
     lines = [
-        f"# {models['pruned']['name']} against {models['original']['name']}, {results['engine']}",
+        f"# {' against '.join(models[side]['name'] for side in ('pruned', 'original') if side in models)}, "
+        f"{results['engine']}",
         "",
         results["ratio_formula"],
         "",

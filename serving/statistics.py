@@ -6,6 +6,7 @@ Names and formulas are those of ``vllm bench serve``, so that the figures of eve
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, median
 from typing import Any, Literal
 
@@ -71,6 +72,14 @@ METRICS: tuple[Metric, ...] = (
         formula="E2EL = time from handing over the prompt to the last output token; mean over requests",
     ),
 )  # fmt: skip
+# On GPUs that count it; see serving.gpu_state.
+ENERGY = Metric(
+    name="energy_per_output_token_j", unit="J", better="lower",
+    formula="energy that NVML counted for the GPUs over the repeat / output tokens; idle power included",
+)  # fmt: skip
+# What is kept of each repeat's distributions, linearly interpolated, of these times in ms.
+PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
+DISTRIBUTED = ("ttft", "tpot", "itl", "e2el")
 DEFAULT_PRIMARY = "output_throughput"
 # With one output token there is no gap to measure; vLLM writes 0 where these are undefined.
 BETWEEN_TOKENS = frozenset({"mean_tpot_ms", "mean_itl_ms", "p99_itl_ms"})
@@ -95,25 +104,35 @@ def request_metrics(requests: Sequence[RequestTimes], *, input_len: int) -> dict
     """
     duration_s = max(r.token_times_s[-1] for r in requests) - min(r.start_s for r in requests)
     num_output_tokens = sum(len(r.token_times_s) for r in requests)
-    ttft_s = [r.token_times_s[0] - r.start_s for r in requests]
-    tpot_s = [
-        (r.token_times_s[-1] - r.token_times_s[0]) / (len(r.token_times_s) - 1)
-        for r in requests
-        if len(r.token_times_s) > 1
-    ]
-    gaps_s = [
-        later - earlier for r in requests for earlier, later in zip(r.token_times_s, r.token_times_s[1:], strict=False)
-    ]
+    times = _times_ms(requests)
     return {
         "output_throughput": num_output_tokens / duration_s,
         "total_token_throughput": (num_output_tokens + input_len * len(requests)) / duration_s,
         "request_throughput": len(requests) / duration_s,
-        "mean_ttft_ms": 1000 * fmean(ttft_s),
-        "mean_tpot_ms": 1000 * fmean(tpot_s) if tpot_s else None,
-        "mean_itl_ms": 1000 * fmean(gaps_s) if gaps_s else None,
-        "p99_itl_ms": 1000 * percentile(gaps_s, 99) if gaps_s else None,
-        "mean_e2el_ms": 1000 * fmean(r.token_times_s[-1] - r.start_s for r in requests),
+        **{f"mean_{name}_ms": fmean(values) if values else None for name, values in times.items()},
+        "p99_itl_ms": percentile(times["itl"], 99) if times["itl"] else None,
     }
+
+
+def request_percentiles(requests: Sequence[RequestTimes]) -> dict[str, dict[str, float] | None]:
+    """One repeat's distributions: for each of :data:`DISTRIBUTED`, percentile to ms; ``None`` where undefined."""
+    return {
+        name: {str(percent): percentile(values, percent) for percent in PERCENTILES} if values else None
+        for name, values in _times_ms(requests).items()
+    }
+
+
+def _times_ms(requests: Sequence[RequestTimes]) -> dict[str, list[float]]:
+    """TTFT, TPOT and E2EL of every request and the pooled gaps between tokens; the second and third may be empty."""
+    stamps = [(each.start_s, each.token_times_s) for each in requests]
+    gaps = [later - before for _, times in stamps for before, later in pairwise(times)]
+    seconds = {
+        "ttft": [times[0] - start for start, times in stamps],
+        "tpot": [(times[-1] - times[0]) / (len(times) - 1) for _, times in stamps if len(times) > 1],
+        "itl": gaps,
+        "e2el": [times[-1] - start for start, times in stamps],
+    }
+    return {name: [1000 * value for value in values] for name, values in seconds.items()}
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -161,8 +180,8 @@ def ratio_interval(original: Sequence[float], pruned: Sequence[float]) -> dict[s
     }
 
 
-def check_primary(primary: str, *, output_len: int | None) -> None:
-    """Refuses a primary metric that nobody measures, or that this load leaves undefined.
+def check_primary(primary: str, *, output_len: int | None, undefined: frozenset[str] | set[str] = frozenset()) -> None:
+    """Refuses a primary metric that nobody measures, or that this load or engine leaves ``undefined``.
 
     Raises:
         SenteiError: Not one of :data:`METRICS`, or about the gap between tokens where there is one token.
@@ -170,6 +189,8 @@ def check_primary(primary: str, *, output_len: int | None) -> None:
     names = [metric.name for metric in METRICS]
     if primary not in names:
         raise SenteiError(f"The primary metric {primary!r} is not known.", f"Choose one of {', '.join(names)}.")
+    if primary in undefined:
+        raise SenteiError(f"The primary metric {primary} is undefined with this engine.", "Choose another.")
     if output_len == 1 and primary in BETWEEN_TOKENS:
         raise SenteiError(f"The primary metric {primary} is undefined where every answer has one token.")
 
@@ -180,7 +201,7 @@ def compare(
     """Sets the models' repeats side by side, metric by metric.
 
     Args:
-        runs: One mapping a repeat, with ``original`` and ``pruned`` metrics.
+        runs: One mapping a repeat, with ``original`` and ``pruned`` metrics, or ``original`` alone.
         primary: The metric that decides, named before anything was measured.
         metrics: What to compare.
 
@@ -193,16 +214,18 @@ def compare(
 
 
 def _compare_metric(metric: Metric, runs: Sequence[Mapping[str, Any]], primary: str) -> dict[str, Any]:
-    values = {side: [run[side].get(metric.name) for run in runs] for side in ("original", "pruned")}
-    defined = all(value is not None and value > 0 for side in values.values() for value in side)
-    ratio = ratio_interval(values["original"], values["pruned"]) if defined else None
+    values = {side: [run[side].get(metric.name) for run in runs if side in run] for side in ("original", "pruned")}
+    defined = {
+        side: bool(each) and all(value is not None and value > 0 for value in each) for side, each in values.items()
+    }
+    ratio = ratio_interval(values["original"], values["pruned"]) if all(defined.values()) else None
     gain = _gain(ratio, metric.better) if ratio else None
     return {
         "role": "primary" if metric.name == primary else "exploratory",
         "unit": metric.unit,
         "better": metric.better,
         "formula": metric.formula,
-        **{side: {"median": median(each) if defined else None, "values": each} for side, each in values.items()},
+        **{side: {"median": median(each) if defined[side] else None, "values": each} for side, each in values.items()},
         "ratio": ratio,
         "gain": gain,
         "verdict": _verdict(gain) if gain else None,

@@ -11,6 +11,8 @@ from typing import Any
 
 from toolchain.errors import SenteiError
 
+# Engines that answer requests as they come.
+SERVERS = ("vllm", "onnx-server")
 # Added to the seed: a warm-up with a repeat's own prompts would leave them in a prefix cache.
 WARMUP_SEED = 1_000_003
 _RATE_SECONDS, _RATE_MIN_PROMPTS = 30, 20
@@ -68,6 +70,7 @@ class Workload:
         num_prompts: Requests a repeat.
         seed: Of the random token ids the prompts are made of, and of the arrivals; repeat *r* uses ``seed + r`` for
             both models.
+        range_ratio: Lengths are drawn evenly from ``(1 - range_ratio)`` to ``(1 + range_ratio)`` times the above.
         prompts: In place of random token ids.
     """
 
@@ -75,6 +78,7 @@ class Workload:
     output_len: int
     concurrency: int | None
     request_rate: float | None = None
+    range_ratio: float = 0.0
     num_prompts: int
     seed: int
     prompts: Prompts | None = None
@@ -83,6 +87,13 @@ class Workload:
     def width(self) -> int:
         """The most requests that can be in flight: a warm-up must be as wide."""
         return min(self.concurrency or self.num_prompts, self.num_prompts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens in and out of the longest request."""
+        if self.prompts:
+            return self.prompts.longest
+        return sum(math.floor((1 + self.range_ratio) * length) for length in (self.input_len, self.output_len))
 
     @property
     def label(self) -> str:
@@ -137,6 +148,7 @@ def make_workloads(
     request_rate: Sequence[float] = (),
     num_prompts: int | None = None,
     seed: int = 0,
+    range_ratio: float = 0.0,
     prompts: Prompts | None = None,
 ) -> tuple[Workload, ...]:
     """One workload for each concurrency and each request rate, in that order.
@@ -150,13 +162,21 @@ def make_workloads(
         num_prompts: Requests a repeat; by default one batch of ``concurrency``, four of them for vLLM, and as many as
             arrive in 30 seconds at a request rate.
         seed: Of prompts and arrivals.
+        range_ratio: See :class:`Workload`; vLLM alone, since the others decode one batch of one length.
         prompts: In place of random token ids, with their own lengths; each is asked once by default. vLLM alone.
 
     Raises:
         SenteiError: A setting that cannot be.
     """
-    if engine != "vllm" and (request_rate or prompts):
-        raise SenteiError(f"Request rates and files of prompts need a server; engine {engine} has none.", "Use vllm.")
+    if engine not in SERVERS and (request_rate or prompts or range_ratio):
+        raise SenteiError(
+            f"Request rates, files of prompts and ranges of lengths need a server; engine {engine} has none.",
+            "Use vllm.",
+        )
+    if not 0 <= range_ratio < 1:
+        raise SenteiError(f"range_ratio is {range_ratio}; it must be from 0 to below 1.")
+    if prompts and range_ratio:
+        raise SenteiError("A file of prompts brings its own lengths; range_ratio is for random prompts.")
     if not concurrency and not request_rate:
         raise SenteiError("There is no load: neither a concurrency nor a request rate is given.")
     for name, values in (("concurrency", concurrency), ("request_rate", request_rate)):
@@ -165,8 +185,9 @@ def make_workloads(
                 raise SenteiError(f"{name} is {value}; it must be above 0.")
     if prompts:
         input_len, output_len, num_prompts = prompts.input_len, prompts.output_len, num_prompts or len(prompts.lines)
-    common: dict[str, Any] = {"input_len": input_len, "output_len": output_len, "seed": seed, "prompts": prompts}
-    batches = 4 if engine == "vllm" else 1
+    common: dict[str, Any] = {"input_len": input_len, "output_len": output_len, "seed": seed, "prompts": prompts,
+                              "range_ratio": range_ratio}  # fmt: skip
+    batches = 4 if engine in (*SERVERS, "vllm-offline") else 1
     workloads = [
         Workload(concurrency=each, num_prompts=num_prompts or batches * each, **common) for each in concurrency
     ]

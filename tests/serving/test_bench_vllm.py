@@ -1,16 +1,23 @@
 """What the benchmark asks of vLLM and takes from it, with a stand-in for the servers; fields as in vLLM 0.32."""
 
 import csv
+import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
-from serving import bench_vllm
+from serving import bench_results, bench_vllm
 from serving import benchmark as benchmark_module
+from serving.compare_runs import compare_results
+from serving.device_probe import DevicePeaks
+from serving.report import render_report
+from serving.statistics import PERCENTILES
 from serving.worker_process import EngineFailedError
 from serving.workload import Slo, make_workloads, read_prompts
 from toolchain.errors import SenteiError
 
+PEAKS = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e11, bytes_per_s=1e10)
 TINY = {"input_len": 8, "output_len": 4, "repeats": 3}
 LOAD = ("input_len", "output_len", "concurrency", "request_rate", "num_prompts", "prompts")
 
@@ -43,10 +50,14 @@ def asked(monkeypatch):
         if not warmup and record["dead"] and record["dead"].pop(0):
             raise EngineFailedError("The server no longer answers.")
         num_prompts = int(options[options.index("--num-prompts") + 1])
-        result = {f"{kind}_{name}_ms": 5.0 for kind in ("mean", "p99") for name in ("ttft", "tpot", "itl", "e2el")}
+        result = {
+            f"{kind}_{name}_ms": 5.0
+            for kind in ("mean", *(f"p{p}" for p in PERCENTILES))
+            for name in ("ttft", "tpot", "itl", "e2el")
+        }
         result |= {"completed": num_prompts - record["failed"], "failed": record["failed"], "duration": 10.0}
         result |= {"output_throughput": 100.0, "total_token_throughput": 300.0, "request_throughput": 16.0}
-        result |= {"first_error": None, "client_cpu_cores": 0.1, "request_goodput": None}
+        result |= {"first_error": None, "total_output_tokens": 400, "client_cpu_cores": 0.1, "request_goodput": None}
         if "--goodput" in options and "--request-rate" in options:
             rate = float(options[options.index("--request-rate") + 1])
             share = 1.0 if rate <= record["limit"][str(model_dir)] else 0.5
@@ -58,6 +69,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(bench_vllm, "running_server", running_server)
     monkeypatch.setattr(bench_vllm, "bench_serve", bench_serve)
+    monkeypatch.setattr(bench_results, "probe_device", lambda device, dtype: PEAKS)  # that takes seconds
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     return record
 
@@ -186,5 +198,62 @@ def test_running_servers_are_measured_and_not_started(pico_model, asked, tmp_pat
     assert asked["keys"] == {("http://127.0.0.1:8001", "secret"), ("http://127.0.0.1:8002", "secret")}
     assert "secret" not in "".join(path.read_text() for path in (tmp_path / "out").rglob("*.json"))
     assert results["sizes"]["kv_cache_tokens"]["original"] is None
-    with pytest.raises(SenteiError, match="takes two servers"):
+    with pytest.raises(SenteiError, match="one server for each model"):
         benchmark(pico_model, pico_model, out=tmp_path / "other", urls=urls[:1], **TINY)
+
+
+def test_one_running_server_is_measured_alone(pico_model, asked, tmp_path):
+    with pytest.raises(SenteiError, match="nothing to compare with"):
+        benchmark(pico_model, None, out=tmp_path / "out", **TINY)
+    out, urls = tmp_path / "out", ["http://127.0.0.1:8001"]
+    asked["limit"] = {str(pico_model): 3.0}
+    results = benchmark(
+        pico_model, None, out=out, urls=urls, concurrency=[1, 4], slo=Slo(ttft=500), price_per_hour=3.6, **TINY
+    )
+    metrics = results["measurements"][0]["metrics"]
+    assert metrics["output_throughput"]["original"] == {"median": 100.0, "values": [100.0] * 3}
+    assert {metric["gain"] for metric in metrics.values()} == {None}
+    assert results["measurements"][0]["cost"]["per_million_output_tokens"]["original"] == pytest.approx(10.0)
+    assert list(results["models"]) == ["original"]
+    assert 2.5 < results["goodput"]["metrics"]["max_request_rate"]["original"]["median"] <= 3.0
+    assert "| 100 |" in (out / "results.md").read_text()
+    for name in ("report.html", "report.md"):
+        render_report([out], tmp_path / name)
+        assert "100 tokens/s" in (tmp_path / name).read_text(encoding="utf-8")
+    again = tmp_path / "again"
+    benchmark(pico_model, None, out=again, urls=urls, concurrency=[1, 4], **TINY)
+    compared = compare_results(out, again)["loads"][0]["metrics"]["output_throughput"]
+    assert (compared["original"]["verdict"], compared["pruned"]) == ("no difference shown", None)
+
+
+def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path, monkeypatch):
+    # The module stands in for itself: what it starts is what the fixture starts.
+    monkeypatch.setitem(sys.modules, "serving.onnx_server", SimpleNamespace(running_server=bench_vllm.running_server))
+    workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10, concurrency=[1, 6])
+    directories = {"original": pico_model, "pruned": pico_model}
+    session = bench_vllm.ServerSession(
+        directories, workloads, tmp_path, dtype=None, engine_options=["--max-model-len=100"], onnx_context=256
+    )
+    try:
+        assert session.measure("pruned", 0, workloads[1], name="pruned-0")["completed"] == 24
+    finally:
+        session.close()
+    options = ["--max-model-len=100", "--max-num-seqs", "6"]
+    assert [each for _, each in asked["servers"]] == [options, options]
+
+
+def test_lengths_may_vary(pico_model, asked, tmp_path):
+    workloads = make_workloads(engine="vllm", input_len=100, output_len=20, range_ratio=0.5)
+    assert workloads[0].longest == 180
+    benchmark_module.benchmark(
+        pico_model, pico_model, engine="vllm", workloads=workloads, out=tmp_path / "out", repeats=3
+    )
+    for _, options, _ in asked["loads"]:
+        assert options[options.index("--random-range-ratio") + 1] == "0.5"
+    with pytest.raises(SenteiError, match="need a server"):
+        make_workloads(engine="onnx", range_ratio=0.5)
+    with pytest.raises(SenteiError, match="below 1"):
+        make_workloads(engine="vllm", range_ratio=1.0)
+    with pytest.raises(SenteiError, match="do not fit"):
+        too_long = make_workloads(engine="vllm", input_len=200, output_len=20, range_ratio=0.5)
+        benchmark_module.benchmark(pico_model, pico_model, engine="vllm", workloads=too_long, out=tmp_path / "x")

@@ -38,6 +38,14 @@ def test_the_interval_is_welchs():
     assert welch_interval([2.0, 2.0], [3.0, 3.0])["low"] == pytest.approx(1.5)
 
 
+def test_where_requests_failed_nothing_is_compared(runs):
+    change(runs[1], measurements__0__failed_requests__pruned=1)
+    (load,) = compare_results(*runs)["loads"]
+    assert load["metrics"]["output_throughput"]["original"]["verdict"] == "no difference shown"
+    assert load["metrics"]["output_throughput"]["pruned"] is None
+    assert load["failed_requests"] == {"original": 0, "pruned": 1}
+
+
 def test_a_faster_day_is_seen_and_what_changed_is_listed(runs):
     change(runs[1], environment__versions__torch="2.14.0")
     result = compare_results(*runs)

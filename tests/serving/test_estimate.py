@@ -63,7 +63,7 @@ def test_an_estimate_of_a_plan(models):
     assert all(metric["gain"] > 1 for metric in metrics.values())
     assert result["weight_bytes"]["pruned"] == open_checkpoint(models[1]).weight_bytes
     (widths,) = [each["text"] for each in result["limits"] if each["cause"] == "untileable_widths"]
-    assert "layer 0: 24 (would tile: 64)" in widths
+    assert "0: 24 → 64" in widths
 
 
 @pytest.mark.parametrize(

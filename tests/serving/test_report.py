@@ -1,11 +1,16 @@
 import json
 import re
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from serving import report
+from serving.explain import CLIENT
+from serving.goodput import GOODPUT_METRICS
+from serving.messages import Say
 from serving.report import render_report
-from serving.report_view import format_bytes, format_change, format_count
+from serving.report_numbers import format_bytes, format_change, format_count
 from serving.statistics import METRICS, compare
 from toolchain.errors import SenteiError
 from toolchain.plan import (
@@ -84,11 +89,34 @@ def write_results(directory, *, gains, expected=1.25, engine="onnx"):
         "sizes": {"weight_bytes": size, "peak_memory_bytes": {**size, "original": None, "pruned": None, "ratio": None}},
         "measurements": [{
             "workload": {"input_len": 64, "output_len": 8, "concurrency": 1, "num_prompts": 1, "seed": 0},
-            "metrics": compare(runs), "runs": runs,
+            "metrics": compare(runs), "runs": runs, "failed_requests": {"original": 0, "pruned": 0},
             "expected": {"output_throughput": {"phase": "decode", "gain": expected, "formula": "bytes"}},
         }],
         "environment": {"cpu": "A CPU", "accelerators": [], "versions": {"torch": "2.13.0"}},
     })  # fmt: skip
+
+
+def write_sweep(directory, *, failed=0):
+    """Two loads of vLLM with distributions, the second with failed requests if wanted, and a search for a rate."""
+    write_results(directory, gains=[1.2, 1.22, 1.21], engine="vllm")
+    results = json.loads((directory / "results.json").read_text())
+    first = results["measurements"][0]
+    spread = {"5": 10.0, "50": 20.0, "99": 90.0}
+    first["percentiles"] = {time: {"original": spread, "pruned": spread} for time in ("ttft", "tpot", "itl", "e2el")}
+    first["why_not_more"] = [{"cause": "client", "message": CLIENT, "values": {"cores": "1.2"}, "text": "..."}]
+    second = json.loads(json.dumps(first))
+    second["workload"]["concurrency"] = 4
+    second["failed_requests"]["pruned"] = failed
+    results["measurements"].append(second)
+    tried = {"max_request_rate": 2.0, "request_goodput": 1.9,
+             "tried": [{"request_rate": 2.0, "met": 0.95}, {"request_rate": 4.0, "met": 0.4}]}  # fmt: skip
+    better = {**tried, "max_request_rate": 3.0}
+    runs = [{"repeat": repeat, "original": tried, "pruned": better} for repeat in range(3)]
+    results["goodput"] = {
+        "slo_ms": {"ttft": 500, "tpot": 50}, "attainment": 0.9, "runs": runs,
+        "metrics": compare(runs, primary="max_request_rate", metrics=GOODPUT_METRICS),
+    }  # fmt: skip
+    (directory / "results.json").write_text(json.dumps(results))
 
 
 def write(directory, name, content):
@@ -155,6 +183,79 @@ def test_the_verdict_is_said_plainly(tmp_path, gains, expected, sentences):
     text = page_text(tmp_path / "report.html")
     for sentence in sentences:
         assert sentence in text
+
+
+def test_a_sweep_shows_its_curves_its_distributions_and_the_highest_load(tmp_path):
+    write_sweep(tmp_path / "sweep")
+    render_report([tmp_path / "sweep"], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    charts = set(re.findall(r'id="chart-([^"]+)"', text))
+    assert {f"curve-0-concurrency-mean_{time}_ms" for time in ("ttft", "tpot", "e2el")} <= charts
+    assert {f"distribution-0-{load}-itl" for load in (0, 1)} <= charts
+    assert {"gain-0-0", "gain-0-1", "goodput-0"} <= charts
+    assert "Highest load in vLLM with TTFT ≤ 500 ms, TPOT ≤ 50 ms" in text
+    assert "1.50x" in text
+    assert "The load generator used 1.2 processor cores" in text
+
+
+def test_a_load_with_failed_requests_is_not_compared(tmp_path):
+    write_sweep(tmp_path / "sweep", failed=2)
+    render_report([tmp_path / "sweep"], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    assert "2 requests failed (pruned), so nothing is compared" in text
+    assert "curve-0-concurrency" not in text
+
+
+def test_failed_requests_of_the_first_load_are_in_the_verdict(tmp_path):
+    write_results(tmp_path / "b", gains=[1.2, 1.2, 1.3])
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    results["measurements"][0]["failed_requests"]["original"] = 1
+    for metric in results["measurements"][0]["metrics"].values():
+        metric |= {"gain": None, "ratio": None, "verdict": None}
+    (tmp_path / "b" / "results.json").write_text(json.dumps(results))
+    assert render_report([tmp_path / "b"], tmp_path / "report.html")["verdict"] == []
+    assert "Not comparable" in page_text(tmp_path / "report.html")
+
+
+class Heard(Say):
+    """Keeps what it had no translation for."""
+
+    unknown: ClassVar = set()
+
+    def __call__(self, message, **values):
+        if message not in self._table:
+            self.unknown.add(message)
+        return super().__call__(message, **values)
+
+
+def test_the_japanese_report_has_no_english_sentence(everything, tmp_path, monkeypatch):
+    write_sweep(everything / "sweep")
+    monkeypatch.setattr(report, "Say", Heard)
+    Heard.unknown.clear()
+    render_report([everything], tmp_path / "report.html", language="ja")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<html lang="ja">' in page
+    assert "速度 1.21 倍" in page
+    assert "リクエストの 90 % 以上がすべての SLO を満たした" in page
+    # What the files of this test hold in words of their own.
+    assert Heard.unknown == {"counted", "bytes", "paired"}
+
+
+@pytest.mark.parametrize(("language", "says"), [("en", "1.21x the speed"), ("ja", "速度 1.21 倍")])
+def test_markdown(everything, tmp_path, language, says):
+    write_sweep(everything / "sweep")
+    write_evaluation(everything, text="a | b.txt")
+    render_report([everything], tmp_path / "report.md", language=language)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert says in text
+    assert "| a \\| b.txt |" in text
+    assert "<" not in text
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    for table in tables:
+        lines = [re.sub(r"\\\|", "", line).count("|") for line in table.splitlines()]
+        assert len(set(lines)) == 1, table
+    assert len(tables) >= 5
+    assert not re.search(r"\n\n\n\n", text)
 
 
 def test_values_from_files_are_escaped(everything, tmp_path):

@@ -56,6 +56,18 @@ def test_interval_pairs_the_repeats():
     assert (interval["low"], interval["high"]) == pytest.approx((2.0, 2.0))
 
 
+def test_nineteen_of_twenty_intervals_hold_the_truth():
+    # Models that differ by 10 %, repeats with 3 % noise of their own and 20 % that both share.
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        shared = generator.normal(0, 0.2, 5)
+        original, pruned = (100 * np.exp(shared + generator.normal(0, 0.03, 5)) for _ in range(2))
+        interval = ratio_interval(list(original), list(1.1 * pruned))
+        held += interval["low"] <= 1.1 <= interval["high"]
+    assert held / 2000 == pytest.approx(0.95, abs=0.015)
+
+
 def _runs(original, pruned, metric):
     return [{"original": {metric: a}, "pruned": {metric: b}} for a, b in zip(original, pruned, strict=True)]
 

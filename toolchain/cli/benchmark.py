@@ -21,7 +21,9 @@ class BenchmarkEngine(StrEnum):
 
     transformers = "transformers"
     onnx = "onnx"
+    onnx_server = "onnx-server"
     vllm = "vllm"
+    vllm_offline = "vllm-offline"
 
 
 class PresetName(StrEnum):
@@ -35,7 +37,9 @@ class PresetName(StrEnum):
 
 def benchmark(
     original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The original: a model, or its ONNX export.")],
-    pruned: Annotated[Path, typer.Argument(metavar="PRUNED", help="The pruned one, of the same kind.")],
+    pruned: Annotated[
+        Path | None, typer.Argument(metavar="PRUNED", help="The pruned one; left out, one --url is measured alone.")
+    ] = None,
     *,
     engine: Annotated[BenchmarkEngine, typer.Option(help="What runs them.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for results.json.")],
@@ -64,20 +68,28 @@ def benchmark(
             help="Find the highest request rate that meets limits in ms: ttft=500,tpot=50.", rich_help_panel=_LOAD
         ),
     ] = None,
+    range_ratio: Annotated[
+        float, typer.Option(help="Draw lengths evenly within this share of them, such as 0.5.", rich_help_panel=_LOAD)
+    ] = 0.0,
     num_prompts: Annotated[int | None, typer.Option(help="Requests a repeat.", rich_help_panel=_LOAD)] = None,
     repeats: Annotated[int, typer.Option(help="Alternating runs of each; at least 3.")] = 5,
     primary: Annotated[
         str, typer.Option(help="The metric that decides, such as mean_ttft_ms; the others are exploratory.")
     ] = "output_throughput",
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of the machine: gives the cost of a million output tokens.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     engine_option: Annotated[
         list[str] | None,
-        typer.Option(help="Passed to vllm serve, as in --engine-option=--enforce-eager.", rich_help_panel=_SERVER),
+        typer.Option(
+            help="Passed to vLLM or the server, as in --engine-option=--enforce-eager.", rich_help_panel=_SERVER
+        ),
     ] = None,
     url: Annotated[
         list[str] | None,
-        typer.Option(help="A running server; give it twice, the original's first.", rich_help_panel=_SERVER),
+        typer.Option(help="A running server; one for each model, the original's first.", rich_help_panel=_SERVER),
     ] = None,
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable that holds its key.", rich_help_panel=_SERVER)
@@ -110,6 +122,7 @@ def benchmark(
         concurrency=in_flight,
         request_rate=rates,
         num_prompts=num_prompts,
+        range_ratio=range_ratio,
         prompts=read_prompts(prompts, output_len=output_len, tokenizer=original) if prompts else None,
     )
     results = run(
@@ -126,6 +139,7 @@ def benchmark(
         engine_options=engine_option or (),
         urls=url or (),
         api_key=_api_key(api_key_env),
+        price_per_hour=price_per_hour,
         stall_timeout_s=stall_timeout,
         force=force,
         resume=resume,
@@ -151,6 +165,10 @@ def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
             markup=False,
         )
         _show_metrics(console, measurement["metrics"])
+    if cost := results["measurements"][0]["cost"]:
+        each = cost["per_million_output_tokens"]
+        shown = " → ".join(f"{value:.4g}" for value in each.values() if value)
+        console.print(f"A million output tokens cost {shown}.", markup=False)
     if goodput := results["goodput"]:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in goodput["slo_ms"].items())
         console.print(f"Highest load at which {goodput['attainment']:.0%} of requests meet {limits}:", markup=False)
@@ -159,7 +177,9 @@ def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
 
 def _show_metrics(console: Console, metrics: dict[str, Any]) -> None:
     for name, metric in metrics.items():
-        gain = metric["gain"]
+        gain, median = metric["gain"], metric["original"]["median"]
+        if gain is None and not metric["pruned"]["values"] and median is not None:
+            console.print(f"  {name:<24} {median:>9.4g} {metric['unit']}", markup=False)
         if gain is None:
             continue
         console.print(

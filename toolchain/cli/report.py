@@ -1,5 +1,6 @@
 """``sentei report``."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,17 +9,25 @@ import typer
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
 
 
+class ReportLanguage(StrEnum):
+    """Languages of the report; see :data:`serving.messages.LANGUAGES`."""
+
+    en = "en"
+    ja = "ja"
+
+
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Where results were written.")],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: HTML, or Markdown if it ends in .md.")],
+    lang: Annotated[ReportLanguage, typer.Option(help="The report's language.")] = ReportLanguage.en,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write one self-contained HTML page from everything found in the directories."""
+    """Write one self-contained page from everything found in the directories."""
     output = Output(as_json=as_json, quiet=quiet)
     from serving.report import render_report
 
-    summary = render_report(directories, out, force=force)
+    summary = render_report(directories, out, language=lang.value, force=force)
     output.result({**summary, "report": str(out)}, lambda console: console.print(f"Report: {out}", markup=False))

@@ -1,0 +1,65 @@
+"""What all charts share: Plotly fragments without plotly.js, which a page carries once.
+
+Colours that must follow light and dark (text, grid, axes) are set by the page's style sheet, not here. Only constants
+and numbers become chart text, since Plotly reads markup in labels.
+"""
+
+import importlib
+from typing import Any
+
+from toolchain.errors import MissingDependencyError
+
+ORIGINAL, PRUNED, REMOVED, EXPECTED = "#8b95a7", "#2a9d78", "#d9694f", "#c58a1b"
+
+
+def plotly_js() -> str:
+    """The library itself, for one inline script.
+
+    Raises:
+        MissingDependencyError: plotly is not installed.
+    """
+    return str(plotly("plotly.offline").get_plotlyjs())
+
+
+def new_figure() -> Any:
+    """An empty figure."""
+    return plotly("plotly.graph_objects").Figure()
+
+
+def fragment(figure: Any, name: str, *, height: int) -> str:
+    """The figure as HTML, in the report's style; ``name`` makes the element's id unique."""
+    figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 10, "r": 14, "t": 14, "b": 10},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"size": 13, "family": "inherit"},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        dragmode=False,
+    )
+    axis = {"automargin": True, "fixedrange": True, "zeroline": False, "title_font_size": 13, "ticklabelstandoff": 4}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    return str(
+        figure.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            include_mathjax=False,
+            div_id=f"chart-{name}",
+            default_width="100%",
+            config={"responsive": True, "displayModeBar": False},
+        )
+    )
+
+
+def plotly(module: str) -> Any:
+    """A module of plotly.
+
+    Raises:
+        MissingDependencyError: plotly is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError("plotly", "demo") from error

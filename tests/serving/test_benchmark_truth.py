@@ -1,0 +1,93 @@
+"""Does the benchmark tell the truth? The same model twice, one slowed by a known factor, and vLLM's client by hand.
+
+Long: real vLLM servers that stay up between the runs. ``SENTEI_RUNS`` (10) and ``SENTEI_REPEATS`` (6) shorten it.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from serving.benchmark import benchmark
+from serving.statistics import METRICS
+from serving.vllm_server import launcher_command, launcher_environment, running_server
+from serving.workload import make_workloads
+from tests.serving.slow_server import FACTOR
+
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.timeout(4 * 3600),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+RUNS, REPEATS = (int(os.environ.get(f"SENTEI_{name}", default)) for name, default in (("RUNS", "10"), ("REPEATS", "6")))
+OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--dtype", "bfloat16", "--kv-cache-memory-bytes", "1G",
+           "--no-enable-prefix-caching"]  # fmt: skip
+SHAPE = {"input_len": 32, "output_len": 32, "concurrency": [1], "num_prompts": 8}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def server(demo_model, tmp_path_factory):
+    with running_server(demo_model, options=OPTIONS, log=tmp_path_factory.mktemp("logs") / "a.log") as url:
+        yield url
+
+
+@pytest.fixture
+def twin(demo_model, tmp_path):
+    with running_server(demo_model, options=OPTIONS, log=tmp_path / "b.log") as url:
+        yield url
+
+
+@pytest.fixture
+def slow(demo_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
+    options = [*OPTIONS, "--middleware", "tests.serving.slow_server.SlowDown"]
+    with running_server(demo_model, options=options, log=tmp_path / "b.log") as url:
+        yield url
+
+
+def measure(model, urls, out):
+    """One run; the primary metric and the whole results."""
+    workloads = make_workloads(engine="vllm", **SHAPE)
+    results = benchmark(model, model, engine="vllm", workloads=workloads, urls=urls, repeats=REPEATS, out=out)
+    metric = results["measurements"][0]["metrics"]["output_throughput"]
+    gain = metric["gain"]
+    print(f"{gain['value']:.4f} ({gain['low']:.4f} to {gain['high']:.4f}), {metric['verdict']}", flush=True)
+    return metric, results
+
+
+def test_the_same_model_twice_shows_no_difference(demo_model, server, twin, tmp_path):
+    verdicts = [measure(demo_model, [server, twin], tmp_path / str(run))[0]["verdict"] for run in range(RUNS)]
+    assert len(verdicts) - verdicts.count("no difference shown") <= max(1, RUNS // 10)
+
+
+def test_a_known_slow_down_is_found(demo_model, server, slow, tmp_path):
+    runs = 3
+    metrics = [measure(demo_model, [server, slow], tmp_path / str(run))[0] for run in range(runs)]
+    assert [metric["verdict"] for metric in metrics] == ["worse"] * runs
+    # An interval at 95 % misses once in twenty.
+    inside = [metric["gain"]["low"] <= 1 / FACTOR <= metric["gain"]["high"] for metric in metrics]
+    assert inside.count(True) >= runs - 1
+
+
+def test_figures_are_those_of_vllms_client_by_hand(demo_model, server, tmp_path):
+    _, results = measure(demo_model, [server, server], tmp_path / "out")
+    for run in results["measurements"][0]["runs"]:
+        for side in ("original", "pruned"):
+            written = json.loads((tmp_path / "out" / "vllm" / f"{side}-{run['repeat']}.json").read_text())
+            assert {m.name: run[side][m.name] for m in METRICS} == {m.name: written[m.name] for m in METRICS}
+    file = tmp_path / "by-hand.json"
+    command = launcher_command(
+        "bench", "serve", "--base-url", server, "--model", str(demo_model), "--dataset-name", "random",
+        "--random-input-len", "32", "--random-output-len", "32", "--num-prompts", "8", "--max-concurrency", "1",
+        "--seed", "0", "--ignore-eos", "--save-result", "--result-dir", str(tmp_path), "--result-filename", file.name,
+    )  # fmt: skip
+    subprocess.run(command, check=True, env=launcher_environment(), capture_output=True)
+    by_hand = json.loads(file.read_text())
+    first = results["measurements"][0]["runs"][0]["original"]
+    for name in ("output_throughput", "mean_ttft_ms", "mean_tpot_ms"):
+        print(f"{name}: {first[name]:.4g}, by hand {by_hand[name]:.4g}", flush=True)
+        assert first[name] == pytest.approx(by_hand[name], rel=0.25)
