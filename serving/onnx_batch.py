@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from serving.onnx_engine import OnnxEngine
-from serving.sampling import GREEDY, Sampler, Sampling
+from serving.sampling import Sampler
+from toolchain.errors import SenteiError
 
 _PROMPT_PIECE = 256  # tokens; logits are float32 [_PROMPT_PIECE, vocab_size]
 
@@ -22,23 +23,22 @@ class BatchRequest:
         prompt: Token ids, at least one.
         take: Is given each new token and says whether another is wanted.
         fail: Is told why there will be no more.
-        sampling: How tokens are picked.
+        sampler: Picks the tokens; its random numbers are this request's own.
         cancelled: Set it, from any thread, to leave the batch.
     """
 
     prompt: Sequence[int]
     take: Callable[[int], bool]
     fail: Callable[[Exception], None] = lambda error: None
-    sampling: Sampling = GREEDY
+    sampler: Sampler = field(default_factory=Sampler)
     cancelled: bool = False
 
 
 @dataclass(eq=False)
 class _Row:
     request: BatchRequest
-    sampler: Sampler
     waiting: Sequence[int]  # of the prompt
-    token: int = field(default=0)  # the latest, which has not been run yet
+    token: int = 0  # the latest, which has not been run yet
 
 
 class OnnxBatch:
@@ -53,8 +53,12 @@ class OnnxBatch:
             max_model_len: Tokens of a request, prompt and answer.
 
         Raises:
-            SenteiError: The model's context is shorter.
+            SenteiError: The context in which rows do not depend on each other is shorter.
         """
+        if max_model_len > engine.batch_context_length:
+            raise SenteiError(
+                f"{max_model_len} tokens are asked for; a batch's context holds {engine.batch_context_length}."
+            )
         self._engine = engine
         self._cache = engine.new_cache(max_num_seqs, max_model_len)
         self._rows: list[_Row | None] = [None] * max_num_seqs
@@ -74,7 +78,7 @@ class OnnxBatch:
     def join(self, request: BatchRequest) -> None:
         """Takes a request into a free row."""
         index = self._rows.index(None)
-        self._rows[index] = _Row(request, Sampler(request.sampling), request.prompt)
+        self._rows[index] = _Row(request, request.prompt)
         self._prefilling.append(index)
 
     def step(self) -> None:
@@ -105,7 +109,7 @@ class OnnxBatch:
         self.prompt_tokens += len(piece)
         if not row.waiting:
             self._prefilling.popleft()
-            self._give(index, row.sampler.pick(logits))
+            self._give(index, row.request.sampler.pick(logits))
 
     def _decode(self) -> None:
         busy = {index: row for index, row in enumerate(self._rows) if row and not row.waiting}
@@ -118,7 +122,7 @@ class OnnxBatch:
         logits = self._engine.step(cache, tokens)
         for index in range(len(lengths)):
             if index in busy:
-                self._give(index, busy[index].sampler.pick(logits[index][-1]))
+                self._give(index, busy[index].request.sampler.pick(logits[index][-1]))
             else:
                 cache.lengths[index] = lengths[index]
 

@@ -81,6 +81,15 @@ class OnnxEngine:
         """The layers that have a KV cache, ascending."""
         return sorted({int(name.split(".")[1]) for name in self._caches})
 
+    @property
+    def batch_context_length(self) -> int:
+        """Tokens a row may have for its answer not to depend on the other rows.
+
+        Phi-3's long rotary factors are for the whole batch, from the row on that exceeds the original context.
+        """
+        original = self._session.get_modelmeta().custom_metadata_map.get("sentei.original_context_length")
+        return min(self.settings.context_length, int(original or self.settings.context_length))
+
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """Allocates an empty cache.
 
@@ -223,6 +232,7 @@ def _open_session(graph: Path, device: str) -> Any:
     ort: Any = importlib.import_module("onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong arrives as an exception
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[device]])
     except Exception as error:  # ONNX Runtime's exceptions share no base class

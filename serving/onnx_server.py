@@ -19,14 +19,16 @@ from typing import Any
 
 import jinja2
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from serving.answer_text import AnswerText, Piece
 from serving.onnx_batch import BatchRequest, OnnxBatch
 from serving.onnx_engine import OnnxEngine
 from serving.openai_protocol import ChatCompletionRequest, CompletionRequest, Reply
+from serving.sampling import Sampler
 from serving.vllm_launcher import end_with_parent
 from serving.vllm_server import HOST, free_port, running_process
 from toolchain.errors import SenteiError
@@ -85,10 +87,10 @@ class OnnxApi:
         self._settings = self._engine.settings
         self._tokenizer = load_tokenizer(directory)
         self._name = str(directory.resolve())
-        self._max_model_len = max_model_len or self._settings.context_length
+        self._max_model_len = max_model_len or self._engine.batch_context_length
         try:
             self._batch = OnnxBatch(self._engine, max_num_seqs=max_num_seqs, max_model_len=self._max_model_len)
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:  # the latter of CUDA
             raise SenteiError(
                 f"There is no memory for {max_num_seqs} answers of {self._max_model_len} tokens.",
                 "Lower --max-model-len or --max-num-seqs.",
@@ -163,7 +165,7 @@ class OnnxApi:
             stop_strings=body.stop_strings,
             emit=pieces.put,
         )
-        request = BatchRequest(prompt=ids, take=text.take, fail=pieces.put, sampling=body.sampling)
+        request = BatchRequest(prompt=ids, take=text.take, fail=pieces.put, sampler=Sampler(body.sampling))
         self._thread.submit(request)
         if body.stream:
             events = _events(reply, pieces, request, include_usage=body.stream_options.include_usage)
@@ -311,8 +313,8 @@ def _parse(options: Sequence[str]) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 

@@ -41,14 +41,16 @@ class Sampling:
 
 
 GREEDY = Sampling()
+# Below, logits would overflow; vLLM takes the likeliest token, too.
+_SMALLEST_TEMPERATURE = 1e-5
 
 
 class Sampler:
     """Picks the tokens of one answer."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling = GREEDY) -> None:
         """Starts the random numbers."""
-        self._draws = sampling.temperature > 0
+        self._draws = sampling.temperature >= _SMALLEST_TEMPERATURE
         if not self._draws:
             return
         self._warpers = [TemperatureLogitsWarper(sampling.temperature)]
