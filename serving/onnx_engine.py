@@ -232,6 +232,7 @@ def _open_session(graph: Path, device: str) -> Any:
     ort: Any = importlib.import_module("onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong arrives as an exception
+    # Between operations the cores are for others: an HTTP server and its clients, or the engine compared with.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[device]])

@@ -5,7 +5,7 @@ onnxruntime-genai's model builder as its users run it, with the same choice of p
 onnxruntime-genai in this one process, taking turns in alternating order, so that whatever else the machine does meets
 each of them. Efficiency is the measured gain in decode tokens/s by the reduction in bytes read per decoded token.
 
-    python benchmarks/onnx.py -o onnx.json
+    python benchmarks/onnx_speed.py -o onnx_speed.json
 
 Results stand in ``benchmarks/results/``.
 """
