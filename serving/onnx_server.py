@@ -321,10 +321,10 @@ def _positive(text: str) -> int:
 def _bind(host: str, port: int) -> socket.socket:
     """A socket with an address, which does not listen yet."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        bound.bind((address[0], port, *address[2:]))  # getaddrinfo takes a port modulo 65536
     except (OSError, OverflowError) as error:
         raise SenteiError(f"{host}:{port} cannot be listened on ({error}).", "Give another --port.") from error
     return bound
