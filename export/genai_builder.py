@@ -258,6 +258,10 @@ class _Phi3LongRope(PrunedBuilder, Phi3MiniLongRoPEModel):
         keys = "short_factor", "long_factor", "short_mscale", "long_mscale"
         self.rope_attrs["multi_cache"] = dict.fromkeys(keys, 1)
 
+    def save(self, out: Path, metadata: Mapping[str, str]) -> None:
+        # Who decodes several sequences together must know where the whole batch changes tables.
+        super().save(out, {**metadata, "sentei.original_context_length": str(self.original_context_length)})
+
 
 class _Granite(PrunedBuilder, GraniteModel):
     pass

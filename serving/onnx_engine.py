@@ -8,6 +8,7 @@ over the padding, and its logits are those at its own last position.
 """
 
 import importlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ from serving.onnx_files import check_files, damaged, first_line, read_settings
 from toolchain.errors import MissingDependencyError, SenteiError
 
 _CACHE_INPUT = re.compile(r"past_key_values\.\d+\.(key|value)")
+_PRESENT = ("past_key_values", "present")  # what the outputs are called
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _BATCH, _DECODED = 4, 8  # of comparisons: prompts at once, and tokens of each that are given one by one
-_ELEMENT_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}  # onnx.TensorProto's numbers
+# onnx.TensorProto's numbers, and bytes.
+_ELEMENT_TYPES = {"tensor(float)": (1, 4), "tensor(float16)": (10, 2), "tensor(bfloat16)": (16, 2)}
 
 
 @dataclass
@@ -36,11 +39,17 @@ class Cache:
         buffers: By input name, see above.
         lengths: int64 ``[batch]``, tokens of each row that are in it.
         capacity: Tokens a row can have.
+        first_row: Of the buffers; they may have more rows than this cache.
     """
 
     buffers: dict[str, Any]
     lengths: NDArray[np.int64]
     capacity: int
+    first_row: int = 0
+
+    def rows(self, start: int, end: int) -> "Cache":
+        """Some of the rows; what happens to them there happens here too."""
+        return Cache(self.buffers, self.lengths[start:end], self.capacity, self.first_row + start)
 
 
 class OnnxEngine:
@@ -59,11 +68,11 @@ class OnnxEngine:
             SenteiError: Files are missing or damaged, or ONNX Runtime has not the export's device.
             MissingDependencyError: onnxruntime is not installed.
         """
-        self._settings = read_settings(directory)
+        self.settings = read_settings(directory)
         check_files(directory)
         self._directory = directory
-        self._device = device or self._settings.device
-        self._session = _open_session(directory / self._settings.filename, self._device)
+        self._device = device or self.settings.device
+        self._session = _open_session(directory / self.settings.filename, self._device)
         # Which layers have a cache is the graph's to say: layers without attention leave gaps in the numbering.
         self._caches = {each.name: each.type for each in self._session.get_inputs() if _CACHE_INPUT.match(each.name)}
 
@@ -71,6 +80,15 @@ class OnnxEngine:
     def attending_layers(self) -> list[int]:
         """The layers that have a KV cache, ascending."""
         return sorted({int(name.split(".")[1]) for name in self._caches})
+
+    @property
+    def batch_context_length(self) -> int:
+        """Tokens a row may have for its answer not to depend on the other rows.
+
+        Phi-3's long rotary factors are for the whole batch, from the row on that exceeds the original context.
+        """
+        original = self._session.get_modelmeta().custom_metadata_map.get("sentei.original_context_length")
+        return min(self.settings.context_length, int(original or self.settings.context_length))
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """Allocates an empty cache.
@@ -82,7 +100,7 @@ class OnnxEngine:
         Raises:
             SenteiError: The model's context is shorter.
         """
-        settings = self._settings
+        settings = self.settings
         if capacity > settings.context_length:
             raise SenteiError(f"{capacity} tokens are asked for; the model's context holds {settings.context_length}.")
         # Attention over a window wants a buffer that holds one window at least.
@@ -91,7 +109,7 @@ class OnnxEngine:
         buffers = {
             name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), "cpu")
             if kind == "tensor(float)" and self._device == "cpu"
-            else ort.OrtValue.ortvalue_from_shape_and_type(shape, _ELEMENT_TYPES[kind], self._device, 0)
+            else ort.OrtValue.ortvalue_from_shape_and_type(shape, _ELEMENT_TYPES[kind][0], self._device, 0)
             for name, kind in self._caches.items()
         }
         return Cache(buffers, np.zeros(batch_size, np.int64), capacity)
@@ -123,13 +141,16 @@ class OnnxEngine:
         binding.bind_cpu_input("attention_mask", mask)
         binding.bind_output("logits", "cpu")
         for name, buffer in cache.buffers.items():
-            binding.bind_ortvalue_input(name, buffer)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+            element_type, size = _ELEMENT_TYPES[self._caches[name]]
+            shape = [len(rows), *buffer.shape()[1:]]
+            place = buffer.data_ptr() + cache.first_row * math.prod(shape[1:]) * size
+            for bind, bound in ((binding.bind_input, name), (binding.bind_output, name.replace(*_PRESENT))):
+                bind(bound, self._device, 0, element_type, shape, place)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise SenteiError(f"{self._directory} failed in ONNX Runtime ({first_line(error)}).") from error
-        cache.lengths = total
+        cache.lengths[:] = total
         logits = binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
         return [row[:length] for row, length in zip(logits, lengths, strict=True)]
 
@@ -155,7 +176,7 @@ class OnnxEngine:
 
     def _prefill_and_decode(self, prompts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """Logits after each token of each prompt, float32 ``[len(prompt), vocab_size]``."""
-        cache = self.new_cache(len(prompts), min(max(map(len, prompts)) + _DECODED, self._settings.context_length))
+        cache = self.new_cache(len(prompts), min(max(map(len, prompts)) + _DECODED, self.settings.context_length))
         heads = [max(1, len(prompt) - _DECODED) for prompt in prompts]
         parts = [[logits] for logits in self.step(cache, [p[:head] for p, head in zip(prompts, heads, strict=True)])]
         for offset in range(_DECODED):
@@ -211,6 +232,8 @@ def _open_session(graph: Path, device: str) -> Any:
     ort: Any = importlib.import_module("onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong arrives as an exception
+    # Between operations the cores are for others: an HTTP server and its clients, or the engine compared with.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[device]])
     except Exception as error:  # ONNX Runtime's exceptions share no base class

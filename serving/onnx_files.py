@@ -20,6 +20,8 @@ class OnnxSettings:
         num_key_value_heads: Of the KV cache.
         context_length: In tokens, prompt and answer.
         window: Tokens that sliding attention sees; 0 if no layer slides.
+        vocab_size: Token ids are below it.
+        eos_token_ids: Each ends an answer.
         device: cpu or cuda.
     """
 
@@ -28,6 +30,8 @@ class OnnxSettings:
     num_key_value_heads: int
     context_length: int
     window: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
     device: str
 
 
@@ -43,6 +47,7 @@ def read_settings(directory: Path) -> OnnxSettings:
     try:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
         decoder = model["decoder"]
+        eos = model["eos_token_id"]
         providers = {name for each in decoder["session_options"]["provider_options"] for name in each}
         return OnnxSettings(
             filename=str(decoder["filename"]),
@@ -50,6 +55,8 @@ def read_settings(directory: Path) -> OnnxSettings:
             num_key_value_heads=int(decoder["num_key_value_heads"]),
             context_length=int(model["context_length"]),
             window=int(decoder.get("sliding_window", {}).get("window_size", 0)),
+            vocab_size=int(model["vocab_size"]),
+            eos_token_ids=frozenset(eos if isinstance(eos, list) else [eos]),
             device="cuda" if "cuda" in providers else "cpu",
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
 from toolchain.errors import SenteiError
 
 
@@ -36,3 +41,34 @@ class Sampling:
 
 
 GREEDY = Sampling()
+# Below, logits would overflow; vLLM takes the likeliest token, too.
+_SMALLEST_TEMPERATURE = 1e-5
+
+
+class Sampler:
+    """Picks the tokens of one answer."""
+
+    def __init__(self, sampling: Sampling = GREEDY) -> None:
+        """Starts the random numbers."""
+        self._draws = sampling.temperature >= _SMALLEST_TEMPERATURE
+        if not self._draws:
+            return
+        self._warpers = [TemperatureLogitsWarper(sampling.temperature)]
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._random = torch.Generator()
+        if sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(sampling.seed)
+
+    def pick(self, logits: NDArray[np.float32]) -> int:
+        """The next token, from logits float32 ``[vocab_size]``."""
+        if not self._draws:
+            return int(logits.argmax())
+        scores = torch.from_numpy(logits)[None]
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._random))

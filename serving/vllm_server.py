@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,8 +24,8 @@ from toolchain.errors import MissingDependencyError, SenteiError
 HOST = "127.0.0.1"
 _TAIL_LINES = 30
 _STOP_TIMEOUT_S = 20.0
-# vLLM reports the engine process's exception in its log, far above the last line.
-_REFUSAL = re.compile(r"toolchain\.errors\.\w+: (.+)")
+# vLLM reports the engine process's exception in its log, far above the last line; the ONNX server as the last one.
+_REFUSAL = re.compile(r"(?:toolchain\.errors\.\w+|^Error): (.+)", re.MULTILINE)
 
 
 def serve(directory: Path, options: Sequence[str]) -> NoReturn:
@@ -66,8 +66,17 @@ def running_server(
         SenteiError: The server ended or was not healthy in time; the message holds the end of its log.
         MissingDependencyError: vLLM is not installed.
     """
-    port = port or _free_port()
+    port = port or free_port()
     command = launcher_command("serve", str(directory.resolve()), *_serve_options(options), "--port", str(port))
+    with running_process("vLLM", command, launcher_environment(), port=port, log=log, timeout_s=timeout_s) as base_url:
+        yield base_url
+
+
+@contextmanager
+def running_process(
+    name: str, command: Sequence[str], environment: Mapping[str, str], *, port: int, log: Path, timeout_s: float
+) -> Iterator[str]:
+    """Runs a server with ``/health`` while the context lasts; see :func:`running_server`."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -75,11 +84,11 @@ def running_server(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**launcher_environment(), PARENT_VARIABLE: str(os.getpid())},
+            env={**environment, PARENT_VARIABLE: str(os.getpid())},
         )
     try:
         base_url = f"http://{HOST}:{port}"
-        _wait_until_healthy(base_url, process, log, timeout_s)
+        _wait_until_healthy(name, base_url, process, log, timeout_s)
         yield base_url
     finally:
         _stop(process)
@@ -122,20 +131,25 @@ def has_cxx_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]
 
 
-def _wait_until_healthy(base_url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> None:
+def _wait_until_healthy(
+    name: str, base_url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_healthy(base_url):
         if (code := process.poll()) is not None:
-            raise SenteiError(f"The vLLM server ended with exit code {code} before it was ready{_cause(_text_of(log))}")
+            raise SenteiError(
+                f"The {name} server ended with exit code {code} before it was ready{_cause(_text_of(log))}"
+            )
         if time.monotonic() > deadline:
             raise SenteiError(
-                f"The vLLM server was not ready after {timeout_s:.0f} s. The end of its log:\n{tail(_text_of(log))}"
+                f"The {name} server was not ready after {timeout_s:.0f} s. The end of its log:\n{tail(_text_of(log))}"
             )
         time.sleep(0.5)
 

@@ -42,6 +42,16 @@ def pruned_demo(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def demo_onnx(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's ONNX export in float32."""
+    from export.onnx_graph import export_onnx
+
+    directory = tmp_path_factory.mktemp("models") / "smollm2-135m-onnx"
+    export_onnx(demo_model, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def pico_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of four narrow layers with untied embeddings and the demo model's tokenizer."""
     directory = tmp_path_factory.mktemp("models") / "pico"

@@ -31,13 +31,6 @@ IDS = list(range(100, 140))
 
 
 @pytest.fixture(scope="module")
-def demo_fp32(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("onnx") / "demo"
-    export_onnx(demo_model, out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def pruned_fp32(pruned_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("onnx") / "pruned"
     export_onnx(pruned_demo, out)
@@ -73,7 +66,7 @@ def steps(engine: OnnxEngine, ids: list[int], prefill: int) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(rows)).log_softmax(-1)
 
 
-@pytest.mark.parametrize("model, exported", [("demo_model", "demo_fp32"), ("pruned_demo", "pruned_fp32")])
+@pytest.mark.parametrize("model, exported", [("demo_model", "demo_onnx"), ("pruned_demo", "pruned_fp32")])
 def test_agrees_with_transformers(model: str, exported: str, ids: list[int], request: pytest.FixtureRequest) -> None:
     source, out = request.getfixturevalue(model), request.getfixturevalue(exported)
     reference = TransformersEngine(source, dtype=torch.float32)
@@ -88,7 +81,7 @@ def test_agrees_with_transformers(model: str, exported: str, ids: list[int], req
     assert len(streamed) == 24 or streamed[-1] == 2  # genai stops at the end-of-sequence token
 
 
-def test_only_attending_layers_have_a_cache(pruned_fp32: Path, demo_fp32: Path) -> None:
+def test_only_attending_layers_have_a_cache(pruned_fp32: Path, demo_onnx: Path) -> None:
     graph = onnx.load(pruned_fp32 / "model.onnx", load_external_data=False).graph
     layers = [layer for layer in range(30) if layer not in (0, 12)]
     expected = [f".{layer}.{kind}" for kind in ("key", "value") for layer in layers]
@@ -98,10 +91,10 @@ def test_only_attending_layers_have_a_cache(pruned_fp32: Path, demo_fp32: Path) 
     assert sum(node.op_type == "GroupQueryAttention" for node in graph.node) == 28
     assert not [node.name for node in graph.node if "layers.0/attn" in node.name or "layers.12/attn" in node.name]
     assert OnnxEngine(pruned_fp32).attending_layers == layers
-    assert OnnxEngine(demo_fp32).attending_layers == list(range(30))
+    assert OnnxEngine(demo_onnx).attending_layers == list(range(30))
 
 
-@pytest.mark.parametrize("exported", ["demo_fp32", "pruned_fp32"])
+@pytest.mark.parametrize("exported", ["demo_onnx", "pruned_fp32"])
 def test_graph_is_valid(exported: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(exported) / "model.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -146,9 +139,9 @@ def test_files(pruned_demo: Path, pruned_fp32: Path) -> None:
     assert str(pruned_demo.parent) not in (pruned_fp32 / "genai_config.json").read_text()
 
 
-def test_config_of_a_gguf_import_flows_through(demo_model: Path, demo_fp32: Path) -> None:
+def test_config_of_a_gguf_import_flows_through(demo_model: Path, demo_onnx: Path) -> None:
     config = open_checkpoint(demo_model).config
-    model = onnx.load(demo_fp32 / "model.onnx")
+    model = onnx.load(demo_onnx / "model.onnx")
     epsilons = {a.f for node in model.graph.node for a in node.attribute if a.name == "epsilon"}
     assert epsilons == {np.float32(config["rms_norm_eps"])}
     cosines = next(onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name == "cos_cache")

@@ -1,5 +1,6 @@
 """Every family's ONNX exports, pruned so that every kind of layer is there, against Transformers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from export.onnx_graph import Precision, export_onnx
 from serving import onnx_weights
 from serving.engines import TransformersEngine
+from serving.onnx_batch import BatchRequest, OnnxBatch
 from serving.onnx_engine import OnnxEngine
 from serving.onnx_genai import stream_tokens
 from tests.conftest import prune_by_hand
@@ -71,8 +73,28 @@ def test_float32_is_transformers(variant: tuple[str, str], demo_model: Path, tmp
     if variant[1] != "longrope":  # whose table depends on how long the sequence already is
         assert (steps(engine, IDS, prefill=5) - expected).abs().max() <= 1e-3
     assert engine.generate(IDS[:10], 30) == tokens
+    length = min(40, engine.batch_context_length)  # of the whole answers, before Phi-3 changes its tables
+    assert (length == 40) == (variant[1] != "longrope")
+    rows = [IDS[:10], IDS[20:23], IDS[5:17]]
+    assert in_one_batch(engine, rows, length) == [engine.generate(row, length - len(row)) for row in rows]
     streamed = list(stream_tokens(tmp_path / "out", IDS[:10], 30))
     assert streamed == tokens[: len(streamed)] != []
+
+
+def in_one_batch(engine: OnnxEngine, prompts: list[list[int]], length: int) -> list[list[int]]:
+    """Answers of ``length`` tokens, prompts included; each prompt joins a token after the one before."""
+    batch = OnnxBatch(engine, max_num_seqs=3, max_model_len=length)
+    answers: list[list[int]] = [[] for _ in prompts]
+
+    def taker(prompt: list[int], answer: list[int]) -> Callable[[int], bool]:
+        return lambda token: answer.append(token) or len(prompt) + len(answer) < length  # type: ignore[func-returns-value]
+
+    for prompt, answer in zip(prompts, answers, strict=True):
+        batch.join(BatchRequest(prompt=prompt, take=taker(prompt, answer)))
+        batch.step()
+    while not batch.is_empty:
+        batch.step()
+    return answers
 
 
 def check_graph(directory: Path) -> onnx.GraphProto:

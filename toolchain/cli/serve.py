@@ -7,20 +7,40 @@ from typing import Annotated
 import typer
 
 from toolchain.cli.console import DeviceOption, DtypeOption, JsonOption, Output, QuietOption, compute_dtype, pick_device
-from toolchain.errors import SenteiError
+from toolchain.errors import MissingDependencyError, SenteiError
 
 
 def serve(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model, pruned, quantised, or neither.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A model, pruned, quantised, or neither; or an ONNX export.")
+    ],
+    engine: Annotated[str, typer.Option(help="vllm or onnx; auto goes by what DIR is.")] = "auto",
 ) -> None:
-    """Start vLLM's server on loopback, with the sentei plugin. Options after -- are vLLM's own."""
+    """Start an OpenAI server on loopback: vLLM with the sentei plugin, or ONNX Runtime. Options after -- are its."""
+    is_onnx = (directory / "genai_config.json").is_file()
+    if engine not in ("auto", "vllm", "onnx"):
+        raise SenteiError(f"--engine {engine!r} is not known.", "Choose auto, vllm or onnx.")
+    if engine != "auto" and is_onnx != (engine == "onnx"):
+        kind = "an ONNX export" if is_onnx else "no ONNX export"
+        raise SenteiError(f"{directory} is {kind}; engine {engine!r} cannot serve it.", "Use --engine auto.")
+    if is_onnx:
+        _serve_onnx(directory, context.args)
+        return
     from toolchain.quantized import open_servable
 
     open_servable(directory)
     from serving.vllm_server import serve as run
 
     raise typer.Exit(run(directory, context.args))
+
+
+def _serve_onnx(directory: Path, options: list[str]) -> None:
+    try:
+        from serving.onnx_server import serve
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(str(error.name).partition(".")[0], "onnx") from error
+    serve(directory, options)
 
 
 def generate(

@@ -1,0 +1,199 @@
+"""What pruning keeps of its speed in an ONNX export, and whether ours is as fast as the vendor's own.
+
+The demo model, and the same pruned by 25 and 50 %, are exported in float32 and int4; the unpruned one is also built by
+onnxruntime-genai's model builder as its users run it, with the same choice of precisions. All run in
+onnxruntime-genai in this one process, taking turns in alternating order, so that whatever else the machine does meets
+each of them. Efficiency is the measured gain in decode tokens/s by the reduction in bytes read per decoded token.
+
+    python benchmarks/onnx_speed.py -o onnx_speed.json
+
+Results stand in ``benchmarks/results/``.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, get_args
+
+import torch
+import typer
+
+from export.onnx_graph import Precision, export_onnx
+from serving.environment import describe_environment
+from serving.model_facts import ModelFacts, onnx_facts
+from serving.onnx_genai import GenaiModel
+from serving.statistics import ratio_interval
+from toolchain.embedded_text import documents, write_halves
+from toolchain.gguf_import import demo_gguf, import_gguf
+from toolchain.modeling import load_tokenizer
+from toolchain.output import write_text
+from toolchain.pipeline import PruneSettings, prune
+
+_GOALS = {"fp32": 0.95, "int4": 0.90}  # of efficiency
+_VENDOR_GOAL = 0.98  # of the vendor's tokens/s
+_VENDOR_OPTIONS = {"fp32": [], "int4": ["matmul_mixed_precision=last_matmul:int8,mixed_layers:int8"]}
+_PHASES = ("prefill", "decode")
+Rates = dict[str, dict[str, list[float]]]
+
+
+def main(
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write.")],
+    sparsity: Annotated[list[float], typer.Option(help="Several times.")] = [0.25, 0.5],  # noqa: B006
+    precision: Annotated[list[str], typer.Option(help="Several times.")] = ["fp32", "int4"],  # noqa: B006
+    repeats: Annotated[int, typer.Option(help="Turns of each export, after one that does not count.")] = 15,
+    input_len: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
+    output_len: Annotated[int, typer.Option(help="Output tokens.")] = 64,
+    samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 8,
+) -> None:
+    """Prunes, exports and measures."""
+    with tempfile.TemporaryDirectory() as temporary:
+        models = _models(Path(temporary), sparsity, samples)
+        results = [_measure(Path(temporary), models, each, repeats, input_len, output_len) for each in precision]
+    document = {
+        "schema_version": 1,
+        "kind": "onnx_benchmark",
+        "model": "SmolLM2-135M-Instruct",
+        "runtime": "onnxruntime-genai, one sequence, greedy, without an end-of-sequence token",
+        "sparsity": sparsity,
+        "repeats": repeats,
+        "input_len": input_len,
+        "output_len": output_len,
+        "metrics": {
+            "prefill": "prompt tokens / time to the first token",
+            "decode": "output tokens after the first / the time they took",
+            "decode_bytes": "weights read by a step, the head's included, + cache at input_len + output_len / 2 tokens",
+            "gain": "tokens/s by the original's: exp(mean of ln over turns), with the 95 % t-interval of that mean",
+            "efficiency": "decode gain / (the original's decode_bytes / the pruned model's)",
+        },
+        "results": results,
+        "environment": describe_environment(),
+    }
+    write_text(out, json.dumps(document, indent=2) + "\n")
+
+
+def _models(directory: Path, sparsities: Sequence[float], samples: int) -> dict[str, Path]:
+    """The demo model and what is left of it."""
+    models = {"original": directory / "original"}
+    import_gguf(demo_gguf(), models["original"])
+    (directory / "text").mkdir()
+    write_halves(directory / "text")
+    for sparsity in sparsities:
+        name = f"pruned_{sparsity:g}"
+        models[name] = directory / name
+        settings = PruneSettings(
+            sparsity=sparsity, calibration=directory / "text" / "calibration.txt", num_samples=samples, seq_len=512,
+            align=64, attention_removals=None, device="cpu", dtype=torch.float32, seed=0,
+        )  # fmt: skip
+        prune(models["original"], models[name], settings, model_name="SmolLM2-135M-Instruct")
+        typer.echo(f"{name} is pruned")
+    return models
+
+
+def _measure(
+    directory: Path, models: dict[str, Path], precision: str, repeats: int, input_len: int, output_len: int
+) -> dict[str, Any]:
+    exports = {name: directory / f"{name}-{precision}" for name in (*models, "vendor")}
+    for name, model in models.items():
+        export_onnx(model, exports[name], precision=next(p for p in get_args(Precision) if p == precision))
+    _build_with_vendor(models["original"], exports["vendor"], precision)
+    for export in exports.values():
+        _never_end(export)
+    facts = {name: onnx_facts(export) for name, export in exports.items()}
+    rates = _take_turns(exports, _prompt(models["original"], input_len), repeats, output_len)
+    shape = {"input_len": input_len, "output_len": output_len, "concurrency": 1}
+    compared = {name: _compare(rates, facts, name, _GOALS[precision], shape) for name in models if name != "original"}
+    vendor = {phase: ratio_interval(rates["vendor"][phase], rates["original"][phase]) for phase in _PHASES}
+    for name, each in compared.items():
+        gain, efficiency = each["gain"]["decode"]["value"], each["efficiency"]
+        typer.echo(
+            f"{precision} {name}: decode {gain:.3f} times the original's, {each['bytes_reduction']:.3f} times fewer "
+            f"bytes; efficiency {efficiency['value']:.3f} ({efficiency['low']:.3f} to {efficiency['high']:.3f})"
+        )
+    ratio = vendor["decode"]
+    typer.echo(
+        f"{precision} original: decode {ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}) times the "
+        "vendor's own export"
+    )
+    return {
+        "precision": precision,
+        "tokens_per_s": rates,
+        "median_tokens_per_s": {
+            name: {phase: median(values) for phase, values in each.items()} for name, each in rates.items()
+        },
+        "decode_bytes": {name: each.decode_bytes(**shape) for name, each in facts.items()},
+        "size_on_disk_bytes": {name: each.size_on_disk_bytes for name, each in facts.items()},
+        "compared": compared,
+        "against_vendor": {**vendor, "goal": _VENDOR_GOAL, "shown": ratio["low"] >= _VENDOR_GOAL},
+    }
+
+
+def _compare(
+    rates: Rates, facts: dict[str, ModelFacts], name: str, goal: float, shape: dict[str, int]
+) -> dict[str, Any]:
+    gain = {phase: ratio_interval(rates["original"][phase], rates[name][phase]) for phase in _PHASES}
+    reduction = facts["original"].decode_bytes(**shape) / facts[name].decode_bytes(**shape)
+    efficiency = {key: gain["decode"][key] / reduction for key in ("value", "low", "high")}
+    return {
+        "gain": gain,
+        "bytes_reduction": reduction,
+        "efficiency": efficiency,
+        "goal": goal,
+        "shown": efficiency["low"] >= goal,
+    }
+
+
+def _build_with_vendor(model: Path, out: Path, precision: str) -> None:
+    options = ["--extra_options", *_VENDOR_OPTIONS[precision]] if _VENDOR_OPTIONS[precision] else []
+    command = ["-i", model, "-o", out, "-p", precision, "-e", "cpu", "-c", out.with_suffix(".cache"), *options]
+    subprocess.run(
+        [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, command)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _never_end(export: Path) -> None:
+    """Lets every answer have its full length."""
+    path = export / "genai_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["model"]["eos_token_id"] = []
+    path.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _prompt(model: Path, input_len: int) -> list[int]:
+    return load_tokenizer(model)(" ".join(documents()))["input_ids"][:input_len]
+
+
+def _take_turns(exports: dict[str, Path], prompt: Sequence[int], repeats: int, output_len: int) -> Rates:
+    """Tokens/s of each export, by phase, one value a turn."""
+    loaded = {name: GenaiModel(export) for name, export in exports.items()}
+    rates: Rates = {name: {phase: [] for phase in _PHASES} for name in loaded}
+    for turn in range(repeats + 1):
+        for name in loaded if turn % 2 == 0 else reversed(loaded):
+            measured = _run(loaded[name], prompt, output_len)
+            if turn:
+                for phase, value in measured.items():
+                    rates[name][phase].append(value)
+    return rates
+
+
+def _run(model: GenaiModel, prompt: Sequence[int], output_len: int) -> dict[str, float]:
+    started_s = time.perf_counter()
+    tokens = model.stream(prompt, output_len)
+    next(tokens)
+    first_s = time.perf_counter()
+    given = sum(1 for _ in tokens)
+    last_s = time.perf_counter()
+    assert given + 1 == output_len
+    return {"prefill": len(prompt) / (first_s - started_s), "decode": given / (last_s - first_s)}
+
+
+if __name__ == "__main__":
+    typer.run(main)
