@@ -58,7 +58,16 @@ class Method:
 _PRUNE = (
     "prune {model} -o {out} --sparsity {sparsity} --calibration {calibration} --samples {samples} --seq-len {seq_len}"
 )
-METHODS = (Method(name="2ssp", commands=(f"{_PRUNE} --method 2ssp --align 1",)),)
+METHODS = (
+    Method(name="2ssp", commands=(f"{_PRUNE} --method 2ssp --align 1",)),
+    Method(
+        name="2ssp+heal",
+        commands=(
+            f"{_PRUNE} --method 2ssp --align 1",
+            "heal {before} --against {model} --data {calibration} -o {out}",
+        ),
+    ),
+)
 BASELINE = "2ssp"
 TASKS = {
     "winogrande": "winogrande_xl_dev.jsonl",

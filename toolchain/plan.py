@@ -108,6 +108,34 @@ class CompensationRecord(_Record):
     perplexity: float | None = None
 
 
+class HealingRecord(_Record):
+    """A training after pruning, by distillation; see :mod:`toolchain.healing`.
+
+    ``text_sha256`` is over the token ids as int64 bytes, ``teacher_sha256`` the fingerprint of the teacher's weights;
+    ``lora_rank`` is null if all weights were trained. What follows ``num_held_out`` was measured on windows of the text
+    that were held out; divergences are in nats a token.
+    """
+
+    teacher: str
+    teacher_sha256: str
+    text: str
+    text_sha256: str
+    num_windows: int
+    seq_len: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    lora_rank: int | None
+    seed: int
+    dtype: str
+    num_held_out: int
+    perplexity_original: float
+    perplexity_before: float
+    perplexity_after: float
+    divergence_before: float
+    divergence_after: float
+
+
 class ProtectedRecord(_Record):
     """Layers whose attention or FFN the person wants left alone."""
 
@@ -160,6 +188,7 @@ class PlanDocument(_Record):
     seed: int
     calibration: CalibrationRecord
     compensation: CompensationRecord | None = None
+    healing: list[HealingRecord] = []
     versions: dict[str, str]
     layers: list[PlannedLayer]
     stage_1: list[Rung]
@@ -274,8 +303,12 @@ class PruningPlan:
             raise SenteiError(f"There is no step {step}.", f"This plan has steps 0 to {last}; see sentei plan curve.")
         return self.at(document.stage_1[:step], document.trace[: max(0, step - len(document.stage_1))])
 
+    def unhealed(self) -> "PruningPlan":
+        """The same plan as it was before any healing."""
+        return PruningPlan(self.document.model_copy(update={"healing": []}), self.importance)
+
     def at(self, stage_1: Sequence[Rung], trace: Sequence[Removal]) -> "PruningPlan":
-        """The same plan after other steps: widths of the last rung, attentions of the trace removed."""
+        """The same plan after other steps: widths of the last rung, attentions of the trace removed; not healed."""
         base = self.document.base_model
         widths = stage_1[-1].intermediate_size if stage_1 else [base.intermediate_size] * base.num_hidden_layers
         removed = {step.removed for step in trace}
@@ -283,7 +316,7 @@ class PruningPlan:
             PlannedLayer(layer=layer, attention="remove" if layer in removed else "keep", intermediate_size=width)
             for layer, width in enumerate(widths)
         ]
-        changes: dict[str, Any] = {"stage_1": list(stage_1), "trace": list(trace), "layers": layers}
+        changes: dict[str, Any] = {"stage_1": list(stage_1), "trace": list(trace), "layers": layers, "healing": []}
         if self.document.compensation is not None:
             changes["compensation"] = CompensationRecord()
         return PruningPlan(self.document.model_copy(update=changes), self.importance)
