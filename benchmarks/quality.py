@@ -64,7 +64,7 @@ METHODS = (
         name="2ssp+heal",
         commands=(
             f"{_PRUNE} --method 2ssp --align 1",
-            "heal {before} --against {model} --data {calibration} -o {out}",
+            "heal {before} --against {model} --data {calibration} -o {out} --steps 20",
         ),
     ),
 )

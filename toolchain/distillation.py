@@ -24,7 +24,7 @@ from toolchain.modeling import load_model
 try:
     import accelerate  # noqa: F401 (Trainer needs it)
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear as LoraLinear
 except ImportError as missing:
     raise MissingDependencyError("peft or accelerate, which healing needs,", "heal") from missing
 
@@ -71,7 +71,7 @@ class Student:
         self._adapters = {
             f"{name.removeprefix('base_model.model.')}.weight": module
             for name, module in model.named_modules()
-            if isinstance(module, LoraLayer)
+            if isinstance(module, LoraLinear)
         }
         self._weights: dict[str, torch.Tensor] = {} if self._adapters else model.state_dict()
 

@@ -4,6 +4,7 @@ Shapes, config and plan stay what they were, so everything that reads a pruned c
 ``docs/decisions/healing.md``.
 """
 
+import gc
 import json
 import math
 import shutil
@@ -138,6 +139,7 @@ def heal(
         with new_directory(out, force=force) as partial:
             _write_weights(source, student, partial, progress)
             del student
+            gc.collect()  # models and what trained them refer to each other, and another model is coming
             after = _compare(teacher_model, open_checkpoint(partial), held_out, settings)
             _check_closer(before, after)
             found = HealingRecord(

@@ -117,6 +117,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     rank = ("--lora-rank", lora_rank) if lora_rank else ("--full",)
     refused(sentei(*command, *rank, "--learning-rate", 0.001), "interrupted healing", "--resume")
     refused(sentei(*command, *rank, "--learning-rate", 0.002, "--resume"), "another learning_rate: 0.001 then")
+    # Trained to the end, and interrupted while the second tensor is written.
+    with pytest.raises(_Stop):
+        heal(*paths, out, settings, resume=True, progress=stopping_at(12))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.heal", "whole"]
     done = sentei(*command, *rank, "--learning-rate", 0.001, "--resume")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
