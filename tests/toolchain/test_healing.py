@@ -130,7 +130,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 @pytest.mark.parametrize("family", VARIANTS)
 def test_merged_weights_say_what_the_adapters_said(family: str, tmp_path: Path):
-    for variant in VARIANTS[family]:
+    for variant in list(VARIANTS[family])[:2]:  # the others differ in what has no weights
         make_family_pico(original := tmp_path / variant, family, variant)
         (pruned := tmp_path / f"{variant}-pruned").mkdir()
         prune_by_hand(original, pruned, removed_attention={1}, width=lambda layer: 32 + 4 * layer)
@@ -184,8 +184,8 @@ def test_bad_input(pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Pa
     (tiny := tmp_path / "tiny.txt").write_text(
         "The gardener prunes the trees in winter, and in summer they bear fruit."
     )
-    refuse(data=tiny, says="too short")
-    refuse("--seq-len", 8, data=tiny, says="one more has to be held out")
+    refuse("--seq-len", 64, data=tiny, says="1 windows of 64 tokens need 64")
+    refuse(data=tiny, says="one more has to be held out")
     refuse(pruned=pico_model, says="is not pruned")
     refuse(original=pruned_pico, says="cannot learn from itself")
     refuse("--steps", 0, says="--steps 0")
