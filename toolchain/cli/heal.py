@@ -89,12 +89,11 @@ def _dtype(name: str, device: str) -> "torch.dtype":
 
 
 def _show(console: Console, out: Path, result: dict[str, Any]) -> None:
-    passes = result["steps"] * result["batch_size"] / (result["num_windows"] - result["num_held_out"])
     trained = f"LoRA of rank {result['lora_rank']}, merged" if result["lora_rank"] else "all weights"
-    console.print(
-        f"{out}: {result['steps']} steps of {result['batch_size']} x {result['seq_len']} tokens ({trained}); "
-        f"{result['text']} was read {passes:.2g} times"
-    )
+    console.print(f"{out}: {result['steps']} steps of {result['batch_size']} x {result['seq_len']} tokens ({trained})")
+    passes = result["steps"] * result["batch_size"] / (result["num_windows"] - result["num_held_out"])
+    if passes > 1:
+        console.print(f"  text         {result['text']} was read {passes:.2g} times: more text is better")
     console.print(
         f"  perplexity   {result['perplexity_before']:.4g} → {result['perplexity_after']:.4g} "
         f"(original {result['perplexity_original']:.4g})"
