@@ -109,10 +109,10 @@ def heal(
         raise SenteiError(
             f"{unfinished} holds an interrupted healing.", "Add --resume to go on from there, or --force to start over."
         )
-    source, teacher = open_checkpoint(directory), open_checkpoint(teacher_directory)
-    plan = load_plan(directory)
     _check_settings(settings)
+    source, teacher = open_checkpoint(directory), open_checkpoint(teacher_directory)
     _check_pair(source, teacher)
+    plan = load_plan(directory)
     windows = load_windows(
         settings.data,
         load_tokenizer(directory),
