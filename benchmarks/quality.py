@@ -66,6 +66,13 @@ METHODS = (
     Method(name="sliding-window", commands=(f"{_PRUNE} --method sliding-window",)),
     Method(name="blockpruner", commands=(f"{_PRUNE} --method blockpruner",)),
     Method(name="evopress", commands=(f"{_PRUNE} --method evopress --evopress-budget small",)),
+    Method(
+        name="2ssp+heal",
+        commands=(
+            f"{_PRUNE} --method 2ssp --align 1",
+            "heal {before} --against {model} --data {calibration} -o {out} --steps 20",
+        ),
+    ),
 )
 BASELINE = "2ssp"
 TASKS = {

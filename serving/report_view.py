@@ -122,6 +122,8 @@ def _evaluated(text: str, sides: Mapping[str, Mapping[str, Any]]) -> dict[str, A
 
 
 def _calibration_perplexity(inputs: ReportInputs, document: PlanDocument | None) -> dict[str, float] | None:
+    if document and document.healing:
+        return None  # it is from before the healing
     if inputs.summary:
         with fields_of(inputs.summary) as summary:
             values = summary["calibration_metric"]

@@ -35,7 +35,12 @@ class TokenWindows:
 
 
 def load_windows(
-    path: Path | None, tokenizer: PreTrainedTokenizerBase, *, num_samples: int | None, seq_len: int
+    path: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_samples: int | None,
+    seq_len: int,
+    fewer_will_do: bool = False,
 ) -> TokenWindows:
     """Tokenises text without special tokens and cuts it into windows.
 
@@ -47,6 +52,7 @@ def load_windows(
         tokenizer: The model's own.
         num_samples: How many windows; ``None`` for all there are.
         seq_len: Tokens a window.
+        fewer_will_do: Take as many windows as there are, up to ``num_samples``, and at least one.
 
     Raises:
         SenteiError: Missing file, unknown ending, a record without ``text``, or too few tokens.
@@ -56,13 +62,14 @@ def load_windows(
     needed = None if num_samples is None else num_samples * seq_len
     documents = iter(embedded_text.documents()) if path is None else read_documents(path)
     ids = _tokenize(documents, tokenizer, needed)
-    if len(ids) < (needed or seq_len):
-        wanted = f"{num_samples or 1} windows of {seq_len} tokens need {needed or seq_len}"
+    fewest = 1 if num_samples is None or fewer_will_do else num_samples
+    if len(ids) < fewest * seq_len:
+        wanted = f"{fewest} windows of {seq_len} tokens need {fewest * seq_len}"
         raise SenteiError(
             f"{path or embedded_text.SOURCE} is too short: it has {len(ids)} tokens, and {wanted}.",
             "Give more text, or fewer or shorter windows.",
         )
-    count = num_samples or len(ids) // seq_len
+    count = min(num_samples or len(ids), len(ids) // seq_len)
     windows = torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
     return TokenWindows(ids=windows, source=embedded_text.SOURCE if path is None else path.name)
 

@@ -352,7 +352,7 @@ def apply_plan(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Applies a plan, edited or not, without searching.
+    """Applies a plan, edited or not, without searching; what was healed is not healed again.
 
     Args:
         plan: What to remove.
@@ -379,7 +379,7 @@ def apply_plan(
         windows = _windows_of(plan, model_directory, calibration)
         dtype = getattr(torch, plan.document.dtype)
         computing = Computing(windows=windows, dtype=dtype, device=device, offload=offload)
-    return _write(checkpoint, plan, out, computing, None, started, force=force, progress=progress)
+    return _write(checkpoint, plan.unhealed(), out, computing, None, started, force=force, progress=progress)
 
 
 def _windows_of(plan: PruningPlan, model_directory: Path, calibration: Path | None) -> torch.Tensor:

@@ -124,6 +124,34 @@ class CompensationRecord(_Record):
     perplexity: float | None = None
 
 
+class HealingRecord(_Record):
+    """A training after pruning, by distillation; see :mod:`toolchain.healing`.
+
+    ``text_sha256`` is over the token ids as int64 bytes, ``teacher_sha256`` the fingerprint of the teacher's weights;
+    ``lora_rank`` is null if all weights were trained. What follows ``num_held_out`` was measured on windows of the text
+    that were held out; divergences are in nats a token.
+    """
+
+    teacher: str
+    teacher_sha256: str
+    text: str
+    text_sha256: str
+    num_windows: int
+    seq_len: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    lora_rank: int | None
+    seed: int
+    dtype: str
+    num_held_out: int
+    perplexity_original: float
+    perplexity_before: float
+    perplexity_after: float
+    divergence_before: float
+    divergence_after: float
+
+
 class ProtectedRecord(_Record):
     """Layers whose attention or FFN the person wants left alone."""
 
@@ -176,6 +204,7 @@ class PlanDocument(_Record):
     seed: int
     calibration: CalibrationRecord
     compensation: CompensationRecord | None = None
+    healing: list[HealingRecord] = []
     versions: dict[str, str]
     layers: list[PlannedLayer]
     stage_1: list[Rung]
@@ -296,10 +325,14 @@ class PruningPlan:
             return self.at([], [], document.block_steps[:step])
         return self.at(document.stage_1[:step], document.trace[: max(0, step - len(document.stage_1))])
 
+    def unhealed(self) -> "PruningPlan":
+        """The same plan as it was before any healing."""
+        return PruningPlan(self.document.model_copy(update={"healing": []}), self.importance)
+
     def at(
         self, stage_1: Sequence[Rung], trace: Sequence[Removal], block_steps: Sequence[BlockStep] = ()
     ) -> "PruningPlan":
-        """The same plan after other steps: widths of the last rung, attentions of the trace removed.
+        """The same plan after other steps, not healed: widths of the last rung, attentions of the trace removed.
 
         Of a method that removes whole attentions and FFNs, what its last step says.
         """
@@ -314,7 +347,8 @@ class PruningPlan:
             for layer, width in enumerate(widths)
         ]
         changes: dict[str, Any] = {
-            "stage_1": list(stage_1), "trace": list(trace), "block_steps": list(block_steps), "layers": layers
+            "stage_1": list(stage_1), "trace": list(trace), "block_steps": list(block_steps), "layers": layers,
+            "healing": [],
         }  # fmt: skip
         if self.document.compensation is not None:
             changes["compensation"] = CompensationRecord()

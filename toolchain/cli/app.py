@@ -16,6 +16,7 @@ from toolchain.cli import (
     estimate,
     evaluate,
     export,
+    heal,
     import_gguf,
     plan,
     prune,
@@ -48,6 +49,7 @@ app.command("doctor")(doctor.doctor)
 app.command("import")(import_gguf.import_)
 app.command("prune")(prune.prune)
 app.command("apply")(prune.apply)
+app.command("heal")(heal.heal)
 app.add_typer(plan.app, name="plan")
 app.command("estimate")(estimate.estimate)
 app.command("evaluate")(evaluate.evaluate)
