@@ -121,6 +121,7 @@ def test_layers_from_disk_are_fitted_alike(pico_model: Path, text: Path, tmp_pat
 
 def test_the_published_method_is_never_compensated(pico_model: Path, text: Path, tmp_path: Path):
     refused(prune(pico_model, tmp_path / "out", text, "--method", "2ssp", "--compensate"), "--method 2ssp")
+    refused(prune(pico_model, tmp_path / "out", text, "--method", "2ssp", "--widths", "ranked"), "knows no --widths")
     refused(prune(pico_model, tmp_path / "out", text, "--compensate", "--samples", 1), "2 calibration windows")
 
 

@@ -46,6 +46,8 @@ class EvopressBudget(StrEnum):
     small = "small"
 
 
+# What --method 2ssp, exactly the published method, insists on.
+_PUBLISHED = {"compensate": False, "allocation": "formula", "widths": "uniform"}
 # What only 2SSP knows: the other methods remove whole attentions and FFNs, as published.
 _FOR_2SSP = (
     "sweep", "align", "tensor_parallel", "compensate", "allocation", "attention_removals", "widths", "protect",
@@ -207,10 +209,6 @@ def prune(
 
     _check_options(context, method)
     sparsities = _sparsities(sparsity, sweep)
-    if method is Method.two_ssp and compensate:
-        raise SenteiError(
-            "--method 2ssp is exactly the published method, which does not compensate.", "Leave one of them out."
-        )
     picked_device = pick_device(device)
     directory = resolve_model(model)
     settings = pipeline.PruneSettings(
@@ -266,10 +264,15 @@ def _check_options(context: typer.Context, method: Method | None) -> None:
         # By name: Typer brings a click of its own, whose enumeration is not that of click.
         return source is not None and source.name == "COMMANDLINE"
 
+    params = context.params
     if method not in (None, Method.two_ssp) and (unknown := [name for name in _FOR_2SSP if given(name)]):
         raise SenteiError(
             f"--method {method} removes whole blocks as published and knows no --{unknown[0].replace('_', '-')}.",
             "Leave it out, or prune with 2SSP.",
+        )
+    if method is Method.two_ssp and (unknown := [name for name, value in _PUBLISHED.items() if params[name] != value]):
+        raise SenteiError(
+            f"--method 2ssp is exactly the published method, which knows no --{unknown[0]}.", "Leave one of them out."
         )
     if method is not Method.evopress and given("evopress_budget"):
         raise SenteiError("--evopress-budget is for --method evopress.", "Leave one out, or add the other.")
