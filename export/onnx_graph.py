@@ -35,7 +35,7 @@ def export_onnx(
     """Writes ``model.onnx`` with external weights, ``genai_config.json``, tokenizer and ``sentei_export.json``.
 
     Batch and length are dynamic, logits are given for every position, and only layers that attend have cache inputs.
-    Holds the whole model in memory, in the checkpoint's dtype; for int8 and int4 also once in float32.
+    Holds the whole model in memory; docs/decisions/onnx-size.md says how much that takes.
 
     Args:
         directory: A checkpoint, pruned or not.

@@ -16,7 +16,7 @@ from toolchain.checkpoint import copy_companions, open_checkpoint
 
 IDS = list(range(100, 116))
 # Of the exporting process, by what the weights take in float32; docs/decisions/onnx-size.md has what was measured.
-_MEMORY_LIMITS = {"fp32": 1.5, "int4": 2.0}
+_MEMORY_LIMITS = {"fp32": 1.1, "int4": 3.0}
 
 
 @pytest.fixture(scope="module")
