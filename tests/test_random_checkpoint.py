@@ -13,6 +13,7 @@ from toolchain.modeling import load_model
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "random_checkpoint.py"
 
 
+@pytest.mark.acceptance
 def test_shapes_are_those_that_pruning_gives(tmp_path):
     command = [sys.executable, str(SCRIPT), str(tmp_path), "--shape", "small", "--sparsity", "0.25"]
     subprocess.run(command, check=True, env={"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"})

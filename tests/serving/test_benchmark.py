@@ -201,6 +201,7 @@ def deaths(monkeypatch):
     return left
 
 
+@pytest.mark.acceptance
 def test_a_worker_that_dies_once_is_started_again_and_told_of(pico_model, pruned_pico, tmp_path, deaths):
     deaths += [False, True]
     told = []

@@ -44,7 +44,9 @@ def failed(verdict):
     return {name for name, check in verdict["checks"].items() if not check["passed"]}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.acceptance)]
+)
 def test_a_right_export_passes(pruned_demo, tmp_path, dtype):
     export_vllm(pruned_demo, tmp_path / "out", dtype=dtype)
     verdict = verify(tmp_path / "out", pruned_demo, engine="transformers")
@@ -114,7 +116,7 @@ def test_swapped_neurons_fail(demo_model, tmp_path, dtype):
     assert "differing_tensors" in failed(verify(tmp_path / "out", demo_model, engine="transformers"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.acceptance), "int4"])
 def test_swapped_neurons_fail_in_onnx(demo_model, tmp_path, precision):
     export_onnx(swapped(demo_model, tmp_path / "swapped"), tmp_path / "out", precision=precision)
     verdict = verify(tmp_path / "out", demo_model)
@@ -122,6 +124,7 @@ def test_swapped_neurons_fail_in_onnx(demo_model, tmp_path, precision):
     assert "**Failed**" in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.acceptance
 def test_int4_arithmetic_is_judged_with_the_rounded_matrices(demo_model, tmp_path):
     # The graph computes with other scales than its weights file seems to hold once the file is swapped afterwards.
     export_onnx(demo_model, tmp_path / "out", precision="int4")

@@ -123,6 +123,7 @@ def test_kv_cache_is_for_layers_that_attend(demo_model, prompts, pruned_answers)
     assert abs(pruned_answers["num_kv_cache_tokens"] - full["num_kv_cache_tokens"] * 30 / 28) < block
 
 
+@pytest.mark.acceptance
 def test_compiled_and_on_two_ranks(patchwork, prompts, monkeypatch):
     if (os.cpu_count() or 1) > 1:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -237,6 +238,7 @@ def test_without_vllm_there_is_one_sentence(pico_model, monkeypatch):
         VllmEngine(pico_model)
 
 
+@pytest.mark.acceptance
 def test_the_scores_beside_the_weights_are_no_weights(patchwork, tmp_path, prompts):
     """Without an index vLLM reads every *.safetensors, and would stumble over the plan's."""
     directory = tmp_path / "with-scores"

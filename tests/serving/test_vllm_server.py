@@ -73,6 +73,7 @@ def test_serves_a_pruned_checkpoint_and_is_measured(pruned_demo, tmp_path):
     assert "KV cache size" in log.read_text()
 
 
+@pytest.mark.acceptance
 def test_a_bad_config_is_told_before_weights_are_read(pruned_demo, tmp_path):
     directory = tmp_path / "bad"
     shutil.copytree(pruned_demo, directory)

@@ -93,7 +93,7 @@ def stopping_at(step: int):
     return progress
 
 
-@pytest.mark.parametrize("lora_rank", [4, None])
+@pytest.mark.parametrize("lora_rank", [4, pytest.param(None, marks=pytest.mark.acceptance)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path, lora_rank: int | None
 ):

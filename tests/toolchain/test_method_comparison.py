@@ -89,6 +89,7 @@ def test_it_goes_on_cell_by_cell(
     assert [(row["method"], row["target_sparsity"]) for row in rows] == cells
 
 
+@pytest.mark.acceptance
 def test_speed_is_measured_against_the_original(pico_model: Path, text: Path, other: Path, tmp_path: Path):
     done = compare(pico_model, text, other, tmp_path / "out", "--sparsity", "0.5", "--methods", "shortgpt", "--speed")
     assert done.returncode == 0, done.stderr
