@@ -115,41 +115,47 @@ def main(
         "dtype": "float32", "methods": {method.name: list(method.commands) for method in METHODS},
     }  # fmt: skip
 
-    def measure(row: str, directory: Path, depends_on: Mapping[str, Any]) -> None:
-        @cache
-        def walk() -> LayerWalk:
-            checkpoint = open_checkpoint(directory)
-            return LayerWalk(load_model(checkpoint, dtype=torch.float32), checkpoint.family)
-
+    def measure_texts(row: str, directory: Path, depends_on: Mapping[str, Any]) -> None:
+        walk = cache(partial(_walk, directory))
         for name, path in texts.items():
             asked = {**depends_on, "text": _digest(path), "windows": windows, "seq_len": seq_len}
             table.fill(row, name, asked, partial(lambda path: _perplexity(walk(), path, windows, seq_len, model), path))
+
+    def measure_tasks(row: str, directory: Path, depends_on: Mapping[str, Any]) -> None:
+        walk = cache(partial(_walk, directory))
         for name, file in tasks.items():
             asked = {**depends_on, "questions": _digest(file), "limit": limit}
             table.fill(
                 row, name, asked, partial(lambda name, file: _task(walk(), name, file, limit, model), name, file)
             )
 
-    measure("original", model, {})
-    for target in sparsity:
-        values = {
-            "sparsity": target, "samples": samples, "seq_len": seq_len, "model": model, "calibration": calibration
-        }  # fmt: skip
-        for method in chosen:
-            row = f"{method.name} {target:g}"
-            depends_on = {
-                "commands": method.commands, "sparsity": target, "samples": samples, "seq_len": seq_len,
-                "calibration": _digest(calibration),
+    # Texts of all rows come first: the ratio of perplexities is the first question, and tasks take longest.
+    for measure in (measure_texts, measure_tasks):
+        measure("original", model, {})
+        for target in sparsity:
+            values = {
+                "sparsity": target, "samples": samples, "seq_len": seq_len, "model": model, "calibration": calibration
             }  # fmt: skip
-            place = work / f"{method.name}-{target:g}-{_digest_of(depends_on)}"
-            prune = partial(_prune, method, place, values)
-            if table.fill(row, "pruning", depends_on, prune) is None:
-                continue
-            if not place.exists():
-                prune()
-            measure(row, place, depends_on)
+            for method in chosen:
+                row = f"{method.name} {target:g}"
+                depends_on = {
+                    "commands": method.commands, "sparsity": target, "samples": samples, "seq_len": seq_len,
+                    "calibration": _digest(calibration),
+                }  # fmt: skip
+                place = work / f"{method.name}-{target:g}-{_digest_of(depends_on)}"
+                prune = partial(_prune, method, place, values)
+                if table.fill(row, "pruning", depends_on, prune) is None:
+                    continue
+                if not place.exists():
+                    prune()
+                measure(row, place, depends_on)
     table.save()
     typer.echo(table.markdown())
+
+
+def _walk(directory: Path) -> LayerWalk:
+    checkpoint = open_checkpoint(directory)
+    return LayerWalk(load_model(checkpoint, dtype=torch.float32), checkpoint.family)
 
 
 class _Table:
