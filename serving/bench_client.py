@@ -3,17 +3,15 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from serving.vllm_launcher import PARENT_VARIABLE
+from serving.child_process import child_process
 from serving.vllm_server import is_healthy, is_loopback, launcher_command, launcher_environment, open_url, tail
 from serving.worker_process import EngineFailedError
 from toolchain.errors import SenteiError
@@ -62,28 +60,15 @@ def bench_serve(
         "--disable-tqdm",
         *options,
     )  # fmt: skip
-    environment = {**launcher_environment(), PARENT_VARIABLE: str(os.getpid())}
+    environment = launcher_environment()
     if api_key:
         environment["OPENAI_API_KEY"] = api_key
     elif not is_loopback(base_url):
         environment.pop("OPENAI_API_KEY", None)
     log = result_file.with_suffix(".log")
     result_file.unlink(missing_ok=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment,
-        )
-    try:
+    with child_process(command, environment, log) as process:
         samples = _watch(process, base_url, api_key, stall_timeout_s)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
     said = log.read_text(encoding="utf-8", errors="replace")
     result = _read_result(result_file)
     if result is None or process.returncode != 0:

@@ -1,12 +1,9 @@
 """vLLM without a server: ``vllm bench throughput`` and ``vllm bench latency``; their result files are kept."""
 
 import json
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,13 +12,12 @@ import torch
 
 from serving.bench_client import STALL_TIMEOUT_S
 from serving.bench_vllm import engine_facts, engine_options_for
+from serving.child_process import child_process
 from serving.gpu_state import energy, watched_gpus
 from serving.statistics import DISTRIBUTED, METRICS, PERCENTILES, percentile
-from serving.vllm_launcher import PARENT_VARIABLE, is_cpu_build
-from serving.vllm_server import has_cxx_compiler, launcher_command, launcher_environment, tail
+from serving.vllm_server import checked_options, launcher_command, launcher_environment, tail
 from serving.worker_process import EngineFailedError
 from serving.workload import Slo, Workload
-from toolchain.errors import SenteiError
 
 _POLL_S, _BATCHES = 0.25, 3
 # Without a stream of tokens there is none of the times in between.
@@ -59,12 +55,7 @@ class OfflineSession:
         Raises:
             SenteiError: An option that would run code from the checkpoint.
         """
-        if any(option.split("=")[0].replace("_", "-") == "--trust-remote-code" for option in engine_options):
-            raise SenteiError(
-                "--trust-remote-code would run code from the checkpoint.", "sentei's checkpoints need none."
-            )
-        if is_cpu_build() and not has_cxx_compiler() and "--enforce-eager" not in engine_options:
-            engine_options = [*engine_options, "--enforce-eager"]  # nothing can be compiled
+        engine_options = checked_options(engine_options)
         self.told: dict[str, dict[str, Any]] = {}
         self._directories, self._out, self._stall_timeout_s = directories, out / "vllm", stall_timeout_s
         self._options = {
@@ -121,21 +112,8 @@ class OfflineSession:
             "bench", command, "--model", str(self._directories[side].resolve()), *options,
             "--output-json", str(result_file.resolve()), *self._options[side],
         ]  # fmt: skip
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                launcher_command(*arguments),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**launcher_environment(), PARENT_VARIABLE: str(os.getpid())},
-            )
-        try:
+        with child_process(launcher_command(*arguments), launcher_environment(), log) as process:
             self._wait(process, log, side)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
         said = log.read_text(encoding="utf-8", errors="replace")
         try:
             result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from serving.gpu_state import NOT_RECORDED, RECORDED, is_recorded
 from serving.journal import Journal
 from serving.model_facts import ModelFacts, compare_sizes, expected_gains, size_entry
 from serving.roofline import roofline
-from serving.statistics import DISTRIBUTED, ENERGY, METRICS, RATIO_FORMULA, compare
+from serving.statistics import DISTRIBUTED, ENERGY, METRICS, RATIO_FORMULA, SIDES, compare
 from serving.workload import Slo, Workload
 from toolchain.errors import SenteiError
 from toolchain.layout import LayerLayout
@@ -23,7 +23,6 @@ from toolchain.quantized import open_servable
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
-_SIDES = ("original", "pruned")
 _FLOATS = ("float32", "bfloat16", "float16")
 _PEAK_FORMULA = {
     "cpu": "highest resident memory of the process that ran the model alone, the Python runtime and libraries included",
@@ -150,7 +149,7 @@ def _measurement(
 
 
 def _cost(metrics: Mapping[str, Any], price_per_hour: float) -> dict[str, Any]:
-    throughput = {side: metrics["output_throughput"][side]["median"] for side in _SIDES}
+    throughput = {side: metrics["output_throughput"][side]["median"] for side in SIDES}
     return {
         "price_per_hour": price_per_hour,
         "formula": COST_FORMULA,
@@ -163,7 +162,7 @@ def _cost(metrics: Mapping[str, Any], price_per_hour: float) -> dict[str, Any]:
 def _percentiles(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """By time and side: percentile to the median over repeats, in ms; null where undefined."""
     return {name: {side: _median_percentiles([run[side]["percentiles"][name] for run in runs if side in run])
-                   for side in _SIDES}
+                   for side in SIDES}
             for name in DISTRIBUTED}  # fmt: skip
 
 
@@ -193,18 +192,18 @@ def _against_roofline(
     told: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     medians = {
-        side: {name: metric[side]["median"] for name, metric in measurement["metrics"].items()} for side in _SIDES
+        side: {name: metric[side]["median"] for name, metric in measurement["metrics"].items()} for side in SIDES
     }
     concurrency, output_len = in_flight(workload, medians["original"]), workload.output_len
     expected = roofline(facts, peaks, input_len=workload.input_len, output_len=output_len, concurrency=concurrency)
-    busy = [run[side].get("client_cpu_cores") for run in measurement["runs"] for side in _SIDES]
+    busy = [run[side].get("client_cpu_cores") for run in measurement["runs"] for side in SIDES]
     causes = explain(
         facts, expected, medians, layout=layout, context=workload.input_len + output_len // 2, concurrency=concurrency,
-        kv_cache_tokens={side: told[side].get("kv_cache_tokens") for side in _SIDES},
+        kv_cache_tokens={side: told[side].get("kv_cache_tokens") for side in SIDES},
         client_cpu_cores=max((each for each in busy if each is not None), default=None),
-        throttled=sorted({reason for run in measurement["runs"] for side in _SIDES
+        throttled=sorted({reason for run in measurement["runs"] for side in SIDES
                           for reason in (run[side]["gpu"] or {}).get("throttled", ())}),
-        not_compiled=next(filter(None, (told[side].get("not_compiled") for side in _SIDES)), None),
+        not_compiled=next(filter(None, (told[side].get("not_compiled") for side in SIDES)), None),
     )  # fmt: skip
     return {"roofline": expected, "why_not_more": causes}
 
@@ -239,11 +238,11 @@ def _sizes(
 ) -> dict[str, dict[str, Any]]:
     sizes = compare_sizes(facts["original"], facts.get("pruned"))
     place = "vllm" if engine.startswith("vllm") else "cpu" if told["original"]["device"] == "cpu" else "cuda"
-    peaks = [told.get(side, {}).get("peak_memory_bytes") for side in _SIDES]
+    peaks = [told.get(side, {}).get("peak_memory_bytes") for side in SIDES]
     sizes["peak_memory_bytes"] = size_entry(*peaks, unit="bytes", formula=_PEAK_FORMULA[place])
     if engine.startswith("vllm"):
-        tokens = [told.get(side, {}).get("kv_cache_tokens") for side in _SIDES]
+        tokens = [told.get(side, {}).get("kv_cache_tokens") for side in SIDES]
         sizes["kv_cache_tokens"] = size_entry(*tokens, unit="tokens", formula=_KV_TOKENS_FORMULA)
-    startup = [told.get(side, {}).get("startup_s") for side in _SIDES]
+    startup = [told.get(side, {}).get("startup_s") for side in SIDES]
     sizes["startup_s"] = size_entry(*startup, unit="s", formula=_STARTUP_FORMULA)
     return sizes

@@ -16,14 +16,13 @@ from serving.goodput import Probe, find_highest_rate
 from serving.journal import Journal, open_journal
 from serving.model_facts import ModelFacts, checkpoint_facts, onnx_facts, weights_sha256
 from serving.results_table import as_csv, as_markdown
-from serving.statistics import DEFAULT_PRIMARY, check_primary, check_statistics
+from serving.statistics import DEFAULT_PRIMARY, SIDES, check_primary, check_statistics
 from serving.worker_process import EngineFailedError
 from serving.workload import SERVERS, Slo, Workload, prompts_at_rate
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.output import write_text
 
 MIN_REPEATS = 3
-SIDES = ("original", "pruned")
 _DTYPES = ("float32", "bfloat16", "float16")
 _ONNX, _VLLM = ("onnxruntime_genai", "onnxruntime-genai", "onnx"), ("vllm", "vllm", "vllm")
 # vLLM's own client drives the ONNX server too.

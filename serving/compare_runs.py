@@ -8,14 +8,13 @@ from statistics import fmean, variance
 from typing import Any
 
 from serving.bench_results import RESULTS_FILE, SCHEMA_VERSION
-from serving.statistics import CONFIDENCE
+from serving.statistics import CONFIDENCE, SIDES
 from toolchain.errors import SenteiError
 
 FORMULA = (
     "ratio = exp(mean ln B - mean ln A) over the repeats of each run, with Welch's 95 % t-interval: the repeats of two "
     "runs are not pairs. An interval that contains 1 shows no difference."
 )
-_SIDES = ("original", "pruned")
 _SAME = ("engine", "primary_metric")
 _LOAD = ("input_len", "output_len", "concurrency", "request_rate", "range_ratio", "prompts", "ignore_eos")
 
@@ -44,7 +43,7 @@ def compare_results(one: Path, other: Path) -> dict[str, Any]:
             f"Not comparable: the originals differ, {names[0]} ({_size(runs[0])} bytes) and {names[1]} "
             f"({_size(runs[1])} bytes)."
         )
-    for side in _SIDES:
+    for side in SIDES:
         precisions = [run["models"].get(side, {}).get("precision") for run in runs]
         if precisions[0] != precisions[1]:
             raise SenteiError(f"Not comparable: the {side} model is {precisions[0]} in A and {precisions[1]} in B.")
@@ -111,11 +110,11 @@ def _load(measurement: Mapping[str, Any]) -> tuple[Any, ...]:
 def _compare_load(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     # Rates and times of the requests that got through say nothing of those that did not.
-    failed = {side: sum(each["failed_requests"].get(side, 0) for each in (one, other)) for side in _SIDES}
+    failed = {side: sum(each["failed_requests"].get(side, 0) for each in (one, other)) for side in SIDES}
     for name, metric in one["metrics"].items():
         if name in other["metrics"]:
             sides = {
-                side: None if failed[side] else _compare_side(metric, other["metrics"][name], side) for side in _SIDES
+                side: None if failed[side] else _compare_side(metric, other["metrics"][name], side) for side in SIDES
             }
             metrics[name] = {"unit": metric["unit"], "role": metric["role"], **sides}
     return {"workload": one["workload"], "failed_requests": failed, "metrics": metrics}

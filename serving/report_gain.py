@@ -7,8 +7,8 @@ from serving import gain_charts as charts
 from serving.messages import Say
 from serving.report_inputs import Source, fields_of
 from serving.report_numbers import flatten, format_bytes, format_change, format_count
+from serving.statistics import SIDES
 
-_SIDES = ("original", "pruned")
 LABELS = {
     "output_throughput": "Output throughput",
     "total_token_throughput": "Total throughput",
@@ -163,7 +163,7 @@ def _against_expected(gain: Mapping[str, float], expected: float, say: Say) -> s
 
 def _metric_row(name: str, metric: Mapping[str, Any], expected: Mapping[str, Any] | None, say: Say) -> dict[str, Any]:
     gain, unit = metric["gain"], say(metric["unit"])
-    medians = {side: metric[side]["median"] for side in _SIDES}
+    medians = {side: metric[side]["median"] for side in SIDES}
     return {
         "name": name,
         "label": say(LABELS.get(name, name)),
@@ -190,7 +190,7 @@ def _curves(measurements: Sequence[Mapping[str, Any]], name: str, say: Say) -> l
         for metric, label in _LATENCIES.items():
             points = {
                 side: [_point(each, side, metric, say) for each in swept]
-                for side in _SIDES
+                for side in SIDES
                 if all(each["metrics"][metric][side]["median"] for each in swept)
             }
             if points:
@@ -223,7 +223,7 @@ def _costs(measurements: Sequence[Mapping[str, Any]], say: Say) -> list[dict[str
     costs = [(_how_hard(each["workload"], say), each["cost"]["per_million_output_tokens"])
              for each in measurements if each.get("cost")]  # fmt: skip
     return [
-        {"hard": hard, **{side: f"{cost[side]:.4g}" if cost.get(side) else "" for side in _SIDES}}
+        {"hard": hard, **{side: f"{cost[side]:.4g}" if cost.get(side) else "" for side in SIDES}}
         for hard, cost in costs
     ]
 
@@ -231,7 +231,7 @@ def _costs(measurements: Sequence[Mapping[str, Any]], say: Say) -> list[dict[str
 def _goodput(found: Mapping[str, Any], name: str, say: Say) -> dict[str, Any]:
     metrics = found["metrics"]
     tried = {side: [each for run in found["runs"] for each in run[side]["tried"]]
-             for side in _SIDES if side in found["runs"][0]}  # fmt: skip
+             for side in SIDES if side in found["runs"][0]}  # fmt: skip
     rate = metrics["max_request_rate"]
     return {
         "limits": ", ".join(f"{time.upper()} ≤ {limit:g} ms" for time, limit in found["slo_ms"].items()),
@@ -251,7 +251,7 @@ def _roofline(phases: Mapping[str, Any], say: Say) -> list[dict[str, str]]:
     return [
         {
             "phase": say(phase),
-            **{side: f"{entry[side]['at_least_ms']:.4g} ms, {say(entry[side]['bound'])}" for side in _SIDES},
+            **{side: f"{entry[side]['at_least_ms']:.4g} ms, {say(entry[side]['bound'])}" for side in SIDES},
             "intensity": f"{entry['pruned']['flops_per_byte']:.3g}",
             "gain": _times(entry["gain"], say),
         }
@@ -264,7 +264,7 @@ def _size_row(name: str, entry: Mapping[str, Any], say: Say) -> dict[str, Any]:
     return {
         "name": name,
         "label": say(LABELS.get(name, name)),
-        **{side: say("not known") if entry[side] is None else show(entry[side]) for side in _SIDES},
+        **{side: say("not known") if entry[side] is None else show(entry[side]) for side in SIDES},
         "change": format_change(entry["ratio"]) if entry["ratio"] else None,
     }
 
@@ -285,6 +285,6 @@ def _raw_values(metrics: Mapping[str, Any], say: Say) -> list[dict[str, Any]]:
             "values": ["-" if value is None else f"{value:.4g}" for value in metric[side]["values"]],
         }
         for name, metric in metrics.items()
-        for side in _SIDES
+        for side in SIDES
         if metric[side]["values"]
     ]

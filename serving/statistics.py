@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from toolchain.errors import MissingDependencyError, SenteiError
 
+SIDES = ("original", "pruned")
 CONFIDENCE = 0.95
 
 

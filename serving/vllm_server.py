@@ -4,7 +4,6 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from serving.child_process import child_process
 from serving.lora import check_adapters
-from serving.vllm_launcher import PARENT_VARIABLE, is_cpu_build
+from serving.vllm_launcher import is_cpu_build
 from toolchain.errors import MissingDependencyError, SenteiError
 
 HOST = "127.0.0.1"
@@ -77,21 +77,13 @@ def running_process(
     name: str, command: Sequence[str], environment: Mapping[str, str], *, port: int, log: Path, timeout_s: float
 ) -> Iterator[str]:
     """Runs a server with ``/health`` while the context lasts; see :func:`running_server`."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**environment, PARENT_VARIABLE: str(os.getpid())},
-        )
-    try:
-        base_url = f"http://{HOST}:{port}"
-        _wait_until_healthy(name, base_url, process, log, timeout_s)
-        yield base_url
-    finally:
-        _stop(process)
+    with child_process(command, environment, log) as process:
+        try:
+            base_url = f"http://{HOST}:{port}"
+            _wait_until_healthy(name, base_url, process, log, timeout_s)
+            yield base_url
+        finally:
+            _ask_to_stop(process)
 
 
 def launcher_command(*arguments: str) -> list[str]:
@@ -113,17 +105,28 @@ def launcher_environment() -> dict[str, str]:
 
 
 def _serve_options(options: Sequence[str]) -> list[str]:
-    """The user's options, loopback unless they say otherwise, and eager mode where nothing can be compiled."""
-    options = list(options)
-    given = {option.split("=")[0].replace("_", "-") for option in options}
+    """A server's options: loopback unless the user says otherwise."""
+    checked = checked_options(options)
+    return checked if _names(options) & {"--host", "--uds"} else ["--host", HOST, *checked]
+
+
+def checked_options(options: Sequence[str]) -> list[str]:
+    """Options of vLLM's engine as the user gave them, with eager mode where nothing can be compiled.
+
+    Raises:
+        SenteiError: One of them would run code from the checkpoint.
+    """
+    options, given = list(options), _names(options)
     if "--trust-remote-code" in given:
         raise SenteiError("--trust-remote-code would run code from the checkpoint.", "sentei's checkpoints need none.")
-    if not given & {"--host", "--uds"}:
-        options = ["--host", HOST, *options]
     if is_cpu_build() and not has_cxx_compiler() and "--enforce-eager" not in given:
         print("No C++ compiler: vLLM runs in eager mode, which is slower. Install g++ to compile.", file=sys.stderr)
         options.append("--enforce-eager")
     return options
+
+
+def _names(options: Sequence[str]) -> set[str]:
+    return {option.split("=")[0].replace("_", "-") for option in options}
 
 
 def has_cxx_compiler() -> bool:
@@ -178,14 +181,11 @@ def open_url(url: str, api_key: str | None = None) -> Any:
     return opener.open(urllib.request.Request(url, headers=headers), timeout=5)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the server as its users do, then whatever is left of its process group."""
+def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a server as its users do, if it does not take too long."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=_STOP_TIMEOUT_S)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _cause(text: str) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from serving import bench_offline, bench_results
+from serving import bench_offline, bench_results, vllm_server
 from serving import benchmark as benchmark_module
 from serving.bench_offline import OfflineSession
 from serving.device_probe import DevicePeaks
@@ -37,7 +37,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(bench_offline, "launcher_command", command)
     peaks = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e11, bytes_per_s=1e10)
     monkeypatch.setattr(bench_results, "probe_device", lambda device, dtype: peaks)  # that takes seconds
-    monkeypatch.setattr(bench_offline, "has_cxx_compiler", lambda: True)
+    monkeypatch.setattr(vllm_server, "has_cxx_compiler", lambda: True)
     return record
 
 
