@@ -3,7 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,33 @@ from toolchain.output import write_text
 def parts_directory(out: Path) -> Path:
     """``<out>.parts``, which exists while the evaluation that will write ``out`` is unfinished."""
     return out.with_name(out.name + ".parts")
+
+
+@contextmanager
+def unfinished_parts(out: Path, *, force: bool, resume: bool, note: Callable[[str], None]) -> Iterator[Path]:
+    """Yields ``<out>.parts``. It is deleted when the context ends well, and stays for ``--resume`` when it does not.
+
+    Args:
+        out: What is to be written.
+        force: Forget an interrupted evaluation.
+        resume: Go on with one, whatever ``force`` is.
+        note: Told if there is something to go on with.
+
+    Raises:
+        SenteiError: An interrupted evaluation is there, and neither was asked for.
+    """
+    directory = parts_directory(out)
+    if force and not resume:
+        shutil.rmtree(directory, ignore_errors=True)
+    elif not resume:
+        Parts(directory).check_free()
+    try:
+        yield directory
+    except BaseException:
+        if directory.exists():
+            note(f"{directory} holds what is finished. The same command with --resume goes on.")
+        raise
+    shutil.rmtree(directory)
 
 
 class Parts:

@@ -6,7 +6,7 @@ The only module that imports lm-eval.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -95,6 +95,11 @@ def parse_task(asked: str) -> TaskRequest:
             f"Use one of {', '.join(local_task_names())}, or --questions FILE for questions of your own.",
         )
     return TaskRequest(name=name, file=Path(file) if separator else None)
+
+
+def parse_requests(tasks: Sequence[str], questions: Sequence[Path]) -> list[TaskRequest]:
+    """What ``--task`` and ``--questions`` ask for; see :func:`parse_task`."""
+    return [*map(parse_task, tasks), *(TaskRequest(name=USER_QUESTIONS, file=each) for each in questions)]
 
 
 def lm_eval_version() -> str:

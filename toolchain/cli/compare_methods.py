@@ -1,6 +1,5 @@
 """``sentei compare-methods``."""
 
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -78,9 +77,9 @@ def compare_methods(
     """Prune by every method to several sparsities, evaluate what is left, and put it in one table."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint import open_checkpoint, resolve_model
-    from toolchain.evaluation_parts import Parts, parts_directory
+    from toolchain.evaluation_parts import unfinished_parts
     from toolchain.evaluation_run import EvaluationSettings
-    from toolchain.lm_eval_tasks import USER_QUESTIONS, TaskRequest, parse_task
+    from toolchain.lm_eval_tasks import parse_requests
     from toolchain.method_comparison import METHODS, Comparison, compare_methods, save_comparison
     from toolchain.output import check_output_directory, new_directory
     from toolchain.pipeline import PruneSettings
@@ -91,8 +90,7 @@ def compare_methods(
     sparsities = _sparsities(sparsity)
     picked_device, directory = pick_device(device), resolve_model(model)
     computed_in = compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype)
-    requests = [parse_task(each) for each in task or []]
-    requests += [TaskRequest(name=USER_QUESTIONS, file=each) for each in questions or []]
+    requests = parse_requests(task or [], questions or [])
 
     def measure_speed(pruned: Path) -> dict[str, Any]:
         from serving.benchmark import benchmark
@@ -137,20 +135,10 @@ def compare_methods(
         measure_speed=measure_speed if speed else None,
     )
     check_output_directory(out, force=force, inputs=[directory])
-    work = parts_directory(out)
-    if force and not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    elif not resume:
-        Parts(work).check_free()
-    try:
+    with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
         document = compare_methods(asked, work, progress=output.progress)
-    except BaseException:
-        if work.exists():
-            output.note(f"{work} holds what is finished. The same command with --resume goes on.")
-        raise
-    with new_directory(out, force=force) as partial:
-        save_comparison(document, work, partial)
-    shutil.rmtree(work)
+        with new_directory(out, force=force) as partial:
+            save_comparison(document, work, partial)
     output.result({"directory": str(out), **document}, lambda console: _show(console, out, document))
 
 

@@ -77,14 +77,13 @@ def evaluate(
     """Measure quality: perplexity, tasks, your questions and generation, alone or against the original."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint import open_checkpoint
-    from toolchain.evaluation_parts import Parts, parts_directory
+    from toolchain.evaluation_parts import Parts, unfinished_parts
     from toolchain.evaluation_run import EvaluationSettings
     from toolchain.evaluation_run import evaluate as run
-    from toolchain.lm_eval_tasks import USER_QUESTIONS, TaskRequest, parse_task
+    from toolchain.lm_eval_tasks import parse_requests
     from toolchain.output import check_output_directory, new_directory
 
-    requests = [parse_task(each) for each in task or []]
-    requests += [TaskRequest(name=USER_QUESTIONS, file=each) for each in questions or []]
+    requests = parse_requests(task or [], questions or [])
     if generations is None:
         generations = _DEFAULT_GENERATIONS if against and text and not offload else 0
     if resume and out is None:
@@ -101,23 +100,13 @@ def evaluate(
         dtype=compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype),
         offload=offload,
     )
-    parts = Parts(None)
-    if out is not None:
+    if out is None:
+        document = run(directory, against, settings, Parts(None), progress=output.progress)
+    else:
         check_output_directory(out, force=force, inputs=[directory, *([against] if against else [])])
-        parts = Parts(parts_directory(out))
-        if force and not resume:
-            shutil.rmtree(parts_directory(out), ignore_errors=True)
-        elif not resume:
-            parts.check_free()
-    try:
-        document = run(directory, against, settings, parts, progress=output.progress)
-    except BaseException:
-        if out is not None and parts_directory(out).exists():
-            output.note(f"{parts_directory(out)} holds what is finished. The same command with --resume goes on.")
-        raise
-    if out is not None:
-        with new_directory(out, force=force) as partial:
-            document.save(partial)
-            shutil.copytree(parts_directory(out), partial / "parts")
-        shutil.rmtree(parts_directory(out))
+        with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
+            document = run(directory, against, settings, Parts(work), progress=output.progress)
+            with new_directory(out, force=force) as partial:
+                document.save(partial)
+                shutil.copytree(work, partial / "parts")
     output.result(document.model_dump(), lambda console: show_evaluation(console, document))
