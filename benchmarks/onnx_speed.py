@@ -3,7 +3,9 @@
 The demo model, and the same pruned by 25 and 50 %, are exported in float32 and int4; the unpruned one is also built by
 onnxruntime-genai's model builder as its users run it, with the same choice of precisions. All run in
 onnxruntime-genai in this one process, taking turns in alternating order, so that whatever else the machine does meets
-each of them. Efficiency is the measured gain in decode tokens/s by the reduction in bytes read per decoded token.
+each of them. All are loaded anew for each repeat, in rotating order: where weights come to lie in memory changes speed
+by some percent, for as long as a model stays loaded. Efficiency is the measured gain in decode tokens/s by the
+reduction in bytes read per decoded token.
 
     python benchmarks/onnx_speed.py -o onnx_speed.json
 
@@ -47,7 +49,8 @@ def main(
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write.")],
     sparsity: Annotated[list[float], typer.Option(help="Several times.")] = [0.25, 0.5],  # noqa: B006
     precision: Annotated[list[str], typer.Option(help="Several times.")] = ["fp32", "int4"],  # noqa: B006
-    repeats: Annotated[int, typer.Option(help="Turns of each export, after one that does not count.")] = 15,
+    repeats: Annotated[int, typer.Option(help="Times that all exports are loaded.")] = 10,
+    turns: Annotated[int, typer.Option(help="Turns of each export in a repeat, after one that does not count.")] = 3,
     input_len: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
     output_len: Annotated[int, typer.Option(help="Output tokens.")] = 64,
     samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 8,
@@ -55,7 +58,7 @@ def main(
     """Prunes, exports and measures."""
     with tempfile.TemporaryDirectory() as temporary:
         models = _models(Path(temporary), sparsity, samples)
-        results = [_measure(Path(temporary), models, each, repeats, input_len, output_len) for each in precision]
+        results = [_measure(Path(temporary), models, each, repeats, turns, input_len, output_len) for each in precision]
     document = {
         "schema_version": 1,
         "kind": "onnx_benchmark",
@@ -63,13 +66,15 @@ def main(
         "runtime": "onnxruntime-genai, one sequence, greedy, without an end-of-sequence token",
         "sparsity": sparsity,
         "repeats": repeats,
+        "turns": turns,
         "input_len": input_len,
         "output_len": output_len,
         "metrics": {
             "prefill": "prompt tokens / time to the first token",
             "decode": "output tokens after the first / the time they took",
             "decode_bytes": "weights read by a step, the head's included, + cache at input_len + output_len / 2 tokens",
-            "gain": "tokens/s by the original's: exp(mean of ln over turns), with the 95 % t-interval of that mean",
+            "tokens_per_s": "one value a repeat, the median of its turns",
+            "gain": "tokens/s by the original's: exp(mean of ln over repeats), with the 95 % t-interval of that mean",
             "efficiency": "decode gain / (the original's decode_bytes / the pruned model's)",
         },
         "results": results,
@@ -97,12 +102,12 @@ def _models(directory: Path, sparsities: Sequence[float], samples: int) -> dict[
 
 
 def _measure(
-    directory: Path, models: dict[str, Path], precision: str, repeats: int, input_len: int, output_len: int
+    directory: Path, models: dict[str, Path], precision: str, repeats: int, turns: int, input_len: int, output_len: int
 ) -> dict[str, Any]:
     exports = {name: directory / f"{name}-{precision}" for name in (*models, "vendor")}
     for name, model in models.items():
         export_onnx(model, exports[name], precision=next(p for p in get_args(Precision) if p == precision))
-    _build_with_vendor(models["original"], exports["vendor"], precision)
+    build_with_vendor(models["original"], exports["vendor"], precision)
     for export in exports.values():
         _never_end(export)
     vendor_error = _error_of_loading(exports["vendor"])
@@ -110,7 +115,7 @@ def _measure(
         typer.echo(f"{precision}: the vendor's own export does not load: {vendor_error}")
         del exports["vendor"]
     facts = {name: onnx_facts(export) for name, export in exports.items()}
-    rates = _take_turns(exports, _prompt(models["original"], input_len), repeats, output_len)
+    rates = _take_turns(exports, _prompt(models["original"], input_len), repeats, turns, output_len)
     shape = {"input_len": input_len, "output_len": output_len, "concurrency": 1}
     compared = {name: _compare(rates, facts, name, _GOALS[precision], shape) for name in models if name != "original"}
     for name, each in compared.items():
@@ -166,7 +171,8 @@ def _compare(
     }
 
 
-def _build_with_vendor(model: Path, out: Path, precision: str) -> None:
+def build_with_vendor(model: Path, out: Path, precision: str) -> None:
+    """Builds as users of onnxruntime-genai do, with the same choice of precisions."""
     options = ["--extra_options", *_VENDOR_OPTIONS[precision]] if _VENDOR_OPTIONS[precision] else []
     command = ["-i", model, "-o", out, "-p", precision, "-e", "cpu", "-c", out.with_suffix(".cache"), *options]
     subprocess.run(
@@ -189,16 +195,21 @@ def _prompt(model: Path, input_len: int) -> list[int]:
     return load_tokenizer(model)(" ".join(documents()))["input_ids"][:input_len]
 
 
-def _take_turns(exports: dict[str, Path], prompt: Sequence[int], repeats: int, output_len: int) -> Rates:
-    """Tokens/s of each export, by phase, one value a turn."""
-    loaded = {name: GenaiModel(export) for name, export in exports.items()}
-    rates: Rates = {name: {phase: [] for phase in _PHASES} for name in loaded}
-    for turn in range(repeats + 1):
-        for name in loaded if turn % 2 == 0 else reversed(loaded):
-            measured = _run(loaded[name], prompt, output_len)
-            if turn:
-                for phase, value in measured.items():
-                    rates[name][phase].append(value)
+def _take_turns(exports: dict[str, Path], prompt: Sequence[int], repeats: int, turns: int, output_len: int) -> Rates:
+    """Tokens/s of each export, by phase, one value a repeat."""
+    rates: Rates = {name: {phase: [] for phase in _PHASES} for name in exports}
+    for repeat in range(repeats):
+        first = repeat % len(exports)
+        names = [*exports][first:] + [*exports][:first]
+        loaded = {name: GenaiModel(exports[name]) for name in names}
+        measured: Rates = {name: {phase: [] for phase in _PHASES} for name in names}
+        for turn in range(turns + 1):
+            for name in names if turn % 2 == 0 else reversed(names):
+                for phase, value in _run(loaded[name], prompt, output_len).items():
+                    measured[name][phase].append(value)
+        for name, phases in measured.items():
+            for phase, (_, *values) in phases.items():
+                rates[name][phase].append(median(values))
     return rates
 
 

@@ -12,7 +12,8 @@ import onnx
 import pytest
 import torch
 
-from export.onnx_graph import export_onnx
+from benchmarks.onnx_speed import build_with_vendor
+from export.onnx_graph import Precision, export_onnx
 from serving.engines import TransformersEngine
 from serving.onnx_engine import OnnxEngine
 from serving.onnx_genai import stream_tokens
@@ -64,6 +65,24 @@ def steps(engine: OnnxEngine, ids: list[int], prefill: int) -> torch.Tensor:
     rows = [engine.step(cache, [ids[:prefill]])[0]]
     rows += [engine.step(cache, [[token]])[0] for token in ids[prefill:]]
     return torch.from_numpy(np.concatenate(rows)).log_softmax(-1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_an_unpruned_model_gives_the_vendors_own_graph(demo_model: Path, tmp_path: Path, precision: Precision) -> None:
+    """Node for node and byte for byte, so one is as fast as the other: how both are placed in memory is chance."""
+    source, ours, vendors = tmp_path / "source", tmp_path / "ours", tmp_path / "vendors"
+    source.mkdir()
+    make_pico(source, head_dim=16, intermediate_size=64)
+    copy_companions(demo_model, source)
+    export_onnx(source, ours, precision=precision)
+    build_with_vendor(source, vendors, precision)
+    first, second = (onnx.load(each / "model.onnx") for each in (ours, vendors))
+    assert list(first.graph.node) == list(second.graph.node)
+    assert list(first.graph.input) == list(second.graph.input)
+    assert list(first.graph.output) == list(second.graph.output)
+    assert {each.name: each for each in first.graph.initializer} == {
+        each.name: each for each in second.graph.initializer
+    }
 
 
 @pytest.mark.parametrize("model, exported", [("demo_model", "demo_onnx"), ("pruned_demo", "pruned_fp32")])
