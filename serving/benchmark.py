@@ -105,7 +105,8 @@ def benchmark(
         urls: Servers that run already, the original's and then the pruned model's; vLLM alone.
         api_key: What these servers ask for.
         price_per_hour: Of the machine, in any currency; gives the cost of a million output tokens.
-        stall_timeout_s: How long a server may go without a token before it counts as hung.
+        stall_timeout_s: How long an engine may go without a token before it counts as hung; without a server, each
+            2048 tokens of a batch's prompts have as long.
         force: Replace what is in ``out``.
         resume: Go on with what is in ``<out>.unfinished``.
         on_progress: Told one line at a time.
@@ -153,7 +154,10 @@ def benchmark(
                 stall_timeout_s=stall_timeout_s,
             )  # fmt: skip
         else:
-            session = LocalSession(engine, directories, facts, workloads, journal.directory, device=device, dtype=dtype)
+            session = LocalSession(
+                engine, directories, facts, workloads, journal.directory, device=device, dtype=dtype,
+                stall_timeout_s=stall_timeout_s,
+            )  # fmt: skip
         try:
             for visit in schedule(
                 repeats, len(workloads) + bool(slo), sides=tuple(directories), both_up=session.both_up
