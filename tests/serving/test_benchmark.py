@@ -111,6 +111,16 @@ def test_a_directory_that_is_no_onnx_export_is_refused(pico_model, tmp_path):
         benchmark(pico_model, pico_model, engine="onnx", out=tmp_path / "out", **TINY)
 
 
+def test_an_onnx_export_for_another_engine_is_refused(pico_model, tmp_path):
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "genai_config.json").write_text("{}")
+    with pytest.raises(SenteiError, match="is an ONNX export"):
+        benchmark(pico_model, export, engine="transformers", out=tmp_path / "out", **TINY)
+    with pytest.raises(SenteiError, match="is damaged"):
+        benchmark(export, export, engine="onnx", out=tmp_path / "out", **TINY)
+
+
 def test_order_alternates():
     visits = [(visit.side, visit.repeat, visit.load) for visit in schedule(3, 1, both_up=True)]
     assert visits == [
