@@ -1,18 +1,21 @@
 """Transformers and ONNX Runtime in the benchmark: a worker process for each model, both up, one working at a time."""
 
-import random
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from serving.bench_client import STALL_TIMEOUT_S
 from serving.gpu_state import energy, watched_gpus
 from serving.model_facts import ModelFacts
 from serving.statistics import RequestTimes, request_metrics, request_percentiles
+from serving.vllm_server import START_TIMEOUT_S
 from serving.worker_process import Worker, running_worker
 from serving.workload import WARMUP_SEED, Slo, Workload
 
 _WARMUP_TOKENS = 16
+_CHUNK_TOKENS = 2048
 
 
 class LocalSession:
@@ -35,11 +38,12 @@ class LocalSession:
         *,
         device: str,
         dtype: str | None,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
-        """Starts nothing yet; the workers' logs go to ``out``."""
+        """Starts nothing yet; the workers' logs go to ``out``, and see :func:`patience_s` for ``stall_timeout_s``."""
         self.told: dict[str, dict[str, Any]] = {}
         self._settings = {"engine": engine, "device": device, "dtype": dtype}
-        self._directories, self._out = directories, out
+        self._directories, self._out, self._stall_timeout_s = directories, out, stall_timeout_s
         self._vocab_size = min(each.vocab_size for each in facts.values())
         self._widest = max(workloads, key=lambda workload: workload.width)
         self._workers: dict[str, tuple[Worker, ExitStack]] = {}
@@ -50,7 +54,7 @@ class LocalSession:
         """Asks one model one load; see :meth:`serving.bench_vllm.ServerSession.measure`. Limits are vLLM's alone."""
         worker = self._up(side)
         with watched_gpus() as gpus:
-            answer = _ask(worker, workload, self._vocab_size, workload.seed + repeat, workload.output_len)
+            answer = self._ask(worker, workload, workload.seed + repeat, workload.output_len)
         self.told[side]["peak_memory_bytes"] = answer["peak_memory_bytes"]
         requests = [
             RequestTimes(start_s=each["start_s"], token_times_s=tuple(each["token_times_s"]))
@@ -85,22 +89,25 @@ class LocalSession:
         worker = stack.enter_context(running_worker(side, self._out / f"{side}.log"))
         try:
             directory = str(self._directories[side].resolve())
-            self.told[side] = worker.ask("load", directory=directory, **self._settings)
+            self.told[side] = worker.ask("load", timeout_s=START_TIMEOUT_S, directory=directory, **self._settings)
             tokens = min(self._widest.output_len, _WARMUP_TOKENS)
-            _ask(worker, self._widest, self._vocab_size, self._widest.seed + WARMUP_SEED, tokens)
+            self._ask(worker, self._widest, self._widest.seed + WARMUP_SEED, tokens)
         except BaseException:
-            worker.process.kill()
             stack.close()
             raise
         return worker, stack
 
+    def _ask(self, worker: Worker, workload: Workload, seed: int, output_len: int) -> dict[str, Any]:
+        return worker.ask(
+            "measure", timeout_s=patience_s(workload, self._stall_timeout_s), num_prompts=workload.num_prompts,
+            input_len=workload.input_len, vocab_size=self._vocab_size, seed=seed, output_len=output_len,
+            batch_size=workload.width,
+        )  # fmt: skip
 
-def _ask(worker: Worker, workload: Workload, vocab_size: int, seed: int, output_len: int) -> dict[str, Any]:
-    prompts = random_prompts(workload.num_prompts, workload.input_len, vocab_size, seed)
-    return worker.ask("measure", prompts=prompts, output_len=output_len, batch_size=workload.width)
 
+def patience_s(workload: Workload, stall_timeout_s: float) -> float:
+    """How long a worker may go without a token: a whole batch of prompts comes before the first.
 
-def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """Prompts of random token ids, the same for the same seed: speed does not depend on what they mean."""
-    generator = random.Random(seed)
-    return [[generator.randrange(vocab_size) for _ in range(length)] for _ in range(count)]
+    A server reads prompts in chunks, and the limit holds for one; here it is multiplied by how many there would be.
+    """
+    return stall_timeout_s * math.ceil(workload.width * workload.input_len / _CHUNK_TOKENS)

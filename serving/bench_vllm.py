@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from serving.bench_client import STALL_TIMEOUT_S, bench_serve
+from serving.bench_client import STALL_TIMEOUT_S, bench_serve, served_model_name
 from serving.gpu_state import energy, watched_gpus
 from serving.statistics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
 from serving.vllm_server import running_server, tail
@@ -143,7 +143,8 @@ class ServerSession:
     def _start(self, side: str, repeat: int, stack: ExitStack) -> str:
         if self._urls:
             base_url = self._urls[side].rstrip("/")
-            self.told[side] = {"device": None, "url": base_url, **engine_facts("")}
+            served = served_model_name(base_url, self._api_key)
+            self.told[side] = {"device": None, "url": base_url, "served_model": served, **engine_facts("")}
         else:
             log, start_s = self._log(side, repeat), time.monotonic()
             options, running = self._server(self._directories[side])
@@ -272,10 +273,12 @@ def check_urls(urls: Sequence[str], num_models: int) -> None:
     """Refuses anything but one server for each model.
 
     Raises:
-        SenteiError: Another number, or not URLs of http or https.
+        SenteiError: Another number, one server twice, or not URLs of http or https.
     """
     if len(urls) != num_models or any(not url.startswith(("http://", "https://")) for url in urls):
         raise SenteiError(
             f"--url takes one server for each model, the original's first; given: {', '.join(urls)}.",
             "Write --url http://127.0.0.1:8000 --url http://127.0.0.1:8001, or name one model.",
         )
+    if len({url.rstrip("/") for url in urls}) < len(urls):
+        raise SenteiError(f"--url {urls[0]} is given for both models.", "Give each model's own server.")

@@ -1,17 +1,19 @@
 """Measures one model in a process of its own, so that its memory is its own: ``python -m serving.bench_worker PARENT``.
 
-JSON lines: one command on stdin, one answer on stdout. ``load`` first, then ``measure`` as often as wanted. Everything
-that libraries print goes to stderr. Ends when stdin closes, and with its parent.
+JSON lines: one command on stdin, one answer on stdout. ``load`` first, then ``measure`` as often as wanted. An empty
+line before the answer says that tokens still come. Everything that libraries print goes to stderr. Ends when stdin
+closes, and with its parent.
 """
 
 import ctypes
 import importlib
 import json
 import os
+import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from numpy.typing import NDArray
 
 from toolchain.errors import MissingDependencyError, SenteiError
 
-# Prompts int64 [batch, input_len] and a number of tokens in; the time after each token out, in seconds.
-Decode = Callable[[NDArray[np.int64], int], list[float]]
+# Prompts int64 [batch, input_len] and a number of tokens in; yields as soon as the host has a token of each prompt.
+Decode = Callable[[NDArray[np.int64], int], Iterator[None]]
 _PR_SET_PDEATHSIG = 1
+_SIGN_OF_LIFE_S = 1.0  # more often would disturb what is measured
 
 
 def load_transformers(directory: Path, device: str, dtype: str | None) -> tuple[Decode, dict[str, Any]]:
@@ -37,14 +40,13 @@ def load_transformers(directory: Path, device: str, dtype: str | None) -> tuple[
     model = load_model(directory, dtype=getattr(torch, dtype) if dtype else None, device=device)
 
     @torch.inference_mode()
-    def decode(prompts: NDArray[np.int64], num_tokens: int) -> list[float]:
-        ids, cache, times_s = torch.from_numpy(prompts).to(device), DynamicCache(), []
+    def decode(prompts: NDArray[np.int64], num_tokens: int) -> Iterator[None]:
+        ids, cache = torch.from_numpy(prompts).to(device), DynamicCache()
         for _ in range(num_tokens):
             out = model(ids, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
             ids = out.logits[:, -1].argmax(-1, keepdim=True)
             ids.tolist()  # waits for the device: a token counts when the host has it
-            times_s.append(time.perf_counter())
-        return times_s
+            yield
 
     return decode, {
         "device": device,
@@ -70,19 +72,18 @@ def load_onnx(directory: Path, device: str, dtype: str | None) -> tuple[Decode, 
         config.append_provider(device)
     model = og.Model(config)
 
-    def decode(prompts: NDArray[np.int64], num_tokens: int) -> list[float]:
+    def decode(prompts: NDArray[np.int64], num_tokens: int) -> Iterator[None]:
         batch_size, input_len = prompts.shape
         params = og.GeneratorParams(model)
         # min_length masks the end-of-sequence token: every request gets exactly num_tokens.
         length = input_len + num_tokens
         params.set_search_options(do_sample=False, batch_size=batch_size, min_length=length, max_length=length)
-        generator, times_s = og.Generator(model, params), []
+        generator = og.Generator(model, params)
         generator.append_tokens(prompts.astype(np.int32))
         for _ in range(num_tokens):
             generator.generate_next_token()
             generator.get_next_tokens()
-            times_s.append(time.perf_counter())
-        return times_s
+            yield
 
     # How many threads ONNX Runtime takes is its own affair unless genai_config.json says so.
     return decode, {"device": device, "dtype": None, "threads": None, "baseline_memory_bytes": baseline}
@@ -101,7 +102,19 @@ def resolve_device(device: str, *, cuda_available: bool) -> str:
     return device
 
 
-def measure(decode: Decode, prompts: list[list[int]], output_len: int, batch_size: int) -> list[dict[str, Any]]:
+def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Prompts of random token ids, the same for the same seed: speed does not depend on what they mean."""
+    generator = random.Random(seed)
+    return [[generator.randrange(vocab_size) for _ in range(length)] for _ in range(count)]
+
+
+def measure(
+    decode: Decode,
+    prompts: list[list[int]],
+    output_len: int,
+    batch_size: int,
+    on_token: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
     """Answers prompts of one length in batches, one batch after another.
 
     Returns:
@@ -110,8 +123,10 @@ def measure(decode: Decode, prompts: list[list[int]], output_len: int, batch_siz
     requests: list[dict[str, Any]] = []
     for first in range(0, len(prompts), batch_size):
         batch = np.asarray(prompts[first : first + batch_size], dtype=np.int64)
-        start_s = time.perf_counter()
-        times_s = decode(batch, output_len)
+        start_s, times_s = time.perf_counter(), []
+        for _ in decode(batch, output_len):
+            times_s.append(time.perf_counter())
+            on_token()
         requests += [{"start_s": start_s, "token_times_s": times_s}] * len(batch)
     return requests
 
@@ -141,7 +156,8 @@ def _status_bytes(field: str) -> int | None:
 
 
 class _Session:
-    def __init__(self) -> None:
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self._on_token = on_token
         self._decode: Decode | None = None
         self._device = "cpu"
 
@@ -152,9 +168,12 @@ class _Session:
         self._device = facts["device"]
         return {**facts, "startup_s": time.perf_counter() - start_s}
 
-    def measure(self, *, prompts: list[list[int]], output_len: int, batch_size: int) -> dict[str, Any]:
+    def measure(
+        self, *, num_prompts: int, input_len: int, vocab_size: int, seed: int, output_len: int, batch_size: int
+    ) -> dict[str, Any]:
         assert self._decode is not None, "load comes before measure"
-        requests = measure(self._decode, prompts, output_len, batch_size)
+        prompts = random_prompts(num_prompts, input_len, vocab_size, seed)
+        requests = measure(self._decode, prompts, output_len, batch_size, self._on_token)
         return {"requests": requests, "peak_memory_bytes": peak_memory_bytes(self._device)}
 
 
@@ -170,7 +189,16 @@ def main() -> None:
     _die_with_parent(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    session = _Session()
+    told_s = time.monotonic()
+
+    def tell_of_life() -> None:
+        nonlocal told_s
+        if (now_s := time.monotonic()) - told_s >= _SIGN_OF_LIFE_S:
+            told_s = now_s
+            answers.write("\n")
+            answers.flush()
+
+    session = _Session(tell_of_life)
     for line in sys.stdin:
         request = json.loads(line)
         name = request.pop("command")

@@ -15,6 +15,7 @@ from serving.environment import library_versions
 from serving.goodput import Probe, find_highest_rate
 from serving.journal import Journal, open_journal
 from serving.model_facts import ModelFacts, checkpoint_facts, onnx_facts, weights_sha256
+from serving.onnx_files import is_onnx_export
 from serving.results_table import as_csv, as_markdown
 from serving.statistics import DEFAULT_PRIMARY, SIDES, check_primary, check_statistics
 from serving.worker_process import EngineFailedError
@@ -105,7 +106,8 @@ def benchmark(
         urls: Servers that run already, the original's and then the pruned model's; vLLM alone.
         api_key: What these servers ask for.
         price_per_hour: Of the machine, in any currency; gives the cost of a million output tokens.
-        stall_timeout_s: How long a server may go without a token before it counts as hung.
+        stall_timeout_s: How long an engine may go without a token before it counts as hung; without a server, each
+            2048 tokens of a batch's prompts have as long.
         force: Replace what is in ``out``.
         resume: Go on with what is in ``<out>.unfinished``.
         on_progress: Told one line at a time.
@@ -124,6 +126,10 @@ def benchmark(
     check_primary(primary, output_len=workloads[0].output_len, undefined=undefined)
     directories = {"original": original} if pruned is None else {"original": original, "pruned": pruned}
     _check_settings(engine, repeats, dtype, engine_options, slo=slo, urls=urls, num_models=len(directories))
+    if not engine.startswith("onnx"):
+        for path in directories.values():
+            if is_onnx_export(path):
+                raise SenteiError(f"{path} is an ONNX export.", "Use --engine onnx or onnx-server, or its checkpoint.")
     facts = {side: onnx_facts(path) if engine.startswith("onnx") else checkpoint_facts(path, dtype)
              for side, path in directories.items()}  # fmt: skip
     _check_comparable(facts, workloads)
@@ -153,7 +159,10 @@ def benchmark(
                 stall_timeout_s=stall_timeout_s,
             )  # fmt: skip
         else:
-            session = LocalSession(engine, directories, facts, workloads, journal.directory, device=device, dtype=dtype)
+            session = LocalSession(
+                engine, directories, facts, workloads, journal.directory, device=device, dtype=dtype,
+                stall_timeout_s=stall_timeout_s,
+            )  # fmt: skip
         try:
             for visit in schedule(
                 repeats, len(workloads) + bool(slo), sides=tuple(directories), both_up=session.both_up
@@ -296,6 +305,12 @@ def _check_comparable(facts: Mapping[str, ModelFacts], workloads: Sequence[Workl
             f"The original is {facts['original'].precision} and the pruned model {facts['pruned'].precision}: what "
             "comes of pruning could not be told from what comes of precision.",
             "Export both alike, or give a dtype.",
+        )
+    sizes = {side: each.num_parameters for side, each in facts.items()}
+    if sizes["original"] < sizes.get("pruned", 0):
+        raise SenteiError(
+            f"The original has {sizes['original']:,} parameters and the pruned model {sizes['pruned']:,}.",
+            "Are they swapped? The original comes first.",
         )
     needed = max(each.longest for each in workloads)
     for side, each in facts.items():

@@ -12,28 +12,29 @@ from serving.vllm_launcher import PARENT_VARIABLE
 
 @contextmanager
 def child_process(
-    command: Sequence[str], environment: Mapping[str, str], log: Path
+    command: Sequence[str], environment: Mapping[str, str], log: Path, *, talks: bool = False
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Runs a command in a process group of its own, which is killed when the context ends.
 
     Args:
-        command: One of ours, which calls :func:`serving.vllm_launcher.end_with_parent`: so it ends with this process
-            too, however that ends.
+        command: One of ours, which takes care that it ends with this process too, however that ends: most by calling
+            :func:`serving.vllm_launcher.end_with_parent`.
         environment: Its whole environment.
         log: Where its output goes.
+        talks: Input and output are unbuffered pipes to this process instead, and only errors go to the log.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if talks else output,
+            stderr=output,
+            bufsize=0,
             start_new_session=True,
             env={**environment, PARENT_VARIABLE: str(os.getpid())},
         )
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):
+        with process, suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

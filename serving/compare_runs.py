@@ -1,14 +1,13 @@
 """Two benchmarks of different days, machines or versions side by side, if they can be compared at all."""
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
-from serving.bench_results import RESULTS_FILE, SCHEMA_VERSION
-from serving.statistics import CONFIDENCE, SIDES
+from serving.report_inputs import RESULTS_FILE, Source, blamed_for_fields, checked, read_object
+from serving.statistics import CONFIDENCE, SIDES, gain_of, verdict_on
 from toolchain.errors import SenteiError
 
 FORMULA = (
@@ -34,6 +33,11 @@ def compare_results(one: Path, other: Path) -> dict[str, Any]:
         SenteiError: Not two benchmarks, or not comparable; the message says why.
     """
     runs = [_read(path) for path in (one, other)]
+    with blamed_for_fields(f"{one} or {other}"):
+        return _compare(runs, one, other)
+
+
+def _compare(runs: Sequence[Mapping[str, Any]], one: Path, other: Path) -> dict[str, Any]:
     for name in _SAME:
         if runs[0][name] != runs[1][name]:
             raise SenteiError(f"Not comparable: {name} is {runs[0][name]!r} in {one} and {runs[1][name]!r} in {other}.")
@@ -85,17 +89,14 @@ def welch_interval(one: list[float], other: list[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Mapping[str, Any]:
     file = path / RESULTS_FILE if path.is_dir() else path
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SenteiError(f"{file} is not readable JSON ({error}).") from error
-    if not isinstance(content, dict) or content.get("kind") != "benchmark":
-        raise SenteiError(f"{file} is not a benchmark's results.json.")
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise SenteiError(f"{file}: schema_version is {content.get('schema_version')!r}; this sentei reads 1.")
-    return content
+    if not file.is_file():
+        raise SenteiError(f"There is no {file}.", f"Give a benchmark's {RESULTS_FILE}, or its directory.")
+    content = read_object(file)
+    if content.get("kind") != "benchmark":
+        raise SenteiError(f"{file} is not a benchmark's {RESULTS_FILE}.")
+    return checked(Source(path=file, content=content)).content
 
 
 def _size(run: Mapping[str, Any]) -> int:
@@ -125,12 +126,8 @@ def _compare_side(one: Mapping[str, Any], other: Mapping[str, Any], side: str) -
     if not all(values) or any(value is None or value <= 0 for each in values for value in each):
         return None
     ratio = welch_interval(*values)
-    gain_low, gain_high = ratio["low"], ratio["high"]
-    if one["better"] == "lower":
-        gain_low, gain_high = 1 / ratio["high"], 1 / ratio["low"]
-    verdict = "better" if gain_low > 1 else "worse" if gain_high < 1 else "no difference shown"
     return {"a": math.exp(fmean(map(math.log, values[0]))), "b": math.exp(fmean(map(math.log, values[1]))),
-            "ratio": ratio, "verdict": verdict}  # fmt: skip
+            "ratio": ratio, "verdict": verdict_on(gain_of(ratio, one["better"]))}  # fmt: skip
 
 
 def _circumstances(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,18 +43,25 @@ def estimate(
         gain), ``weight_bytes``, ``limits`` (what will keep the gain down) and ``peaks``.
 
     Raises:
-        SenteiError: Not a good checkpoint, or a length below 1.
+        SenteiError: Not a good checkpoint, one that the plan is not for, or a length below 1.
     """
     if min(input_len, output_len, concurrency) < 1:
         raise SenteiError("Lengths and concurrency must be at least 1.")
     checkpoint = open_checkpoint(model)
     if len(layout) != len(checkpoint.layout):
         raise SenteiError(f"The plan has {len(layout)} layers, and {model} has {len(checkpoint.layout)}.")
+    for number, (planned_layer, layer) in enumerate(zip(layout, checkpoint.layout, strict=True)):
+        if planned_layer.intermediate_size > layer.intermediate_size or planned_layer.attention > layer.attention:
+            raise SenteiError(f"The plan keeps more of layer {number} than {model} has.", "Give the plan's original.")
+    if tuple(layout) == tuple(checkpoint.layout):
+        raise SenteiError(f"The plan removes nothing from {model}.", "Is that the pruned model? Give the original.")
     planned = planned_checkpoint(checkpoint, layout)
     facts = {
         "original": facts_of(checkpoint, dtype, size_on_disk_bytes=checkpoint.weight_bytes),
         "pruned": facts_of(planned, dtype, size_on_disk_bytes=planned.weight_bytes),
     }
+    if input_len + output_len > (most := facts["original"].max_len):
+        raise SenteiError(f"{input_len + output_len} tokens, input and output, do not fit {model}, which takes {most}.")
     expected = roofline(facts, peaks, input_len=input_len, output_len=output_len, concurrency=concurrency)
     times = {
         side: _request(

@@ -15,8 +15,8 @@ UNTILEABLE = (
 )
 HEAD = "The output head is %(share)s %% of what the pruned model reads in a decode step; pruning does not change it."
 KV_CACHE = (
-    "The KV cache is %(share)s %% of what the pruned model reads in a decode step (%(concurrency)s sequences of "
-    "%(context)s tokens): narrower FFNs do not change it, attentions removed do."
+    "The KV cache is %(share)s %% of what the pruned model reads in a decode step (%(concurrency)s at a time, "
+    "%(context)s tokens each): narrower FFNs do not change it, attentions removed do."
 )
 KV_FULL = {
     side: f"The KV cache of the {side} model's server does not hold %(concurrency)s sequences of %(context)s tokens: "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
+from serving.onnx_files import is_onnx_export
 from serving.sampling import GREEDY, Sampling
 from toolchain.errors import SenteiError
 from toolchain.modeling import load_model, load_tokenizer
@@ -42,7 +43,7 @@ def stream_text(
     """
     tokenizer = load_tokenizer(directory)
     ids = _prompt_ids(tokenizer, prompt, chat=chat)
-    if (directory / "genai_config.json").is_file():
+    if is_onnx_export(directory):
         from serving.onnx_genai import stream_tokens
 
         return _decode(tokenizer, stream_tokens(directory, ids, max_new_tokens, sampling))

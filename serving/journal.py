@@ -75,6 +75,11 @@ class Journal:
             self._measured[repeat, load, side] = entry
 
 
+def unfinished_directory(out: Path) -> Path:
+    """Where a benchmark is until it is finished."""
+    return out.with_name(out.name + ".unfinished")
+
+
 @contextmanager
 def open_journal(
     out: Path, settings: Mapping[str, Any], *, force: bool, resume: bool, inputs: tuple[Path, ...]
@@ -94,7 +99,7 @@ def open_journal(
         SenteiError: ``out`` is not free, or an unfinished benchmark is there and not resumed, or had other settings.
     """
     check_output_directory(out, force=force, inputs=inputs)
-    unfinished = out.with_name(out.name + ".unfinished")
+    unfinished = unfinished_directory(out)
     if unfinished.exists() and not resume:
         if not force:
             raise SenteiError(

@@ -6,7 +6,6 @@ cache once a step; prefill does all matrix products once a prompt token.
 
 import hashlib
 import importlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from typing import Any
 
 import torch
 
+from serving.onnx_files import damaged, read_settings
 from toolchain.checkpoint import Checkpoint
-from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.errors import MissingDependencyError
 from toolchain.quantized import QuantizedCheckpoint, open_servable
 
 PREFILL_FORMULA = (
@@ -146,36 +146,36 @@ def onnx_facts(directory: Path) -> ModelFacts:
     """Facts of an ONNX export, read from its graph and ``genai_config.json``; weights stay on disk.
 
     Raises:
-        SenteiError: Not an export with ``model.onnx`` and ``genai_config.json``.
+        SenteiError: Not an export, or a damaged one.
         MissingDependencyError: onnx is not installed.
     """
-    settings_file = directory / "genai_config.json"
-    if not settings_file.is_file():
-        raise SenteiError(f"{directory} has no genai_config.json.", "Give a directory that sentei export onnx wrote.")
+    settings = read_settings(directory)
     try:
         onnx: Any = importlib.import_module("onnx")
+        protobuf: Any = importlib.import_module("google.protobuf.message")
     except ImportError as error:
         raise MissingDependencyError("onnx", "onnx") from error
-    settings = json.loads(settings_file.read_text(encoding="utf-8"))["model"]
-    decoder = settings["decoder"]
-    graph = onnx.load(directory / decoder["filename"], load_external_data=False).graph
+    try:
+        graph = onnx.load(directory / settings.filename, load_external_data=False).graph
+    except (OSError, protobuf.DecodeError) as error:
+        raise damaged(directory, error) from error
     counts = _OnnxCounts(onnx, graph)
     caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
     kv_itemsize = getattr(torch, _FLOATS[caches[0].type.tensor_type.elem_type]).itemsize if caches else 0
-    head_dim, num_attending = decoder["head_size"], len(caches) // 2
+    num_attending = len(caches) // 2
     return ModelFacts(
         precision=counts.precision,
         num_parameters=counts.num_parameters,
         weight_bytes=counts.weight_bytes,
         size_on_disk_bytes=_size_on_disk(directory),
-        kv_bytes_per_token=decoder["num_key_value_heads"] * head_dim * kv_itemsize * len(caches),
-        vocab_size=settings["vocab_size"],
-        max_len=settings["context_length"],
+        kv_bytes_per_token=settings.num_key_value_heads * settings.head_size * kv_itemsize * len(caches),
+        vocab_size=settings.vocab_size,
+        max_len=settings.context_length,
         decode_weight_bytes=counts.decode_bytes,
         block_matrix_parameters=counts.matrix_parameters - counts.head_parameters,
         head_parameters=counts.head_parameters,
         head_every_position=counts.head_every_position,
-        attention_width=decoder["num_attention_heads"] * head_dim * num_attending,
+        attention_width=settings.num_attention_heads * settings.head_size * num_attending,
     )
 
 

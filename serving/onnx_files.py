@@ -8,6 +8,7 @@ from pathlib import Path
 from toolchain.errors import SenteiError
 
 SUMMARY_FILE = "sentei_export.json"
+_SETTINGS_FILE = "genai_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,8 @@ class OnnxSettings:
 
     Attributes:
         filename: Of the graph.
-        head_size: Of the KV cache.
+        head_size: Of the KV cache and the queries.
+        num_attention_heads: Of the queries.
         num_key_value_heads: Of the KV cache.
         context_length: In tokens, prompt and answer.
         window: Tokens that sliding attention sees; 0 if no layer slides.
@@ -27,6 +29,7 @@ class OnnxSettings:
 
     filename: str
     head_size: int
+    num_attention_heads: int
     num_key_value_heads: int
     context_length: int
     window: int
@@ -35,15 +38,20 @@ class OnnxSettings:
     device: str
 
 
+def is_onnx_export(directory: Path) -> bool:
+    """Whether a directory is an ONNX export, ours or the vendor's, and no checkpoint."""
+    return (directory / _SETTINGS_FILE).is_file()
+
+
 def read_settings(directory: Path) -> OnnxSettings:
     """Reads ``genai_config.json``.
 
     Raises:
         SenteiError: It is missing or damaged.
     """
-    path = directory / "genai_config.json"
+    path = directory / _SETTINGS_FILE
     if not path.is_file():
-        raise SenteiError(f"{directory} has no genai_config.json.", "Give a directory that sentei export onnx wrote.")
+        raise SenteiError(f"{directory} has no {_SETTINGS_FILE}.", "Give a directory that sentei export onnx wrote.")
     try:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
         decoder = model["decoder"]
@@ -52,6 +60,7 @@ def read_settings(directory: Path) -> OnnxSettings:
         return OnnxSettings(
             filename=str(decoder["filename"]),
             head_size=int(decoder["head_size"]),
+            num_attention_heads=int(decoder["num_attention_heads"]),
             num_key_value_heads=int(decoder["num_key_value_heads"]),
             context_length=int(model["context_length"]),
             window=int(decoder.get("sliding_window", {}).get("window_size", 0)),

@@ -30,7 +30,7 @@ from serving.onnx_engine import OnnxEngine
 from serving.openai_protocol import ChatCompletionRequest, CompletionRequest, Reply
 from serving.sampling import Sampler
 from serving.vllm_launcher import end_with_parent
-from serving.vllm_server import HOST, free_port, running_process
+from serving.vllm_server import HOST, START_TIMEOUT_S, free_port, running_process
 from toolchain.errors import SenteiError
 from toolchain.modeling import load_tokenizer
 
@@ -59,7 +59,12 @@ def serve(directory: Path, options: Sequence[str]) -> None:
 
 @contextmanager
 def running_server(
-    directory: Path, *, port: int | None = None, options: Sequence[str] = (), log: Path, timeout_s: float = 900
+    directory: Path,
+    *,
+    port: int | None = None,
+    options: Sequence[str] = (),
+    log: Path,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[str]:
     """Runs :func:`serve` in a process of its own; see :func:`serving.vllm_server.running_server`."""
     port = port or free_port()

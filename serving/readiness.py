@@ -11,7 +11,7 @@ import torch
 
 from serving.model_facts import checkpoint_facts
 from serving.onnx_engine import missing_provider
-from serving.onnx_files import read_settings
+from serving.onnx_files import is_onnx_export, read_settings
 from serving.vllm_launcher import is_cpu_build
 from serving.vllm_server import has_cxx_compiler
 from toolchain.checkpoint import Checkpoint, read_headers
@@ -45,7 +45,7 @@ def examine_directory(directory: Path) -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise SenteiError(f"Directory {directory} does not exist.")
-    is_onnx = (directory / "genai_config.json").is_file()
+    is_onnx = is_onnx_export(directory)
     findings: dict[str, Any] = {"engine": "onnxruntime" if is_onnx else "vllm", "problems": [], "notes": []}
     try:
         if is_onnx:

@@ -8,6 +8,9 @@ from serving.messages import Language, Say
 from serving.page import check_page, write_page
 from serving.report_inputs import read_inputs
 from serving.report_view import build_view
+from toolchain.errors import SenteiError
+
+_FORMATS = {".html": "report.html.j2", ".md": "report.md.j2"}
 
 
 def render_report(
@@ -17,7 +20,7 @@ def render_report(
 
     Args:
         directories: Each is looked at itself and one level below.
-        out: The file: Markdown, without charts, if it ends in ``.md``, else HTML. Its directory is created.
+        out: The file, ``.html`` or ``.md`` (Markdown, without charts). Its directory is created.
         language: Of everything but what files hold in their own words.
         force: Replace an existing file.
 
@@ -26,15 +29,16 @@ def render_report(
         (one entry a benchmark: engine, verdict, gain, interval, expected).
 
     Raises:
-        SenteiError: Nothing to report, unreadable files, or ``out`` exists.
+        SenteiError: Nothing to report, unreadable files, or ``out`` exists or is of another kind.
         MissingDependencyError: jinja2 or plotly is not installed.
     """
+    if out.suffix not in _FORMATS:
+        raise SenteiError(f"Output {out} is neither HTML nor Markdown.", f"End its name in {' or '.join(_FORMATS)}.")
     check_page(out, force=force)
     inputs = read_inputs(directories)
     say = Say(language)
     view = build_view(inputs, say)
-    template = "report.md.j2" if out.suffix == ".md" else "report.html.j2"
-    write_page(template, out, say=say, **view, missing=inputs.missing)
+    write_page(_FORMATS[out.suffix], out, say=say, **view, missing=inputs.missing)
     return {
         "report": str(out),
         "missing": inputs.missing,

@@ -158,7 +158,7 @@ def _against_expected(gain: Mapping[str, float], expected: float, say: Say) -> s
         return say("The measurement is above it.")
     if gain["low"] <= 1 <= gain["high"]:
         return say("The interval holds that too: measure again with more repeats, on a machine that does nothing else.")
-    return say("It lies inside the measured interval.")
+    return say("That lies inside the measured interval.")
 
 
 def _metric_row(name: str, metric: Mapping[str, Any], expected: Mapping[str, Any] | None, say: Say) -> dict[str, Any]:

@@ -74,10 +74,10 @@ def read_inputs(directories: Sequence[Path]) -> ReportInputs:
             )
     inputs = ReportInputs(
         plan=load_plan(plan_files[0]) if plan_files else None,
-        summary=_checked(summaries[0]) if summaries else None,
-        evaluations=tuple(_checked(source) for source in _distinct(_find(directories, EVALUATION_FILE))),
-        verifications=tuple(_checked(source) for source in _find(directories, VERIFICATION_FILE)),
-        benchmarks=tuple(_checked(source) for source in _distinct(_find(directories, RESULTS_FILE))),
+        summary=checked(summaries[0]) if summaries else None,
+        evaluations=tuple(checked(source) for source in _distinct(_find(directories, EVALUATION_FILE))),
+        verifications=tuple(checked(source) for source in _find(directories, VERIFICATION_FILE)),
+        benchmarks=tuple(checked(source) for source in _distinct(_find(directories, RESULTS_FILE))),
     )
     if len(inputs.missing) == 5:
         looked = ", ".join(str(directory) for directory in directories) or "no directory"
@@ -94,11 +94,18 @@ def fields_of(source: Source) -> Iterator[Mapping[str, Any]]:
     Raises:
         SenteiError: Inside, a field was not what it should be.
     """
-    try:
+    with blamed_for_fields(str(source.path)):
         yield source.content
+
+
+@contextmanager
+def blamed_for_fields(where: str) -> Iterator[None]:
+    """Reports a field that is missing or of the wrong kind with the name of the file; see :func:`fields_of`."""
+    try:
+        yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise SenteiError(
-            f"{source.path} does not have the fields it should ({type(error).__name__}: {error}).",
+            f"{where} does not have the fields it should ({type(error).__name__}: {error}).",
             "Was it edited, or written by another version?",
         ) from error
 
@@ -109,10 +116,15 @@ def _find(directories: Sequence[Path], name: str) -> list[Source]:
         for path in [directory / name, *sorted(directory.glob(f"*/{name}"))]:
             if path.is_file() and not path.parent.name.endswith(".partial"):
                 paths.setdefault(path.resolve(), path)
-    return [Source(path=path, content=_read(path)) for path in paths.values()]
+    return [Source(path=path, content=read_object(path)) for path in paths.values()]
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_object(path: Path) -> Mapping[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        SenteiError: The file cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -131,7 +143,12 @@ def _distinct(sources: Sequence[Source]) -> list[Source]:
     return distinct
 
 
-def _checked(source: Source) -> Source:
+def checked(source: Source) -> Source:
+    """The source, if its schema is the one that is read here.
+
+    Raises:
+        SenteiError: It is not.
+    """
     version = source.content.get("schema_version")
     if version != _SCHEMA_VERSION:
         raise SenteiError(

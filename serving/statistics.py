@@ -215,12 +215,12 @@ def compare(
 
 
 def _compare_metric(metric: Metric, runs: Sequence[Mapping[str, Any]], primary: str) -> dict[str, Any]:
-    values = {side: [run[side].get(metric.name) for run in runs if side in run] for side in ("original", "pruned")}
+    values = {side: [run[side].get(metric.name) for run in runs if side in run] for side in SIDES}
     defined = {
         side: bool(each) and all(value is not None and value > 0 for value in each) for side, each in values.items()
     }
     ratio = ratio_interval(values["original"], values["pruned"]) if all(defined.values()) else None
-    gain = _gain(ratio, metric.better) if ratio else None
+    gain = gain_of(ratio, metric.better) if ratio else None
     return {
         "role": "primary" if metric.name == primary else "exploratory",
         "unit": metric.unit,
@@ -229,18 +229,20 @@ def _compare_metric(metric: Metric, runs: Sequence[Mapping[str, Any]], primary: 
         **{side: {"median": median(each) if defined[side] else None, "values": each} for side, each in values.items()},
         "ratio": ratio,
         "gain": gain,
-        "verdict": _verdict(gain) if gain else None,
+        "verdict": verdict_on(gain) if gain else None,
     }
 
 
-def _gain(ratio: Mapping[str, float], better: str) -> dict[str, float]:
+def gain_of(ratio: Mapping[str, float], better: str) -> dict[str, float]:
+    """A ratio with its interval turned so that above 1 is an improvement."""
     if better == "higher":
         return dict(ratio)
     inverse = {"value": 1 / ratio["value"], "low": 1 / ratio["high"], "high": 1 / ratio["low"]}
     return {**inverse, "confidence": ratio["confidence"]}
 
 
-def _verdict(gain: Mapping[str, float]) -> str:
+def verdict_on(gain: Mapping[str, float]) -> str:
+    """``better``, ``worse``, or ``no difference shown`` where the interval contains 1."""
     if gain["low"] > 1:
         return "better"
     return "worse" if gain["high"] < 1 else "no difference shown"

@@ -34,6 +34,7 @@ import torch
 
 from serving import nemotron_nas
 from serving.engines import Engine, TransformersEngine
+from serving.onnx_files import is_onnx_export
 from serving.verdict_card import write_into_card
 from toolchain.checkpoint import Checkpoint, open_checkpoint, same_bits
 from toolchain.errors import SenteiError
@@ -321,7 +322,7 @@ def _pick_engine(exported: Path, engine: EngineName) -> str:
         if engine not in ("auto", "vllm"):
             raise SenteiError(f"{exported} is a nemotron-nas export; engine {engine!r} cannot run it.", "Use vllm.")
         return "vllm"
-    is_onnx = (exported / "genai_config.json").is_file()
+    is_onnx = is_onnx_export(exported)
     if not is_onnx and is_quantized(exported):
         if engine not in ("auto", "vllm"):
             raise SenteiError(f"{exported} is quantised; engine {engine!r} cannot run it.", "Use --engine vllm.")

@@ -23,6 +23,7 @@ from toolchain.errors import MissingDependencyError, SenteiError
 
 HOST = "127.0.0.1"
 _TAIL_LINES = 30
+START_TIMEOUT_S = 900.0
 _STOP_TIMEOUT_S = 20.0
 # vLLM reports the engine process's exception in its log, far above the last line; the ONNX server as the last one.
 _REFUSAL = re.compile(r"(?:toolchain\.errors\.\w+|^Error): (.+)", re.MULTILINE)
@@ -48,7 +49,12 @@ def serve(directory: Path, options: Sequence[str]) -> NoReturn:
 
 @contextmanager
 def running_server(
-    directory: Path, *, port: int | None = None, options: Sequence[str] = (), log: Path, timeout_s: float = 900
+    directory: Path,
+    *,
+    port: int | None = None,
+    options: Sequence[str] = (),
+    log: Path,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[str]:
     """Runs ``vllm serve`` on loopback while the context lasts; the server dies with this process, however that ends.
 

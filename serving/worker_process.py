@@ -1,7 +1,8 @@
-"""The parent's side of :mod:`serving.bench_worker`: starts it, asks it, and says why if it dies."""
+"""The parent's side of :mod:`serving.bench_worker`: starts it, asks it, and says why if it dies or hangs."""
 
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from serving.child_process import child_process
 from toolchain.errors import SenteiError
 
 _TAIL_LINES = 8
@@ -21,71 +23,60 @@ class EngineFailedError(SenteiError):
 class Worker:
     """A running worker process. One question at a time; it sits idle, without spinning, between them."""
 
-    def __init__(self, name: str, log: Path) -> None:
-        """Starts the process; what it and its libraries print goes to ``log``."""
-        self.name, self._log = name, log
-        # -P and the explicit path: a directory `serving` where the user happens to stand must not be taken for ours.
-        paths = [str(Path(__file__).resolve().parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        with log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "serving.bench_worker", str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                encoding="utf-8",
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            )
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        """Takes over a process with pipes; what it and its libraries print is in ``log``."""
+        self.name, self.process, self._log = name, process, log
 
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Sends one command and waits for its answer.
+    def ask(self, command: str, *, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+        """Sends one command and waits for its answer, between two signs of life no longer than ``timeout_s``.
 
         Raises:
-            SenteiError: The worker refused, or died; then with the end of what it wrote.
+            SenteiError: The worker refused.
+            EngineFailedError: It died, or hung; with the end of what it wrote.
         """
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line.endswith("\n"):
-            raise self._death()
-        answer = json.loads(line)
+            self.process.stdin.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
+        except BrokenPipeError as error:
+            raise self._death() from error
+        answer = json.loads(self._line(timeout_s))
         if "error" in answer:
             raise SenteiError(f"{self.name}: {answer['error']}", answer["hint"])
         return answer
 
-    def close(self) -> None:
-        """Ends the process, with patience first."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdout.close()
-        try:
-            self.process.stdin.close()
-            self.process.wait(timeout=10)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            self.process.kill()
-            self.process.wait()
+    def _line(self, timeout_s: float) -> bytes:
+        """The next line of the process that is not empty; empty ones only say that it lives."""
+        assert self.process.stdout is not None
+        received = b""
+        while not received.endswith(b"\n"):
+            if not select.select([self.process.stdout], [], [], timeout_s)[0]:
+                raise EngineFailedError(
+                    f"The process that measured the {self.name} model hung: no token for {timeout_s:.0f} s. "
+                    f"{self._last_words()}"
+                )
+            if not (piece := self.process.stdout.read(1 << 20)):
+                raise self._death()
+            received = (received + piece).lstrip(b"\n")
+        return received
 
     def _death(self) -> EngineFailedError:
         code = self.process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        hint = "Signal 9 is often the system's answer to full memory." if code == -9 else ""
+        return EngineFailedError(f"The process that measured the {self.name} model {how}. {self._last_words()}", hint)
+
+    def _last_words(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
         said = "\n".join(lines) if lines else "(nothing)"
-        hint = "Signal 9 is often the system's answer to full memory." if code == -9 else ""
-        return EngineFailedError(
-            f"The process that measured the {self.name} model {how}. Its last words:\n{said}\n", hint
-        )
+        return f"Its last words:\n{said}\n"
 
 
 @contextmanager
 def running_worker(name: str, log: Path) -> Iterator[Worker]:
-    """A worker that is ended on the way out, whatever happens inside."""
-    worker = Worker(name, log)
-    try:
-        yield worker
-    except BaseException:
-        worker.process.kill()
-        raise
-    finally:
-        worker.close()
+    """A worker that is ended on the way out, whatever happens inside; it holds nothing that is worth patience."""
+    # -P and the explicit path: a directory `serving` where the user happens to stand must not be taken for ours.
+    paths = [str(Path(__file__).resolve().parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    command = [sys.executable, "-P", "-m", "serving.bench_worker", str(os.getpid())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with child_process(command, environment, log, talks=True) as process:
+        yield Worker(name, process, log)

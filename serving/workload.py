@@ -134,7 +134,8 @@ def parse_slo(text: str) -> Slo:
     for name, limit in limits.items():
         if name not in ("ttft", "tpot", "e2el") or not 0 < limit < math.inf:
             raise SenteiError(
-                f"--slo {text!r}: {name} is not a limit in milliseconds.", "Write it like ttft=500,tpot=50 (or e2el)."
+                f"--slo {text!r}: {name or 'nothing'} is not a limit in milliseconds.",
+                "Write it like ttft=500,tpot=50 (or e2el).",
             )
     return Slo(**limits)
 
@@ -182,7 +183,7 @@ def make_workloads(
     for name, values in (("concurrency", concurrency), ("request_rate", request_rate)):
         for value in values:
             if not 0 < value < math.inf:
-                raise SenteiError(f"{name} is {value}; it must be above 0.")
+                raise SenteiError(f"{name} is {value}; it must be a number above 0.")
     if prompts:
         input_len, output_len, num_prompts = prompts.input_len, prompts.output_len, num_prompts or len(prompts.lines)
     common: dict[str, Any] = {"input_len": input_len, "output_len": output_len, "seed": seed, "prompts": prompts,

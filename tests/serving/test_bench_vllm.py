@@ -69,6 +69,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(bench_vllm, "running_server", running_server)
     monkeypatch.setattr(bench_vllm, "bench_serve", bench_serve)
+    monkeypatch.setattr(bench_vllm, "served_model_name", lambda base_url, api_key: f"the model at {base_url}")
     monkeypatch.setattr(bench_results, "probe_device", lambda device, dtype: PEAKS)  # that takes seconds
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     return record
@@ -137,8 +138,8 @@ def test_a_sweep_is_asked_of_both_with_a_warm_up_as_wide_as_the_widest_load(pico
 
 
 def test_the_highest_rate_that_meets_the_limits_is_found_for_each_model(pico_model, wide_model, asked, tmp_path):
-    asked["limit"] = {str(pico_model): 3.0, str(wide_model): 9.0}
-    results = benchmark(pico_model, wide_model, out=tmp_path / "out", slo=Slo(ttft=500, tpot=50), **TINY)
+    asked["limit"] = {str(wide_model): 3.0, str(pico_model): 9.0}
+    results = benchmark(wide_model, pico_model, out=tmp_path / "out", slo=Slo(ttft=500, tpot=50), **TINY)
     metric = results["goodput"]["metrics"]["max_request_rate"]
     for side, limit in (("original", 3.0), ("pruned", 9.0)):
         assert limit / 2 ** (1 / 16) < metric[side]["median"] <= limit
@@ -153,6 +154,12 @@ def test_the_highest_rate_that_meets_the_limits_is_found_for_each_model(pico_mod
     assert "| highest load with ttft 500 ms, tpot 50 ms | max_request_rate |" in (
         tmp_path / "out" / "results.md"
     ).read_text(encoding="utf-8")
+
+
+def test_models_in_the_wrong_order_are_refused(pico_model, wide_model, asked, tmp_path):
+    with pytest.raises(SenteiError, match="Are they swapped"):
+        benchmark(pico_model, wide_model, out=tmp_path / "out", **TINY)
+    assert not list(tmp_path.iterdir())
 
 
 def test_limits_that_no_load_meets_give_no_ratio(pico_model, asked, tmp_path):
@@ -200,6 +207,8 @@ def test_running_servers_are_measured_and_not_started(pico_model, asked, tmp_pat
     assert results["sizes"]["kv_cache_tokens"]["original"] is None
     with pytest.raises(SenteiError, match="one server for each model"):
         benchmark(pico_model, pico_model, out=tmp_path / "other", urls=urls[:1], **TINY)
+    with pytest.raises(SenteiError, match="8002 is given for both"):
+        benchmark(pico_model, pico_model, out=tmp_path / "other", urls=["http://x:8002", "http://x:8002/"], **TINY)
 
 
 def test_one_running_server_is_measured_alone(pico_model, asked, tmp_path):

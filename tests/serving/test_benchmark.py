@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from serving import bench_local
 from serving import benchmark as benchmark_module
-from serving.bench_local import random_prompts
+from serving.bench_local import LocalSession, patience_s
+from serving.bench_worker import random_prompts
 from serving.benchmark import schedule
+from serving.child_process import child_process
 from serving.model_facts import checkpoint_facts, expected_gains, onnx_facts
 from serving.worker_process import Worker, running_worker
-from serving.workload import make_workloads
+from serving.workload import WARMUP_SEED, make_workloads
 from tests.conftest import make_pico, prune_by_hand
 from toolchain.checkpoint import copy_companions, open_checkpoint, write_weights
 from toolchain.errors import SenteiError
@@ -110,6 +111,16 @@ def test_a_directory_that_is_no_onnx_export_is_refused(pico_model, tmp_path):
         benchmark(pico_model, pico_model, engine="onnx", out=tmp_path / "out", **TINY)
 
 
+def test_an_onnx_export_for_another_engine_is_refused(pico_model, tmp_path):
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "genai_config.json").write_text("{}")
+    with pytest.raises(SenteiError, match="is an ONNX export"):
+        benchmark(pico_model, export, engine="transformers", out=tmp_path / "out", **TINY)
+    with pytest.raises(SenteiError, match="is damaged"):
+        benchmark(export, export, engine="onnx", out=tmp_path / "out", **TINY)
+
+
 def test_order_alternates():
     visits = [(visit.side, visit.repeat, visit.load) for visit in schedule(3, 1, both_up=True)]
     assert visits == [
@@ -189,16 +200,59 @@ def test_a_full_output_directory_is_refused(pico_model, pruned_pico, tmp_path):
 @pytest.fixture
 def deaths(monkeypatch):
     """Kills the pruned model's worker before as many of its questions as the list says, warm-ups not counted."""
-    left, ask = [], bench_local._ask
+    left = []
 
-    def kill_then_ask(worker, workload, vocab_size, seed, output_len):
-        if worker.name == "pruned" and seed < bench_local.WARMUP_SEED and left and left.pop(0):
-            worker.process.send_signal(signal.SIGKILL)
-            worker.process.wait()
-        return ask(worker, workload, vocab_size, seed, output_len)
+    def kill(worker):
+        worker.process.send_signal(signal.SIGKILL)
+        worker.process.wait()
 
-    monkeypatch.setattr(bench_local, "_ask", kill_then_ask)
+    before_a_question(monkeypatch, left, kill)
     return left
+
+
+def before_a_question(monkeypatch, left, happens):
+    ask = LocalSession._ask
+
+    def ask_later(self, worker, workload, seed, output_len):
+        if worker.name == "pruned" and seed < WARMUP_SEED and left and left.pop(0):
+            happens(worker)
+        return ask(self, worker, workload, seed, output_len)
+
+    monkeypatch.setattr(LocalSession, "_ask", ask_later)
+
+
+def test_a_worker_that_hangs_is_killed_and_counted(pico_model, pruned_pico, tmp_path, monkeypatch):
+    hung = []
+
+    def stop(worker):
+        hung.append(worker.process)
+        worker.process.send_signal(signal.SIGSTOP)
+
+    before_a_question(monkeypatch, [True, True], stop)
+    settings = {"engine": "transformers", "out": tmp_path / "out", **TINY}
+    with pytest.raises(
+        SenteiError, match=r"(?s)repeat 1 of 3: pruned: failed twice.*hung: no token for 2 s.*last words"
+    ):
+        benchmark(pico_model, pruned_pico, stall_timeout_s=2, **settings)
+    assert [process.returncode for process in hung] == [-signal.SIGKILL] * 2
+    journal = (tmp_path / "out.unfinished" / "measured.jsonl").read_text().splitlines()
+    failures = [json.loads(line)["failure"] for line in journal if "failure" in line]
+    assert [(each["side"], each["failed"]) for each in failures] == [("pruned", 1)] * 2
+
+
+def test_a_worker_that_is_only_slow_is_waited_for(tmp_path):
+    """A sign of life a second keeps it: 3 s of tokens are more than 2 s of patience."""
+    script = (
+        "import time\nfor _ in range(6): time.sleep(0.5); print(flush=True)\nprint('{\"requests\": []}', flush=True)"
+    )
+    with child_process([sys.executable, "-c", script], os.environ, tmp_path / "log", talks=True) as process:
+        assert Worker("pruned", process, tmp_path / "log").ask("measure", timeout_s=2) == {"requests": []}
+
+
+def test_a_worker_has_longer_for_a_longer_batch_of_prompts():
+    one, eight = make_workloads(engine="onnx", input_len=4096, concurrency=[1, 8])
+    assert (patience_s(one, 600), patience_s(eight, 600)) == (1200, 9600)
+    assert patience_s(make_workloads(engine="onnx", input_len=8)[0], 600) == 600
 
 
 @pytest.mark.acceptance
@@ -257,19 +311,21 @@ def test_a_sweep_measures_every_load(pico_model, pruned_pico, tmp_path):
 
 def test_a_crashing_worker_shows_its_last_words(tmp_path):
     with running_worker("pruned", tmp_path / "log") as worker, pytest.raises(SenteiError, match="KeyError: 'no such"):
-        worker.ask("load", engine="no such engine", directory="x", device="cpu", dtype=None)
+        worker.ask("load", timeout_s=60, engine="no such engine", directory="x", device="cpu", dtype=None)
 
 
 def test_a_worker_passes_bad_input_on(tmp_path):
     with running_worker("original", tmp_path / "log") as worker, pytest.raises(SenteiError, match="does not exist"):
-        worker.ask("load", engine="transformers", directory=str(tmp_path / "none"), device="cpu", dtype=None)
+        worker.ask(
+            "load", timeout_s=60, engine="transformers", directory=str(tmp_path / "none"), device="cpu", dtype=None
+        )
 
 
 def test_workers_die_with_a_killed_parent(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from serving.worker_process import Worker\n"
-        f"w = Worker('original', Path({str(tmp_path / 'log')!r}))\n"
-        "print(w.process.pid, flush=True); time.sleep(60)"
+        "import time; from pathlib import Path; from serving.worker_process import running_worker\n"
+        f"with running_worker('original', Path({str(tmp_path / 'log')!r})) as worker:\n"
+        "    print(worker.process.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         pid = int(parent.stdout.readline())
@@ -291,7 +347,7 @@ def _is_zombie(pid):
     return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_closing_a_worker_ends_it(tmp_path):
-    worker = Worker("original", tmp_path / "log")
-    worker.close()
-    assert worker.process.returncode == 0
+def test_leaving_a_worker_ends_it(tmp_path):
+    with running_worker("original", tmp_path / "log") as worker:
+        assert worker.process.poll() is None
+    assert worker.process.returncode == -signal.SIGKILL

@@ -70,6 +70,7 @@ def test_a_faster_day_is_seen_and_what_changed_is_listed(runs):
         ({"measurements__0__metrics__mean_tpot_ms__formula": "other"}, "mean_tpot_ms was computed in another way"),
         ({"kind": "evaluation"}, "not a benchmark"),
         ({"schema_version": 9}, "schema_version is 9"),
+        ({"models": {}}, "does not have the fields it should"),
     ],
 )
 def test_what_is_not_comparable_is_refused(runs, changes, message):
@@ -83,4 +84,4 @@ def test_the_command(runs):
     assert done.returncode == 0
     assert "better" in done.stdout
     assert "(exploratory)" in done.stdout
-    refused(sentei("compare", runs[0], runs[0] / "missing.json"), "not readable JSON")
+    refused(sentei("compare", runs[0], runs[0] / "missing.json"), "There is no ")

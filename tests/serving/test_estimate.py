@@ -9,6 +9,7 @@ from serving.model_facts import checkpoint_facts, facts_of
 from serving.roofline import phase_costs, roofline
 from tests.conftest import make_pico, prune_by_hand
 from toolchain.checkpoint import open_checkpoint
+from toolchain.errors import SenteiError
 
 PEAKS = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e9, bytes_per_s=1e8)
 SHAPE = {"input_len": 10, "output_len": 4, "concurrency": 3}
@@ -66,11 +67,21 @@ def test_an_estimate_of_a_plan(models):
     assert "0: 24 → 64" in widths
 
 
+def test_an_estimate_of_the_wrong_model_is_refused(models):
+    original, pruned = (open_checkpoint(model).layout for model in models)
+    with pytest.raises(SenteiError, match="removes nothing from"):
+        estimate(models[1], pruned, PEAKS, dtype=None, **SHAPE)
+    with pytest.raises(SenteiError, match="keeps more of layer 0"):
+        estimate(models[1], original, PEAKS, dtype=None, **SHAPE)
+    with pytest.raises(SenteiError, match="do not fit"):
+        estimate(models[0], pruned, PEAKS, dtype=None, **(SHAPE | {"input_len": 100_000}))
+
+
 @pytest.mark.parametrize(
     ("changed", "cause", "says"),
     [
         ({"tpot": 100.0, "concurrency": 1}, "overhead", "the gain in decode is 1.0"),
-        ({"context": 4000}, "kv_cache", "sequences of 4000 tokens"),
+        ({"context": 4000}, "kv_cache", "4000 tokens each"),
         ({"kv_cache_tokens": {"original": 20, "pruned": 900}}, "kv_cache_full", "original model's server"),
         ({"client_cpu_cores": 1.0}, "client", "1.0 processor cores"),
         ({"not_compiled": "Enforce eager set"}, "not_compiled", "Enforce eager set"),

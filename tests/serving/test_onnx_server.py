@@ -178,17 +178,23 @@ def test_bad_chats(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllms_load_generator_drives_it(base_url: str, demo_onnx: Path, tmp_path: Path) -> None:
-    from serving.bench_client import bench_serve
+def test_the_benchmark_starts_it_and_vllms_load_generator_drives_it(demo_onnx: Path, tmp_path: Path) -> None:
+    from serving.bench_vllm import ServerSession
+    from serving.workload import make_workloads
 
-    load = (
-        "--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "4", "--num-prompts", "4",
-        "--max-concurrency", "2", "--ignore-eos", "--percentile-metrics", "ttft,tpot,itl,e2el",
-    )  # fmt: skip
-    result = bench_serve(base_url, demo_onnx, options=load, result_file=tmp_path / "result.json")
-    assert result["first_error"] is None
-    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (4, 0, 16)
-    assert all(result[f"mean_{name}_ms"] > 0 for name in ("ttft", "tpot", "itl", "e2el"))
+    workloads = make_workloads(engine="onnx-server", input_len=16, output_len=4, concurrency=[2], num_prompts=4)
+    session = ServerSession(
+        {"original": demo_onnx}, workloads, tmp_path, dtype=None, engine_options=(), onnx_context=8192
+    )
+    try:
+        measured = session.measure("original", 0, workloads[0], name="original-0")
+    finally:
+        session.close()
+    assert (measured["completed"], measured["failed"], measured["first_error"]) == (4, 0, None)
+    assert all(measured[f"mean_{name}_ms"] > 0 for name in ("ttft", "tpot", "itl", "e2el"))
+    kept = json.loads((tmp_path / "vllm" / "original-0.json").read_text())
+    assert (kept["total_output_tokens"], kept["output_throughput"]) == (16, measured["output_throughput"])
+    assert session.told["original"]["server_options"] == ["--max-num-seqs", "2", "--max-model-len", "36"]
 
 
 def test_what_cannot_be_served_is_told_before_it_starts(demo_onnx: Path, pico_model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from serving.messages import Say
 from serving.report import render_report
 from serving.report_numbers import format_bytes, format_change, format_count
 from serving.statistics import METRICS, compare
+from tests.command_line import refused, sentei
 from toolchain.errors import SenteiError
 from toolchain.plan import (
     BaseModelRecord,
@@ -306,7 +307,9 @@ def test_bad_input(everything, tmp_path):
     (empty / "results.json").write_text('{"schema_version": 1}')
     with pytest.raises(SenteiError, match=r"results\.json does not have the fields"):
         render_report([empty], tmp_path / "report.html")
-    assert not (tmp_path / "report.html").exists()
+    with pytest.raises(SenteiError, match="neither HTML nor Markdown"):
+        render_report([everything], tmp_path / "report.pdf")
+    assert not list(tmp_path.glob("report.*"))
     write_plan(empty, name="another")
     with pytest.raises(SenteiError, match="differ"):
         render_report([everything, empty], tmp_path / "report.html")
@@ -320,6 +323,11 @@ def test_an_existing_report_is_kept_unless_forced(everything, tmp_path):
     assert out.read_text() == "mine"
     render_report([everything], out, force=True)
     assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_place_that_cannot_be_written_is_said(everything, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(sentei("report", everything, "-o", tmp_path / "file" / "report.html"), "file cannot be read or written")
 
 
 def test_copies_are_shown_once(everything, tmp_path):

@@ -76,6 +76,8 @@ def main() -> None:
             _fail(f"No space left on the disk ({error}). Free some and run the command again.", 2, error)
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             _fail(f"{error.filename or error}: permission denied. Choose a place you may write to.", 2, error)
+        if error.filename:
+            _fail(f"{error.filename} cannot be read or written ({error.strerror}). Give another path.", 2, error)
         raise
     except KeyboardInterrupt as error:
         _fail("Interrupted.", 130, error)

@@ -95,7 +95,8 @@ def benchmark(
         str | None, typer.Option(help="Environment variable that holds its key.", rich_help_panel=_SERVER)
     ] = None,
     stall_timeout: Annotated[
-        float, typer.Option(help="Seconds without a token until a server counts as hung.", rich_help_panel=_SERVER)
+        float,
+        typer.Option(min=1, help="Seconds without a token until an engine counts as hung.", rich_help_panel=_SERVER),
     ] = 600,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted benchmark.")] = False,
     force: ForceOption = False,
@@ -106,6 +107,7 @@ def benchmark(
     output = Output(as_json=as_json, quiet=quiet)
     pick_dtype(dtype, auto=None)
     from serving.benchmark import benchmark as run
+    from serving.journal import unfinished_directory
     from serving.workload import PRESETS, make_workloads, parse_slo, read_prompts
 
     preset = PRESETS[workload.value] if workload else None
@@ -125,26 +127,31 @@ def benchmark(
         range_ratio=range_ratio,
         prompts=read_prompts(prompts, output_len=output_len, tokenizer=original) if prompts else None,
     )
-    results = run(
-        original,
-        pruned,
-        engine=engine.value,
-        out=out,
-        workloads=workloads,
-        slo=parse_slo(slo) if slo else None,
-        repeats=repeats,
-        primary=primary,
-        device=device,
-        dtype=None if dtype == "auto" else dtype,
-        engine_options=engine_option or (),
-        urls=url or (),
-        api_key=_api_key(api_key_env),
-        price_per_hour=price_per_hour,
-        stall_timeout_s=stall_timeout,
-        force=force,
-        resume=resume,
-        on_progress=output.note,
-    )
+    try:
+        results = run(
+            original,
+            pruned,
+            engine=engine.value,
+            out=out,
+            workloads=workloads,
+            slo=None if slo is None else parse_slo(slo),
+            repeats=repeats,
+            primary=primary,
+            device=device,
+            dtype=None if dtype == "auto" else dtype,
+            engine_options=engine_option or (),
+            urls=url or (),
+            api_key=_api_key(api_key_env),
+            price_per_hour=price_per_hour,
+            stall_timeout_s=stall_timeout,
+            force=force,
+            resume=resume,
+            on_progress=output.note,
+        )
+    except (KeyboardInterrupt, OSError):
+        if (unfinished := unfinished_directory(out)).exists():
+            output.note(f"{unfinished} holds what was measured. The same command with --resume goes on from there.")
+        raise
     output.result({"directory": str(out), **results}, lambda console: show_results(console, out, results))
     failed = sum(sum(each["failed_requests"].values()) for each in results["measurements"])
     if failed:
@@ -192,7 +199,7 @@ def _show_metrics(console: Console, metrics: dict[str, Any]) -> None:
 
 def _numbers(option: str, text: str | None, kind: Callable[[str], N]) -> list[N]:
     try:
-        return [kind(part) for part in text.split(",")] if text else []
+        return [] if text is None else [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise SenteiError(f"{option} {text!r} is not a number or a list of them.", "Write it like 1,4,16.") from error
 

@@ -19,9 +19,9 @@ def estimate(
     *,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    input_len: Annotated[int, typer.Option(help="Prompt tokens.")] = 512,
-    output_len: Annotated[int, typer.Option(help="Generated tokens.")] = 128,
-    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 512,
+    output_len: Annotated[int, typer.Option(min=1, help="Generated tokens.")] = 128,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -35,11 +35,12 @@ def estimate(
 
     loaded, directory = load_plan(plan), resolve_model(model)
     computed = str(open_checkpoint(directory).dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    chosen = pick_device(device)
     output.note("Measuring this device, a few seconds ...")
     result = run(
         directory,
         loaded.layout,
-        probe_device(pick_device(device), computed),
+        probe_device(chosen, computed),
         dtype=computed,
         input_len=input_len,
         output_len=output_len,

@@ -19,7 +19,7 @@ class ReportLanguage(StrEnum):
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Where results were written.")],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: HTML, or Markdown if it ends in .md.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: .html, or .md for Markdown.")],
     lang: Annotated[ReportLanguage, typer.Option(help="The report's language.")] = ReportLanguage.en,
     force: ForceOption = False,
     as_json: JsonOption = False,

@@ -18,7 +18,9 @@ def serve(
     engine: Annotated[str, typer.Option(help="vllm or onnx; auto goes by what DIR is.")] = "auto",
 ) -> None:
     """Start an OpenAI server on loopback: vLLM with the sentei plugin, or ONNX Runtime. Options after -- are its."""
-    is_onnx = (directory / "genai_config.json").is_file()
+    from serving.onnx_files import is_onnx_export
+
+    is_onnx = is_onnx_export(directory)
     if engine not in ("auto", "vllm", "onnx"):
         raise SenteiError(f"--engine {engine!r} is not known.", "Choose auto, vllm or onnx.")
     if engine != "auto" and is_onnx != (engine == "onnx"):
@@ -63,11 +65,12 @@ def generate(
     if max_new_tokens < 1:
         raise SenteiError(f"--max-new-tokens {max_new_tokens} is less than 1.")
     from serving.generate import stream_text
+    from serving.onnx_files import is_onnx_export
     from serving.sampling import Sampling
     from toolchain.checkpoint import open_checkpoint
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    is_onnx = (directory / "genai_config.json").is_file()
+    is_onnx = is_onnx_export(directory)
     if is_onnx:
         pieces = stream_text(directory, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
     else:
