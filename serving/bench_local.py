@@ -19,7 +19,7 @@ _CHUNK_TOKENS = 2048
 
 
 class LocalSession:
-    """Both models loaded and warmed up when they are needed.
+    """Both models loaded and warmed up when they are needed, anew for each repeat as servers are.
 
     Attributes:
         both_up: Always.
@@ -46,13 +46,13 @@ class LocalSession:
         self._directories, self._out, self._stall_timeout_s = directories, out, stall_timeout_s
         self._vocab_size = min(each.vocab_size for each in facts.values())
         self._widest = max(workloads, key=lambda workload: workload.width)
-        self._workers: dict[str, tuple[Worker, ExitStack]] = {}
+        self._workers: dict[str, tuple[int, Worker, ExitStack]] = {}
 
     def measure(
         self, side: str, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
     ) -> dict[str, Any]:
         """Asks one model one load; see :meth:`serving.bench_vllm.ServerSession.measure`. Limits are vLLM's alone."""
-        worker = self._up(side)
+        worker = self._up(side, repeat)
         with watched_gpus() as gpus:
             answer = self._ask(worker, workload, workload.seed + repeat, workload.output_len)
         self.told[side]["peak_memory_bytes"] = answer["peak_memory_bytes"]
@@ -70,23 +70,26 @@ class LocalSession:
     def drop(self, side: str) -> None:
         """Ends a side's worker; the next measurement starts another."""
         if side in self._workers:
-            self._workers.pop(side)[1].close()
+            self._workers.pop(side)[2].close()
 
     def close(self) -> None:
         """Ends everything."""
         for side in tuple(self._workers):
             self.drop(side)
 
-    def _up(self, side: str) -> Worker:
+    def _up(self, side: str, repeat: int) -> Worker:
+        for other, (started_for, _, _) in tuple(self._workers.items()):
+            if started_for != repeat:
+                self.drop(other)
         # None is measured before both are up: an idle neighbour takes memory too.
         for each in self._directories:
             if each not in self._workers:
-                self._workers[each] = self._started(each)
-        return self._workers[side][0]
+                self._workers[each] = self._started(each, repeat)
+        return self._workers[side][1]
 
-    def _started(self, side: str) -> tuple[Worker, ExitStack]:
+    def _started(self, side: str, repeat: int) -> tuple[int, Worker, ExitStack]:
         stack = ExitStack()
-        worker = stack.enter_context(running_worker(side, self._out / f"{side}.log"))
+        worker = stack.enter_context(running_worker(side, self._out / f"{side}-{repeat}.log"))
         try:
             directory = str(self._directories[side].resolve())
             self.told[side] = worker.ask("load", timeout_s=START_TIMEOUT_S, directory=directory, **self._settings)
@@ -95,7 +98,7 @@ class LocalSession:
         except BaseException:
             stack.close()
             raise
-        return worker, stack
+        return repeat, worker, stack
 
     def _ask(self, worker: Worker, workload: Workload, seed: int, output_len: int) -> dict[str, Any]:
         return worker.ask(

@@ -30,11 +30,12 @@ _UNCOMPILED = re.compile(r"^.*(?:Enforce eager set|[Cc]uda ?graph is disabled|[F
 class ServerSession:
     """Both models' servers, vLLM or ONNX, started when they are needed and warmed up as widely as the widest load.
 
-    On a CPU both stay up and only one works at a time. On a GPU a server takes nearly all memory, so one is up at a
-    time, and each repeat starts its own.
+    Each repeat starts its own: one server is faster than another of the same model, by percents, for as long as both
+    run (docs/metrics.md). On a CPU both are up and only one works at a time. On a GPU a server takes nearly all memory,
+    so one is up at a time.
 
     Attributes:
-        both_up: Whether both stay up.
+        both_up: Whether both are up together.
         told: What each server told of itself.
     """
 
@@ -122,11 +123,10 @@ class ServerSession:
         )
 
     def _up(self, side: str, repeat: int) -> str:
-        if not self.both_up:
-            for other, (started_for, _, _) in tuple(self._servers.items()):
-                if (other, started_for) != (side, repeat):
-                    self.drop(other)
-        # Where both stay up, none is measured before both are: an idle neighbour takes memory too.
+        for other, (started_for, _, _) in tuple(self._servers.items()):
+            if not self._urls and (started_for != repeat or not (self.both_up or other == side)):
+                self.drop(other)
+        # Where both are up, none is measured before both are: an idle neighbour takes memory too.
         for each in self._directories if self.both_up else (side,):
             if each not in self._servers:
                 self._servers[each] = self._started(each, repeat)
@@ -176,7 +176,7 @@ class ServerSession:
 
     def _log(self, side: str, repeat: int) -> Path:
         # A server that is started again must not write over the log of the one that died.
-        stem, number = side if self.both_up else f"{side}-{repeat}", 1
+        stem, number = f"{side}-{repeat}", 1
         while (log := self._out / f"{stem}{'' if number == 1 else f'-start{number}'}.log").exists():
             number += 1
         return log

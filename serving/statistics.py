@@ -85,11 +85,12 @@ DEFAULT_PRIMARY = "output_throughput"
 # With one output token there is no gap to measure; vLLM writes 0 where these are undefined.
 BETWEEN_TOKENS = frozenset({"mean_tpot_ms", "mean_itl_ms", "p99_itl_ms"})
 RATIO_FORMULA = (
-    "Each repeat measures both models next to each other, in alternating order. ratio = exp(mean of "
-    "ln(pruned / original) over repeats), with the 95 % t-interval of that mean; gain = the ratio where higher is "
-    "better, its inverse where lower is better, so that a gain above 1 is always an improvement. An interval that "
-    "contains 1 shows no difference. The primary metric was named before anything was measured and alone decides; the "
-    "others are exploratory: of many intervals at 95 %, some miss by chance."
+    "Each repeat measures both models next to each other, in alternating order, in processes of its own. Servers "
+    "given by URL are measured as they run: by how much one of them is faster by chance, the interval cannot tell. "
+    "ratio = exp(mean of ln(pruned / original) over repeats), with the 95 % t-interval of that mean; gain = the ratio"
+    " where higher is better, its inverse where lower is better, so that a gain above 1 is always an improvement. An "
+    "interval that contains 1 shows no difference. The primary metric was named before anything was measured and "
+    "alone decides; the others are exploratory: of many intervals at 95 %, some miss by chance."
 )
 
 

@@ -31,12 +31,13 @@ def benchmark(original, pruned, **settings):
 @pytest.fixture
 def asked(monkeypatch):
     """Records what is asked. ``failed`` requests, ``dead`` attempts, and each model's ``limit`` of rate can be set."""
-    record = {"servers": [], "loads": [], "failed": 0, "up": 0, "dead": [], "limit": {}, "keys": set()}
+    record = {"servers": [], "loads": [], "failed": 0, "up": 0, "most_up": 0, "dead": [], "limit": {}, "keys": set()}
 
     @contextmanager
     def running_server(directory, port=None, options=(), log=None):
         record["servers"].append((directory, list(options)))
         record["up"] += 1
+        record["most_up"] = max(record["up"], record["most_up"])
         log.write_text("INFO GPU KV cache size: 55,808 tokens\nINFO Model loading took 0.25 GiB memory\n")
         try:
             yield "http://127.0.0.1:1"
@@ -75,13 +76,13 @@ def asked(monkeypatch):
     return record
 
 
-def test_both_servers_stay_up_and_get_the_same_load(pico_model, asked, tmp_path, monkeypatch):
+def test_each_repeat_starts_both_servers_and_gives_them_the_same_load(pico_model, asked, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     results = benchmark(pico_model, pico_model, out=tmp_path / "out", concurrency=[2], **TINY)
     options = ["--dtype", "float32", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", "1G"]
-    assert asked["servers"] == [(pico_model, options), (pico_model, options)]
-    assert asked["up"] == 0
+    assert asked["servers"] == [(pico_model, options)] * 6
+    assert (asked["up"], asked["most_up"]) == (0, 2)
     warmup, *_ = asked["loads"]
     assert "--ignore-eos" in warmup[1]
     measured = [(name, load) for _, load, name in asked["loads"] if "warmup" not in name]
@@ -122,8 +123,8 @@ def test_a_server_that_dies_is_started_again_and_its_requests_are_counted(pico_m
     assert (failure["side"], failure["repeat"], failure["failed"]) == ("pruned", 1, 4)
     assert "The end of the pruned server's log:" in failure["error"]
     assert "55,808 tokens" in failure["error"]
-    assert len(asked["servers"]) == 3
-    assert (tmp_path / "out" / "pruned-start2.log").is_file()
+    assert len(asked["servers"]) == 7
+    assert (tmp_path / "out" / "pruned-1-start2.log").is_file()
 
 
 def test_a_sweep_is_asked_of_both_with_a_warm_up_as_wide_as_the_widest_load(pico_model, asked, tmp_path):
@@ -131,7 +132,7 @@ def test_a_sweep_is_asked_of_both_with_a_warm_up_as_wide_as_the_widest_load(pico
     results = benchmark(pico_model, pico_model, out=out, concurrency=[1, 6], request_rate=[0.5], **TINY)
     assert [each["workload"]["request_rate"] for each in results["measurements"]] == [None, None, 0.5]
     warmups = [options for _, options, name in asked["loads"] if "warmup" in name]
-    assert [options[options.index("--num-prompts") + 1] for options in warmups] == ["20", "20"]
+    assert [options[options.index("--num-prompts") + 1] for options in warmups] == ["20"] * 6
     poisson = {name: options for _, options, name in asked["loads"]}["pruned-2-load2.json"]
     assert poisson[poisson.index("--request-rate") + 1] == "0.5"
     assert "--max-concurrency" not in poisson

@@ -1,6 +1,7 @@
 """Does the benchmark tell the truth? The same model twice, one slowed by a known factor, and vLLM's client by hand.
 
-Long: real vLLM servers that stay up between the runs. ``SENTEI_RUNS`` (10) and ``SENTEI_REPEATS`` (6) shorten it.
+Long, and on a machine that does nothing else: with vLLM each repeat starts two servers. ``SENTEI_RUNS`` (10) and
+``SENTEI_REPEATS`` (6) shorten it.
 """
 
 import importlib.util
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from serving import bench_vllm
 from serving.benchmark import benchmark
 from serving.statistics import METRICS
 from serving.vllm_server import launcher_command, launcher_environment, running_server
@@ -29,44 +31,51 @@ SHAPE = {"input_len": 32, "output_len": 32, "concurrency": [1], "num_prompts": 8
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def server(demo_model, tmp_path_factory):
-    with running_server(demo_model, options=OPTIONS, log=tmp_path_factory.mktemp("logs") / "a.log") as url:
+@pytest.fixture
+def server(demo_model, tmp_path):
+    with running_server(demo_model, options=OPTIONS, log=tmp_path / "server.log") as url:
         yield url
 
 
 @pytest.fixture
-def twin(demo_model, tmp_path):
-    with running_server(demo_model, options=OPTIONS, log=tmp_path / "b.log") as url:
-        yield url
-
-
-@pytest.fixture
-def slow(demo_model, tmp_path, monkeypatch):
+def slow_model(demo_model, tmp_path, monkeypatch):
+    """The same model, whose vLLM servers slow down."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
-    options = [*OPTIONS, "--middleware", "tests.serving.slow_server.SlowDown"]
-    with running_server(demo_model, options=options, log=tmp_path / "b.log") as url:
-        yield url
+    slow = tmp_path / "slow"
+    slow.symlink_to(demo_model)
+    plain = bench_vllm.engine_options_for
+
+    def options_for(directory, *rest):
+        return plain(directory, *rest) + (["--middleware", "tests.serving.slow_server.SlowDown"] * (directory == slow))
+
+    monkeypatch.setattr(bench_vllm, "engine_options_for", options_for)
+    return slow
 
 
-def measure(model, urls, out):
-    """One run; the primary metric and the whole results."""
-    workloads = make_workloads(engine="vllm", **SHAPE)
-    results = benchmark(model, model, engine="vllm", workloads=workloads, urls=urls, repeats=REPEATS, out=out)
+def measure(original, pruned, out, *, engine="vllm", **settings):
+    """One run; its primary metric."""
+    workloads = make_workloads(engine=engine, **SHAPE)
+    results = benchmark(original, pruned, engine=engine, workloads=workloads, repeats=REPEATS, out=out, **settings)
     metric = results["measurements"][0]["metrics"]["output_throughput"]
     gain = metric["gain"]
     print(f"{gain['value']:.4f} ({gain['low']:.4f} to {gain['high']:.4f}), {metric['verdict']}", flush=True)
-    return metric, results
+    return metric
 
 
-def test_the_same_model_twice_shows_no_difference(demo_model, server, twin, tmp_path):
-    verdicts = [measure(demo_model, [server, twin], tmp_path / str(run))[0]["verdict"] for run in range(RUNS)]
+@pytest.mark.parametrize("engine, model", [("onnx", "demo_onnx"), ("vllm", "demo_model")])
+def test_the_same_model_twice_shows_no_difference(engine, model, tmp_path, request):
+    directory = request.getfixturevalue(model)
+    options = OPTIONS if engine == "vllm" else []
+    verdicts = [
+        measure(directory, directory, tmp_path / str(run), engine=engine, engine_options=options)["verdict"]
+        for run in range(RUNS)
+    ]
     assert len(verdicts) - verdicts.count("no difference shown") <= max(1, RUNS // 10)
 
 
-def test_a_known_slow_down_is_found(demo_model, server, slow, tmp_path):
-    runs = 3
-    metrics = [measure(demo_model, [server, slow], tmp_path / str(run))[0] for run in range(runs)]
+def test_a_known_slow_down_is_found(demo_model, slow_model, tmp_path):
+    runs = min(RUNS, 3)
+    metrics = [measure(demo_model, slow_model, tmp_path / str(run), engine_options=OPTIONS) for run in range(runs)]
     assert [metric["verdict"] for metric in metrics] == ["worse"] * runs
     # An interval at 95 % misses once in twenty.
     inside = [metric["gain"]["low"] <= 1 / FACTOR <= metric["gain"]["high"] for metric in metrics]
@@ -74,11 +83,11 @@ def test_a_known_slow_down_is_found(demo_model, server, slow, tmp_path):
 
 
 def test_figures_are_those_of_vllms_client_by_hand(demo_model, server, tmp_path):
-    _, results = measure(demo_model, [server, server], tmp_path / "out")
+    workloads = make_workloads(engine="vllm", **SHAPE)
+    results = benchmark(demo_model, None, engine="vllm", workloads=workloads, urls=[server], out=tmp_path / "out")
     for run in results["measurements"][0]["runs"]:
-        for side in ("original", "pruned"):
-            written = json.loads((tmp_path / "out" / "vllm" / f"{side}-{run['repeat']}.json").read_text())
-            assert {m.name: run[side][m.name] for m in METRICS} == {m.name: written[m.name] for m in METRICS}
+        written = json.loads((tmp_path / "out" / "vllm" / f"original-{run['repeat']}.json").read_text())
+        assert {m.name: run["original"][m.name] for m in METRICS} == {m.name: written[m.name] for m in METRICS}
     file = tmp_path / "by-hand.json"
     command = launcher_command(
         "bench", "serve", "--base-url", server, "--model", str(demo_model), "--dataset-name", "random",
