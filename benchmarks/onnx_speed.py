@@ -49,7 +49,7 @@ def main(
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write.")],
     sparsity: Annotated[list[float], typer.Option(help="Several times.")] = [0.25, 0.5],  # noqa: B006
     precision: Annotated[list[str], typer.Option(help="Several times.")] = ["fp32", "int4"],  # noqa: B006
-    repeats: Annotated[int, typer.Option(help="Times that all exports are loaded.")] = 10,
+    repeats: Annotated[int, typer.Option(help="Times that all exports are loaded.")] = 12,
     turns: Annotated[int, typer.Option(help="Turns of each export in a repeat, after one that does not count.")] = 3,
     input_len: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
     output_len: Annotated[int, typer.Option(help="Output tokens.")] = 64,

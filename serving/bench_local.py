@@ -81,8 +81,8 @@ class LocalSession:
         for other, (started_for, _, _) in tuple(self._workers.items()):
             if started_for != repeat:
                 self.drop(other)
-        # None is measured before both are up: an idle neighbour takes memory too.
-        for each in self._directories:
+        # As with servers, none is measured before both are up, and the side that is measured first is started first.
+        for each in (side, *self._directories):
             if each not in self._workers:
                 self._workers[each] = self._started(each, repeat)
         return self._workers[side][1]

@@ -126,8 +126,9 @@ class ServerSession:
         for other, (started_for, _, _) in tuple(self._servers.items()):
             if not self._urls and (started_for != repeat or not (self.both_up or other == side)):
                 self.drop(other)
-        # Where both are up, none is measured before both are: an idle neighbour takes memory too.
-        for each in self._directories if self.both_up else (side,):
+        # Where both are up, none is measured before both are: an idle neighbour takes memory too. The side that is
+        # measured first is started first: of two servers the first one started is the slower one, by some percent.
+        for each in (side, *(self._directories if self.both_up else ())):
             if each not in self._servers:
                 self._servers[each] = self._started(each, repeat)
         return self._servers[side][1]

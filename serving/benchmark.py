@@ -306,10 +306,10 @@ def _check_comparable(facts: Mapping[str, ModelFacts], workloads: Sequence[Workl
             "comes of pruning could not be told from what comes of precision.",
             "Export both alike, or give a dtype.",
         )
-    sizes = {side: each.num_parameters for side, each in facts.items()}
+    sizes = {side: each.weight_bytes for side, each in facts.items()}
     if sizes["original"] < sizes.get("pruned", 0):
         raise SenteiError(
-            f"The original has {sizes['original']:,} parameters and the pruned model {sizes['pruned']:,}.",
+            f"The original has {sizes['original']:,} bytes of weights and the pruned model {sizes['pruned']:,}.",
             "Are they swapped? The original comes first.",
         )
     needed = max(each.longest for each in workloads)
