@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from toolchain import embedded_text
-from toolchain.allocation import Allocation, Protected, allocate, block_parameters
+from toolchain.allocation import Allocation, Protected, allocate, alpha_of, block_parameters
 from toolchain.block_removal import BLOCK_METHODS, EVOPRESS, num_blocks_to_remove, remove_blocks
 from toolchain.calibration import TokenWindows, load_windows
 from toolchain.checkpoint import Checkpoint, TensorInfo, open_checkpoint
@@ -230,6 +230,7 @@ def allocation_of(checkpoint: Checkpoint, settings: PruneSettings) -> Allocation
         sizes,
         settings.sparsity,
         align=width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel),
+        alpha=alpha_of(settings.widths),
         attention_removals=settings.attention_removals,
         protected=settings.protected,
     )

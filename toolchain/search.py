@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from toolchain.adaptive_allocation import best_split, ranked_widths
-from toolchain.allocation import BlockParameters, Protected, allocate, ladder, reachable_removals
+from toolchain.allocation import BlockParameters, Protected, allocate, alpha_of, ladder, reachable_removals
 from toolchain.attention_search import Tried, candidate_scores, num_candidates, removals, scores_of_models
 from toolchain.function_metric import FunctionMetric
 from toolchain.importance import neuron_importance
@@ -104,7 +104,12 @@ class Search:
         def widths(num_removals: int | None) -> tuple[int, tuple[int, ...]]:
             align = document.align
             split = allocate(
-                self.sizes, document.target_sparsity, align=align, attention_removals=num_removals, protected=protected
+                self.sizes,
+                document.target_sparsity,
+                align=align,
+                alpha=alpha_of(document.widths),
+                attention_removals=num_removals,
+                protected=protected,
             )
             if document.widths == "uniform":
                 return split.num_attention_removals, split.widths
