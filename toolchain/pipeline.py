@@ -61,9 +61,9 @@ class PruneSettings:
         seq_len: Tokens a window.
         align: FFN widths on each rank are multiples of this; 1, on a single rank, gives the published widths.
         attention_removals: Overrides the published formula.
-        allocation: How many attentions go: ``formula``, as published, or ``auto``, by measured damage.
-        widths: Of the FFNs: ``uniform``, as published, or ``ranked``, wider where the loss is more
-            sensitive.
+        allocation: How many attentions go: ``formula``, as published but for ranked widths' own ``alpha``, or ``auto``,
+            by measured damage.
+        widths: Of the FFNs: ``uniform``, as published, or ``ranked``: gradients of the loss choose widths and neurons.
         protected: Layers left alone.
         search: ``exact``, or ``racing``: drop candidates that fall behind early.
         metric: Decides what is removed; see :func:`toolchain.metric_choice.choose_metric`.
