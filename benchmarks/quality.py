@@ -49,7 +49,8 @@ class Method:
     Attributes:
         name: In the table.
         commands: ``sentei`` commands, run in turn. Each writes ``{out}``, may read ``{before}``, which the one before
-            it wrote, and knows ``{model}``, ``{sparsity}``, ``{calibration}``, ``{samples}`` and ``{seq_len}``.
+            it wrote, and knows ``{model}``, ``{sparsity}``, ``{calibration}``, ``{samples}``, ``{seq_len}`` and
+            ``{dtype}``.
     """
 
     name: str
@@ -57,7 +58,8 @@ class Method:
 
 
 _PRUNE = (
-    "prune {model} -o {out} --sparsity {sparsity} --calibration {calibration} --samples {samples} --seq-len {seq_len}"
+    "prune {model} -o {out} --sparsity {sparsity} --calibration {calibration} --samples {samples} --seq-len {seq_len} "
+    "--dtype {dtype}"
 )
 METHODS = (
     Method(name="2ssp", commands=(f"{_PRUNE} --method 2ssp --align 1",)),
@@ -99,6 +101,7 @@ def main(
     seq_len: Annotated[int, typer.Option(help="Tokens a window, for calibration too.")] = 2048,
     limit: Annotated[int, typer.Option(help="The first so many questions of each task.")] = 150,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    dtype: Annotated[str, typer.Option(help="Computed in, to prune and to evaluate.")] = "float32",
     max_minutes: Annotated[float, typer.Option(help="Start no new cell after so long.")] = float("inf"),
 ) -> None:
     """Fills the table."""
@@ -113,52 +116,53 @@ def main(
     table.settings = {
         "num_windows": windows, "seq_len": seq_len, "limit": limit, "num_calibration_windows": samples,
         "calibration": f"C4, documents 0 to {_NUM_CALIBRATION_DOCUMENTS - 1}", "model": "SmolLM2-135M-Instruct",
-        "dtype": "float32", "methods": {method.name: list(method.commands) for method in METHODS},
+        "dtype": dtype, "methods": {method.name: list(method.commands) for method in METHODS},
     }  # fmt: skip
 
     def measure_texts(row: str, walk: Callable[[], LayerWalk], depends_on: Mapping[str, Any]) -> None:
         for name, path in texts.items():
-            asked = {**depends_on, "text": _digest(path), "windows": windows, "seq_len": seq_len}
+            asked = {**depends_on, "text": _digest(path), "windows": windows, "seq_len": seq_len, "dtype": dtype}
             table.fill(row, name, asked, partial(lambda path: _perplexity(walk(), path, windows, seq_len, model), path))
 
     def measure_tasks(row: str, walk: Callable[[], LayerWalk], depends_on: Mapping[str, Any]) -> None:
         for name, file in tasks.items():
-            asked = {**depends_on, "questions": _digest(file), "limit": limit}
+            asked = {**depends_on, "questions": _digest(file), "limit": limit, "dtype": dtype}
             table.fill(
                 row, name, asked, partial(lambda name, file: _task(walk(), name, file, limit, model), name, file)
             )
 
     # Texts of all rows come first: the ratio of perplexities is the first question, and tasks take longest.
     for measure in (measure_texts, measure_tasks):
-        measure("original", cache(partial(_walk, model)), {})
+        measure("original", cache(partial(_walk, model, dtype)), {})
         for target in sparsity:
             values = {
-                "sparsity": target, "samples": samples, "seq_len": seq_len, "model": model, "calibration": calibration
+                "sparsity": target, "samples": samples, "seq_len": seq_len, "model": model, "calibration": calibration,
+                "dtype": dtype,
             }  # fmt: skip
             for method in chosen:
                 row = f"{method.name} {target:g}"
                 depends_on = {
                     "commands": method.commands, "sparsity": target, "samples": samples, "seq_len": seq_len,
-                    "calibration": _digest(calibration),
+                    "calibration": _digest(calibration), "dtype": dtype,
                 }  # fmt: skip
                 place = work / f"{method.name}-{target:g}-{_digest_of(depends_on)}"
                 prune = partial(_prune, method, place, values)
                 if table.fill(row, "pruning", depends_on, prune) is not None:
-                    measure(row, cache(partial(_pruned_walk, place, prune)), depends_on)
+                    measure(row, cache(partial(_pruned_walk, place, dtype, prune)), depends_on)
     table.save()
     typer.echo(table.markdown())
 
 
-def _walk(directory: Path) -> LayerWalk:
+def _walk(directory: Path, dtype: str) -> LayerWalk:
     checkpoint = open_checkpoint(directory)
-    return LayerWalk(load_model(checkpoint, dtype=torch.float32), checkpoint.family)
+    return LayerWalk(load_model(checkpoint, dtype=getattr(torch, dtype)), checkpoint.family)
 
 
-def _pruned_walk(place: Path, prune: Callable[[], object]) -> LayerWalk:
+def _pruned_walk(place: Path, dtype: str, prune: Callable[[], object]) -> LayerWalk:
     """What a row measures, pruned again if an earlier run's model is gone."""
     if not place.exists():
         prune()
-    return _walk(place)
+    return _walk(place, dtype)
 
 
 class _Table:
