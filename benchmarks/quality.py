@@ -14,6 +14,7 @@ Calibrated on the C4 sample's documents 0 to 599 and evaluated on 600 to 999 onl
 
 import hashlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,8 @@ class Method:
     Attributes:
         name: In the table.
         commands: ``sentei`` commands, run in turn. Each writes ``{out}``, may read ``{before}``, which the one before
-            it wrote, and knows ``{model}``, ``{sparsity}``, ``{calibration}``, ``{samples}`` and ``{seq_len}``.
+            it wrote, and knows ``{model}``, ``{sparsity}``, ``{calibration}``, ``{samples}``, ``{seq_len}`` and
+            ``{dtype}``.
     """
 
     name: str
@@ -56,7 +58,8 @@ class Method:
 
 
 _PRUNE = (
-    "prune {model} -o {out} --sparsity {sparsity} --calibration {calibration} --samples {samples} --seq-len {seq_len}"
+    "prune {model} -o {out} --sparsity {sparsity} --calibration {calibration} --samples {samples} --seq-len {seq_len} "
+    "--dtype {dtype}"
 )
 METHODS = (
     Method(name="2ssp", commands=(f"{_PRUNE} --method 2ssp --align 1",)),
@@ -98,6 +101,7 @@ def main(
     seq_len: Annotated[int, typer.Option(help="Tokens a window, for calibration too.")] = 2048,
     limit: Annotated[int, typer.Option(help="The first so many questions of each task.")] = 150,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    dtype: Annotated[str, typer.Option(help="Computed in, to prune and to evaluate.")] = "float32",
     max_minutes: Annotated[float, typer.Option(help="Start no new cell after so long.")] = float("inf"),
 ) -> None:
     """Fills the table."""
@@ -112,50 +116,53 @@ def main(
     table.settings = {
         "num_windows": windows, "seq_len": seq_len, "limit": limit, "num_calibration_windows": samples,
         "calibration": f"C4, documents 0 to {_NUM_CALIBRATION_DOCUMENTS - 1}", "model": "SmolLM2-135M-Instruct",
-        "dtype": "float32", "methods": {method.name: list(method.commands) for method in METHODS},
+        "dtype": dtype, "methods": {method.name: list(method.commands) for method in METHODS},
     }  # fmt: skip
 
-    def measure_texts(row: str, directory: Path, depends_on: Mapping[str, Any]) -> None:
-        walk = cache(partial(_walk, directory))
+    def measure_texts(row: str, walk: Callable[[], LayerWalk], depends_on: Mapping[str, Any]) -> None:
         for name, path in texts.items():
-            asked = {**depends_on, "text": _digest(path), "windows": windows, "seq_len": seq_len}
+            asked = {**depends_on, "text": _digest(path), "windows": windows, "seq_len": seq_len, "dtype": dtype}
             table.fill(row, name, asked, partial(lambda path: _perplexity(walk(), path, windows, seq_len, model), path))
 
-    def measure_tasks(row: str, directory: Path, depends_on: Mapping[str, Any]) -> None:
-        walk = cache(partial(_walk, directory))
+    def measure_tasks(row: str, walk: Callable[[], LayerWalk], depends_on: Mapping[str, Any]) -> None:
         for name, file in tasks.items():
-            asked = {**depends_on, "questions": _digest(file), "limit": limit}
+            asked = {**depends_on, "questions": _digest(file), "limit": limit, "dtype": dtype}
             table.fill(
                 row, name, asked, partial(lambda name, file: _task(walk(), name, file, limit, model), name, file)
             )
 
     # Texts of all rows come first: the ratio of perplexities is the first question, and tasks take longest.
     for measure in (measure_texts, measure_tasks):
-        measure("original", model, {})
+        measure("original", cache(partial(_walk, model, dtype)), {})
         for target in sparsity:
             values = {
-                "sparsity": target, "samples": samples, "seq_len": seq_len, "model": model, "calibration": calibration
+                "sparsity": target, "samples": samples, "seq_len": seq_len, "model": model, "calibration": calibration,
+                "dtype": dtype,
             }  # fmt: skip
             for method in chosen:
                 row = f"{method.name} {target:g}"
                 depends_on = {
                     "commands": method.commands, "sparsity": target, "samples": samples, "seq_len": seq_len,
-                    "calibration": _digest(calibration),
+                    "calibration": _digest(calibration), "dtype": dtype,
                 }  # fmt: skip
                 place = work / f"{method.name}-{target:g}-{_digest_of(depends_on)}"
                 prune = partial(_prune, method, place, values)
-                if table.fill(row, "pruning", depends_on, prune) is None:
-                    continue
-                if not place.exists():
-                    prune()
-                measure(row, place, depends_on)
+                if table.fill(row, "pruning", depends_on, prune) is not None:
+                    measure(row, cache(partial(_pruned_walk, place, dtype, prune)), depends_on)
     table.save()
     typer.echo(table.markdown())
 
 
-def _walk(directory: Path) -> LayerWalk:
+def _walk(directory: Path, dtype: str) -> LayerWalk:
     checkpoint = open_checkpoint(directory)
-    return LayerWalk(load_model(checkpoint, dtype=torch.float32), checkpoint.family)
+    return LayerWalk(load_model(checkpoint, dtype=getattr(torch, dtype)), checkpoint.family)
+
+
+def _pruned_walk(place: Path, dtype: str, prune: Callable[[], object]) -> LayerWalk:
+    """What a row measures, pruned again if an earlier run's model is gone."""
+    if not place.exists():
+        prune()
+    return _walk(place, dtype)
 
 
 class _Table:
@@ -205,6 +212,7 @@ class _Table:
             "kept",
             f"perplexity / {BASELINE}",
             "s",
+            "CPU s",
         ]
         lines = [" | ".join(header), " | ".join("---" for _ in header)]
         for row, cells in self.cells.items():
@@ -225,13 +233,15 @@ class _Table:
                         _shown(kept, ".1%"),
                         _shown(ratio, ".3f"),
                         _shown(pruning.get("seconds"), ".0f"),
+                        _shown(pruning.get("cpu_seconds"), ".0f"),
                     ]
                 )
             )
         notes = (
             "Perplexity of text; share of right answers (acc_norm where the task has it); perplexity against "
-            f"{BASELINE}'s at the same target, geometric mean of both texts; s: seconds of pruning. In brackets what a "
-            "task lost and gained against the original's answers, with an exact McNemar p below 0.05 as *."
+            f"{BASELINE}'s at the same target, geometric mean of both texts; s and CPU s: seconds of pruning, by the "
+            "clock and of all processors (compare these where other work ran beside it). In brackets what a task lost "
+            "and gained against the original's answers, with an exact McNemar p below 0.05 as *."
         )
         return "\n".join(f"| {line} |" for line in lines) + f"\n\n{notes}\n"
 
@@ -278,6 +288,7 @@ def _texts(data: Path, work: Path) -> tuple[Path, dict[str, Path]]:
 def _prune(method: Method, place: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Runs a method's commands; keeps only what the last one writes."""
     shutil.rmtree(place, ignore_errors=True)
+    before_cpu_s = _cpu_s_of_children()
     with tempfile.TemporaryDirectory(dir=place.parent) as steps:
         before = Path(steps) / "none"
         for number, command in enumerate(method.commands):
@@ -290,7 +301,14 @@ def _prune(method: Method, place: Path, values: Mapping[str, Any]) -> dict[str, 
     return {
         "num_parameters": pruned.num_parameters,
         "sparsity": 1 - pruned.num_block_parameters / original.num_block_parameters,
+        "cpu_seconds": round(_cpu_s_of_children() - before_cpu_s, 1),
     }
+
+
+def _cpu_s_of_children() -> float:
+    """Processor time of all that was started and has ended: unlike the clock, hardly longer beside other work."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _perplexity(walk: LayerWalk, path: Path, windows: int, seq_len: int, model: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from toolchain.errors import SenteiError
 from toolchain.plan import ProtectedRecord
 
 ALPHA = 1.5
+# Ranked widths cost less than even ones, so more of the budget is theirs: docs/decisions/allocation.md.
+RANKED_ALPHA = 1.0
 # Neuron counts come from floating point; this is far below one neuron and far above the rounding error.
 _SLACK = 1e-6
 
@@ -79,12 +81,17 @@ def block_parameters(checkpoint: Checkpoint) -> BlockParameters:
     )
 
 
-def num_attention_removals(sizes: BlockParameters, sparsity: float) -> int:
-    """``round(L * s ** ((P_ffn / P_attn) / alpha))`` with ``alpha = 1.5`` (2SSP, arXiv 2501.17771, section 3.3).
+def alpha_of(widths: str) -> float:
+    """The formula's ``alpha`` for ``uniform`` or ``ranked`` FFN widths."""
+    return RANKED_ALPHA if widths == "ranked" else ALPHA
+
+
+def num_attention_removals(sizes: BlockParameters, sparsity: float, alpha: float = ALPHA) -> int:
+    """``round(L * s ** ((P_ffn / P_attn) / alpha))``; 2SSP has ``alpha = 1.5`` (arXiv 2501.17771, section 3.3).
 
     ``P_attn`` counts the projections alone, as the method's public code does.
     """
-    return round(sizes.num_hidden_layers * sparsity ** ((sizes.ffn / sizes.attention) / ALPHA))
+    return round(sizes.num_hidden_layers * sparsity ** ((sizes.ffn / sizes.attention) / alpha))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +133,7 @@ def allocate(
     sparsity: float,
     *,
     align: int,
+    alpha: float = ALPHA,
     attention_removals: int | None = None,
     protected: Protected = Protected(),
 ) -> Allocation:
@@ -139,6 +147,7 @@ def allocate(
         sizes: Of the unpruned model.
         sparsity: Fraction of all decoder-block parameters to remove, in (0, 1).
         align: Widths are multiples of this; at least one multiple is kept in each layer.
+        alpha: Of the formula, see :func:`num_attention_removals`.
         attention_removals: Overrides the formula.
         protected: What has to stay; the other layers make up for it.
 
@@ -153,7 +162,7 @@ def allocate(
     layers = sizes.num_hidden_layers
     if attention_removals is not None and not 0 <= attention_removals <= layers:
         raise SenteiError(f"--attention-removals {attention_removals} is not from 0 to the number of layers, {layers}.")
-    removals = num_attention_removals(sizes, sparsity) if attention_removals is None else attention_removals
+    removals = num_attention_removals(sizes, sparsity, alpha) if attention_removals is None else attention_removals
     if removals > layers - len(protected.attention):
         raise SenteiError(
             f"{removals} attentions are to be removed, and --protect leaves {layers - len(protected.attention)}.",

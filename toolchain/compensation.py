@@ -22,6 +22,7 @@ from toolchain.families import Family
 from toolchain.layer_walk import LayerWalk
 from toolchain.metrics import PerplexityMetric, finite
 from toolchain.plan import RefitRecord
+from toolchain.sub_blocks import Part
 
 # Ridges that are tried, relative to each input's own energy; held-out windows choose.
 RIDGES = (0.1, 1.0, 10.0)
@@ -77,17 +78,18 @@ def compensate(
     tensors: dict[str, TensorInfo] = {}
     records: list[RefitRecord] = []
     before, after = original.embed(windows), pruned.embed(windows)
+    # Each projection, and the half of the layer that is left out while it is looked at.
+    parts: tuple[tuple[str, Part], ...] = ((family.attention_output, "ffn"), (family.ffn_output, "attention"))
     for index in range(len(original.layers)):
         with original.layers.layer(index) as module:
             says, states = _run_original(original, module, index, before, factor)
         refitted: dict[str, torch.Tensor] = {}
         with pruned.layers.layer(index) as module:
-            left: torch.Tensor | None = None
-            for name in (family.attention_output, family.ffn_output):
+            for name, other in parts:
                 projection = _projection(module, name)
                 if projection is None:
                     continue
-                seen = [_run_to(pruned, module, index, row, name, factor) for row in after.split(1)]
+                seen = [_run_part(pruned, module, index, row, name, without=other) for row in after.split(1)]
                 wanted = _wanted(says[name], states[name], seen, factor, family)
                 moments = _moments(projection, seen, wanted)
                 if not all(bool(torch.isfinite(each.energy)) for each in moments):
@@ -109,12 +111,11 @@ def compensate(
                             error_after=result.error_after,
                         )
                     )
-                if name == family.ffn_output and not family.norms_outputs:
-                    # What leaves the layer now; running it again would say the same.
-                    left = torch.cat([each.state + factor * (projection(each.inputs) - each.says) for each in seen])
-            if left is None:
-                left = torch.cat([pruned.run(module, index, row) for row in after.split(1)])
-            after = left
+                if family.norms_outputs:
+                    after = torch.cat([pruned.run_without([other], module, index, row) for row in after.split(1)])
+                else:
+                    # What running it again would say.
+                    after = torch.cat([each.state + factor * (projection(each.inputs) - each.says) for each in seen])
         before = states[family.ffn_output]
         if refitted:
             file = directory / f"layer-{index}.safetensors"
@@ -237,28 +238,17 @@ def refit(weight: torch.Tensor, fitted: Moments, held_out: Moments, dtype: torch
     )
 
 
-class _Reached(Exception):
-    """A projection has been reached."""
-
-
 @contextmanager
-def _observed(module: nn.Module, names: Collection[str], *, stop: bool = False) -> Iterator[dict[str, _Calls]]:
-    """Collects inputs and outputs of a layer's projections; with ``stop``, the layer runs no further."""
+def _observed(module: nn.Module, names: Collection[str]) -> Iterator[dict[str, _Calls]]:
+    """Collects inputs and outputs of a layer's projections."""
     calls: dict[str, _Calls] = {name: [] for name in names}
 
     def hook(name: str) -> Callable[..., None]:
-        def observe(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            calls[name].append((inputs[0], output))
-            if stop:
-                raise _Reached
-
-        return observe
+        return lambda _module, inputs, output: calls[name].append((inputs[0], output))
 
     handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
         yield calls
-    except _Reached:
-        pass
     finally:
         for handle in handles:
             handle.remove()
@@ -275,13 +265,14 @@ def _run_original(
     return says, {names[0]: hidden + factor * says[names[0]], names[1]: left}
 
 
-def _run_to(walk: LayerWalk, module: nn.Module, index: int, hidden: torch.Tensor, name: str, factor: float) -> _Seen:
-    """Runs a layer on one window, no further than to its projection if that is attention's."""
-    left = hidden
-    with _observed(module, [name], stop=name == walk.family.attention_output) as calls:
-        left = walk.run(module, index, hidden)
+def _run_part(
+    walk: LayerWalk, module: nn.Module, index: int, hidden: torch.Tensor, name: str, *, without: Part
+) -> _Seen:
+    """Runs a layer's attention or its FFN alone, on one window: the one that ends with the projection ``name``."""
+    with _observed(module, [name]) as calls:
+        left = walk.run_without([without], module, index, hidden)
     [(inputs, says)] = calls[name]
-    return _Seen(inputs=inputs, says=says, state=hidden + factor * says if left is hidden else left)
+    return _Seen(inputs=inputs, says=says, state=left)
 
 
 def _projection(module: nn.Module, name: str) -> nn.Linear | None:

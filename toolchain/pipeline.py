@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from toolchain import embedded_text
-from toolchain.allocation import Allocation, Protected, allocate, block_parameters
+from toolchain.allocation import Allocation, Protected, allocate, alpha_of, block_parameters
 from toolchain.block_removal import BLOCK_METHODS, EVOPRESS, num_blocks_to_remove, remove_blocks
 from toolchain.calibration import TokenWindows, load_windows
 from toolchain.checkpoint import Checkpoint, TensorInfo, open_checkpoint
@@ -61,9 +61,9 @@ class PruneSettings:
         seq_len: Tokens a window.
         align: FFN widths on each rank are multiples of this; 1, on a single rank, gives the published widths.
         attention_removals: Overrides the published formula.
-        allocation: How many attentions go: ``formula``, as published, or ``auto``, by measured damage.
-        widths: Of the FFNs: ``uniform``, as published, or ``ranked``, wider where the loss is more
-            sensitive.
+        allocation: How many attentions go: ``formula``, as published but for ranked widths' own ``alpha``, or ``auto``,
+            by measured damage.
+        widths: Of the FFNs: ``uniform``, as published, or ``ranked``: gradients of the loss choose widths and neurons.
         protected: Layers left alone.
         search: ``exact``, or ``racing``: drop candidates that fall behind early.
         metric: Decides what is removed; see :func:`toolchain.metric_choice.choose_metric`.
@@ -230,6 +230,7 @@ def allocation_of(checkpoint: Checkpoint, settings: PruneSettings) -> Allocation
         sizes,
         settings.sparsity,
         align=width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel),
+        alpha=alpha_of(settings.widths),
         attention_removals=settings.attention_removals,
         protected=settings.protected,
     )

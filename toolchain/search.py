@@ -3,13 +3,12 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from toolchain.adaptive_allocation import best_split, ranked_widths
-from toolchain.allocation import BlockParameters, Protected, allocate, ladder, reachable_removals
+from toolchain.allocation import BlockParameters, Protected, allocate, alpha_of, ladder, reachable_removals
 from toolchain.attention_search import Tried, candidate_scores, num_candidates, removals, scores_of_models
 from toolchain.function_metric import FunctionMetric
 from toolchain.importance import neuron_importance
@@ -18,7 +17,7 @@ from toolchain.limits import holds, resolve_limit
 from toolchain.metrics import Metric, measure
 from toolchain.plan import PlanDocument, PruningPlan, Removal, Rung, top_neurons
 from toolchain.progress import Progress, no_progress
-from toolchain.sensitivity import neuron_sensitivity
+from toolchain.sensitivity import Sensitivity, neuron_sensitivity
 from toolchain.stepping import embedded_states
 from toolchain.surgery import KeptNeurons
 
@@ -62,6 +61,8 @@ class Search:
         self._prepare()
         with self.progress("Importance of neurons", len(self.windows)) as advance:
             importance = neuron_importance(self.walk, self.windows, on_window=advance)
+        if blank.widths == "ranked":
+            importance = self._sensitivity.weigh(importance)
         original, limit = measure(self.walk, self.metric), blank.limit
         if limit is not None:
             limit = resolve_limit(limit, self._limited(original))
@@ -99,16 +100,21 @@ class Search:
         document = plan.document
         protected = Protected.of(document.protected)
         asked = document.attention_removals
-        sensitivity = self._sensitivity() if document.widths == "ranked" else ()
+        slope = self._sensitivity.slope if document.widths == "ranked" else ()
 
         def widths(num_removals: int | None) -> tuple[int, tuple[int, ...]]:
             align = document.align
             split = allocate(
-                self.sizes, document.target_sparsity, align=align, attention_removals=num_removals, protected=protected
+                self.sizes,
+                document.target_sparsity,
+                align=align,
+                alpha=alpha_of(document.widths),
+                attention_removals=num_removals,
+                protected=protected,
             )
             if document.widths == "uniform":
                 return split.num_attention_removals, split.widths
-            return split.num_attention_removals, ranked_widths(sensitivity, split.widths, align, protected.ffn)
+            return split.num_attention_removals, ranked_widths(slope, split.widths, align, protected.ffn)
 
         if document.allocation == "auto":
             possible = reachable_removals(
@@ -121,7 +127,8 @@ class Search:
         self.save(plan)
         return plan
 
-    def _sensitivity(self) -> tuple[NDArray[np.float32], ...]:
+    @cached_property
+    def _sensitivity(self) -> Sensitivity:
         windows = self.windows[:_NUM_SENSITIVITY_WINDOWS]
         with self.progress("Sensitivity of neurons", len(windows)) as advance:
             return neuron_sensitivity(self.walk, windows, on_window=advance)

@@ -1,11 +1,12 @@
-"""How much the loss would change with each FFN neuron's removal: a first-order estimate, by gradients.
+"""How much the loss would change with each FFN neuron's removal: estimates by gradients.
 
 Activations alone say which neurons of a layer matter, and not which layers do: what an early layer gets wrong passes
 through all later ones. Gradients see that. Nothing is trained.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,30 +20,47 @@ from toolchain.layer_walk import LayerWalk
 _HEAD_TOKENS = 256
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """Two estimates a neuron, float32 ``[intermediate_size]`` a layer, comparable across layers.
+
+    With ``a_tj`` the activation of neuron *j* for token *t*, and ``L`` the summed loss of a window:
+
+    Attributes:
+        slope: ``|sum_t a_tj dL/da_tj|``, averaged over the windows, in nats: what its removal does to the loss
+            (first-order Taylor expansion: Molchanov et al., arXiv 1611.06440, section 2.2, with sums over tokens and a
+            window as the example). Tells layers apart well, and the neurons of a layer badly.
+        fisher: ``sum_t (a_tj dL/da_tj)^2``, averaged over the windows, in nats squared: Fisher information about a
+            factor on the neuron (as in Fisher pruning: Theis et al., arXiv 1801.05787, with a token as the example).
+    """
+
+    slope: tuple[NDArray[np.float32], ...]
+    fisher: tuple[NDArray[np.float32], ...]
+
+    def weigh(self, importance: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], ...]:
+        """Scores of neurons that look at the loss too: ``importance * fisher ** (1 / 4)``, for each layer alone."""
+        return tuple(scores * fisher**0.25 for scores, fisher in zip(importance, self.fisher, strict=True))
+
+
 def neuron_sensitivity(
     walk: LayerWalk, windows: torch.Tensor, *, on_window: Callable[[], None] = lambda: None
-) -> tuple[NDArray[np.float32], ...]:
-    """Scores every neuron by what its removal does to the loss, in nats and comparable across layers.
+) -> Sensitivity:
+    """Estimates what the removal of every neuron does to the loss.
 
-    The score of neuron *j* is ``|sum_t a_tj dL/da_tj|``, averaged over the windows: ``L`` is the window's summed loss
-    and ``a_tj`` the activation for token *t* (first-order Taylor expansion: Molchanov et al., arXiv 1611.06440,
-    section 2.2, with sums over tokens and a window as the example). The walk goes up layer by layer and down again; one
-    window's states and one layer's graph are in memory at a time.
+    The walk goes up layer by layer and down again; one window's states and one layer's graph are in memory at a time.
 
     Args:
         walk: Over the unpruned model.
         windows: int64 ``[num_samples, seq_len]``.
         on_window: Called once a window, for progress.
 
-    Returns:
-        float32 ``[intermediate_size]`` a layer.
-
     Raises:
         SenteiError: NaN or Inf among the gradients; names the highest such layer.
     """
     # A walk of its own: what others have remembered under inference mode takes no gradients.
     walk = LayerWalk(walk.model, walk.family, walk.layers)
-    totals: list[torch.Tensor | float] = [0.0] * len(walk.layers)
+    slopes: list[torch.Tensor | float] = [0.0] * len(walk.layers)
+    fisher = list(slopes)
     for window in windows.split(1):
         states = _entering_states(walk, window)
         gradient = _gradient_of_loss(walk, states.pop(), window)
@@ -55,16 +73,22 @@ def neuron_sensitivity(
                 entering = states.pop().requires_grad_()
                 leaving = walk.run(module, index, entering)
                 [activations] = seen
-                gradient, slopes = torch.autograd.grad(leaving, (entering, activations), gradient)
-            contributions = (activations.detach().float() * slopes.float()).sum((0, 1)).abs().double()
-            if not bool(torch.isfinite(contributions).all()):
+                gradient, by_neuron = torch.autograd.grad(leaving, (entering, activations), gradient)
+            contributions = (activations.detach().float() * by_neuron.float()).flatten(0, -2)
+            squared = contributions.square().sum(0).double()
+            if not bool(torch.isfinite(squared).all()):
                 raise SenteiError(
                     f"Layer {index}: gradients hold NaN or Inf in {walk.model.dtype}.",
                     "Compute in another --dtype (float32).",
                 )
-            totals[index] = totals[index] + contributions.cpu()
+            slopes[index] = slopes[index] + contributions.sum(0).abs().double().cpu()
+            fisher[index] = fisher[index] + squared.cpu()
         on_window()
-    return tuple((torch.as_tensor(total) / len(windows)).float().numpy() for total in totals)
+    return Sensitivity(slope=_means(slopes, len(windows)), fisher=_means(fisher, len(windows)))
+
+
+def _means(totals: list[torch.Tensor | float], count: int) -> tuple[NDArray[np.float32], ...]:
+    return tuple((torch.as_tensor(total) / count).float().numpy() for total in totals)
 
 
 @torch.no_grad()

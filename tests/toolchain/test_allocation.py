@@ -8,9 +8,11 @@ from hypothesis.extra.numpy import arrays
 
 from toolchain.adaptive_allocation import best_split, ranked_widths
 from toolchain.allocation import (
+    Allocation,
     BlockParameters,
     Protected,
     allocate,
+    alpha_of,
     block_parameters,
     ladder,
     num_attention_removals,
@@ -53,6 +55,19 @@ def test_published_widths(sparsity: float, removals: int, width: int):
     allocation = allocate(SMOLLM2, sparsity, align=1)
     assert allocation.num_attention_removals == removals
     assert set(allocation.widths) == {width}
+
+
+@pytest.mark.parametrize(("sparsity", "removals"), [(0.25, 0), (0.375, 2), (0.5, 4)])
+def test_ranked_widths_take_more_and_attentions_less(sparsity: float, removals: int):
+    allocation = allocate(SMOLLM2, sparsity, align=1, alpha=alpha_of("ranked"))
+    assert allocation.num_attention_removals == removals
+    # As many parameters as the published split leaves, but for rounding each layer's width.
+    assert kept(allocation) == pytest.approx(kept(allocate(SMOLLM2, sparsity, align=1)), abs=30 * 3 * 576)
+
+
+def kept(allocation: Allocation) -> int:
+    gone = allocation.num_attention_removals * (SMOLLM2.attention + SMOLLM2.attention_norm)
+    return sum(allocation.widths) * SMOLLM2.neuron - gone
 
 
 @given(blocks(), st.floats(0.001, 0.999), st.integers(2, 128))

@@ -127,7 +127,8 @@ def prune(
     allocation: Annotated[
         Allocation,
         typer.Option(
-            help="Attentions to remove: the published formula, or by measured damage (for grouped-query attention).",
+            help="Attentions to remove: the published formula (fewer with --widths ranked), or by measured damage (for "
+            "grouped-query attention).",
             rich_help_panel=_TARGET,
         ),
     ] = Allocation.formula,
@@ -137,7 +138,8 @@ def prune(
     widths: Annotated[
         Widths,
         typer.Option(
-            help="FFN widths: even, as published, or wider where the loss is more sensitive (gradients).",
+            help="FFN widths: even, as published, or by gradients of the loss, which take fewer attentions and more "
+            "neurons.",
             rich_help_panel=_TARGET,
         ),
     ] = Widths.uniform,
