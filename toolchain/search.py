@@ -16,6 +16,7 @@ from toolchain.importance import neuron_importance
 from toolchain.layer_walk import LayerWalk
 from toolchain.limits import holds, resolve_limit
 from toolchain.metrics import Metric, measure
+from toolchain.passage_hashes import hash_passages
 from toolchain.plan import PlanDocument, PruningPlan, Removal, Rung, top_neurons
 from toolchain.progress import Progress, no_progress
 from toolchain.sensitivity import neuron_sensitivity
@@ -66,7 +67,8 @@ class Search:
         if limit is not None:
             limit = resolve_limit(limit, self._limited(original))
         document = blank.model_copy(update={"metric_original": original, "limit": limit})
-        plan = PruningPlan(document, importance).at([], [])
+        read = hash_passages(self.windows.numpy())
+        plan = PruningPlan(document, importance, {"calibration": read}).at([], [])
         self.save(plan)
         return plan
 
@@ -117,7 +119,7 @@ class Search:
             asked = self._best_split(plan, possible, lambda number: widths(number)[1])
         num_removals, target = widths(asked)
         changes = {"target_intermediate_size": list(target), "target_attention_removals": num_removals}
-        plan = PruningPlan(document.model_copy(update=changes), plan.importance)
+        plan = plan.changed(changes)
         self.save(plan)
         return plan
 
@@ -249,7 +251,7 @@ def _stopped(plan: PruningPlan, broken: Rung | Removal, how: str) -> PruningPlan
     limit = plan.document.limit
     assert limit is not None
     reason = f"{limit.metric} would be {_limited(broken):.5g} {how}; the limit is {limit.value:.5g}"
-    return PruningPlan(plan.document.model_copy(update={"stopped_because": reason}), plan.importance)
+    return plan.changed({"stopped_because": reason})
 
 
 def _kept(plan: PruningPlan, widths: Sequence[int]) -> KeptNeurons:
