@@ -90,7 +90,8 @@ def _models(directory: Path, sparsities: Sequence[float], samples: int) -> dict[
         models[name] = directory / name
         settings = PruneSettings(
             sparsity=sparsity, calibration=[TextSource(directory / "text" / "calibration.txt")],
-            num_samples=samples, seq_len=512, align=64, attention_removals=None, device="cpu", dtype=torch.float32, seed=0,
+            num_samples=samples, seq_len=512, align=64, attention_removals=None, device="cpu", dtype=torch.float32,
+            seed=0,
         )  # fmt: skip
         prune(models["original"], models[name], settings, model_name="SmolLM2-135M-Instruct")
         typer.echo(f"{name} is pruned")

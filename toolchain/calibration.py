@@ -3,11 +3,15 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from toolchain.errors import SenteiError
+from toolchain.passage_hashes import hash_passages, merge_hashes
 from toolchain.plan import TextSourceRecord
 from toolchain.text_sources import Text, TextSource, read_documents, text_name
 
@@ -24,16 +28,23 @@ class TokenWindows:
             follow in an order that spreads each source evenly.
         source: Name of the text, or of the texts of a mixture.
         sources: What each text gave.
+        stretches: The windows of each text as they follow one another in it, int64 ``[num_windows, seq_len]``.
     """
 
     ids: torch.Tensor
     source: str
     sources: tuple[TextSourceRecord, ...]
+    stretches: tuple[torch.Tensor, ...]
 
     @property
     def sha256(self) -> str:
         """SHA-256 of the ids as int64 bytes."""
         return _sha256(self.ids)
+
+    @property
+    def passage_hashes(self) -> NDArray[np.uint64]:
+        """By which the text is known again, see :mod:`toolchain.passage_hashes`."""
+        return reduce(merge_hashes, (hash_passages(stretch.flatten().numpy()) for stretch in self.stretches))
 
     @property
     def first_of_each(self) -> torch.Tensor:
@@ -161,6 +172,7 @@ def _together(sources: Sequence[TextSource], windows: Sequence[torch.Tensor]) ->
             TextSourceRecord(source=name, weight=source.weight / total, num_windows=len(ids), sha256=_sha256(ids))
             for name, source, ids in zip(names, sources, windows, strict=True)
         ),
+        stretches=tuple(windows),
     )
 
 

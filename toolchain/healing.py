@@ -25,7 +25,7 @@ from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.memory import is_out_of_memory
 from toolchain.modeling import load_model, load_tokenizer
 from toolchain.output import check_output_directory, new_directory, write_text
-from toolchain.passage_hashes import hash_passages, merge_hashes
+from toolchain.passage_hashes import merge_hashes
 from toolchain.pipeline import SUMMARY_FILE, dtype_name
 from toolchain.plan import HealingRecord, PruningPlan, load_plan
 from toolchain.progress import Progress, no_progress
@@ -314,7 +314,7 @@ def _write_weights(source: Checkpoint, student: "Student", directory: Path, prog
 def _carry_over(source: Path, plan: PruningPlan, record: HealingRecord, windows: TokenWindows, directory: Path) -> None:
     """Writes plan, summary and model card: the source's, and that it was healed."""
     healed = plan.changed({"healing": [*plan.document.healing, record]})
-    read = hash_passages(windows.ids.numpy())
+    read = windows.passage_hashes
     if (before := plan.text_hashes.get("healing")) is not None:
         read = merge_hashes(before, read)
     replace(healed, text_hashes={**healed.text_hashes, "healing": read}).save(directory)

@@ -19,10 +19,10 @@ MOST_HASHES = 16384
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """What is known again in windows of text; a passage counts where it begins.
+    """What is known again in a text, by the token where a passage begins.
 
     Attributes:
-        looked_at: bool ``[num_windows, seq_len - 31]``: passages that would be in the sample, had they been read.
+        looked_at: bool ``[num_tokens - 31]``: passages that would be in the sample, had they been read.
         found: Of the same shape: those that were.
     """
 
@@ -30,13 +30,13 @@ class Overlap:
     found: NDArray[np.bool_]
 
 
-def hash_passages(windows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """The smallest different hashes of all passages within windows, ascending, :data:`MOST_HASHES` at most.
+def hash_passages(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The smallest different hashes of all passages of a text, ascending, :data:`MOST_HASHES` at most.
 
     Args:
-        windows: Token ids, ``[num_windows, seq_len]``; shorter than a passage they give none.
+        ids: Of its tokens, ``[num_tokens]``; fewer than a passage's have none.
     """
-    return np.unique(_hashes(windows))[:MOST_HASHES]
+    return np.unique(_hashes(ids))[:MOST_HASHES]
 
 
 def merge_hashes(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -44,26 +44,26 @@ def merge_hashes(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> NDArray[
     return np.union1d(one, other)[:MOST_HASHES]
 
 
-def find_passages(windows: NDArray[np.int64], hashes: NDArray[np.uint64]) -> Overlap:
+def find_passages(ids: NDArray[np.int64], hashes: NDArray[np.uint64]) -> Overlap:
     """Looks for a text's passages in another.
 
     Args:
-        windows: Token ids by the same tokenizer, ``[num_windows, seq_len]``.
+        ids: Of the other's tokens, by the same tokenizer, ``[num_tokens]``.
         hashes: From :func:`hash_passages`.
     """
-    own = _hashes(windows)
+    own = _hashes(ids)
     highest = hashes[-1] if len(hashes) == MOST_HASHES else np.iinfo(np.uint64).max
     looked_at = own <= highest
     return Overlap(looked_at=looked_at, found=looked_at & np.isin(own, hashes))
 
 
-def _hashes(windows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """One hash a passage, ``[num_windows, seq_len - 31]``: a polynomial of mixed token ids, mixed again."""
-    count = max(0, windows.shape[1] - PASSAGE_TOKENS + 1)
-    tokens = _mix(windows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-    total = np.zeros((len(windows), count), dtype=np.uint64)
+def _hashes(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """One hash a passage, ``[num_tokens - 31]``: a polynomial of mixed token ids, mixed again."""
+    count = max(0, len(ids) - PASSAGE_TOKENS + 1)
+    tokens = _mix(ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    total = np.zeros(count, dtype=np.uint64)
     for offset in range(PASSAGE_TOKENS):
-        total = total * np.uint64(0xD1342543DE82EF95) + tokens[:, offset : offset + count]
+        total = total * np.uint64(0xD1342543DE82EF95) + tokens[offset : offset + count]
     return _mix(total)
 
 

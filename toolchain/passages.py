@@ -40,7 +40,9 @@ class Passage:
         return self.pruned_loss - self.original_loss
 
 
-def number_passages(text: Text, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor) -> tuple[Literal["document", "window"], torch.Tensor]:
+def number_passages(
+    text: Text, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor
+) -> tuple[Literal["document", "window"], torch.Tensor]:
     """Numbers each token by its document, or by its window if there is but one document or they cannot be told apart.
 
     Args:

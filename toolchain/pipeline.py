@@ -319,7 +319,7 @@ def search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Pro
         save=state.save,
         progress=progress,
     )
-    plan = plan or running.begin(job.blank)
+    plan = replace(plan or running.begin(job.blank), text_hashes={"calibration": job.windows.passage_hashes})
     return remove_blocks(running, plan) if settings.method in BLOCK_METHODS else running.finish(plan)
 
 

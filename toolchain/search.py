@@ -16,7 +16,6 @@ from toolchain.importance import neuron_importance
 from toolchain.layer_walk import LayerWalk
 from toolchain.limits import holds, resolve_limit
 from toolchain.metrics import Metric, measure
-from toolchain.passage_hashes import hash_passages
 from toolchain.plan import PlanDocument, PruningPlan, Removal, Rung, top_neurons
 from toolchain.progress import Progress, no_progress
 from toolchain.sensitivity import neuron_sensitivity
@@ -67,8 +66,7 @@ class Search:
         if limit is not None:
             limit = resolve_limit(limit, self._limited(original))
         document = blank.model_copy(update={"metric_original": original, "limit": limit})
-        read = hash_passages(self.windows.numpy())
-        plan = PruningPlan(document, importance, {"calibration": read}).at([], [])
+        plan = PruningPlan(document, importance).at([], [])
         self.save(plan)
         return plan
 

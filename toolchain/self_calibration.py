@@ -1,8 +1,8 @@
 """Calibration text that a model writes itself, where no other text may be used.
 
-Self-calibration (Williams, Chrysostomou and Aletras, NAACL 2025, arXiv 2410.17170): documents are drawn from the model's
-own distribution, beginning with nothing but the token that begins its documents. The paper also schedules the
-temperature over the first tokens; here it is the same throughout.
+Self-calibration (Williams, Chrysostomou and Aletras, NAACL 2025, arXiv 2410.17170): documents are drawn from the
+model's own distribution, beginning with nothing but the token that begins its documents. Here at one temperature
+throughout.
 """
 
 import math
@@ -67,6 +67,12 @@ def write_documents(
         if not 0 < value < math.inf:
             raise SenteiError(f"{name} {value:g} makes no sense.", "Give a number above 0.")
     checkpoint, tokenizer = open_checkpoint(directory), load_tokenizer(directory)
+    longest = checkpoint.config.get("max_position_embeddings")
+    if longest is not None and settings.max_new_tokens >= longest:
+        raise SenteiError(
+            f"--max-new-tokens {settings.max_new_tokens} is too long: the model reads {longest} tokens in all.",
+            f"Give at most {longest - 1}.",
+        )
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise SenteiError(f"{directory}: the tokenizer has no token that begins or ends a text, so nothing can begin.")
@@ -101,7 +107,7 @@ def _write_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: int, settings: WritingSettings, batch: int
 ) -> list[str]:
     # Each batch has a seed of its own, so that one that goes on after an interruption is what it would have been.
-    transformers.set_seed(settings.seed * 1_000_003 + batch)
+    torch.manual_seed((settings.seed * 1_000_003 + batch) % 2**63)
     inputs = torch.full((settings.batch_size, 1), start, device=model.device)
     ends = model.generation_config.eos_token_id
     written = model.generate(

@@ -38,7 +38,7 @@ def find_overlap(
     seen_in: ReadIn,
     hashes: NDArray[np.uint64],
 ) -> TextOverlap | None:
-    """Looks for passages that were read before; ``None`` where windows are too short to tell.
+    """Looks for passages that were read before; ``None`` where a text is too short to tell.
 
     Args:
         text: What the windows are from.
@@ -47,14 +47,14 @@ def find_overlap(
         seen_in: ``calibration`` or ``healing``.
         hashes: Of the text read there.
     """
-    overlap = find_passages(windows.ids.numpy(), hashes)
+    overlap = find_passages(windows.ids.flatten().numpy(), hashes)
     num_looked_at = int(overlap.looked_at.sum())
     if not num_looked_at:
         return None
     if not overlap.found.any():
         return TextOverlap(text=windows.source, seen_in=seen_in, share=0.0)
     unit, numbers = number_passages(text, tokenizer, windows.ids)
-    of_passage = numbers[:, : -PASSAGE_TOKENS + 1].numpy()
+    of_passage = numbers.flatten()[: -PASSAGE_TOKENS + 1].numpy()
     size = int(numbers.max()) + 1
     looked_at, found = (np.bincount(of_passage[each], minlength=size) for each in (overlap.looked_at, overlap.found))
     seen = sorted(np.flatnonzero(found).tolist(), key=lambda number: (-found[number] / looked_at[number], number))

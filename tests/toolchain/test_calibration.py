@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -72,6 +72,7 @@ def test_bad_mixtures_are_refused(given: list[str], sentence: str):
         parse_sources(given)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), st.integers(1, 500))
 def test_shares_add_up_and_are_within_one_of_their_proportion(weights: list[float], count: int):
     shares = split_by_weight(weights, count)
@@ -81,9 +82,7 @@ def test_shares_add_up_and_are_within_one_of_their_proportion(weights: list[floa
 
 def test_windows_of_a_mixture(tokenizer, texts: tuple[Path, Path]):
     english, japanese = texts
-    windows = load_mixture(
-        parse_sources([f"0.75:{english}", f"0.25:{japanese}"]), tokenizer, num_samples=8, seq_len=10
-    )
+    windows = load_mixture(parse_sources([f"0.75:{english}", f"0.25:{japanese}"]), tokenizer, num_samples=8, seq_len=10)
     # The first of each, then spread evenly; of each text its first windows, in order.
     starts = [tokenizer.convert_ids_to_tokens(int(each)) for each in windows.ids[:, 0]]
     assert starts == ["e0", "j0", "e10", "e20", "e30", "e40", "j10", "e50"]
@@ -123,7 +122,12 @@ def test_without_a_text_it_is_pythons_manual(tokenizer):
 
 def test_a_directory_is_all_text_files_in_it(tmp_path: Path):
     (tmp_path / "texts" / "below").mkdir(parents=True)
-    for name, content in (("b.txt", "second"), ("a.jsonl", '{"text": "first"}'), ("below/c.TXT", "third"), ("d.md", "no")):
+    for name, content in (
+        ("b.txt", "second"),
+        ("a.jsonl", '{"text": "first"}'),
+        ("below/c.TXT", "third"),
+        ("d.md", "no"),
+    ):
         (tmp_path / "texts" / name).write_text(content)
     assert list(read_documents(tmp_path / "texts")) == ["first", "second", "third"]
     (tmp_path / "none").mkdir()

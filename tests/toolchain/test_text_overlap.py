@@ -1,16 +1,17 @@
 """From a mixture to a plan, and from the plan to a warning where evaluation reads what calibration had read."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.command_line import refused, sentei
 from toolchain.embedded_text import documents
-from toolchain.passage_hashes import hash_passages
+from toolchain.passage_hashes import PASSAGE_TOKENS
 from toolchain.plan import load_plan
 
-_PROSE = [each[:1200] for each in documents() if len(each) > 1200]
+_PROSE = [each[:800] for each in documents() if len(each) > 800]
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -59,7 +60,7 @@ def test_a_compensated_plan_takes_the_same_mixture_again(calibrated: Path, pico_
 def test_what_was_calibrated_with_is_known_again(calibrated: Path, tmp_path: Path):
     # Of what is evaluated, the first document of each text was read; window borders lie elsewhere.
     mixed = write(tmp_path / "mixed.jsonl", [*_PROSE[40:42], _PROSE[0], _PROSE[42], _PROSE[20], *_PROSE[43:45]])
-    fresh = write(tmp_path / "fresh.jsonl", _PROSE[50:54])
+    fresh = write(tmp_path / "fresh.jsonl", _PROSE[45:48])
     found = evaluate(calibrated, "--text", mixed, "--text", fresh)["text_overlaps"]
     assert [(each["text"], each["seen_in"]) for each in found] == [
         ("mixed.jsonl", "calibration"), ("fresh.jsonl", "calibration"),
@@ -67,7 +68,9 @@ def test_what_was_calibrated_with_is_known_again(calibrated: Path, tmp_path: Pat
     assert found[1]["share"] == 0
     assert found[0]["unit"] == "document"
     assert {each["number"] for each in found[0]["passages"]} == {2, 4}
-    assert 0.1 < found[0]["share"] < 0.4
+    assert 0.2 < found[0]["share"] < 0.35
+    # All of them but the passages at their ends, which go on into the next document.
+    assert min(each["share"] for each in found[0]["passages"]) > 0.7
     assert found[0]["num_seen"] == 2
     shown = sentei("evaluate", calibrated, "--text", mixed, "--seq-len", 64).stdout
     assert "of mixed.jsonl was read in calibration (2 of 7 documents hold some of it)" in shown
@@ -86,12 +89,11 @@ def test_where_nothing_is_known_nothing_is_said(calibrated: Path, pico_model: Pa
 
 
 def test_the_hashes_go_where_the_plan_goes(calibrated: Path, tmp_path: Path):
-    plan = load_plan(calibrated)
+    hashes = load_plan(calibrated).text_hashes["calibration"]
+    assert hashes.size <= 24 * 64 - 2 * (PASSAGE_TOKENS - 1)
+    assert hashes.size > 24 * 64 / 2
     assert sentei("plan", "cut", calibrated, "--step", 0, "-o", tmp_path / "cut").returncode == 0
-    assert load_plan(tmp_path / "cut").text_hashes.keys() == {"calibration"}
-    healed = plan.changed({}).text_hashes["calibration"]
-    assert (healed == plan.text_hashes["calibration"]).all()
-    assert healed.size < 24 * 64
+    assert (load_plan(tmp_path / "cut").text_hashes["calibration"] == hashes).all()
 
 
 def test_compare_methods_warns_in_its_table(pico_model: Path, tmp_path: Path):
@@ -120,8 +122,6 @@ def test_a_report_warns_too(calibrated: Path, pico_model: Path, tmp_path: Path):
 
 
 def test_a_plan_without_hashes_is_read(calibrated: Path):
-    from dataclasses import replace
-
     plan = replace(load_plan(calibrated), text_hashes={})
     (old := calibrated.parent / "old").mkdir()
     plan.save(old)
@@ -129,4 +129,4 @@ def test_a_plan_without_hashes_is_read(calibrated: Path):
     del document["calibration"]["sources"]
     (old / "plan.json").write_text(json.dumps(document))
     assert load_plan(old).text_hashes == {}
-    assert hash_passages is not None
+    assert "Python" not in sentei("plan", "show", old).stdout
