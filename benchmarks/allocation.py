@@ -31,6 +31,7 @@ from toolchain.output import write_text
 from toolchain.pipeline import PruneSettings
 from toolchain.plan import PruningPlan, load_sweep
 from toolchain.sweep import sweep
+from toolchain.text_sources import TextSource
 
 
 def main(
@@ -61,7 +62,7 @@ def main(
         for allocation, widths in itertools.product(("formula", "auto"), ("uniform", "ranked")):
             settings = PruneSettings(
                 sparsity=sparsity[0],
-                calibration=calibration,
+                calibration=[TextSource(calibration)],
                 num_samples=samples,
                 seq_len=seq_len,
                 align=64,

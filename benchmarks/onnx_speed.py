@@ -36,6 +36,7 @@ from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.modeling import load_tokenizer
 from toolchain.output import write_text
 from toolchain.pipeline import PruneSettings, prune
+from toolchain.text_sources import TextSource
 
 _GOALS = {"fp32": 0.95, "int4": 0.90}  # of efficiency
 _VENDOR_GOAL = 0.98  # of the vendor's tokens/s
@@ -93,8 +94,9 @@ def _models(directory: Path, sparsities: Sequence[float], samples: int) -> dict[
         name = f"pruned_{sparsity:g}"
         models[name] = directory / name
         settings = PruneSettings(
-            sparsity=sparsity, calibration=directory / "text" / "calibration.txt", num_samples=samples, seq_len=512,
-            align=64, attention_removals=None, device="cpu", dtype=torch.float32, seed=0,
+            sparsity=sparsity, calibration=[TextSource(directory / "text" / "calibration.txt")],
+            num_samples=samples, seq_len=512, align=64, attention_removals=None, device="cpu", dtype=torch.float32,
+            seed=0,
         )  # fmt: skip
         prune(models["original"], models[name], settings, model_name="SmolLM2-135M-Instruct")
         typer.echo(f"{name} is pruned")

@@ -10,6 +10,7 @@ from serving.report_gain import benchmark_view
 from serving.report_inputs import ReportInputs, Source, fields_of
 from serving.report_numbers import flatten, format_bytes, format_change, format_count
 from toolchain.plan import PlanDocument
+from toolchain.plan_views import sources_of
 
 
 def build_view(inputs: ReportInputs, say: Say) -> dict[str, Any]:
@@ -77,8 +78,17 @@ def _size(inputs: ReportInputs) -> dict[str, Any] | None:
 def _quality(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> dict[str, Any] | None:
     """Perplexity before and after; text the plan was not made from comes first."""
     evaluated: dict[str, dict[str, Mapping[str, Any]]] = {}
+    warnings = []
     for source in inputs.evaluations:
         with fields_of(source) as content:
+            warnings += [
+                say(
+                    "%(share)s of %(text)s was read in calibration or healing: it says little of text that was not.",
+                    share=f"{100 * overlap['share']:.3g} %", text=overlap["text"],
+                )
+                for overlap in content.get("text_overlaps", [])
+                if overlap["share"]
+            ]  # fmt: skip
             for entry in content["evaluations"]:
                 evaluated.setdefault(str(entry["text"]), {})[entry["model"]] = {
                     name: entry[name]
@@ -106,6 +116,7 @@ def _quality(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> d
         "calibrated": not texts or bool(document and texts[0]["text"] == document.calibration.source),
         "text": texts[0]["text"] if texts else None,
         "texts": texts,
+        "warnings": warnings,
         "calibration": {name: f"{value:.4g}" for name, value in (calibration or {}).items()},
         "chart": charts.perplexity_chart(bars, say),
     }
@@ -179,7 +190,7 @@ def _provenance(document: PlanDocument, say: Say) -> list[tuple[str, str]]:
         (say("method"), document.method),
         (say("target sparsity of the decoder blocks"), sparsity),
         (say("widths are multiples of"), str(document.align)),
-        (say("calibration text"), calibration.source),
+        (say("calibration text"), "; ".join(sources_of(calibration))),
         (say("calibration windows"), windows),
         (say("calibration token ids, SHA-256"), calibration.sha256),
         (say("weights of the original, SHA-256"), document.base_model.weights_sha256),

@@ -1,16 +1,19 @@
 """Text becomes token windows: the first N consecutive stretches of the tokenised text, in order, not shuffled."""
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import reduce
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from toolchain import embedded_text
-from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.errors import SenteiError
+from toolchain.passage_hashes import hash_passages, merge_hashes
+from toolchain.plan import TextSourceRecord
+from toolchain.text_sources import Text, TextSource, read_documents, text_name
 
 DOCUMENT_SEPARATOR = "\n\n"
 _FIRST_GUESS_CHARS_PER_TOKEN = 6
@@ -21,73 +24,160 @@ class TokenWindows:
     """Windows of token ids.
 
     Attributes:
-        ids: int64 ``[num_samples, seq_len]``.
-        source: Name of the file or the embedded text they come from.
+        ids: int64 ``[num_samples, seq_len]``. Of a mixture, the first window of every source comes first; the others
+            follow in an order that spreads each source evenly.
+        source: Name of the text, or of the texts of a mixture.
+        sources: What each text gave.
+        stretches: The windows of each text as they follow one another in it, int64 ``[num_windows, seq_len]``.
     """
 
     ids: torch.Tensor
     source: str
+    sources: tuple[TextSourceRecord, ...]
+    stretches: tuple[torch.Tensor, ...]
 
     @property
     def sha256(self) -> str:
         """SHA-256 of the ids as int64 bytes."""
-        return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
+        return _sha256(self.ids)
+
+    @property
+    def passage_hashes(self) -> NDArray[np.uint64]:
+        """By which the text is known again, see :mod:`toolchain.passage_hashes`."""
+        return reduce(merge_hashes, (hash_passages(stretch.flatten().numpy()) for stretch in self.stretches))
+
+    @property
+    def first_of_each(self) -> torch.Tensor:
+        """The first window of every source, int64 ``[num_sources, seq_len]``: what a search measures on."""
+        return self.ids[: len(self.sources)]
 
 
 def load_windows(
-    path: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_samples: int | None,
-    seq_len: int,
-    fewer_will_do: bool = False,
+    text: Text, tokenizer: PreTrainedTokenizerBase, *, num_samples: int | None, seq_len: int
 ) -> TokenWindows:
-    """Tokenises text without special tokens and cuts it into windows.
+    """Tokenises a text without special tokens and cuts it into windows.
 
-    Only as much of the file is read and tokenised as the windows need.
+    Only as much of it is read and tokenised as the windows need.
 
     Args:
-        path: ``.txt`` (as it is), ``.jsonl`` or ``.parquet`` (field ``text``; documents joined by two newlines);
-            ``None`` for the text of :mod:`toolchain.embedded_text`.
+        text: See :func:`toolchain.text_sources.read_documents`; documents are joined by two newlines.
         tokenizer: The model's own.
         num_samples: How many windows; ``None`` for all there are.
         seq_len: Tokens a window.
-        fewer_will_do: Take as many windows as there are, up to ``num_samples``, and at least one.
 
     Raises:
-        SenteiError: Missing file, unknown ending, a record without ``text``, or too few tokens.
+        SenteiError: Missing or damaged text, or too few tokens.
     """
+    _check_sizes(num_samples, seq_len)
+    ids = _cut(text, tokenizer, num_samples, seq_len, fewest=num_samples or 1)
+    return _together([TextSource(text)], [ids])
+
+
+def load_mixture(
+    sources: Sequence[TextSource],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_samples: int,
+    seq_len: int,
+    fewer_will_do: bool = False,
+) -> TokenWindows:
+    """Windows from several texts, of each as many as its weight says, see :func:`split_by_weight`.
+
+    Args:
+        sources: None of them is the text of :mod:`toolchain.embedded_text`.
+        tokenizer: The model's own.
+        num_samples: How many windows in all.
+        seq_len: Tokens a window.
+        fewer_will_do: Take as many windows as there are in these proportions, up to ``num_samples``.
+
+    Raises:
+        SenteiError: Missing or damaged text, one too short for its share, or with a share of less than a window.
+    """
+    _check_sizes(num_samples, seq_len)
+    sources = sources or [TextSource(None)]
+    weights = [source.weight for source in sources]
+    counts = split_by_weight(weights, num_samples)
+    for source, count in zip(sources, counts, strict=True):
+        if not count:
+            raise SenteiError(
+                f"{text_name(source.text)} gets none of {num_samples} windows at weight {source.weight:g}.",
+                "Raise its weight, or take more windows.",
+            )
+    found = [
+        _cut(source.text, tokenizer, count, seq_len, fewest=1 if fewer_will_do else count)
+        for source, count in zip(sources, counts, strict=True)
+    ]
+    if fewer_will_do:
+        counts = _within(weights, [len(ids) for ids in found], num_samples)
+    return _together(sources, [ids[:count] for ids, count in zip(found, counts, strict=True)])
+
+
+def split_by_weight(weights: Sequence[float], count: int) -> list[int]:
+    """Splits ``count`` in proportion to ``weights`` by largest remainder (Hamilton's method); ties to the first."""
+    exact = [count * weight / sum(weights) for weight in weights]
+    shares = [int(each) for each in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda place: shares[place] - exact[place])
+    for place in by_remainder[: count - sum(shares)]:
+        shares[place] += 1
+    return shares
+
+
+def _within(weights: Sequence[float], available: Sequence[int], most: int) -> list[int]:
+    """The largest split that no text is too short for, and with something of each."""
+    for count in range(most, 0, -1):
+        shares = split_by_weight(weights, count)
+        if all(1 <= share <= limit for share, limit in zip(shares, available, strict=True)):
+            return shares
+    raise SenteiError(
+        "One of the texts is too short for its weight: it does not have a window for any number of windows.",
+        "Give more of it, or shorter windows.",
+    )
+
+
+def _check_sizes(num_samples: int | None, seq_len: int) -> None:
     if seq_len < 2 or (num_samples is not None and num_samples < 1):
         raise SenteiError(f"{num_samples} windows of {seq_len} tokens make no sense.", "Use at least 1 of at least 2.")
+
+
+def _cut(
+    text: Text, tokenizer: PreTrainedTokenizerBase, num_samples: int | None, seq_len: int, *, fewest: int
+) -> torch.Tensor:
+    """Up to ``num_samples`` windows, ``None`` for all; at least ``fewest``."""
     needed = None if num_samples is None else num_samples * seq_len
-    documents = iter(embedded_text.documents()) if path is None else read_documents(path)
-    ids = _tokenize(documents, tokenizer, needed)
-    fewest = 1 if num_samples is None or fewer_will_do else num_samples
+    ids = _tokenize(read_documents(text), tokenizer, needed)
     if len(ids) < fewest * seq_len:
         wanted = f"{fewest} windows of {seq_len} tokens need {fewest * seq_len}"
         raise SenteiError(
-            f"{path or embedded_text.SOURCE} is too short: it has {len(ids)} tokens, and {wanted}.",
+            f"{text_name(text)} is too short: it has {len(ids)} tokens, and {wanted}.",
             "Give more text, or fewer or shorter windows.",
         )
     count = min(num_samples or len(ids), len(ids) // seq_len)
-    windows = torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
-    return TokenWindows(ids=windows, source=embedded_text.SOURCE if path is None else path.name)
+    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Yields the documents of a text file one by one.
+def _together(sources: Sequence[TextSource], windows: Sequence[torch.Tensor]) -> TokenWindows:
+    """The windows of several sources in the order of :class:`TokenWindows`."""
+    others = sorted(
+        ((window + 0.5) / len(ids), number, window)
+        for number, ids in enumerate(windows)
+        for window in range(1, len(ids))
+    )
+    order = [*((number, 0) for number in range(len(windows))), *((number, window) for _, number, window in others)]
+    total = sum(source.weight for source in sources)
+    names = [text_name(source.text) for source in sources]
+    return TokenWindows(
+        ids=torch.stack([windows[number][window] for number, window in order]),
+        source=" + ".join(names),
+        sources=tuple(
+            TextSourceRecord(source=name, weight=source.weight / total, num_windows=len(ids), sha256=_sha256(ids))
+            for name, source, ids in zip(names, sources, windows, strict=True)
+        ),
+        stretches=tuple(windows),
+    )
 
-    Raises:
-        SenteiError: Missing file, unknown ending, or a record without a string field ``text``.
-        MissingDependencyError: A parquet file, and no pyarrow.
-    """
-    if not path.is_file():
-        raise SenteiError(f"Text file {path} does not exist.")
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise SenteiError(f"{path}: unknown kind of text file.", f"Known endings: {', '.join(readers)}.")
-    return reader(path)
+
+def _sha256(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _tokenize(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
@@ -106,40 +196,3 @@ def _tokenize(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, need
             return ids
         assert limit is not None
         limit *= 2
-
-
-def _read_txt(path: Path) -> Iterator[str]:
-    try:
-        yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SenteiError(f"{path} is not UTF-8 text ({error}).") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise SenteiError(f'{path} line {number} is not a JSON object with a field "text".') from error
-            if not isinstance(text, str):
-                raise SenteiError(f'{path} line {number}: field "text" is not a string.')
-            yield text
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise MissingDependencyError("pyarrow, which reads parquet,", "eval") from error
-    try:
-        file = ParquetFile(path)
-    except ArrowInvalid as error:
-        raise SenteiError(f"{path} is not a parquet file ({error}).") from error
-    if "text" not in file.schema_arrow.names:
-        raise SenteiError(f'{path} has no column "text"; it has {", ".join(file.schema_arrow.names)}.')
-    for batch in file.iter_batches(columns=["text"]):
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)

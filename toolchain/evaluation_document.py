@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from toolchain.output import write_text
 from toolchain.paired_tests import Verdict
+from toolchain.plan import ReadIn
 
 EVALUATION_FILE = "evaluation.json"
 Side = Literal["original", "pruned"]
@@ -92,6 +93,30 @@ class TextComparison(Record):
     worst_passages: list[WorsePassage]
 
 
+class SeenPassage(Record):
+    """A document or window that was read before; ``share`` of it, by passages of 32 tokens."""
+
+    number: int
+    share: float
+    excerpt: str
+
+
+class TextOverlap(Record):
+    """How much of a text the checkpoint was made with, in calibration or healing: on that it looks better than it is.
+
+    ``share`` is of the text's passages of 32 tokens, estimated on a sample where much was read. If it is above 0,
+    ``num_seen`` of ``num_passages`` documents or windows hold some of them, and those that hold most are listed.
+    """
+
+    text: str
+    seen_in: ReadIn
+    share: float
+    unit: Literal["document", "window"] | None = None
+    num_passages: int | None = None
+    num_seen: int = 0
+    passages: list[SeenPassage] = []
+
+
 class SubjectComparison(Record):
     """One subject of a task. ``p_value`` is McNemar's, adjusted for the number of subjects (Holm)."""
 
@@ -175,6 +200,14 @@ class GenerationComparison(Record):
     duration_s: float
 
 
+def overlap_warning(overlap: TextOverlap) -> str:
+    """What to say of a text that was read before."""
+    return (
+        f"Warning: {100 * overlap.share:.3g} % of {overlap.text} was read in {overlap.seen_in} ({overlap.num_seen} of "
+        f"{overlap.num_passages} {overlap.unit}s hold some of it): it says little of text that was not."
+    )
+
+
 class EvaluationDocument(Record):
     """All of ``evaluation.json``. What needs two models is empty without ``--against``."""
 
@@ -183,6 +216,7 @@ class EvaluationDocument(Record):
     evaluations: list[TextResult]
     tasks: list[TaskResult] = []
     text_comparisons: list[TextComparison] = []
+    text_overlaps: list[TextOverlap] = []
     task_comparisons: list[TaskComparison] = []
     mean_score: MeanScore | None = None
     generation: GenerationComparison | None = None

@@ -64,7 +64,7 @@ class Parts:
         """
         if self._directory is not None and self._directory.exists():
             raise SenteiError(
-                f"{self._directory} holds an interrupted evaluation.",
+                f"{self._directory} holds an interrupted run.",
                 "Add --resume to go on from there, or --force to start over.",
             )
 

@@ -49,6 +49,8 @@ from toolchain.paired_tests import check_statistics, compare_means
 from toolchain.passages import number_passages, worst_passages
 from toolchain.pipeline import open_walk
 from toolchain.progress import Progress, no_progress
+from toolchain.text_overlap import find_overlap, text_hashes
+from toolchain.text_sources import Text, text_name
 
 _NUM_SAMPLES = 4
 
@@ -69,7 +71,7 @@ class EvaluationSettings:
         offload: One layer in memory at a time; texts only.
     """
 
-    texts: tuple[Path, ...]
+    texts: tuple[Text, ...]
     num_windows: int | None
     seq_len: int
     tasks: tuple[TaskRequest, ...] = ()
@@ -131,8 +133,8 @@ def evaluate(
     models = [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
     tasks = [load_task(request) for request in settings.tasks]
     texts = [
-        (path, load_windows(path, models[-1].tokenizer, num_samples=settings.num_windows, seq_len=settings.seq_len))
-        for path in settings.texts
+        (text, load_windows(text, models[-1].tokenizer, num_samples=settings.num_windows, seq_len=settings.seq_len))
+        for text in settings.texts
     ]
     generation = _Generation(texts[0][1], models, settings, parts) if settings.num_generations else None
     losses: list[list[dict[str, Any]]] = []
@@ -156,11 +158,17 @@ def evaluate(
             for request, result in zip(settings.tasks, results, strict=True)
         ],
         text_comparisons=[
-            _compare_text(path, windows, pair, models[-1].tokenizer)
-            for (path, windows), pair in zip(texts, zip(*losses, strict=True), strict=True)
+            _compare_text(text, windows, pair, models[-1].tokenizer)
+            for (text, windows), pair in zip(texts, zip(*losses, strict=True), strict=True)
         ]
         if compared
         else [],
+        text_overlaps=[
+            found
+            for text, windows in texts
+            for seen_in, hashes in text_hashes(directory).items()
+            if (found := find_overlap(text, windows, models[-1].tokenizer, seen_in, hashes)) is not None
+        ],
         task_comparisons=_compare_tasks(settings.tasks, answers) if compared else [],
         mean_score=_mean_score(answers) if compared and tasks else None,
         generation=generation.result if generation is not None else None,
@@ -186,7 +194,7 @@ def _check(settings: EvaluationSettings, against: Path | None) -> None:
     if settings.limit is not None and settings.limit < 1:
         raise SenteiError(f"--limit {settings.limit} makes no sense.", "Use at least 1.")
     labels = [request.label for request in settings.tasks]
-    names = [path.name for path in settings.texts]
+    names = [text_name(text) for text in settings.texts]
     for kind, given in (("task", labels), ("text", names)):
         if repeated := {each for each in given if given.count(each) > 1}:
             raise SenteiError(f"Two of the {kind}s are called {min(repeated)}.", "Rename one of the files.")
@@ -315,10 +323,10 @@ def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any]) ->
 
 
 def _compare_text(
-    path: Path, windows: TokenWindows, pair: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+    text: Text, windows: TokenWindows, pair: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> TextComparison:
     original, pruned = (torch.tensor(result["losses"]) for result in pair)
-    unit, numbers = number_passages(path, tokenizer, windows.ids)
+    unit, numbers = number_passages(text, tokenizer, windows.ids)
     worst = worst_passages(unit, numbers, windows.ids, (original, pruned), tokenizer, count=NUM_WORST)
     return TextComparison(
         text=windows.source,

@@ -8,9 +8,9 @@ import gc
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,17 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from toolchain.calibration import TokenWindows, load_windows
+from toolchain.calibration import TokenWindows, load_mixture
 from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint, write_config, write_weights
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.memory import is_out_of_memory
 from toolchain.modeling import load_model, load_tokenizer
 from toolchain.output import check_output_directory, new_directory, write_text
+from toolchain.passage_hashes import merge_hashes
 from toolchain.pipeline import SUMMARY_FILE, dtype_name
 from toolchain.plan import HealingRecord, PruningPlan, load_plan
 from toolchain.progress import Progress, no_progress
+from toolchain.text_sources import TextSource
 
 if TYPE_CHECKING:
     from toolchain.distillation import Student
@@ -41,7 +43,7 @@ class HealSettings:
     """What ``sentei heal`` was asked for.
 
     Attributes:
-        data: Text file to learn from.
+        data: Texts to learn from, and their weights.
         steps: Updates of the weights.
         batch_size: Windows an update.
         seq_len: Tokens a window.
@@ -52,7 +54,7 @@ class HealSettings:
         dtype: ``float32`` or ``bfloat16``.
     """
 
-    data: Path
+    data: Sequence[TextSource]
     steps: int
     batch_size: int
     seq_len: int
@@ -113,7 +115,7 @@ def heal(
     source, teacher = open_checkpoint(directory), open_checkpoint(teacher_directory)
     _check_pair(source, teacher)
     plan = load_plan(directory)
-    windows = load_windows(
+    windows = load_mixture(
         settings.data,
         load_tokenizer(directory),
         num_samples=settings.steps * settings.batch_size + _MOST_HELD_OUT,
@@ -151,7 +153,7 @@ def heal(
                 divergence_before=before.divergence,
                 divergence_after=after.divergence,
             )
-            _carry_over(directory, plan, found, partial)
+            _carry_over(directory, plan, found, windows, partial)
     shutil.rmtree(unfinished)
     return found.model_dump()
 
@@ -250,6 +252,7 @@ def _record(teacher: Checkpoint, windows: TokenWindows, settings: HealSettings) 
         "teacher_sha256": teacher.fingerprint,
         "text": windows.source,
         "text_sha256": windows.sha256,
+        "sources": [each.model_dump() for each in windows.sources],
         "num_windows": len(windows.ids),
         "seq_len": settings.seq_len,
         "steps": settings.steps,
@@ -308,10 +311,13 @@ def _write_weights(source: Checkpoint, student: "Student", directory: Path, prog
         write_weights(directory, tensors, student.read, on_tensor=lambda _name: advance())
 
 
-def _carry_over(source: Path, plan: PruningPlan, record: HealingRecord, directory: Path) -> None:
+def _carry_over(source: Path, plan: PruningPlan, record: HealingRecord, windows: TokenWindows, directory: Path) -> None:
     """Writes plan, summary and model card: the source's, and that it was healed."""
-    document = plan.document.model_copy(update={"healing": [*plan.document.healing, record]})
-    PruningPlan(document, plan.importance).save(directory)
+    healed = plan.changed({"healing": [*plan.document.healing, record]})
+    read = windows.passage_hashes
+    if (before := plan.text_hashes.get("healing")) is not None:
+        read = merge_hashes(before, read)
+    replace(healed, text_hashes={**healed.text_hashes, "healing": read}).save(directory)
     if (summary := source / SUMMARY_FILE).is_file():
         shutil.copyfile(summary, directory / SUMMARY_FILE)
     if (card := source / "README.md").is_file():

@@ -11,7 +11,7 @@ from typing import Any
 from toolchain.block_removal import BLOCK_METHODS
 from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import SenteiError
-from toolchain.evaluation_document import EvaluationDocument
+from toolchain.evaluation_document import EvaluationDocument, TextOverlap, overlap_warning
 from toolchain.evaluation_parts import Parts
 from toolchain.evaluation_run import EvaluationSettings, evaluate
 from toolchain.output import write_text
@@ -20,6 +20,7 @@ from toolchain.pipeline import METHOD, SUMMARY_FILE, PruneSettings, allocation_o
 from toolchain.plan import load_plan
 from toolchain.progress import Progress, no_progress
 from toolchain.search_state import search_directory
+from toolchain.text_sources import text_files
 
 COMPARISON_FILE, TABLE_FILE = "comparison.json", "comparison.md"
 # What sets each apart from the settings they share.
@@ -131,6 +132,7 @@ def _row(
             **_quality(evaluated, "pruned"),
             "perplexity_ratio": {each.text: each.perplexity_ratio.model_dump() for each in evaluated.text_comparisons},
             "task_difference": {each.task: each.difference.model_dump() for each in evaluated.task_comparisons},
+            "text_overlaps": [each.model_dump() for each in evaluated.text_overlaps],
             "mean_score": evaluated.mean_score.model_dump() if evaluated.mean_score else None,
             "speed": speed,
         }
@@ -147,9 +149,10 @@ def _quality(evaluated: EvaluationDocument, side: str) -> dict[str, Any]:
 
 def _identity(asked: Comparison, settings: PruneSettings) -> dict[str, Any]:
     """All that a cell depends on. Files count by name, size and time."""
-    files = [*sorted(asked.model.glob("*.safetensors")), *asked.evaluation.texts]
+    files = sorted(asked.model.glob("*.safetensors"))
+    texts = [*asked.evaluation.texts, *(source.text for source in settings.calibration)]
+    files += [file for text in texts if isinstance(text, Path) for file in text_files(text)]
     files += [request.file for request in asked.evaluation.tasks if request.file]
-    files += [settings.calibration] if settings.calibration else []
     if missing := [file for file in files if not file.is_file()]:
         raise SenteiError(f"{missing[0]} does not exist.")
     identity = {
@@ -192,10 +195,20 @@ def markdown(document: Mapping[str, Any]) -> str:
     """The table as Markdown, and what its columns are."""
     headers, rows = table(document)
     lines = [headers, ["---"] * len(headers), *rows]
-    return f"# {document['model']}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{NOTES}\n"
+    return (
+        f"# {document['model']}\n\n"
+        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + f"\n\n{notes(document)}\n"
+    )
 
 
-NOTES = (
+def notes(document: Mapping[str, Any]) -> str:
+    """What the table's columns are, and a warning for each text that pruning had read."""
+    overlaps = [TextOverlap.model_validate(each) for each in document["rows"][0]["text_overlaps"]]
+    return "\n\n".join([_NOTES, *(overlap_warning(each) for each in overlaps if each.share)])
+
+
+_NOTES = (
     "Sparsity is the share of the decoder blocks' parameters that was removed. Texts: perplexity; times worse: against "
     "the original, geometric mean of the texts. Tasks: share of right answers; * differs from the original's by more "
     "than chance (5 %). Pruning: seconds, of the last run where one was interrupted. Speed: output tokens/s against "

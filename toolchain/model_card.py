@@ -3,6 +3,7 @@
 from typing import Any
 
 from toolchain.plan import PruningPlan
+from toolchain.plan_views import sources_of
 
 
 def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
@@ -27,6 +28,7 @@ def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
         if summary["num_refitted"]
         else ""
     )
+    sources = "; ".join(sources_of(document.calibration))
     again = ", on the same calibration text" if document.compensation else ""
     return f"""---
 library_name: transformers
@@ -48,7 +50,7 @@ removed; embeddings and head are untouched.
 - **Attention removed** in layers: {removed}.
 {refitted}- **Cost**: {document.metric} {cost}, on the calibration text. Measure it on your own text with
   `sentei evaluate`.
-- **Calibration**: {document.calibration.source}, {document.calibration.num_samples} windows of
+- **Calibration**: {sources}; {document.calibration.num_samples} windows of
   {document.calibration.seq_len} tokens, in {document.dtype}.
 
 ## How to load it

@@ -1,12 +1,13 @@
 """Which passages of a text a pruned model reads worst: its documents, or windows where the text is one document."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from toolchain.calibration import DOCUMENT_SEPARATOR, read_documents
+from toolchain.calibration import DOCUMENT_SEPARATOR
+from toolchain.text_sources import Text, read_documents
 
 # A mean over fewer tokens says little about a document.
 _FEWEST_TOKENS = 16
@@ -39,11 +40,13 @@ class Passage:
         return self.pruned_loss - self.original_loss
 
 
-def number_passages(path: Path, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor) -> tuple[str, torch.Tensor]:
+def number_passages(
+    text: Text, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor
+) -> tuple[Literal["document", "window"], torch.Tensor]:
     """Numbers each token by its document, or by its window if there is but one document or they cannot be told apart.
 
     Args:
-        path: The text that the windows are from, see :func:`toolchain.calibration.load_windows`.
+        text: The text that the windows are from, see :func:`toolchain.calibration.load_windows`.
         tokenizer: The one they were made with.
         windows: int64 ``[num_windows, seq_len]``.
 
@@ -53,17 +56,17 @@ def number_passages(path: Path, tokenizer: PreTrainedTokenizerBase, windows: tor
     numbers = torch.arange(len(windows))[:, None].expand_as(windows)
     if not tokenizer.is_fast:
         return "window", numbers
-    text, starts, num_tokens = "", [], 0
-    for document in read_documents(path):
-        text += DOCUMENT_SEPARATOR if text else ""
-        starts.append(len(text))
-        text += document
+    joined, starts, num_tokens = "", [], 0
+    for document in read_documents(text):
+        joined += DOCUMENT_SEPARATOR if joined else ""
+        starts.append(len(joined))
+        joined += document
         num_tokens += len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
         if num_tokens >= windows.numel():
             break
     if len(starts) < 2:
         return "window", numbers
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    encoded = tokenizer(joined, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     if encoded["input_ids"][: windows.numel()] != windows.flatten().tolist():
         return "window", numbers
     places = torch.tensor([begin for begin, _ in encoded["offset_mapping"][: windows.numel()]])

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -15,7 +16,7 @@ import transformers
 from toolchain import embedded_text
 from toolchain.allocation import Allocation, Protected, allocate, alpha_of, block_parameters
 from toolchain.block_removal import BLOCK_METHODS, EVOPRESS, num_blocks_to_remove, remove_blocks
-from toolchain.calibration import TokenWindows, load_windows
+from toolchain.calibration import TokenWindows, load_mixture
 from toolchain.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from toolchain.compensation import compensate
 from toolchain.errors import CheckFailedError, SenteiError
@@ -43,6 +44,7 @@ from toolchain.search import Search
 from toolchain.search_state import SearchState, search_directory
 from toolchain.surgery import write_pruned
 from toolchain.tensor_parallel import width_unit
+from toolchain.text_sources import TextSource
 
 SUMMARY_FILE = "pruning_summary.json"
 METHOD = "2ssp"
@@ -56,8 +58,8 @@ class PruneSettings:
         sparsity: Fraction of decoder-block parameters to remove.
         method: ``2ssp``, or one of :data:`toolchain.block_removal.BLOCK_METHODS`, which know no other setting than
             ``evopress_budget``, calibration and computing.
-        calibration: Text file; ``None`` for the embedded text.
-        num_samples: Calibration windows; stage 2 uses the first.
+        calibration: Texts and their weights; none for the embedded text.
+        num_samples: Calibration windows; stage 2 uses the first of each text.
         seq_len: Tokens a window.
         align: FFN widths on each rank are multiples of this; 1, on a single rank, gives the published widths.
         attention_removals: Overrides the published formula.
@@ -79,7 +81,7 @@ class PruneSettings:
     """
 
     sparsity: float
-    calibration: Path | None
+    calibration: Sequence[TextSource]
     num_samples: int
     seq_len: int
     align: int
@@ -201,13 +203,13 @@ def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> 
         unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
         settings = replace(settings, align=unit, tensor_parallel=1)
     tokenizer = load_tokenizer(model_directory)
-    windows = load_windows(settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len)
-    metric = choose_metric(settings.metric, windows.ids[:1], tokenizer)
+    windows = load_mixture(settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len)
+    metric = choose_metric(settings.metric, windows.first_of_each, tokenizer)
     limit_metric = None
     if settings.limit_metric not in (None, settings.metric):
         if not settings.limit.given:
             raise SenteiError("--limit-metric needs a limit.", "Add --max-degradation, --max-metric or --min-metric.")
-        limit_metric = choose_metric(str(settings.limit_metric), windows.ids[:1], tokenizer)
+        limit_metric = choose_metric(str(settings.limit_metric), windows.first_of_each, tokenizer)
     _check_combination(settings, metric, limit_metric)
     blank = _blank_plan(checkpoint, settings, allocation, windows, metric, model_name)
     blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric)})
@@ -291,6 +293,7 @@ def _blank_plan(
             sha256=windows.sha256,
             num_samples=len(windows.ids),
             seq_len=windows.ids.shape[1],
+            sources=list(windows.sources),
         ),
         compensation=CompensationRecord() if settings.compensate else None,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
@@ -317,7 +320,7 @@ def search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Pro
         save=state.save,
         progress=progress,
     )
-    plan = plan or running.begin(job.blank)
+    plan = replace(plan or running.begin(job.blank), text_hashes={"calibration": job.windows.passage_hashes})
     return remove_blocks(running, plan) if settings.method in BLOCK_METHODS else running.finish(plan)
 
 
@@ -347,7 +350,7 @@ def apply_plan(
     model_directory: Path,
     out: Path,
     *,
-    calibration: Path | None = None,
+    calibration: Sequence[TextSource] = (),
     device: str = "cpu",
     offload: bool = False,
     force: bool = False,
@@ -359,7 +362,7 @@ def apply_plan(
         plan: What to remove.
         model_directory: The unpruned model.
         out: The directory to create.
-        calibration: The text the plan was made with, if it compensates; ``None`` for the embedded text.
+        calibration: What the plan was made with, if it compensates; see :class:`PruneSettings`.
         device: Where compensation computes, in the plan's dtype.
         offload: Keep one layer in memory while it does.
         force: Replace ``out`` if it is not empty.
@@ -383,21 +386,21 @@ def apply_plan(
     return _write(checkpoint, plan.unhealed(), out, computing, None, started, force=force, progress=progress)
 
 
-def _windows_of(plan: PruningPlan, model_directory: Path, calibration: Path | None) -> torch.Tensor:
+def _windows_of(plan: PruningPlan, model_directory: Path, calibration: Sequence[TextSource]) -> torch.Tensor:
     """The windows that a plan was made with, from the same text again."""
     record = plan.document.calibration
-    if calibration is None and record.source != embedded_text.SOURCE:
+    if not calibration and record.source != embedded_text.SOURCE:
         raise SenteiError(
             f"This plan compensates: it re-fits weights on calibration text, which was {record.source}.",
             f"Give that text with --calibration ({record.num_samples} windows of {record.seq_len} tokens are taken).",
         )
-    windows = load_windows(
+    windows = load_mixture(
         calibration, load_tokenizer(model_directory), num_samples=record.num_samples, seq_len=record.seq_len
     )
     if windows.sha256 != record.sha256:
         raise SenteiError(
             f"{windows.source} is not the text this plan was made with ({record.source}): its tokens differ.",
-            "Give the same text, or prune again.",
+            "Give the same text, of a mixture in the same order with the same weights, or prune again.",
         )
     return windows.ids
 
@@ -492,8 +495,7 @@ def _compensate(
             on_layer=advance,
         )
     record = CompensationRecord(refits=done.records, perplexity=done.perplexity)
-    document = plan.document.model_copy(update={"compensation": record})
-    return PruningPlan(document, plan.importance), done.tensors
+    return plan.changed({"compensation": record}), done.tensors
 
 
 def _check_as_planned(plan: PruningPlan, name: str, measured: float, planned: float | None) -> None:

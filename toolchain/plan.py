@@ -1,14 +1,15 @@
 """The pruning plan: what is removed from each layer, as files a person can read, edit and apply again.
 
 ``plan.json`` holds the decisions, one line a layer; ``plan.safetensors`` beside it holds every neuron's importance, so
-that a width can be changed by hand without new calibration. A plan is never mutated. No torch here.
+that a width can be changed by hand without new calibration, and hashes of passages of the text that was read, so that
+it is known again (see :mod:`toolchain.passage_hashes`). A plan is never mutated. No torch here.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from toolchain.output import write_text
 
 SCHEMA_VERSION = 1
 PLAN_FILE, SCORES_FILE, SWEEP_FILE = "plan.json", "plan.safetensors", "sweep.json"
+_HASHES = "text_hashes."
+# What text was read for.
+ReadIn = Literal["calibration", "healing"]
 
 
 class _Record(BaseModel):
@@ -39,13 +43,26 @@ class BaseModelRecord(_Record):
     weights_sha256: str
 
 
+class TextSourceRecord(_Record):
+    """What one text gave to a mixture: ``weight`` is its share of 1, ``sha256`` over its token ids as int64 bytes."""
+
+    source: str
+    weight: float
+    num_windows: int
+    sha256: str
+
+
 class CalibrationRecord(_Record):
-    """The text the plan was made with: ``sha256`` is over the token ids as int64 bytes."""
+    """The text the plan was made with: ``sha256`` is over the token ids as int64 bytes.
+
+    ``sources`` is empty in plans from before there were mixtures.
+    """
 
     source: str
     sha256: str
     num_samples: int
     seq_len: int
+    sources: list[TextSourceRecord] = []
 
 
 class PlannedLayer(_Record):
@@ -128,14 +145,15 @@ class HealingRecord(_Record):
     """A training after pruning, by distillation; see :mod:`toolchain.healing`.
 
     ``text_sha256`` is over the token ids as int64 bytes, ``teacher_sha256`` the fingerprint of the teacher's weights;
-    ``lora_rank`` is null if all weights were trained. What follows ``num_held_out`` was measured on windows of the text
-    that were held out; divergences are in nats a token.
+    ``sources`` as in the calibration; ``lora_rank`` is null if all weights were trained. What follows ``num_held_out``
+    was measured on windows of the text that were held out; divergences are in nats a token.
     """
 
     teacher: str
     teacher_sha256: str
     text: str
     text_sha256: str
+    sources: list[TextSourceRecord] = []
     num_windows: int
     seq_len: int
     steps: int
@@ -248,10 +266,13 @@ class PruningPlan:
     Attributes:
         document: ``plan.json``.
         importance: One float32 array ``[intermediate_size of the base model]`` a layer; higher is kept.
+        text_hashes: Of the text read in ``calibration`` and ``healing``, as far as known; see
+            :func:`toolchain.passage_hashes.hash_passages`.
     """
 
     document: PlanDocument
     importance: tuple[NDArray[np.float32], ...]
+    text_hashes: Mapping[ReadIn, NDArray[np.uint64]] = field(default_factory=dict)
 
     @property
     def layout(self) -> tuple[LayerLayout, ...]:
@@ -327,7 +348,13 @@ class PruningPlan:
 
     def unhealed(self) -> "PruningPlan":
         """The same plan as it was before any healing."""
-        return PruningPlan(self.document.model_copy(update={"healing": []}), self.importance)
+        return self.changed({"healing": []})
+
+    def changed(self, changes: Mapping[str, Any]) -> "PruningPlan":
+        """The same plan with other fields in its document; what it was healed with goes with the records of that."""
+        document = self.document.model_copy(update=changes)
+        hashes = {name: each for name, each in self.text_hashes.items() if name != "healing" or document.healing}
+        return replace(self, document=document, text_hashes=hashes)
 
     def at(
         self, stage_1: Sequence[Rung], trace: Sequence[Removal], block_steps: Sequence[BlockStep] = ()
@@ -352,7 +379,7 @@ class PruningPlan:
         }  # fmt: skip
         if self.document.compensation is not None:
             changes["compensation"] = CompensationRecord()
-        return PruningPlan(self.document.model_copy(update=changes), self.importance)
+        return self.changed(changes)
 
     def summary(self) -> dict[str, Any]:
         """The plan for machines: what ``sentei plan show --json`` prints."""
@@ -371,7 +398,8 @@ class PruningPlan:
 
     def save(self, directory: Path) -> None:
         """Writes ``plan.json`` and ``plan.safetensors`` into an existing directory."""
-        scores = {f"importance.{layer}": array for layer, array in enumerate(self.importance)}
+        scores: dict[str, NDArray[Any]] = {f"importance.{layer}": each for layer, each in enumerate(self.importance)}
+        scores |= {f"{_HASHES}{name}": each for name, each in self.text_hashes.items()}
         partial = directory / f"{SCORES_FILE}.partial"
         save_file(scores, partial)
         partial.replace(directory / SCORES_FILE)
@@ -446,7 +474,8 @@ def load_plan(path: Path) -> PruningPlan:
         where = ".".join(str(part) for part in first["loc"])
         raise SenteiError(f"{file}: {where}: {first['msg']}.") from error
     _check_layers(file, document)
-    return PruningPlan(document, _load_scores(file.with_name(SCORES_FILE), document))
+    scores, hashes = _load_arrays(file.with_name(SCORES_FILE), document)
+    return PruningPlan(document, scores, hashes)
 
 
 def load_sweep(directory: Path) -> dict[str, PruningPlan] | None:
@@ -492,7 +521,10 @@ def _check_kept(where: str, kept: Sequence[int], width: int, base_width: int) ->
         raise SenteiError(f"{where}: kept_neurons has {len(kept)} entries, but intermediate_size is {width}.")
 
 
-def _load_scores(file: Path, document: PlanDocument) -> tuple[NDArray[np.float32], ...]:
+def _load_arrays(
+    file: Path, document: PlanDocument
+) -> tuple[tuple[NDArray[np.float32], ...], dict[ReadIn, NDArray[np.uint64]]]:
+    """Importance by layer, and hashes by what the text was for."""
     base = document.base_model
     try:
         tensors = load_file(file)
@@ -506,7 +538,13 @@ def _load_scores(file: Path, document: PlanDocument) -> tuple[NDArray[np.float32
         if not np.isfinite(array).all():
             raise SenteiError(f"{file}: importance.{layer} holds NaN or Inf.", "Prune again.")
         scores.append(array)
-    return tuple(scores)
+    hashes: dict[ReadIn, NDArray[np.uint64]] = {
+        name: tensors[f"{_HASHES}{name}"] for name in get_args(ReadIn) if f"{_HASHES}{name}" in tensors
+    }
+    for name, each in hashes.items():
+        if each.ndim != 1 or each.dtype != np.uint64:
+            raise SenteiError(f"{file}: {_HASHES}{name} must be uint64 [number of hashes].")
+    return tuple(scores), hashes
 
 
 def _to_json(document: PlanDocument) -> str:

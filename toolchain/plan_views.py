@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from toolchain.errors import SenteiError
-from toolchain.plan import PlanDocument, PruningPlan, Removal
+from toolchain.plan import CalibrationRecord, PlanDocument, PruningPlan, Removal
 
 _FOUND = {"layers", "stage_1", "trace", "block_steps"}
 
@@ -42,6 +42,13 @@ def difference(first: PruningPlan, second: PruningPlan) -> dict[str, Any]:
         "num_block_parameters": [plan.steps[-1].num_block_parameters for plan in (first, second)],
         "metric": [plan.steps[-1].metric for plan in (first, second)],
     }
+
+
+def sources_of(calibration: CalibrationRecord) -> list[str]:
+    """The texts of a calibration, each of a mixture with its windows and weight."""
+    if len(calibration.sources) < 2:
+        return [calibration.source]
+    return [f"{each.source} ({each.num_windows} windows, weight {each.weight:.3g})" for each in calibration.sources]
 
 
 def reasons(plan: PruningPlan, layer: int) -> dict[str, Any]:

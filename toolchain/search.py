@@ -123,7 +123,7 @@ class Search:
             asked = self._best_split(plan, possible, lambda number: widths(number)[1])
         num_removals, target = widths(asked)
         changes = {"target_intermediate_size": list(target), "target_attention_removals": num_removals}
-        plan = PruningPlan(document.model_copy(update=changes), plan.importance)
+        plan = plan.changed(changes)
         self.save(plan)
         return plan
 
@@ -256,7 +256,7 @@ def _stopped(plan: PruningPlan, broken: Rung | Removal, how: str) -> PruningPlan
     limit = plan.document.limit
     assert limit is not None
     reason = f"{limit.metric} would be {_limited(broken):.5g} {how}; the limit is {limit.value:.5g}"
-    return PruningPlan(plan.document.model_copy(update={"stopped_because": reason}), plan.importance)
+    return plan.changed({"stopped_because": reason})
 
 
 def _kept(plan: PruningPlan, widths: Sequence[int]) -> KeptNeurons:

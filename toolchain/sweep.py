@@ -77,7 +77,7 @@ def sweep(
 def _same_start(blank: PlanDocument, other: PruningPlan) -> PruningPlan:
     """A plan that begins where another with the same model, text and metrics began."""
     measured = {name: getattr(other.document, name) for name in ("metric_original", "limit")}
-    return PruningPlan(blank.model_copy(update=measured), other.importance).at([], [])
+    return replace(other, document=blank.model_copy(update=measured)).at([], [])
 
 
 def _sweep_summary(plans: Sequence[PruningPlan]) -> dict[str, Any]:

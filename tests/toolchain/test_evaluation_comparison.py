@@ -153,6 +153,6 @@ def test_parts_are_taken_up_again_only_for_the_same_question(tmp_path):
     assert ask({"limit": 1}) == {"value": 1}
     assert ask({"limit": 2}) == {"value": 2}
     assert Parts(directory).known("a/part", {"limit": 1})
-    with pytest.raises(SenteiError, match="interrupted evaluation"):
+    with pytest.raises(SenteiError, match="interrupted run"):
         Parts(directory).check_free()
     assert Parts(None).get("a/part", {}, lambda: {"value": 0}) == {"value": 0}

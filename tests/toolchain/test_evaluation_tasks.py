@@ -217,7 +217,7 @@ def test_evaluation_against_the_original(demo_model: Path, pruned_demo: Path, fi
     for part in (tmp_path / "out" / "parts").iterdir():
         part.unlink()
     (tmp_path / "out" / "parts").rmdir()
-    refused(sentei(*asked), "interrupted evaluation", "--resume")
+    refused(sentei(*asked), "interrupted run", "--resume")
     done = sentei(*asked, "--resume", "--json")
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout)

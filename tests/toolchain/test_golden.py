@@ -18,6 +18,7 @@ from toolchain.modeling import load_model, load_tokenizer
 from toolchain.pipeline import PruneSettings, prune
 from toolchain.plan import PruningPlan, load_plan
 from toolchain.surgery import narrow_ffn
+from toolchain.text_sources import TextSource
 
 RECORDED = Path(__file__).resolve().parents[1] / "golden"
 GOLDEN = json.loads((RECORDED / "2ssp_smollm2_135m.json").read_text())
@@ -46,7 +47,7 @@ def recorded_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 def run(model: Path, out: Path, sparsity: float) -> PruningPlan:
     settings = PruneSettings(
         sparsity=sparsity,
-        calibration=RECORDED / "c4_calibration.jsonl",
+        calibration=[TextSource(RECORDED / "c4_calibration.jsonl")],
         num_samples=8,
         seq_len=2048,
         align=1,

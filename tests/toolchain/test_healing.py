@@ -22,6 +22,7 @@ from toolchain.healing import HealSettings, heal
 from toolchain.modeling import load_model, load_tokenizer
 from toolchain.pipeline import open_walk
 from toolchain.plan import load_plan
+from toolchain.text_sources import TextSource
 
 SETTINGS = ("--steps", 10, "--batch-size", 2, "--seq-len", 16, "--dtype", "float32", "--quiet")
 
@@ -98,8 +99,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path, lora_rank: int | None
 ):
     settings = HealSettings(
-        data=text, steps=10, batch_size=2, seq_len=16, learning_rate=0.001, lora_rank=lora_rank, seed=1, device="cpu",
-        dtype=torch.float32,
+        data=[TextSource(text)], steps=10, batch_size=2, seq_len=16, learning_rate=0.001, lora_rank=lora_rank, seed=1,
+        device="cpu", dtype=torch.float32,
     )  # fmt: skip
     paths = (pruned_pico, pico_model)
     heal(*paths, tmp_path / "whole", settings)

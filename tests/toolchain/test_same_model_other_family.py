@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 def pruned(model: Path, out: Path) -> PruningPlan:
     settings = PruneSettings(
         sparsity=0.25,
-        calibration=None,
+        calibration=(),
         num_samples=2,
         seq_len=64,
         align=64,

@@ -9,6 +9,7 @@ import typer
 
 from toolchain.cli import (
     benchmark,
+    calibration_text,
     compare,
     compare_methods,
     demo,
@@ -47,6 +48,7 @@ def _root(show_version: bool = typer.Option(False, "--version", help="Print the 
 
 app.command("doctor")(doctor.doctor)
 app.command("import")(import_gguf.import_)
+app.command("calibration-text")(calibration_text.calibration_text)
 app.command("prune")(prune.prune)
 app.command("apply")(prune.apply)
 app.command("heal")(heal.heal)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from toolchain.cli.console import (
     COMPUTING,
+    TEXT_METAVAR,
     DeviceInPanelOption,
     DtypeInPanelOption,
     ForceOption,
@@ -43,12 +44,16 @@ def compare_methods(
         int, typer.Option(help="FFN widths of 2SSP are multiples of this.", rich_help_panel=_PRUNING)
     ] = 64,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text, as for sentei prune; not that of --text.", rich_help_panel=_PRUNING)
+        list[str] | None,
+        typer.Option(
+            metavar=TEXT_METAVAR, help="Text, as for sentei prune; not that of --text.", rich_help_panel=_PRUNING
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.", rich_help_panel=_PRUNING)] = 32,
     seed: Annotated[int, typer.Option(help="Of EvoPress.", rich_help_panel=_PRUNING)] = 0,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Perplexity on this; several times.", rich_help_panel=_EVALUATION)
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Perplexity on this; several times.", rich_help_panel=_EVALUATION),
     ] = None,
     windows: Annotated[
         int | None, typer.Option(help="How many windows of each; without it, all.", rich_help_panel=_EVALUATION)
@@ -83,6 +88,7 @@ def compare_methods(
     from toolchain.method_comparison import METHODS, Comparison, compare_methods, save_comparison
     from toolchain.output import check_output_directory, new_directory
     from toolchain.pipeline import PruneSettings
+    from toolchain.text_sources import parse_sources, parse_text
 
     chosen = methods.split(",") if methods else list(METHODS)
     if unknown := [name for name in chosen if name not in METHODS]:
@@ -113,7 +119,7 @@ def compare_methods(
         sparsities=sparsities,
         pruning=PruneSettings(
             sparsity=sparsities[0],
-            calibration=calibration,
+            calibration=parse_sources(calibration or []),
             num_samples=samples,
             seq_len=seq_len,
             align=align,
@@ -124,7 +130,7 @@ def compare_methods(
             evopress_budget=evopress_budget.value,
         ),
         evaluation=EvaluationSettings(
-            texts=tuple(text or ()),
+            texts=tuple(map(parse_text, text or ())),
             num_windows=windows,
             seq_len=seq_len,
             tasks=tuple(requests),
@@ -150,7 +156,7 @@ def _sparsities(given: str) -> list[float]:
 
 
 def _show(console: Console, out: Path, document: dict[str, Any]) -> None:
-    from toolchain.method_comparison import NOTES, table
+    from toolchain.method_comparison import notes, table
 
     headers, rows = table(document)
     shown = Table(title=document["model"], title_justify="left", box=None)
@@ -159,5 +165,5 @@ def _show(console: Console, out: Path, document: dict[str, Any]) -> None:
     for row in rows:
         shown.add_row(*row)
     console.print(shown, soft_wrap=False)
-    console.print(NOTES, markup=False)
+    console.print(notes(document), markup=False)
     console.print(f"{out}: comparison.json, comparison.md and every plan; sentei apply writes a model.", markup=False)

@@ -35,6 +35,9 @@ DtypeInPanelOption = Annotated[
     ),
 ]
 
+# A text, alone or in a mixture; see toolchain.text_sources.
+TEXT_METAVAR = "[WEIGHT:]TEXT"
+
 _DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -93,6 +93,7 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
     from toolchain.embedded_text import write_halves
     from toolchain.gguf_import import demo_gguf, import_gguf
     from toolchain.pipeline import PruneSettings, prune
+    from toolchain.text_sources import TextSource
 
     output.note("Importing the model ...")
     import_gguf(demo_gguf(), directory / "original")
@@ -100,7 +101,7 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
     write_halves(directory / "text")
     settings = PruneSettings(
         sparsity=_SPARSITY,
-        calibration=directory / "text" / "calibration.txt",
+        calibration=[TextSource(directory / "text" / "calibration.txt")],
         num_samples=_CALIBRATION_WINDOWS,
         seq_len=_SEQ_LEN,
         align=64,

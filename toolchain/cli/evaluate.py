@@ -33,8 +33,13 @@ def evaluate(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False,
     text: Annotated[
-        list[Path] | None,
-        typer.Option(help="Perplexity on .txt, .jsonl or .parquet (field text); several times.", rich_help_panel=_TEXT),
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Perplexity on .txt, .jsonl or .parquet (field text), a directory of them, or hub:NAME:CONFIG:SPLIT; "
+            "several times.",
+            rich_help_panel=_TEXT,
+        ),
     ] = None,
     windows: Annotated[
         int | None, typer.Option(help="How many windows of each; without it, all.", rich_help_panel=_TEXT)
@@ -82,6 +87,7 @@ def evaluate(
     from toolchain.evaluation_run import evaluate as run
     from toolchain.lm_eval_tasks import parse_requests
     from toolchain.output import check_output_directory, new_directory
+    from toolchain.text_sources import parse_text
 
     requests = parse_requests(task or [], questions or [])
     if generations is None:
@@ -90,7 +96,7 @@ def evaluate(
         raise SenteiError("--resume needs --out: finished parts are kept beside it.")
     picked_device = pick_device(device)
     settings = EvaluationSettings(
-        texts=tuple(text or ()),
+        texts=tuple(map(parse_text, text or ())),
         num_windows=windows,
         seq_len=seq_len,
         tasks=tuple(requests),

@@ -13,7 +13,13 @@ _WIDTH = 80
 
 def show_evaluation(console: Console, document: "EvaluationDocument") -> None:
     """Prints the document: results, what changed, and where it hurts."""
-    for block in (_texts(document), _tasks(document), _generation(document.generation), _where(document)):
+    for block in (
+        _texts(document),
+        _overlaps(document),
+        _tasks(document),
+        _generation(document.generation),
+        _where(document),
+    ):
         if block:
             console.print("\n".join(line.rstrip() for line in block), markup=False)
 
@@ -40,6 +46,19 @@ def _texts(document: "EvaluationDocument") -> list[str]:
                 _judged(comparison.perplexity_ratio),
             )
         )
+    return lines
+
+
+def _overlaps(document: "EvaluationDocument") -> list[str]:
+    from toolchain.evaluation_document import overlap_warning
+
+    lines: list[str] = []
+    for overlap in document.text_overlaps:
+        if overlap.share:
+            lines += ["", overlap_warning(overlap)]
+            for passage in overlap.passages[:_NUM_SHOWN]:
+                head = f"{passage.number:>5}  {100 * passage.share:>5.1f} %  "
+                lines.append(f"  {head}{_short(_one_line(passage.excerpt), _WIDTH - len(head) - 2)}")
     return lines
 
 

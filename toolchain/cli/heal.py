@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from toolchain.cli.console import DeviceOption, ForceOption, JsonOption, Output, QuietOption, pick_device, pick_dtype
+from toolchain.cli.console import (
+    TEXT_METAVAR,
+    DeviceOption,
+    ForceOption,
+    JsonOption,
+    Output,
+    QuietOption,
+    pick_device,
+    pick_dtype,
+)
 from toolchain.errors import SenteiError
 
 if TYPE_CHECKING:
@@ -20,7 +29,14 @@ def heal(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model.")],
     *,
     against: Annotated[str, typer.Option(help="What it learns from: the original, a directory or hub id.")],
-    data: Annotated[Path, typer.Option(help="Text to learn from: .txt, .jsonl or .parquet (field text).")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar=TEXT_METAVAR,
+            help="Text to learn from: .txt, .jsonl or .parquet (field text), a directory of them, or "
+            "hub:NAME:CONFIG:SPLIT; several times for a mixture, as in 0.7:en.txt.",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")],
     steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Windows an update.")] = 8,
@@ -47,12 +63,13 @@ def heal(
     from toolchain.checkpoint import resolve_model
     from toolchain.healing import HealSettings, healing_directory
     from toolchain.healing import heal as run
+    from toolchain.text_sources import parse_sources
 
     if full and lora_rank is not None:
         raise SenteiError("--full trains all weights, and --lora-rank adapters.", "Give one of them.")
     picked_device = pick_device(device)
     settings = HealSettings(
-        data=data,
+        data=parse_sources(data),
         steps=steps,
         batch_size=batch_size,
         seq_len=seq_len,

@@ -215,6 +215,8 @@ def _show_reasons(console: Console, found: dict[str, Any]) -> None:
 
 
 def _show(console: Console, plan: "PruningPlan") -> None:
+    from toolchain.plan_views import sources_of
+
     document = plan.document
     full = document.base_model.intermediate_size
     steps = {step.removed: (number, step.metric) for number, step in enumerate(document.trace, 1)}
@@ -246,6 +248,12 @@ def _show(console: Console, plan: "PruningPlan") -> None:
             else f"{document.metric_after_stage_1:.4g} after the FFNs"
         )
         + (f", {document.trace[-1].metric:.4g} after the attentions" if document.trace else "")
+    )
+    calibration = document.calibration
+    console.print(
+        f"calibration: {'; '.join(sources_of(calibration))}; "
+        f"{calibration.num_samples} windows of {calibration.seq_len} tokens",
+        markup=False,
     )
     if (compensation := document.compensation) is not None:
         done = (

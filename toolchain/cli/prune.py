@@ -11,6 +11,7 @@ from rich.table import Table
 
 from toolchain.cli.console import (
     COMPUTING,
+    TEXT_METAVAR,
     DeviceInPanelOption,
     DtypeInPanelOption,
     ForceOption,
@@ -151,9 +152,11 @@ def prune(
         ),
     ] = None,
     calibration: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
-            help="Your own kind of text: .txt, .jsonl or .parquet (field text). Without it: Python's manual.",
+            metavar=TEXT_METAVAR,
+            help="Text like your users': .txt, .jsonl or .parquet (field text), a directory of them, or "
+            "hub:NAME:CONFIG:SPLIT; several times for a mixture, as in 0.7:en.txt. Without it: Python's manual.",
             rich_help_panel=_TEXT,
         ),
     ] = None,
@@ -208,6 +211,7 @@ def prune(
     from toolchain.limits import LimitSettings
     from toolchain.search_state import search_directory
     from toolchain.sweep import sweep as run_sweep
+    from toolchain.text_sources import parse_sources
 
     _check_options(context, method)
     sparsities = _sparsities(sparsity, sweep)
@@ -216,7 +220,7 @@ def prune(
     settings = pipeline.PruneSettings(
         sparsity=sparsities[0],
         method=(method or Method.two_ssp).value,
-        calibration=calibration,
+        calibration=parse_sources(calibration or []),
         num_samples=samples,
         seq_len=seq_len,
         align=align,
@@ -236,7 +240,7 @@ def prune(
         evopress_budget=evopress_budget.value,
         offload=offload,
     )
-    if calibration is None:
+    if not calibration:
         output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
     name = directory.resolve().name if Path(model).is_dir() else model
     try:
@@ -302,7 +306,11 @@ def apply(
     *,
     out: OutOption,
     calibration: Annotated[
-        Path | None, typer.Option(help="The text a compensated plan was made with: its weights are fitted again.")
+        list[str] | None,
+        typer.Option(
+            metavar=TEXT_METAVAR,
+            help="The text a compensated plan was made with, given as it was: its weights are fitted again.",
+        ),
     ] = None,
     offload: OffloadOption = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; where compensation computes.")] = "auto",
@@ -315,11 +323,12 @@ def apply(
     from toolchain import pipeline
     from toolchain.checkpoint import resolve_model
     from toolchain.plan import load_plan
+    from toolchain.text_sources import parse_sources
 
     loaded = load_plan(plan)
     summary = pipeline.apply_plan(
-        loaded, resolve_model(model), out, calibration=calibration, device=pick_device(device), offload=offload,
-        force=force, progress=output.progress,
+        loaded, resolve_model(model), out, calibration=parse_sources(calibration or []),
+        device=pick_device(device), offload=offload, force=force, progress=output.progress,
     )  # fmt: skip
     output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
 

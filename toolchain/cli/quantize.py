@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
+from toolchain.cli.console import TEXT_METAVAR, ForceOption, JsonOption, Output, QuietOption
 from toolchain.errors import SenteiError
 
 
@@ -27,8 +27,8 @@ def quantize(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")],
     calibration: Annotated[
-        Path | None,
-        typer.Option(help="Text for w4a16: .txt, .jsonl or .parquet (field text). Without it: Python's manual."),
+        list[str] | None,
+        typer.Option(metavar=TEXT_METAVAR, help="Text for w4a16, as for sentei prune. Without it: Python's manual."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows, for w4a16.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens a window, for w4a16.")] = 2048,
@@ -40,20 +40,22 @@ def quantize(
     output = Output(as_json=as_json, quiet=quiet)
     from export.quantize import find_python, needs_text
     from export.quantize import quantize as run
-    from toolchain.calibration import load_windows
+    from toolchain.calibration import load_mixture
     from toolchain.checkpoint import open_checkpoint
     from toolchain.modeling import load_tokenizer
     from toolchain.output import check_output_directory
+    from toolchain.text_sources import parse_sources
 
     check_output_directory(out, force=force, inputs=[directory])
     open_checkpoint(directory)
     output.note(f"llm-compressor runs in {find_python()}.")
     windows = None
     if needs_text(scheme.value):
-        if calibration is None:
+        if not calibration:
             output.note("No --calibration: taking the Python language reference. Text like your users' is better.")
-        windows = load_windows(calibration, load_tokenizer(directory), num_samples=samples, seq_len=seq_len).ids
-    elif calibration is not None:
+        sources = parse_sources(calibration or [])
+        windows = load_mixture(sources, load_tokenizer(directory), num_samples=samples, seq_len=seq_len).ids
+    elif calibration:
         raise SenteiError(f"--scheme {scheme.value} rounds without looking at text.", "Leave --calibration out.")
     result = run(directory, out, scheme=scheme.value, windows=windows, force=force, on_line=output.note)
     output.result({"directory": str(out), **result}, lambda console: _show(console, out, directory, result))

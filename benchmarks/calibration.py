@@ -1,0 +1,158 @@
+"""What calibration text leaves of the demo model: perplexity after pruning by mixture and by number of windows.
+
+    python benchmarks/calibration.py -o calibration.json --mixture english=c4.jsonl --samples 4,8,16,32,64,128 \
+        --text c4=more.jsonl --text wikitext2=wiki.txt
+    python benchmarks/calibration.py -o languages.json --mixture english=c4.jsonl --mixture half=1:c4.jsonl,1:ja.txt \
+        --samples 32 --text c4=more.jsonl --text japanese=other-ja.txt
+
+A row that stands in the output file already is not computed again. Results stand in ``benchmarks/results/``.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from serving.environment import describe_environment
+from toolchain.calibration import load_mixture, load_windows
+from toolchain.checkpoint import open_checkpoint
+from toolchain.errors import SenteiError
+from toolchain.evaluation import perplexity
+from toolchain.gguf_import import demo_gguf, import_gguf
+from toolchain.modeling import load_tokenizer
+from toolchain.output import write_text
+from toolchain.pipeline import PruneSettings, open_walk
+from toolchain.plan import PruningPlan, load_sweep
+from toolchain.sweep import sweep
+from toolchain.text_sources import TextSource, parse_sources, parse_text
+
+
+def main(
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write, or to go on with.")],
+    mixture: Annotated[list[str], typer.Option(metavar="NAME=[WEIGHT:]TEXT,...", help="To prune with; several times.")],
+    text: Annotated[list[str], typer.Option(metavar="NAME=TEXT", help="To evaluate on; several times.")],
+    samples: Annotated[str, typer.Option(help="Calibration windows, comma-separated.")] = "32",
+    sparsity: Annotated[float, typer.Option(help="Of the decoder blocks.")] = 0.25,
+    windows: Annotated[int, typer.Option(help="Windows of each text to evaluate on.")] = 16,
+    seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    model: Annotated[Path | None, typer.Option(help="A model directory; without it, the demo model.")] = None,
+) -> None:
+    """Prunes and evaluates with every mixture at every number of windows."""
+    mixtures = {name: parse_sources(given.split(",")) for name, given in (each.split("=", 1) for each in mixture)}
+    texts = dict(each.split("=", 1) for each in text)
+    settings = {
+        "sparsity": sparsity, "num_windows": windows, "seq_len": seq_len, "dtype": dtype,
+        "texts": {name: Path(path).name for name, path in texts.items()},
+    }  # fmt: skip
+    rows = _rows_of(out, settings)
+    with tempfile.TemporaryDirectory() as temporary:
+        if model is None:
+            model = Path(temporary) / "model"
+            import_gguf(demo_gguf(), model)
+        tokenizer = load_tokenizer(model)
+        ids = {
+            name: load_windows(parse_text(path), tokenizer, num_samples=windows, seq_len=seq_len).ids
+            for name, path in texts.items()
+        }
+        asked = [
+            ("original", 0, ()),
+            *((name, int(n), each) for name, each in mixtures.items() for n in samples.split(",")),
+        ]
+        for name, count, sources in asked:
+            if any((row["mixture"], row["num_calibration_windows"]) == (name, count) for row in rows):
+                continue
+            started = time.monotonic()
+            plan = _plan(model, Path(temporary) / f"{name}-{count}", sources, count, settings) if count else None
+            row: dict[str, Any] = {"mixture": name, "num_calibration_windows": count}
+            if plan is not None:
+                drawn = load_mixture(sources, tokenizer, num_samples=count, seq_len=seq_len)
+                row["sources"] = [each.model_dump() for each in drawn.sources]
+                row["removed_attention"] = list(plan.removed_attention)
+                row["intermediate_size"] = [layer.intermediate_size for layer in plan.layout]
+                row["num_block_parameters"] = plan.steps[-1].num_block_parameters
+            row["perplexity"] = _perplexities(model, plan, ids, dtype)
+            row["seconds"] = round(time.monotonic() - started, 1)
+            rows.append(row)
+            _save(out, settings, rows)
+            typer.echo(
+                json.dumps({key: row[key] for key in ("mixture", "num_calibration_windows", "perplexity")}), err=True
+            )
+    _show(rows, list(texts))
+
+
+def _rows_of(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if not out.exists():
+        return []
+    document = json.loads(out.read_text(encoding="utf-8"))
+    if document["settings"] != settings:
+        raise SenteiError(f"{out} was measured with other settings.", "Choose another file.")
+    return document["rows"]
+
+
+def _plan(
+    model: Path, out: Path, sources: tuple[TextSource, ...], count: int, settings: Mapping[str, Any]
+) -> PruningPlan:
+    pruning = PruneSettings(
+        sparsity=settings["sparsity"],
+        calibration=sources,
+        num_samples=count,
+        seq_len=settings["seq_len"],
+        align=1,
+        attention_removals=None,
+        device="cpu",
+        dtype=getattr(torch, settings["dtype"]),
+        seed=0,
+    )
+    sweep(model, out, pruning, [settings["sparsity"]], model_name="demo")
+    [plan] = (load_sweep(out) or {}).values()
+    return plan
+
+
+def _perplexities(
+    model: Path, plan: PruningPlan | None, ids: Mapping[str, torch.Tensor], dtype: str
+) -> dict[str, dict[str, float | None]]:
+    walk = open_walk(open_checkpoint(model), dtype=getattr(torch, dtype), device="cpu", offload=False)
+    if plan is not None:
+        walk.layers.narrow(plan.kept_neurons)
+        for layer in plan.removed_attention:
+            walk.layers.remove_attention(layer)
+    measured = {name: perplexity(walk, windows) for name, windows in ids.items()}
+    return {name: {"value": each.perplexity, "standard_error": each.standard_error} for name, each in measured.items()}
+
+
+def _save(out: Path, settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+    result = {
+        "schema_version": 1,
+        "kind": "calibration_benchmark",
+        "settings": settings,
+        "rows": rows,
+        "environment": describe_environment(),
+    }
+    write_text(out, json.dumps(result, indent=1) + "\n")
+
+
+def _show(rows: list[dict[str, Any]], texts: list[str]) -> None:
+    table = Table(box=None)
+    for header in ("mixture", "windows", "attentions", *texts):
+        table.add_column(header, justify="left" if header == "mixture" else "right")
+    for row in rows:
+        table.add_row(
+            row["mixture"],
+            str(row["num_calibration_windows"] or ""),
+            ", ".join(map(str, row.get("removed_attention", []))),
+            *(f"{row['perplexity'][name]['value']:.2f}" for name in texts),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

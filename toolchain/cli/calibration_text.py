@@ -1,0 +1,70 @@
+"""``sentei calibration-text``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolchain.cli.console import (
+    DeviceOption,
+    DtypeOption,
+    ForceOption,
+    JsonOption,
+    Output,
+    QuietOption,
+    compute_dtype,
+    pick_device,
+)
+from toolchain.errors import SenteiError
+
+
+def calibration_text(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The original: model directory or hub id.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSONL file to write, for --calibration.")],
+    tokens: Annotated[int, typer.Option(help="To write in all, at least: windows times their length.")] = 32 * 2048,
+    max_new_tokens: Annotated[int, typer.Option(help="Of a document; most end earlier.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Documents written together.")] = 16,
+    temperature: Annotated[float, typer.Option(help="1 draws from the model's own distribution.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed and batch size write the same text.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Let the model write its own calibration text, where yours may not be used (self-calibration)."""
+    output = Output(as_json=as_json, quiet=quiet)
+    from toolchain.checkpoint import open_checkpoint, resolve_model
+    from toolchain.evaluation_parts import Parts, unfinished_parts
+    from toolchain.output import write_text
+    from toolchain.self_calibration import WritingSettings, write_documents
+
+    if out.suffix != ".jsonl":
+        raise SenteiError(f"{out}: documents are written as JSONL.", "Give a name that ends in .jsonl.")
+    if not out.parent.is_dir():
+        raise SenteiError(f"Directory {out.parent} does not exist.")
+    if out.exists() and not (force and out.is_file()):
+        raise SenteiError(f"{out} exists.", "Choose another name, or add --force to replace it.")
+    picked_device, directory = pick_device(device), resolve_model(model)
+    settings = WritingSettings(
+        num_tokens=tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
+        device=picked_device,
+        dtype=compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype),
+    )
+    with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
+        documents = write_documents(directory, settings, Parts(work), progress=output.progress)
+        write_text(out, "".join(json.dumps({"text": each}, ensure_ascii=False) + "\n" for each in documents))
+    output.result(
+        {"file": str(out), "num_documents": len(documents)},
+        lambda console: console.print(
+            f"{out}: {len(documents)} documents\nRead some; then sentei prune {model} --calibration {out} ...",
+            markup=False,
+        ),
+    )

@@ -1,0 +1,193 @@
+"""Where text comes from: files, directories, data sets of the Hugging Face hub, or what ships with Python."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain import embedded_text
+from toolchain.errors import MissingDependencyError, SenteiError
+
+_HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set that the ``datasets`` library reads, row after row, so that no more is downloaded than is used.
+
+    Attributes:
+        name: On the hub, such as ``wikimedia/wikipedia``; or a directory that holds a copy of one.
+        config: One of its configurations, such as ``20231101.ja``; ``None`` for the only one.
+        split: Such as ``train``.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+
+
+# A file or directory; a data set of the hub; None for the text of toolchain.embedded_text.
+Text = Path | HubDataset | None
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One text of a mixture; ``weight`` is relative to the others'."""
+
+    text: Text
+    weight: float = 1.0
+
+
+def parse_text(given: str) -> Text:
+    """What a person means by ``PATH`` or ``hub:NAME[:CONFIG[:SPLIT]]``.
+
+    Raises:
+        SenteiError: It begins with ``hub:`` and goes on in another way.
+    """
+    if not given.startswith(_HUB):
+        return Path(given)
+    name, *more = given.removeprefix(_HUB).split(":")
+    if not name or len(more) > 2:
+        raise SenteiError(
+            f"{given!r} names no data set.", "Write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT, split train."
+        )
+    config, split = (*more, "", "")[:2]
+    return HubDataset(name, config or None, split or "train")
+
+
+def parse_sources(given: Sequence[str]) -> tuple[TextSource, ...]:
+    """What a person means by several texts, each with a weight or none: ``0.5:ja.txt``.
+
+    The weight stands in front: a number before a colon is no drive letter, no ``hub:`` and no name on the hub.
+
+    Raises:
+        SenteiError: A weight is not above 0 or not finite, only some have one, or a text is given twice.
+    """
+    weights, texts = zip(*map(_split_weight, given), strict=True) if given else ((), ())
+    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+        without = given[weights.index(None)]
+        raise SenteiError(f"{without} has no weight, and other texts have.", "Give each text a weight, or none.")
+    if repeated := [text for text in texts if texts.count(text) > 1]:
+        raise SenteiError(f"{text_name(repeated[0])} is given twice.", "Give it once, with a higher weight.")
+    return tuple(
+        TextSource(text, 1.0 if weight is None else weight) for weight, text in zip(weights, texts, strict=True)
+    )
+
+
+def _split_weight(given: str) -> tuple[float | None, Text]:
+    before, colon, text = given.partition(":")
+    try:
+        weight = float(before) if colon else None
+    except ValueError:
+        weight = None
+    if weight is None:
+        return None, parse_text(given)
+    if not 0 < weight < math.inf:
+        raise SenteiError(f"{given}: weight {before} makes no sense.", "Give a number above 0, as in 0.5:text.txt.")
+    return weight, parse_text(text)
+
+
+def text_name(text: Text) -> str:
+    """What plans and reports call it: never the path of a file, which may be private."""
+    if text is None:
+        return embedded_text.SOURCE
+    if isinstance(text, Path):
+        return text.resolve().name
+    return ":".join((text.name, text.config or "", text.split)) if text.config else f"{text.name}:{text.split}"
+
+
+def read_documents(text: Text) -> Iterator[str]:
+    """Yields a text's documents one by one: ``.txt`` as it is, ``.jsonl``, ``.parquet`` and rows by field ``text``.
+
+    Raises:
+        SenteiError: Missing, of an unknown kind, or a record without a string field ``text``.
+        MissingDependencyError: A parquet file without pyarrow, or a data set without datasets.
+    """
+    if text is None:
+        return iter(embedded_text.documents())
+    if isinstance(text, HubDataset):
+        return _read_hub(text)
+    files = text_files(text)
+    return (document for file in files for document in _READERS[file.suffix.lower()](file))
+
+
+def text_files(path: Path) -> list[Path]:
+    """The file itself, or the text files in a directory and below, by name.
+
+    Raises:
+        SenteiError: There is none.
+    """
+    known = ", ".join(_READERS)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in _READERS)
+        if not files:
+            raise SenteiError(f"Directory {path} holds no text file.", f"Known endings: {known}.")
+        return files
+    if not path.is_file():
+        raise SenteiError(f"Text file {path} does not exist.", f"A data set of the hub is written {_HUB}NAME.")
+    if path.suffix.lower() not in _READERS:
+        raise SenteiError(f"{path}: unknown kind of text file.", f"Known endings: {known}.")
+    return [path]
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    try:
+        yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SenteiError(f"{path} is not UTF-8 text ({error}).") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise SenteiError(f'{path} line {number} is not a JSON object with a field "text".') from error
+            if not isinstance(text, str):
+                raise SenteiError(f'{path} line {number}: field "text" is not a string.')
+            yield text
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise MissingDependencyError("pyarrow, which reads parquet,", "eval") from error
+    try:
+        file = ParquetFile(path)
+    except ArrowInvalid as error:
+        raise SenteiError(f"{path} is not a parquet file ({error}).") from error
+    if "text" not in file.schema_arrow.names:
+        raise SenteiError(f'{path} has no column "text"; it has {", ".join(file.schema_arrow.names)}.')
+    for batch in file.iter_batches(columns=["text"]):
+        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+
+
+_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _read_hub(data: HubDataset) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MissingDependencyError("datasets, which reads data sets of the hub,", "eval") from error
+    where = f"Data set {text_name(data)}"
+    try:
+        rows: Iterable[dict[str, Any]] = load_dataset(data.name, data.config, split=data.split, streaming=True)
+        for row in rows:
+            text = row.get("text")
+            if not isinstance(text, str):
+                raise SenteiError(f'{where} has no column "text" of strings; it has {", ".join(row)}.')
+            yield text
+    except SenteiError:
+        raise
+    # Of no common class: the library's own errors, those of the hub's client, of HTTP, and of each file's reader.
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SenteiError(f"{where} cannot be read: {reason[0]}", "It is written hub:NAME:CONFIG:SPLIT.") from error
