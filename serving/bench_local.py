@@ -1,4 +1,4 @@
-"""Transformers and ONNX Runtime in the benchmark: a worker process for each model, both up, one working at a time."""
+"""Transformers and ONNX Runtime in the benchmark: a worker process for each model and repeat, one up at a time."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ class LocalSession:
     """Both models loaded and warmed up when they are needed, anew for each repeat as servers are.
 
     Attributes:
-        both_up: Always.
+        both_up: Never.
         told: What each engine told of itself.
     """
 
-    both_up = True
+    both_up = False
 
     def __init__(
         self,
@@ -79,12 +79,10 @@ class LocalSession:
 
     def _up(self, side: str, repeat: int) -> Worker:
         for other, (started_for, _, _) in tuple(self._workers.items()):
-            if started_for != repeat:
+            if (other, started_for) != (side, repeat):
                 self.drop(other)
-        # As with servers, none is measured before both are up, and the side that is measured first is started first.
-        for each in (side, *self._directories):
-            if each not in self._workers:
-                self._workers[each] = self._started(each, repeat)
+        if side not in self._workers:
+            self._workers[side] = self._started(side, repeat)
         return self._workers[side][1]
 
     def _started(self, side: str, repeat: int) -> tuple[int, Worker, ExitStack]:

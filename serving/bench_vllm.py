@@ -30,12 +30,11 @@ _UNCOMPILED = re.compile(r"^.*(?:Enforce eager set|[Cc]uda ?graph is disabled|[F
 class ServerSession:
     """Both models' servers, vLLM or ONNX, started when they are needed and warmed up as widely as the widest load.
 
-    Each repeat starts its own: one server is faster than another of the same model, by percents, for as long as both
-    run (docs/metrics.md). On a CPU both are up and only one works at a time. On a GPU a server takes nearly all memory,
-    so one is up at a time.
+    One is up at a time, as it will be where it serves, and each repeat starts its own: one server is faster than
+    another of the same model, by percents, for as long as both run (docs/metrics.md).
 
     Attributes:
-        both_up: Whether both are up together.
+        both_up: Whether both are up together: servers that run already.
         told: What each server told of itself.
     """
 
@@ -65,7 +64,7 @@ class ServerSession:
             stall_timeout_s: See :func:`serving.bench_client.bench_serve`.
             onnx_context: For ONNX exports, the tokens that their context holds; ``None`` starts vLLM.
         """
-        self.both_up = urls is not None or not torch.cuda.is_available()
+        self.both_up = urls is not None
         self.told: dict[str, dict[str, Any]] = {}
         self._directories, self._out, self._dtype, self._options = directories, out, dtype, engine_options
         self._onnx_context, self._longest = onnx_context, max(workload.longest for workload in workloads)
@@ -124,11 +123,10 @@ class ServerSession:
 
     def _up(self, side: str, repeat: int) -> str:
         for other, (started_for, _, _) in tuple(self._servers.items()):
-            if not self._urls and (started_for != repeat or not (self.both_up or other == side)):
+            if not self.both_up and (other, started_for) != (side, repeat):
                 self.drop(other)
-        # Where both are up, none is measured before both are: an idle neighbour takes memory too. The side that is
-        # measured first is started first: of two servers the first one started is the slower one, by some percent.
-        for each in (side, *(self._directories if self.both_up else ())):
+        # None of those that run already is measured before all are known to be there.
+        for each in self._directories if self.both_up else (side,):
             if each not in self._servers:
                 self._servers[each] = self._started(each, repeat)
         return self._servers[side][1]
@@ -208,7 +206,7 @@ def engine_options_for(directory: Path, dtype: str | None, engine_options: Seque
     if not (
         torch.cuda.is_available() or _CPU_KV_SPACE in os.environ or any("kv-cache-memory" in each for each in options)
     ):
-        # Two servers share the machine's memory, and vLLM's CPU default takes much of it for each.
+        # vLLM's CPU default takes much of the machine's memory.
         options += ["--kv-cache-memory-bytes", "1G"]
     return options
 

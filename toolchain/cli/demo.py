@@ -13,6 +13,8 @@ from toolchain.output import check_output_directory, new_directory
 
 _SPARSITY = 0.25
 _SEQ_LEN, _CALIBRATION_WINDOWS, _EVALUATION_WINDOWS, _GENERATIONS = 512, 32, 32, 4
+# Even: each model is started first as often as the other.
+_REPEATS = 4
 _LENGTHS = {"input_len": 128, "output_len": 32}
 # A short context, and no compilation: the servers start in half a minute.
 _VLLM_OPTIONS = ("--max-model-len", "512", "--enforce-eager")
@@ -58,7 +60,7 @@ def _announcement(out: Path, *, has_vllm: bool) -> str:
     return (
         f"Demo: SmolLM2-135M-Instruct, pruned by {_SPARSITY:.0%}, in {out}/\n"
         "  1. import the model, and the prose of Python's language reference: half to calibrate, half to evaluate\n"
-        "  2. prune: importance of FFN neurons, then attentions one by one\n"
+        "  2. prune: FFN neurons, then attentions one by one; re-fit what is left (--widths ranked --compensate)\n"
         "  3. perplexity of original and pruned, and what they write\n"
         "  4. export both, and verify the exports against their checkpoints\n"
         f"  5. benchmark original against pruned: {engines}\n"
@@ -106,6 +108,8 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
         seq_len=_SEQ_LEN,
         align=64,
         attention_removals=None,
+        widths="ranked",
+        compensate=True,
         device="cpu",
         dtype=torch.float32,
         seed=0,
@@ -174,6 +178,7 @@ def _benchmark(directory: Path, output: Output, *, has_vllm: bool) -> dict[str, 
             directory / pruned,
             engine=engine,  # type: ignore[arg-type]
             out=directory / f"benchmark-{engine}",
+            repeats=_REPEATS,
             engine_options=_VLLM_OPTIONS if engine == "vllm" else (),
             on_progress=output.note,
             workloads=make_workloads(engine=engine, **_LENGTHS),  # type: ignore[arg-type]
