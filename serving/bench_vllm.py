@@ -24,7 +24,10 @@ _PROMPTS_FILE = "prompts.jsonl"
 _CPU_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _WEIGHTS_GIB = re.compile(r"[Mm]odel loading took ([\d.]+) Gi?B")
-_UNCOMPILED = re.compile(r"^.*(?:Enforce eager set|[Cc]uda ?graph is disabled|[Ff]all(?:ing)? back to eager).*$", re.M)
+# Without what stands before a message in vLLM's log: process, level, time, file and line.
+_UNCOMPILED = re.compile(
+    r"^(?:.*\[\S+:\d+\] )?(.*(?:Enforce eager set|[Cc]uda ?graph is disabled|[Ff]all(?:ing)? back to eager).*)$", re.M
+)
 
 
 class ServerSession:
@@ -264,7 +267,7 @@ def engine_facts(text: str) -> dict[str, Any]:
     return {
         "kv_cache_tokens": int(tokens[1].replace(",", "")) if tokens else None,
         "loaded_weights_gib": float(weights[1]) if weights else None,
-        "not_compiled": found[0].strip()[-200:] if (found := _UNCOMPILED.search(text)) else None,
+        "not_compiled": found[1].strip()[:200] if (found := _UNCOMPILED.search(text)) else None,
     }
 
 

@@ -42,7 +42,7 @@ def gain_chart(name: str, metrics: Sequence[tuple[str, Mapping[str, float], floa
     ticks = _ratio_ticks(min(everything), max(everything))
     span = math.log10(max(everything) / min(everything)) or 0.01
     figure.update_xaxes(
-        type="log", tickvals=ticks, ticktext=[say("%(value)sx", value=f"{tick:g}") for tick in ticks],
+        type="log", tickvals=ticks, ticktext=[say("%(value)sx", value=f"{tick:.3g}") for tick in ticks],
         title=say("above 1x is better"),
         range=[math.log10(min(everything)) - 0.06 * span, math.log10(max(everything)) + 0.06 * span],
     )  # fmt: skip
@@ -54,10 +54,11 @@ def _ratio_ticks(low: float, high: float) -> list[float]:
     """Round ratios, about six of them, that span ``low`` to ``high`` and include 1."""
     for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5):
         first, last = math.floor(low / step), math.ceil(high / step)
-        if last - first <= 7:
+        if last - first <= 7 and high < 4 * low:
             return [round(step * number, 2) for number in range(max(first, 1), last + 1)]
-    powers = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
-    return [2.0**power for power in powers]
+    base = 2 if high / low < 2**6 else 10
+    powers = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
+    return [float(base) ** power for power in powers]
 
 
 def load_chart(name: str, points: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, say: Say) -> str:
@@ -66,7 +67,8 @@ def load_chart(name: str, points: Mapping[str, Sequence[Mapping[str, Any]]], met
     Args:
         name: Makes the element's id unique.
         points: By side, in the order of the loads: ``throughput`` (tokens/s), ``ms`` and ``load`` (its label), each
-            a median over repeats, and ``spread`` (the repeats' lowest and highest ms).
+            a median over repeats, ``number`` (the load's, in one unit) and ``spread`` (the repeats' lowest and highest
+            ms).
         metric: What the milliseconds are.
         say: The page's language.
     """
@@ -75,10 +77,13 @@ def load_chart(name: str, points: Mapping[str, Sequence[Mapping[str, Any]]], met
         figure.add_scatter(
             x=[point["throughput"] for point in each],
             y=[point["ms"] for point in each],
-            mode="lines+markers",
+            mode="lines+markers+text",
+            text=[f"{point['number']:g}" for point in each],
+            textposition="middle right",
             name=say(side),
             line={"color": _COLORS[side], "width": 2},
             marker={"size": 8},
+            cliponaxis=False,
             error_y={
                 "type": "data", "symmetric": False, "thickness": 1.2, "width": 4,
                 "array": [point["spread"][1] - point["ms"] for point in each],

@@ -6,7 +6,7 @@ from typing import Any
 from serving import gain_charts as charts
 from serving.messages import Say
 from serving.report_inputs import Source, fields_of
-from serving.report_numbers import flatten, format_bytes, format_change, format_count
+from serving.report_numbers import flatten, format_bytes, format_change, format_count, format_ratio
 from serving.statistics import SIDES
 
 LABELS = {
@@ -76,7 +76,11 @@ def benchmark_view(source: Source, number: int, say: Say) -> dict[str, Any]:
             "cost": _costs(measurements, say),
             "gpu_state": say(results["gpu_state"]) if "gpu_state" in results else None,
             "failed_attempts": results.get("failed_attempts", []),
-            "sizes": [_size_row(name, entry, say) for name, entry in results["sizes"].items()],
+            "sizes": [
+                _size_row(name, entry, say)
+                for name, entry in results["sizes"].items()
+                if any(entry[side] is not None for side in SIDES)
+            ],
             "options": flatten(results["options"], say),
             "models": {say(side): flatten(told, say) for side, told in results["models"].items()},
             "environment": flatten(results["environment"], say),
@@ -144,11 +148,11 @@ def _speed(metric: Mapping[str, Any], expected: Mapping[str, Any] | None, say: S
 
 
 def _times(value: float, say: Say) -> str:
-    return say("%(value)sx", value=f"{value:.2f}")
+    return say("%(value)sx", value=format_ratio(value))
 
 
 def _interval(gain: Mapping[str, float], say: Say) -> str:
-    return say("%(low)sx to %(high)sx", low=f"{gain['low']:.2f}", high=f"{gain['high']:.2f}")
+    return say("%(low)sx to %(high)sx", low=format_ratio(gain["low"]), high=format_ratio(gain["high"]))
 
 
 def _against_expected(gain: Mapping[str, float], expected: float, say: Say) -> str:
@@ -205,6 +209,7 @@ def _point(measurement: Mapping[str, Any], side: str, metric: str, say: Say) -> 
         "ms": found["median"],
         "spread": (min(found["values"]), max(found["values"])),
         "load": _how_hard(measurement["workload"], say),
+        "number": measurement["workload"]["concurrency"] or measurement["workload"]["request_rate"],
     }
 
 

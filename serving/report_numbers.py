@@ -52,6 +52,11 @@ def format_count(count: int) -> str:
     return str(count)
 
 
+def format_ratio(ratio: float) -> str:
+    """Two digits after the point, or two significant ones where those would say nothing."""
+    return f"{ratio:.2f}" if 0.1 <= ratio < 100 else f"{ratio:.2g}" if ratio < 0.1 else f"{ratio:.0f}"
+
+
 def format_change(ratio: float) -> str:
     """A ratio as a signed percentage."""
     percent = 100 * (ratio - 1)

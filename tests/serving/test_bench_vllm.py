@@ -267,3 +267,10 @@ def test_lengths_may_vary(pico_model, asked, tmp_path):
     with pytest.raises(SenteiError, match="do not fit"):
         too_long = make_workloads(engine="vllm", input_len=200, output_len=20, range_ratio=0.5)
         benchmark_module.benchmark(pico_model, pico_model, engine="vllm", workloads=too_long, out=tmp_path / "x")
+
+
+def test_why_kernels_are_not_compiled_is_told_without_the_logs_own_marks():
+    line = "(APIServer pid=4028) WARNING 11-25 13:33:01 [vllm.py:1703] Enforce eager set, disabling torch.compile."
+    assert bench_vllm.engine_facts(f"INFO begins\n{line}\nINFO ends")["not_compiled"] == line.partition("] ")[2]
+    assert bench_vllm.engine_facts("Falling back to eager")["not_compiled"] == "Falling back to eager"
+    assert bench_vllm.engine_facts("INFO 11-25 [vllm.py:1] all is compiled")["not_compiled"] is None

@@ -17,6 +17,7 @@ from serving.child_process import child_process
 from serving.model_facts import checkpoint_facts, expected_gains, onnx_facts
 from serving.worker_process import Worker, running_worker
 from serving.workload import WARMUP_SEED, make_workloads
+from tests.command_line import sentei
 from tests.conftest import make_pico, prune_by_hand
 from toolchain.checkpoint import copy_companions, open_checkpoint, write_weights
 from toolchain.errors import SenteiError
@@ -290,6 +291,17 @@ def test_a_worker_that_keeps_dying_stops_the_benchmark_which_resumes(pico_model,
     assert [runs[0]["original"], runs[0]["pruned"]] == kept
     assert len(results["failed_attempts"]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_interrupted_benchmark_says_how_to_go_on(pico_model, pruned_pico, tmp_path, monkeypatch):
+    def interrupted(original, pruned, *, out, **settings):
+        out.with_name("out.unfinished").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark_module, "benchmark", interrupted)
+    done = sentei("benchmark", pico_model, pruned_pico, "--engine", "transformers", "-o", tmp_path / "out")
+    assert done.returncode == 130
+    assert "The same command with --resume goes on from there.\nInterrupted." in done.stderr.replace("\r", "")
 
 
 def test_a_worker_that_never_answers_leaves_its_failures(pico_model, pruned_pico, tmp_path, deaths):

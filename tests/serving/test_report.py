@@ -7,10 +7,11 @@ import pytest
 
 from serving import report
 from serving.explain import CLIENT
+from serving.gain_charts import _ratio_ticks
 from serving.goodput import GOODPUT_METRICS
 from serving.messages import Say
 from serving.report import render_report
-from serving.report_numbers import format_bytes, format_change, format_count
+from serving.report_numbers import format_bytes, format_change, format_count, format_ratio
 from serving.statistics import METRICS, compare
 from tests.command_line import refused, sentei
 from toolchain.errors import SenteiError
@@ -151,9 +152,10 @@ def test_every_part_is_there(everything, tmp_path):
     for expected in (
         "−25.0 %", "8 MB → 6 MB", "25.1 % of the decoder", "+50.0 %", "held-out.txt", "1.21x the speed",
         "The measurement falls short of it.", "Attention is gone from 1 of 4 layers",
-        "32 to 40 of 48", "onnx: <span class=\"tag good\">passed", "max_difference", "calibration.txt", "not known",
+        "32 to 40 of 48", "onnx: <span class=\"tag good\">passed", "max_difference", "calibration.txt",
     ):  # fmt: skip
         assert expected in text, expected
+    assert "Peak memory" not in text  # neither side's is known
     assert text.count('class="plotly-graph-div"') == 4
 
 
@@ -338,7 +340,16 @@ def test_copies_are_shown_once(everything, tmp_path):
     assert render_report([everything, everything, copy], tmp_path / "r.html")["missing"] == []
 
 
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.25), (0.9, 1.3), (0.3, 12), (0.02, 2), (0.0009, 2006)])
+def test_ratios_have_few_ticks_and_1_is_one_of_them(low, high):
+    ticks = _ratio_ticks(low, high)
+    assert 1.0 in ticks
+    assert 4 <= len(ticks) <= 9
+    assert ticks[0] <= low < high <= ticks[-1]
+
+
 def test_numbers_for_people():
     assert [format_bytes(n) for n in (999, 1_500, 269_030_016)] == ["999 B", "1.5 kB", "269 MB"]
     assert [format_count(n) for n in (7, 134_515_008, 8_030_000_000)] == ["7", "134.5M", "8.03B"]
+    assert [format_ratio(r) for r in (0.00451, 0.95, 1.234, 292.34)] == ["0.0045", "0.95", "1.23", "292"]
     assert [format_change(r) for r in (0.8, 1.0, 1.256, 2.5)] == ["−20.0 %", "±0 %", "+25.6 %", "+150 %"]

@@ -27,6 +27,7 @@ from toolchain.cli import (
 )
 from toolchain.errors import SenteiError
 
+_INTERRUPTED = 130
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 app = typer.Typer(
@@ -68,7 +69,7 @@ app.command("demo")(demo.demo)
 
 
 def main() -> None:
-    """Runs the command line; exit code 0, 1 (a check failed) or 2 (bad input)."""
+    """Runs the command line; exit code 0, 1 (a check failed), 2 (bad input) or 130 (interrupted)."""
     try:
         app()
     except SenteiError as error:
@@ -81,8 +82,10 @@ def main() -> None:
         if error.filename:
             _fail(f"{error.filename} cannot be read or written ({error.strerror}). Give another path.", 2, error)
         raise
-    except KeyboardInterrupt as error:
-        _fail("Interrupted.", 130, error)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # Typer ends silently on Ctrl-C
+            typer.echo("Interrupted.", err=True)
+        raise
 
 
 def _fail(sentence: str, exit_code: int, error: BaseException) -> None:
