@@ -13,6 +13,9 @@ from toolchain.cli.app import main
 
 PROGRAM = str(Path(sys.executable).with_name("sentei"))
 
+# Of sentei prune: neither gradients nor re-fitting, for tests of something else.
+PLAIN = ("--widths", "uniform", "--no-compensate")
+
 
 def sentei(*arguments: object) -> CompletedProcess[str]:
     """The command in this process."""

@@ -26,7 +26,7 @@ COMPARISON_FILE, TABLE_FILE = "comparison.json", "comparison.md"
 # What sets each apart from the settings they share.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     METHOD: {},
-    "compensate": {"compensate": True},
+    "sentei": {"widths": "ranked", "compensate": True},
     **{name: {"method": name} for name in BLOCK_METHODS},
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.command_line import PROGRAM, refused, sentei, sentei_program
+from tests.command_line import PLAIN, PROGRAM, refused, sentei, sentei_program
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def pruned_pico(pico_model: Path, text: Path, tmp_path_factory: pytest.TempPathF
 
 
 def prune(model: Path, text: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    defaults = ["--sparsity", 0.3, "--samples", 2, "--seq-len", 64, "--align", 8, "--attention-removals", 1]
+    defaults = ["--sparsity", 0.3, "--samples", 2, "--seq-len", 64, "--align", 8, "--attention-removals", 1, *PLAIN]
     return sentei("prune", model, "-o", out, "--calibration", text, *defaults, *more)
 
 
@@ -187,7 +187,7 @@ def test_a_plan_for_another_model(demo_model: Path, pruned_pico: Path, tmp_path:
 def test_a_full_disk_leaves_nothing_behind(pico_model: Path, text: Path, tmp_path: Path):
     # A limit on file size stands for the disk: the write itself fails, in the middle of a file.
     script = f"ulimit -f 2000; exec {PROGRAM} prune {pico_model} -o {tmp_path}/out --calibration {text} "
-    script += "--sparsity 0.3 --samples 2 --seq-len 64 --align 8 --attention-removals 1 --quiet"
+    script += f"--sparsity 0.3 --samples 2 --seq-len 64 --align 8 --attention-removals 1 {' '.join(PLAIN)} --quiet"
     done = subprocess.run(
         ["bash", "-c", f"trap '' XFSZ; {script}"], capture_output=True, text=True, timeout=300, check=False
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.command_line import refused, sentei
+from tests.command_line import PLAIN, refused, sentei
 from tests.families import VARIANTS, make_family_pico
 from toolchain.checkpoint import open_checkpoint, same_bits
 from toolchain.compensation import Moments, compensate, refit
@@ -17,7 +17,10 @@ from toolchain.modeling import load_tokenizer
 from toolchain.pipeline import open_walk
 from toolchain.plan import load_plan
 
-SETTINGS = ("--samples", 8, "--seq-len", 16, "--align", 8, "--attention-removals", 1, "--sparsity", 0.3, "--quiet")
+SETTINGS = (
+    "--samples", 8, "--seq-len", 16, "--align", 8, "--attention-removals", 1, "--sparsity", 0.3, "--quiet",
+    "--widths", "uniform",
+)  # fmt: skip
 
 
 def moments_of(x: torch.Tensor, y: torch.Tensor) -> Moments:
@@ -90,7 +93,7 @@ def prune(model: Path, out: Path, text: Path, *more: object):
 
 
 def test_prune_and_apply_write_the_same_compensated_weights(pico_model: Path, text: Path, tmp_path: Path):
-    assert prune(pico_model, tmp_path / "plain", text).returncode == 0
+    assert prune(pico_model, tmp_path / "plain", text, "--no-compensate").returncode == 0
     assert prune(pico_model, tmp_path / "out", text, "--compensate").returncode == 0
     plan = load_plan(tmp_path / "out")
     assert plan.document.compensation is not None
@@ -123,6 +126,16 @@ def test_the_published_method_is_never_compensated(pico_model: Path, text: Path,
     refused(prune(pico_model, tmp_path / "out", text, "--method", "2ssp", "--compensate"), "--method 2ssp")
     refused(prune(pico_model, tmp_path / "out", text, "--method", "2ssp", "--widths", "ranked"), "knows no --widths")
     refused(prune(pico_model, tmp_path / "out", text, "--compensate", "--samples", 1), "2 calibration windows")
+
+
+def test_ranked_widths_and_compensation_are_on_unless_a_method_is_named(pico_model: Path, text: Path, tmp_path: Path):
+    settings = ("--calibration", text, "--samples", 8, "--seq-len", 16, "--align", 8, "--sparsity", 0.3, "--quiet")
+    for name, more in (("ours", ()), ("published", ("--method", "2ssp"))):
+        assert sentei("prune", pico_model, "-o", tmp_path / name, *settings, *more).returncode == 0
+    ours, published = (load_plan(tmp_path / name).document for name in ("ours", "published"))
+    assert (ours.widths, published.widths) == ("ranked", "uniform")
+    assert ours.compensation is not None
+    assert published.compensation is None
 
 
 def walk_of(model: Path) -> LayerWalk:
@@ -158,7 +171,7 @@ def test_it_gains_on_text_it_has_not_seen(demo_model: Path, tmp_path: Path):
     *calibration, unseen = documents()[::5]
     text.write_text("\n\n".join(calibration))
     settings = ("--samples", 24, "--seq-len", 256, "--sparsity", 0.375, "--attention-removals", 1, "--quiet")
-    for name, more in (("plain", ()), ("compensated", ("--compensate",))):
+    for name, more in (("plain", PLAIN), ("compensated", ("--widths", "uniform"))):
         done = sentei("prune", demo_model, "-o", tmp_path / name, "--calibration", text, *settings, *more)
         assert done.returncode == 0, done.stderr
         ids = load_tokenizer(demo_model)(unseen, return_tensors="pt")["input_ids"][:, :512]

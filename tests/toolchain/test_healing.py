@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.command_line import refused, sentei
+from tests.command_line import PLAIN, refused, sentei
 from tests.conftest import prune_by_hand
 from tests.families import VARIANTS, make_family_pico
 from tests.quantized import write_quantized
@@ -30,7 +30,20 @@ SETTINGS = ("--steps", 10, "--batch-size", 2, "--seq-len", 16, "--dtype", "float
 @pytest.fixture(scope="module")
 def pruned_pico(pico_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("healing") / "pruned"
-    settings = ("--sparsity", 0.3, "--samples", 2, "--seq-len", 64, "--align", 8, "--attention-removals", 1, "--quiet")
+    settings = (
+        "--sparsity",
+        0.3,
+        "--samples",
+        2,
+        "--seq-len",
+        64,
+        "--align",
+        8,
+        "--attention-removals",
+        1,
+        *PLAIN,
+        "--quiet",
+    )
     done = sentei("prune", pico_model, "-o", out, "--calibration", text, *settings)
     assert done.returncode == 0, done.stderr
     return out
@@ -225,7 +238,7 @@ def test_minutes_recover_a_share_of_the_loss(demo_model: Path, tmp_path: Path):
 
     plan = sentei(
         "prune", demo_model, "-o", pruned := tmp_path / "pruned", "--calibration", text, "--samples", 4, "--seq-len",
-        256, "--sparsity", 0.25, "--attention-removals", 1, "--quiet",
+        256, "--sparsity", 0.25, "--attention-removals", 1, *PLAIN, "--quiet",
     )  # fmt: skip
     assert plan.returncode == 0, plan.stderr
     done = sentei(

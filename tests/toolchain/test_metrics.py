@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from tests.command_line import refused, sentei
+from tests.command_line import PLAIN, refused, sentei
 from tests.conftest import prune_by_hand
 from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import SenteiError
@@ -26,7 +26,7 @@ QUESTIONS = [
     {"prompt": "Two plus two equals", "choices": ["seventeen", "four"], "answer": 1},
     {"prompt": "Water is made of hydrogen and", "choices": ["oxygen", "sand", "wood"], "answer": 2},
 ]
-SETTINGS = ("--sparsity", 0.3, "--samples", 2, "--seq-len", 64, "--align", 8, "--attention-removals", 1)
+SETTINGS = ("--sparsity", 0.3, "--samples", 2, "--seq-len", 64, "--align", 8, "--attention-removals", 1, *PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_combinations_that_make_no_sense(
 
 
 def test_searched_by_one_metric_and_stopped_by_another(demo_model: Path, questions: Path, tmp_path: Path):
-    settings = ("--sparsity", 0.3, "--samples", 2, "--seq-len", 64, "--attention-removals", 3)
+    settings = ("--sparsity", 0.3, "--samples", 2, "--seq-len", 64, "--attention-removals", 3, *PLAIN)
     limit = ("--limit-metric", f"accuracy:{questions}", "--min-metric", 0.4)
     done = sentei("prune", demo_model, "-o", tmp_path / "out", *settings, "--metric", "kl", *limit)
     assert done.returncode == 0, done.stderr

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import refused, sentei
+from tests.command_line import PLAIN, refused, sentei
 from toolchain.checkpoint import open_checkpoint
 from toolchain.plan import load_plan
 
-SETTINGS = ("--samples", 2, "--seq-len", 64, "--align", 8)
+SETTINGS = ("--samples", 2, "--seq-len", 64, "--align", 8, *PLAIN)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.command_line import sentei
+from tests.command_line import PLAIN, sentei
 from tests.conftest import make_pico
 from toolchain import racing
 from toolchain.attention_search import removals
@@ -78,7 +78,7 @@ def test_a_clear_winner_wins(demo_model: Path, tmp_path: Path, ids: torch.Tensor
 def test_the_plan_says_who_was_dropped_and_when(demo_model: Path, tmp_path: Path):
     make_pico(tmp_path / "model", num_hidden_layers=8)
     copy_companions(demo_model, tmp_path / "model")
-    settings = ("--sparsity", 0.3, "--samples", 1, "--seq-len", 128, "--align", 8, "--attention-removals", 1)
+    settings = ("--sparsity", 0.3, "--samples", 1, "--seq-len", 128, "--align", 8, "--attention-removals", 1, *PLAIN)
     done = sentei("prune", tmp_path / "model", "-o", tmp_path / "out", *settings, "--search", "racing")
     assert done.returncode == 0, done.stderr
     step = load_plan(tmp_path / "out").document.trace[0]

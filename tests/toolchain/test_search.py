@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tests.command_line import refused, sentei
+from tests.command_line import PLAIN, refused, sentei
 from tests.conftest import make_pico
 from toolchain import stepping
 from toolchain.attention_search import removals
@@ -27,7 +27,7 @@ from toolchain.offload import open_offloaded
 from toolchain.plan import load_plan
 
 LLAMA = FAMILIES["llama"]
-SETTINGS = ("--samples", 2, "--seq-len", 64, "--align", 8, "--attention-removals", 2)
+SETTINGS = ("--samples", 2, "--seq-len", 64, "--align", 8, "--attention-removals", 2, *PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_killed_and_resumed_it_gives_the_identical_plan(deep_model: Path, text: 
 
 
 def test_a_limit_ends_the_search_before_it_is_broken(demo_model: Path, tmp_path: Path):
-    settings = ["--sparsity", 0.25, "--samples", 2, "--seq-len", 128, "--max-degradation"]
+    settings = ["--sparsity", 0.25, "--samples", 2, "--seq-len", 128, *PLAIN, "--max-degradation"]
     done = sentei("prune", demo_model, "-o", tmp_path / "out", *settings, 1.05)
     assert done.returncode == 0, done.stderr
     plan = load_plan(tmp_path / "out")

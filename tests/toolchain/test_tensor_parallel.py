@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from export.vllm import check_tensor_parallel
-from tests.command_line import refused, sentei
+from tests.command_line import PLAIN, refused, sentei
 from tests.conftest import make_pico
 from toolchain.allocation import BlockParameters, Protected, allocate, ladder
 from toolchain.checkpoint import Checkpoint, open_checkpoint
@@ -87,7 +87,7 @@ def test_a_pruned_layer_is_split_too():
 
 
 def prune(model: Path, text: Path, out: Path, *more: object):
-    settings = ["--sparsity", 0.3, "--samples", 2, "--seq-len", 64, "--attention-removals", 1]
+    settings = ["--sparsity", 0.3, "--samples", 2, "--seq-len", 64, "--attention-removals", 1, *PLAIN]
     return sentei("prune", model, "-o", out, "--calibration", text, *settings, *more)
 
 

@@ -60,7 +60,7 @@ def _announcement(out: Path, *, has_vllm: bool) -> str:
     return (
         f"Demo: SmolLM2-135M-Instruct, pruned by {_SPARSITY:.0%}, in {out}/\n"
         "  1. import the model, and the prose of Python's language reference: half to calibrate, half to evaluate\n"
-        "  2. prune: FFN neurons, then attentions one by one; re-fit what is left (--widths ranked --compensate)\n"
+        "  2. prune: FFN neurons, then attentions one by one; re-fit what is left\n"
         "  3. perplexity of original and pruned, and what they write\n"
         "  4. export both, and verify the exports against their checkpoints\n"
         f"  5. benchmark original against pruned: {engines}\n"

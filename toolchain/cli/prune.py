@@ -108,8 +108,8 @@ def prune(
     method: Annotated[
         Method | None,
         typer.Option(
-            help="2ssp: exactly the published method (arXiv 2501.17771), never compensated. The others remove whole "
-            "attentions and FFNs, as published: see docs/methods.md.",
+            help="Without it: 2SSP with ranked widths and compensation. 2ssp: exactly as published (arXiv 2501.17771). "
+            "The others remove whole attentions and FFNs, as published: see docs/methods.md.",
             rich_help_panel=_TARGET,
         ),
     ] = None,
@@ -118,13 +118,13 @@ def prune(
         typer.Option(help="How much --method evopress tries: as the paper, or far less.", rich_help_panel=_TARGET),
     ] = EvopressBudget.paper,
     compensate: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--compensate/--no-compensate",
-            help="Re-fit the output projections of what is left, without training.",
+            help="Re-fit the output projections of what is left, without training. On unless --method is given.",
             rich_help_panel=_TARGET,
         ),
-    ] = False,
+    ] = None,
     allocation: Annotated[
         Allocation,
         typer.Option(
@@ -137,13 +137,13 @@ def prune(
         int | None, typer.Option(help="Attentions to remove, instead.", rich_help_panel=_TARGET)
     ] = None,
     widths: Annotated[
-        Widths,
+        Widths | None,
         typer.Option(
             help="FFN widths: even, as published, or by gradients of the loss, which take fewer attentions and more "
-            "neurons.",
+            "neurons. Ranked unless --method is given.",
             rich_help_panel=_TARGET,
         ),
-    ] = Widths.uniform,
+    ] = None,
     protect: Annotated[
         list[str] | None,
         typer.Option(
@@ -227,7 +227,7 @@ def prune(
         tensor_parallel=tensor_parallel,
         attention_removals=attention_removals,
         allocation=allocation.value,
-        widths=widths.value,
+        widths=(widths or (Widths.uniform if method else Widths.ranked)).value,
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype),
         seed=seed,
@@ -236,7 +236,7 @@ def prune(
         metric=metric,
         limit=LimitSettings(max_degradation=max_degradation, max_metric=max_metric, min_metric=min_metric),
         limit_metric=limit_metric,
-        compensate=compensate,
+        compensate=method is None if compensate is None else compensate,
         evopress_budget=evopress_budget.value,
         offload=offload,
     )
@@ -276,7 +276,9 @@ def _check_options(context: typer.Context, method: Method | None) -> None:
             f"--method {method} removes whole blocks as published and knows no --{unknown[0].replace('_', '-')}.",
             "Leave it out, or prune with 2SSP.",
         )
-    if method is Method.two_ssp and (unknown := [name for name, value in _PUBLISHED.items() if params[name] != value]):
+    if method is Method.two_ssp and (
+        unknown := [name for name, value in _PUBLISHED.items() if params[name] not in (None, value)]
+    ):
         raise SenteiError(
             f"--method 2ssp is exactly the published method, which knows no --{unknown[0]}.", "Leave one of them out."
         )
