@@ -311,6 +311,7 @@ def test_a_worker_that_never_answers_leaves_its_failures(pico_model, pruned_pico
     benchmark(pico_model, pruned_pico, engine="transformers", out=tmp_path / "out", force=True, **TINY)
 
 
+@pytest.mark.acceptance
 def test_a_sweep_measures_every_load(pico_model, pruned_pico, tmp_path):
     results = benchmark(
         pico_model, pruned_pico, engine="transformers", out=tmp_path / "out", concurrency=[1, 3], **TINY
