@@ -83,7 +83,7 @@ def _quality(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> d
         with fields_of(source) as content:
             warnings += [
                 say(
-                    "%(share)s of %(text)s was read in calibration or healing: it says little of text that was not.",
+                    "%(share)s of %(text)s was read in calibration or healing, where the model looks too good.",
                     share=f"{100 * overlap['share']:.3g} %", text=overlap["text"],
                 )
                 for overlap in content.get("text_overlaps", [])

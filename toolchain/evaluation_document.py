@@ -204,7 +204,7 @@ def overlap_warning(overlap: TextOverlap) -> str:
     """What to say of a text that was read before."""
     return (
         f"Warning: {100 * overlap.share:.3g} % of {overlap.text} was read in {overlap.seen_in} ({overlap.num_seen} of "
-        f"{overlap.num_passages} {overlap.unit}s hold some of it): it says little of text that was not."
+        f"{overlap.num_passages} {overlap.unit}s hold some of it), where the model looks too good."
     )
 
 
