@@ -28,7 +28,7 @@ from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.layer_walk import LayerWalk
 from toolchain.modeling import load_model, load_tokenizer
 from toolchain.output import write_text
-from toolchain.pipeline import PruneSettings
+from toolchain.pipeline import PruneSettings, remove_planned
 from toolchain.plan import PruningPlan, load_sweep
 from toolchain.sweep import sweep
 from toolchain.text_sources import TextSource
@@ -114,9 +114,7 @@ def _perplexities(walk: LayerWalk, ids: Mapping[str, torch.Tensor]) -> dict[str,
 
 def _pruned(directory: Path, plan: PruningPlan) -> LayerWalk:
     walk = LayerWalk(load_model(directory, dtype=torch.float32), open_checkpoint(directory).family)
-    walk.layers.narrow(plan.kept_neurons)
-    for layer in plan.removed_attention:
-        walk.layers.remove_attention(layer)
+    remove_planned(walk, plan)
     return walk
 
 

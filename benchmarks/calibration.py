@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from serving.environment import describe_environment
-from toolchain.calibration import load_mixture, load_windows
+from toolchain.calibration import load_windows
 from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluation import perplexity
 from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.modeling import load_tokenizer
 from toolchain.output import write_text
-from toolchain.pipeline import PruneSettings, open_walk
+from toolchain.pipeline import PruneSettings, open_walk, remove_planned
 from toolchain.plan import PruningPlan, load_sweep
 from toolchain.sweep import sweep
 from toolchain.text_sources import TextSource, parse_sources, parse_text
@@ -74,8 +74,7 @@ def main(
             plan = _plan(model, Path(temporary) / f"{name}-{count}", sources, count, settings) if count else None
             row: dict[str, Any] = {"mixture": name, "num_calibration_windows": count}
             if plan is not None:
-                drawn = load_mixture(sources, tokenizer, num_samples=count, seq_len=seq_len)
-                row["sources"] = [each.model_dump() for each in drawn.sources]
+                row["sources"] = [each.model_dump() for each in plan.document.calibration.sources]
                 row["removed_attention"] = list(plan.removed_attention)
                 row["intermediate_size"] = [layer.intermediate_size for layer in plan.layout]
                 row["num_block_parameters"] = plan.steps[-1].num_block_parameters
@@ -122,9 +121,7 @@ def _perplexities(
 ) -> dict[str, dict[str, float | None]]:
     walk = open_walk(open_checkpoint(model), dtype=getattr(torch, dtype), device="cpu", offload=False)
     if plan is not None:
-        walk.layers.narrow(plan.kept_neurons)
-        for layer in plan.removed_attention:
-            walk.layers.remove_attention(layer)
+        remove_planned(walk, plan)
     measured = {name: perplexity(walk, windows) for name, windows in ids.items()}
     return {name: {"value": each.perplexity, "standard_error": each.standard_error} for name, each in measured.items()}
 

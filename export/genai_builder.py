@@ -219,8 +219,8 @@ class PrunedBuilder(Model):
     def to_nbits(self) -> ir.Model:
         """Quantises one matrix after another.
 
-        The vendor's pass turns the whole graph into a protobuf message first, which takes nearly three times the
-        weights in float32; here it gets a graph of one product at a time.
+        The vendor's pass turns the whole graph into a protobuf message first, which takes more than twice the weights
+        in float32 (docs/decisions/onnx-size.md); here it gets a graph of one product at a time.
         """
         whole: ir.Model = self.model
         for node in [node for node in whole.graph if node.op_type in self.quant_attrs["op_types_to_quantize"]]:

@@ -9,6 +9,7 @@ from typing import Any
 from serving.bench_client import STALL_TIMEOUT_S
 from serving.gpu_state import energy, watched_gpus
 from serving.model_facts import ModelFacts
+from serving.side_processes import SideProcesses
 from serving.statistics import RequestTimes, request_metrics, request_percentiles
 from serving.vllm_server import START_TIMEOUT_S
 from serving.worker_process import Worker, running_worker
@@ -46,13 +47,13 @@ class LocalSession:
         self._directories, self._out, self._stall_timeout_s = directories, out, stall_timeout_s
         self._vocab_size = min(each.vocab_size for each in facts.values())
         self._widest = max(workloads, key=lambda workload: workload.width)
-        self._workers: dict[str, tuple[int, Worker, ExitStack]] = {}
+        self._workers = SideProcesses(self._start)
 
     def measure(
         self, side: str, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
     ) -> dict[str, Any]:
         """Asks one model one load; see :meth:`serving.bench_vllm.ServerSession.measure`. Limits are vLLM's alone."""
-        worker = self._up(side, repeat)
+        worker = self._workers.get(side, repeat)
         with watched_gpus() as gpus:
             answer = self._ask(worker, workload, workload.seed + repeat, workload.output_len)
         self.told[side]["peak_memory_bytes"] = answer["peak_memory_bytes"]
@@ -69,34 +70,19 @@ class LocalSession:
 
     def drop(self, side: str) -> None:
         """Ends a side's worker; the next measurement starts another."""
-        if side in self._workers:
-            self._workers.pop(side)[2].close()
+        self._workers.drop(side)
 
     def close(self) -> None:
         """Ends everything."""
-        for side in tuple(self._workers):
-            self.drop(side)
+        self._workers.close()
 
-    def _up(self, side: str, repeat: int) -> Worker:
-        for other, (started_for, _, _) in tuple(self._workers.items()):
-            if (other, started_for) != (side, repeat):
-                self.drop(other)
-        if side not in self._workers:
-            self._workers[side] = self._started(side, repeat)
-        return self._workers[side][1]
-
-    def _started(self, side: str, repeat: int) -> tuple[int, Worker, ExitStack]:
-        stack = ExitStack()
+    def _start(self, side: str, repeat: int, stack: ExitStack) -> Worker:
         worker = stack.enter_context(running_worker(side, self._out / f"{side}-{repeat}.log"))
-        try:
-            directory = str(self._directories[side].resolve())
-            self.told[side] = worker.ask("load", timeout_s=START_TIMEOUT_S, directory=directory, **self._settings)
-            tokens = min(self._widest.output_len, _WARMUP_TOKENS)
-            self._ask(worker, self._widest, self._widest.seed + WARMUP_SEED, tokens)
-        except BaseException:
-            stack.close()
-            raise
-        return repeat, worker, stack
+        directory = str(self._directories[side].resolve())
+        self.told[side] = worker.ask("load", timeout_s=START_TIMEOUT_S, directory=directory, **self._settings)
+        tokens = min(self._widest.output_len, _WARMUP_TOKENS)
+        self._ask(worker, self._widest, self._widest.seed + WARMUP_SEED, tokens)
+        return worker
 
     def _ask(self, worker: Worker, workload: Workload, seed: int, output_len: int) -> dict[str, Any]:
         return worker.ask(

@@ -12,6 +12,7 @@ import torch
 
 from serving.bench_client import STALL_TIMEOUT_S, bench_serve, served_model_name
 from serving.gpu_state import energy, watched_gpus
+from serving.side_processes import SideProcesses
 from serving.statistics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
 from serving.vllm_server import running_server, tail
 from serving.worker_process import EngineFailedError
@@ -73,7 +74,7 @@ class ServerSession:
         self._onnx_context, self._longest = onnx_context, max(workload.longest for workload in workloads)
         self._widest = max(workloads, key=lambda workload: workload.width)
         self._urls, self._api_key, self._stall_timeout_s = urls, api_key, stall_timeout_s
-        self._servers: dict[str, tuple[int, str, ExitStack]] = {}
+        self._servers = SideProcesses(self._start, keep_all=self.both_up)
         (out / "vllm").mkdir(exist_ok=True)
         self._prompts_file = out.resolve() / _PROMPTS_FILE
         if own := self._widest.prompts:
@@ -98,7 +99,10 @@ class ServerSession:
         Raises:
             EngineFailedError: The server died, hung, or failed every request; the end of its log is in the message.
         """
-        base_url = self._up(side, repeat)
+        # None of those that run already is measured before all are known to be there.
+        for each in self._directories if self.both_up else ():
+            self._servers.get(each, repeat)
+        base_url = self._servers.get(side, repeat)
         options = _load_options(workload, workload.seed + repeat, workload.num_prompts, self._prompts_file)
         if slo:
             options += ["--goodput", *(f"{metric}:{limit:g}" for metric, limit in slo.limits.items())]
@@ -110,37 +114,17 @@ class ServerSession:
 
     def drop(self, side: str) -> None:
         """Stops a side's server; the next measurement starts another."""
-        if side in self._servers:
-            self._servers.pop(side)[2].close()
+        self._servers.drop(side)
 
     def close(self) -> None:
         """Stops everything."""
-        for side in tuple(self._servers):
-            self.drop(side)
+        self._servers.close()
 
     def log_text(self, side: str) -> str:
         """All that this side's servers wrote."""
         return "\n".join(
             path.read_text(encoding="utf-8", errors="replace") for path in sorted(self._out.glob(f"{side}*.log"))
         )
-
-    def _up(self, side: str, repeat: int) -> str:
-        for other, (started_for, _, _) in tuple(self._servers.items()):
-            if not self.both_up and (other, started_for) != (side, repeat):
-                self.drop(other)
-        # None of those that run already is measured before all are known to be there.
-        for each in self._directories if self.both_up else (side,):
-            if each not in self._servers:
-                self._servers[each] = self._started(each, repeat)
-        return self._servers[side][1]
-
-    def _started(self, side: str, repeat: int) -> tuple[int, str, ExitStack]:
-        stack = ExitStack()
-        try:
-            return repeat, self._start(side, repeat, stack), stack
-        except BaseException:
-            stack.close()
-            raise
 
     def _start(self, side: str, repeat: int, stack: ExitStack) -> str:
         if self._urls:

@@ -136,6 +136,7 @@ def evaluate(
         (text, load_windows(text, models[-1].tokenizer, num_samples=settings.num_windows, seq_len=settings.seq_len))
         for text in settings.texts
     ]
+    read_before = text_hashes(directory)
     generation = _Generation(texts[0][1], models, settings, parts) if settings.num_generations else None
     losses: list[list[dict[str, Any]]] = []
     answers: list[list[dict[str, Any]]] = []
@@ -166,7 +167,7 @@ def evaluate(
         text_overlaps=[
             found
             for text, windows in texts
-            for seen_in, hashes in text_hashes(directory).items()
+            for seen_in, hashes in read_before.items()
             if (found := find_overlap(text, windows, models[-1].tokenizer, seen_in, hashes)) is not None
         ],
         task_comparisons=_compare_tasks(settings.tasks, answers) if compared else [],

@@ -187,6 +187,13 @@ def open_walk(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, offloa
     return walk
 
 
+def remove_planned(walk: LayerWalk, plan: PruningPlan) -> None:
+    """Leaves of the original model's layers what the plan leaves; compensation is not part of it."""
+    walk.layers.narrow(plan.kept_neurons)
+    for layer in plan.removed_attention:
+        walk.layers.remove_attention(layer)
+
+
 def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> Job:
     """Checks what was asked for, and loads the text; see :func:`prune`.
 
@@ -482,9 +489,7 @@ def _compensate(
 ) -> tuple[PruningPlan, dict[str, TensorInfo]]:
     """Re-fits what the plan leaves; returns the plan with its record, and where the weights are."""
     original, pruned = computing.open(checkpoint), computing.open(checkpoint)
-    pruned.layers.narrow(plan.kept_neurons)
-    for layer in plan.removed_attention:
-        pruned.layers.remove_attention(layer)
+    remove_planned(pruned, plan)
     with progress("Compensation", len(plan.layout)) as advance:
         done = compensate(
             original,
