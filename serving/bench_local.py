@@ -52,7 +52,7 @@ class LocalSession:
     def measure(
         self, side: str, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
     ) -> dict[str, Any]:
-        """Asks one model one load; see :meth:`serving.bench_vllm.ServerSession.measure`. Limits are vLLM's alone."""
+        """Asks one model one load; see :meth:`serving.bench_server.ServerSession.measure`. Limits are vLLM's alone."""
         worker = self._workers.get(side, repeat)
         with watched_gpus() as gpus:
             answer = self._ask(worker, workload, workload.seed + repeat, workload.output_len)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from serving.bench_client import STALL_TIMEOUT_S
-from serving.bench_vllm import engine_facts, engine_options_for
+from serving.bench_server import engine_facts, engine_options_for
 from serving.child_process import child_process
 from serving.gpu_state import energy, watched_gpus
 from serving.statistics import DISTRIBUTED, METRICS, PERCENTILES, percentile
@@ -43,7 +43,7 @@ class OfflineSession:
         engine_options: Sequence[str],
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
-        """Starts nothing yet; see :class:`serving.bench_vllm.ServerSession`.
+        """Starts nothing yet; see :class:`serving.bench_server.ServerSession`.
 
         Args:
             directories: ``original`` and ``pruned`` checkpoints.

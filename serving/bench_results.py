@@ -22,7 +22,6 @@ from toolchain.layout import LayerLayout
 from toolchain.quantized import open_servable
 
 SCHEMA_VERSION = 1
-RESULTS_FILE = "results.json"
 _FLOATS = ("float32", "bfloat16", "float16")
 _PEAK_FORMULA = {
     "cpu": "highest resident memory of the process that ran the model alone, the Python runtime and libraries included",

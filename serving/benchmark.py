@@ -9,11 +9,11 @@ from typing import Any, Literal, Protocol, get_args
 from serving.bench_client import STALL_TIMEOUT_S
 from serving.bench_local import LocalSession
 from serving.bench_offline import UNDEFINED, OfflineSession
-from serving.bench_results import RESULTS_FILE, assemble_results, describe
-from serving.bench_vllm import ServerSession, check_urls
+from serving.bench_results import assemble_results, describe
+from serving.bench_server import ServerSession, check_urls
 from serving.environment import library_versions
 from serving.goodput import Probe, find_highest_rate
-from serving.journal import Journal, open_journal
+from serving.journal import RESULTS_FILE, Journal, open_journal
 from serving.model_facts import ModelFacts, checkpoint_facts, onnx_facts, weights_sha256
 from serving.onnx_files import is_onnx_export
 from serving.results_table import as_csv, as_markdown
@@ -34,7 +34,7 @@ Engine = Literal["transformers", "onnx", "onnx-server", "vllm", "vllm-offline"]
 
 
 class Session(Protocol):
-    """Both models behind an engine; see :class:`serving.bench_vllm.ServerSession`."""
+    """Both models behind an engine; see :class:`serving.bench_server.ServerSession`."""
 
     both_up: bool
     told: dict[str, dict[str, Any]]

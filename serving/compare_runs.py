@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
-from serving.report_inputs import RESULTS_FILE, Source, blamed_for_fields, checked, read_object
+from serving.journal import RESULTS_FILE
+from serving.report_inputs import Source, blamed_for_fields, checked, read_object
 from serving.statistics import CONFIDENCE, SIDES, gain_of, verdict_on
 from toolchain.errors import SenteiError
 

@@ -11,6 +11,7 @@ from typing import Any
 from toolchain.errors import SenteiError
 from toolchain.output import check_output_directory, write_text
 
+RESULTS_FILE = "results.json"
 _SETTINGS, _MEASURED = "settings.json", "measured.jsonl"
 Key = tuple[int, int, str]  # repeat, number of the load, side
 

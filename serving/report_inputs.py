@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serving.journal import RESULTS_FILE
 from toolchain.errors import SenteiError
 from toolchain.plan import PLAN_FILE, PruningPlan, load_plan
 
 SUMMARY_FILE, EVALUATION_FILE = "pruning_summary.json", "evaluation.json"
-VERIFICATION_FILE, RESULTS_FILE = "verification.json", "results.json"
+VERIFICATION_FILE = "verification.json"
 _SCHEMA_VERSION = 1
 
 

@@ -9,7 +9,7 @@ from serving.messages import Say
 from serving.report_gain import benchmark_view
 from serving.report_inputs import ReportInputs, Source, fields_of
 from serving.report_numbers import flatten, format_bytes, format_change, format_count
-from toolchain.plan import PlanDocument
+from toolchain.plan_document import PlanDocument
 from toolchain.plan_views import sources_of
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import SenteiError
-from toolchain.plan import ProtectedRecord
+from toolchain.plan_document import ProtectedRecord
 
 ALPHA = 1.5
 # Ranked widths cost less than even ones, so more of the budget is theirs: docs/decisions/allocation.md.

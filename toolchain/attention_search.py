@@ -10,7 +10,7 @@ from toolchain.errors import SenteiError
 from toolchain.function_metric import FunctionMetric
 from toolchain.layer_walk import LayerWalk
 from toolchain.metrics import Metric, StateMetric, TokenMetric, finite, measure
-from toolchain.plan import Dropped
+from toolchain.plan_document import Dropped
 from toolchain.racing import run_heats
 from toolchain.stepping import EnteringStates, embedded_states, without_each
 from toolchain.sub_blocks import SubBlock

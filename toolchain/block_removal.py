@@ -9,7 +9,8 @@ from toolchain import blockpruner, evopress, shortgpt, sliding_window
 from toolchain.allocation import BlockParameters
 from toolchain.errors import SenteiError
 from toolchain.metrics import PerplexityMetric, finite
-from toolchain.plan import BlockStep, PruningPlan
+from toolchain.plan import PruningPlan
+from toolchain.plan_document import BlockStep
 from toolchain.search import Search
 from toolchain.stepping import last_states
 from toolchain.sub_blocks import SubBlock, layers_of, whole_blocks

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolchain.errors import SenteiError
 from toolchain.passage_hashes import hash_passages, merge_hashes
-from toolchain.plan import TextSourceRecord
+from toolchain.plan_document import TextSourceRecord
 from toolchain.text_sources import Text, TextSource, read_documents, text_name
 
 DOCUMENT_SEPARATOR = "\n\n"

@@ -21,7 +21,7 @@ from toolchain.errors import SenteiError
 from toolchain.families import Family
 from toolchain.layer_walk import LayerWalk
 from toolchain.metrics import PerplexityMetric, finite
-from toolchain.plan import RefitRecord
+from toolchain.plan_document import RefitRecord
 from toolchain.sub_blocks import Part
 
 # Ridges that are tried, relative to each input's own energy; held-out windows choose.
@@ -172,8 +172,9 @@ class Moments:
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """``inputs`` ``[..., num_inputs]`` and ``targets`` ``[..., num_outputs]``, one row a token."""
         x, y = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
-        self.gram += x.T @ x
-        self.cross += x.T @ y
+        with _bfloat16_products(inputs.dtype == targets.dtype == torch.bfloat16):
+            self.gram += x.T @ x
+            self.cross += x.T @ y
         self.energy += y.double().square().sum()
 
     def merged(self, other: "Moments") -> "Moments":
@@ -236,6 +237,20 @@ def refit(weight: torch.Tensor, fitted: Moments, held_out: Moments, dtype: torch
         error_before=before,
         error_after=trials[best],
     )
+
+
+@contextmanager
+def _bfloat16_products(exact: bool) -> Iterator[None]:
+    """Lets float32 matrix products round their inputs to bfloat16, in which hardware multiplies several times faster.
+
+    Nothing is lost where the inputs are bfloat16 numbers: products are summed in float32 all the same.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if exact else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

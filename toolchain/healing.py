@@ -27,7 +27,8 @@ from toolchain.modeling import load_model, load_tokenizer
 from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.passage_hashes import merge_hashes
 from toolchain.pipeline import SUMMARY_FILE, dtype_name
-from toolchain.plan import HealingRecord, PruningPlan, load_plan
+from toolchain.plan import PruningPlan, load_plan
+from toolchain.plan_document import HealingRecord
 from toolchain.progress import Progress, no_progress
 from toolchain.text_sources import TextSource
 

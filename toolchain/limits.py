@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from toolchain.errors import SenteiError
 from toolchain.metrics import Metric
-from toolchain.plan import LimitRecord
+from toolchain.plan_document import LimitRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,14 +30,14 @@ from toolchain.model_card import model_card
 from toolchain.modeling import load_model, load_tokenizer
 from toolchain.offload import open_offloaded
 from toolchain.output import check_output_directory, new_directory, write_text
-from toolchain.plan import (
+from toolchain.plan import PruningPlan
+from toolchain.plan_document import (
     SCHEMA_VERSION,
     BaseModelRecord,
     CalibrationRecord,
     CompensationRecord,
     PlanDocument,
     ProtectedRecord,
-    PruningPlan,
 )
 from toolchain.progress import Progress, no_progress
 from toolchain.search import Search

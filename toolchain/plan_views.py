@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from toolchain.errors import SenteiError
-from toolchain.plan import CalibrationRecord, PlanDocument, PruningPlan, Removal
+from toolchain.plan import PruningPlan
+from toolchain.plan_document import CalibrationRecord, PlanDocument, Removal
 
 _FOUND = {"layers", "stage_1", "trace", "block_steps"}
 

@@ -13,7 +13,7 @@ import torch
 
 from toolchain.layer_walk import LayerWalk
 from toolchain.metrics import TokenMetric
-from toolchain.plan import Dropped
+from toolchain.plan_document import Dropped
 from toolchain.stepping import EnteringStates, without_each
 from toolchain.sub_blocks import SubBlock
 

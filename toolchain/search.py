@@ -15,7 +15,8 @@ from toolchain.importance import neuron_importance
 from toolchain.layer_walk import LayerWalk
 from toolchain.limits import holds, resolve_limit
 from toolchain.metrics import Metric, measure
-from toolchain.plan import PlanDocument, PruningPlan, Removal, Rung, top_neurons
+from toolchain.plan import PruningPlan, top_neurons
+from toolchain.plan_document import PlanDocument, Removal, Rung
 from toolchain.progress import Progress, no_progress
 from toolchain.sensitivity import Sensitivity, neuron_sensitivity
 from toolchain.stepping import embedded_states

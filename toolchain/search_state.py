@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.plan import PLAN_FILE, PlanDocument, PruningPlan, load_plan
+from toolchain.plan import PLAN_FILE, PruningPlan, load_plan
+from toolchain.plan_document import PlanDocument
 
 # What the search itself fills in; everything else is its input, and must be the same to resume.
 _MEASURED: dict[str, Any] = {

@@ -10,7 +10,8 @@ from typing import Any
 from toolchain.errors import SenteiError
 from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.pipeline import PruneSettings, prepare, search
-from toolchain.plan import SWEEP_FILE, PlanDocument, PruningPlan
+from toolchain.plan import SWEEP_FILE, PruningPlan
+from toolchain.plan_document import PlanDocument
 from toolchain.progress import Progress, no_progress
 from toolchain.search_state import SearchState, interrupted, search_directory
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from serving import bench_vllm
+from serving import bench_server
 from serving.benchmark import benchmark
 from serving.statistics import METRICS
 from serving.vllm_server import launcher_command, launcher_environment, running_server
@@ -43,12 +43,12 @@ def slow_model(demo_model, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
     slow = tmp_path / "slow"
     slow.symlink_to(demo_model)
-    plain = bench_vllm.engine_options_for
+    plain = bench_server.engine_options_for
 
     def options_for(directory, *rest):
         return plain(directory, *rest) + (["--middleware", "tests.serving.slow_server.SlowDown"] * (directory == slow))
 
-    monkeypatch.setattr(bench_vllm, "engine_options_for", options_for)
+    monkeypatch.setattr(bench_server, "engine_options_for", options_for)
     return slow
 
 

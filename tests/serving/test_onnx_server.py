@@ -179,7 +179,7 @@ def test_bad_chats(client: openai.OpenAI) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_the_benchmark_starts_it_and_vllms_load_generator_drives_it(demo_onnx: Path, tmp_path: Path) -> None:
-    from serving.bench_vllm import ServerSession
+    from serving.bench_server import ServerSession
     from serving.workload import make_workloads
 
     workloads = make_workloads(engine="onnx-server", input_len=16, output_len=4, concurrency=[2], num_prompts=4)

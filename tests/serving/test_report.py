@@ -15,13 +15,13 @@ from serving.report_numbers import format_bytes, format_change, format_count, fo
 from serving.statistics import METRICS, compare
 from tests.command_line import refused, sentei
 from toolchain.errors import SenteiError
-from toolchain.plan import (
+from toolchain.plan import PruningPlan
+from toolchain.plan_document import (
     BaseModelRecord,
     CalibrationRecord,
     PlanDocument,
     PlannedLayer,
     ProtectedRecord,
-    PruningPlan,
     Removal,
     Rung,
 )

@@ -67,6 +67,15 @@ def test_errors_are_those_of_the_data(data):
     assert moments_of(x, y).error(weight) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_products_of_bfloat16_activations_lose_nothing(data):
+    before = torch.get_float32_matmul_precision()
+    x, y = (each.repeat(8, 8).bfloat16() for each in data[:2])
+    moments = moments_of(x, y)
+    for got, wanted in ((moments.gram, x.double().T @ x.double()), (moments.cross, x.double().T @ y.double())):
+        assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_a_refit_is_never_worse_on_what_it_was_fitted_to(data):
     x, y, weight = data
     fitted, held_out = moments_of(x[:250], y[:250]), moments_of(x[250:], y[250:])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving import bench_results, bench_vllm
+from serving import bench_results, bench_server
 from serving import benchmark as benchmark_module
 from serving.compare_runs import compare_results
 from serving.device_probe import DevicePeaks
@@ -68,9 +68,9 @@ def asked(monkeypatch):
         result_file.write_text("{}")
         return result
 
-    monkeypatch.setattr(bench_vllm, "running_server", running_server)
-    monkeypatch.setattr(bench_vllm, "bench_serve", bench_serve)
-    monkeypatch.setattr(bench_vllm, "served_model_name", lambda base_url, api_key: f"the model at {base_url}")
+    monkeypatch.setattr(bench_server, "running_server", running_server)
+    monkeypatch.setattr(bench_server, "bench_serve", bench_serve)
+    monkeypatch.setattr(bench_server, "served_model_name", lambda base_url, api_key: f"the model at {base_url}")
     monkeypatch.setattr(bench_results, "probe_device", lambda device, dtype: PEAKS)  # that takes seconds
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     return record
@@ -238,10 +238,10 @@ def test_one_running_server_is_measured_alone(pico_model, asked, tmp_path):
 
 def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path, monkeypatch):
     # The module stands in for itself: what it starts is what the fixture starts.
-    monkeypatch.setitem(sys.modules, "serving.onnx_server", SimpleNamespace(running_server=bench_vllm.running_server))
+    monkeypatch.setitem(sys.modules, "serving.onnx_server", SimpleNamespace(running_server=bench_server.running_server))
     workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10, concurrency=[1, 6])
     directories = {"original": pico_model, "pruned": pico_model}
-    session = bench_vllm.ServerSession(
+    session = bench_server.ServerSession(
         directories, workloads, tmp_path, dtype=None, engine_options=["--max-model-len=100"], onnx_context=256
     )
     try:
@@ -271,6 +271,6 @@ def test_lengths_may_vary(pico_model, asked, tmp_path):
 
 def test_why_kernels_are_not_compiled_is_told_without_the_logs_own_marks():
     line = "(APIServer pid=4028) WARNING 11-25 13:33:01 [vllm.py:1703] Enforce eager set, disabling torch.compile."
-    assert bench_vllm.engine_facts(f"INFO begins\n{line}\nINFO ends")["not_compiled"] == line.partition("] ")[2]
-    assert bench_vllm.engine_facts("Falling back to eager")["not_compiled"] == "Falling back to eager"
-    assert bench_vllm.engine_facts("INFO 11-25 [vllm.py:1] all is compiled")["not_compiled"] is None
+    assert bench_server.engine_facts(f"INFO begins\n{line}\nINFO ends")["not_compiled"] == line.partition("] ")[2]
+    assert bench_server.engine_facts("Falling back to eager")["not_compiled"] == "Falling back to eager"
+    assert bench_server.engine_facts("INFO 11-25 [vllm.py:1] all is compiled")["not_compiled"] is None
