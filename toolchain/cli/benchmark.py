@@ -36,9 +36,11 @@ class PresetName(StrEnum):
 
 
 def benchmark(
-    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The original: a model, or its ONNX export.")],
+    original: Annotated[
+        str, typer.Argument(metavar="ORIGINAL", help="The original: a directory, a hub id, or its ONNX export.")
+    ],
     pruned: Annotated[
-        Path | None, typer.Argument(metavar="PRUNED", help="The pruned one; left out, one --url is measured alone.")
+        str | None, typer.Argument(metavar="PRUNED", help="The pruned one; left out, one --url is measured alone.")
     ] = None,
     *,
     engine: Annotated[BenchmarkEngine, typer.Option(help="What runs them.")],
@@ -109,7 +111,9 @@ def benchmark(
     from serving.benchmark import benchmark as run
     from serving.journal import unfinished_directory
     from serving.workload import PRESETS, make_workloads, parse_slo, read_prompts
+    from toolchain.checkpoint import resolve_model
 
+    directory = resolve_model(original)
     preset = PRESETS[workload.value] if workload else None
     if prompts and (preset or input_len):
         raise SenteiError("--prompts brings its own lengths.", "Leave out --workload and --input-len.")
@@ -125,12 +129,12 @@ def benchmark(
         request_rate=rates,
         num_prompts=num_prompts,
         range_ratio=range_ratio,
-        prompts=read_prompts(prompts, output_len=output_len, tokenizer=original) if prompts else None,
+        prompts=read_prompts(prompts, output_len=output_len, tokenizer=directory) if prompts else None,
     )
     try:
         results = run(
-            original,
-            pruned,
+            directory,
+            None if pruned is None else resolve_model(pruned),
             engine=engine.value,
             out=out,
             workloads=workloads,

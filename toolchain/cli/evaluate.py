@@ -25,9 +25,11 @@ _TEXT, _TASKS = "Text", "Tasks"
 
 
 def evaluate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model, pruned or not.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, pruned or not: a directory or a hub id.")],
     *,
-    against: Annotated[Path | None, typer.Option(help="The original: what got worse, and is it chance?")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original: what got worse, and is it chance?")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Directory for evaluation.json; finished parts are kept.")
     ] = None,
@@ -81,7 +83,7 @@ def evaluate(
 ) -> None:
     """Measure quality: perplexity, tasks, your questions and generation, alone or against the original."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.checkpoint import open_checkpoint
+    from toolchain.checkpoint import open_checkpoint, resolve_model
     from toolchain.evaluation_parts import Parts, unfinished_parts
     from toolchain.evaluation_run import EvaluationSettings
     from toolchain.evaluation_run import evaluate as run
@@ -94,6 +96,7 @@ def evaluate(
         generations = _DEFAULT_GENERATIONS if against and text and not offload else 0
     if resume and out is None:
         raise SenteiError("--resume needs --out: finished parts are kept beside it.")
+    directory, original = resolve_model(model), None if against is None else resolve_model(against)
     picked_device = pick_device(device)
     settings = EvaluationSettings(
         texts=tuple(map(parse_text, text or ())),
@@ -107,11 +110,11 @@ def evaluate(
         offload=offload,
     )
     if out is None:
-        document = run(directory, against, settings, Parts(None), progress=output.progress)
+        document = run(directory, original, settings, Parts(None), progress=output.progress)
     else:
-        check_output_directory(out, force=force, inputs=[directory, *([against] if against else [])])
+        check_output_directory(out, force=force, inputs=[directory, *([original] if original else [])])
         with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
-            document = run(directory, against, settings, Parts(work), progress=output.progress)
+            document = run(directory, original, settings, Parts(work), progress=output.progress)
             with new_directory(out, force=force) as partial:
                 document.save(partial)
                 shutil.copytree(work, partial / "parts")

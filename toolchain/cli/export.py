@@ -13,7 +13,7 @@ from toolchain.errors import CheckFailedError
 
 app = typer.Typer(help="Make a deployable directory from a checkpoint, pruned or not.", no_args_is_help=True)
 
-DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A model, pruned or not.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model, pruned or not: a directory or a hub id.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
 
 
@@ -45,7 +45,7 @@ class VerifyEngine(StrEnum):
 
 @app.command("vllm")
 def export_vllm(
-    directory: DirArgument,
+    model: ModelArgument,
     *,
     out: OutOption,
     dtype: Annotated[str, typer.Option(help="Stored in: auto (as it is), float32, bfloat16 or float16.")] = "auto",
@@ -58,6 +58,9 @@ def export_vllm(
     """Write a directory that stock vLLM serves with the sentei plugin."""
     output = Output(as_json=as_json, quiet=quiet)
     from export.vllm import export_vllm as run
+    from toolchain.checkpoint import resolve_model
+
+    directory = resolve_model(model)
 
     run(
         directory,
@@ -72,7 +75,7 @@ def export_vllm(
 
 @app.command("onnx")
 def export_onnx(
-    directory: DirArgument,
+    model: ModelArgument,
     *,
     out: OutOption,
     precision: Annotated[
@@ -87,6 +90,9 @@ def export_onnx(
     """Write an ONNX graph with KV cache for onnxruntime-genai and plain ONNX Runtime."""
     output = Output(as_json=as_json, quiet=quiet)
     from export.onnx_graph import export_onnx as run
+    from toolchain.checkpoint import resolve_model
+
+    directory = resolve_model(model)
 
     picked = precision or (Precision.fp32 if device is OnnxDevice.cpu else Precision.fp16)
     run(directory, out, precision=picked.value, device=device.value, force=force, on_progress=output.note)
@@ -95,7 +101,7 @@ def export_onnx(
 
 @app.command("nemotron-nas")
 def export_nemotron_nas(
-    directory: DirArgument,
+    model: ModelArgument,
     *,
     out: OutOption,
     force: ForceOption = False,
@@ -105,6 +111,9 @@ def export_nemotron_nas(
     """Write DeciLM's form for servers that take no plugin: stock vLLM with trust_remote_code, and llama.cpp."""
     output = Output(as_json=as_json, quiet=quiet)
     from export.nemotron_nas import export_nemotron_nas as run
+    from toolchain.checkpoint import resolve_model
+
+    directory = resolve_model(model)
 
     told = run(directory, out, force=force)
     output.note(
@@ -122,14 +131,16 @@ def export_nemotron_nas(
 def verify(
     exported: Annotated[Path, typer.Argument(metavar="EXPORTED", help="What sentei export wrote.")],
     *,
-    against: Annotated[Path, typer.Option(help="The checkpoint it was made from.")],
+    against: Annotated[str, typer.Option(metavar="MODEL", help="The checkpoint it was made from.")],
     engine: Annotated[VerifyEngine, typer.Option(help="What runs the export.")] = VerifyEngine.auto,
     text: Annotated[Path | None, typer.Option(help="Prompts from this text instead of the built-in ones.")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Run the same prompts through an export and its checkpoint; fail if they differ beyond the tolerances."""
-    _verify(Output(as_json=as_json, quiet=quiet), exported, against, engine=engine, text=text)
+    from toolchain.checkpoint import resolve_model
+
+    _verify(Output(as_json=as_json, quiet=quiet), exported, resolve_model(against), engine=engine, text=text)
 
 
 def _verify(output: Output, exported: Path, against: Path, *, engine: VerifyEngine, text: Path | None) -> None:

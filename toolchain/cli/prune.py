@@ -47,7 +47,7 @@ class EvopressBudget(StrEnum):
     small = "small"
 
 
-# What --method 2ssp, exactly the published method, insists on.
+# What --method 2ssp, the published method, insists on.
 _PUBLISHED = {"compensate": False, "allocation": "formula", "widths": "uniform"}
 # What only 2SSP knows: the other methods remove whole attentions and FFNs, as published.
 _FOR_2SSP = (
@@ -108,8 +108,8 @@ def prune(
     method: Annotated[
         Method | None,
         typer.Option(
-            help="Without it: 2SSP with ranked widths and compensation. 2ssp: exactly as published (arXiv 2501.17771). "
-            "The others remove whole attentions and FFNs, as published: see docs/methods.md.",
+            help="Without it: 2SSP with ranked widths and compensation. 2ssp: as published (arXiv 2501.17771), exactly "
+            "with --align 1. The others remove whole attentions and FFNs, as published: see docs/methods.md.",
             rich_help_panel=_TARGET,
         ),
     ] = None,
@@ -280,7 +280,7 @@ def _check_options(context: typer.Context, method: Method | None) -> None:
         unknown := [name for name, value in _PUBLISHED.items() if params[name] not in (None, value)]
     ):
         raise SenteiError(
-            f"--method 2ssp is exactly the published method, which knows no --{unknown[0]}.", "Leave one of them out."
+            f"--method 2ssp is the published method, which knows no --{unknown[0]}.", "Leave one of them out."
         )
     if method is not Method.evopress and given("evopress_budget"):
         raise SenteiError("--evopress-budget is for --method evopress.", "Leave one out, or add the other.")
