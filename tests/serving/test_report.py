@@ -87,7 +87,7 @@ def write_results(directory, *, gains, expected=1.25, engine="onnx"):
     write(directory, "results.json", {
         "kind": "benchmark", "engine": engine, "primary_metric": "output_throughput", "ratio_formula": "paired",
         "options": {"device": "cpu", "engine_options": []},
-        "models": {side: {"name": side, "device": "cpu"} for side in ("original", "pruned")},
+        "models": {side: {"name": side, "device": "cpu", "weights_sha256": f"{side} hash"} for side in ("original", "pruned")},
         "sizes": {"weight_bytes": size, "peak_memory_bytes": {**size, "original": None, "pruned": None, "ratio": None}},
         "measurements": [{
             "workload": {"input_len": 64, "output_len": 8, "concurrency": 1, "num_prompts": 1, "seed": 0},
