@@ -109,7 +109,6 @@ def benchmark(
     output = Output(as_json=as_json, quiet=quiet)
     pick_dtype(dtype, auto=None)
     from serving.benchmark import benchmark as run
-    from serving.journal import unfinished_directory
     from serving.workload import PRESETS, make_workloads, parse_slo, read_prompts
     from toolchain.checkpoint import resolve_model
 
@@ -152,9 +151,8 @@ def benchmark(
             resume=resume,
             on_progress=output.note,
         )
-    except (KeyboardInterrupt, OSError):
-        if (unfinished := unfinished_directory(out)).exists():
-            output.note(f"{unfinished} holds what was measured. The same command with --resume goes on from there.")
+    except (KeyboardInterrupt, OSError, SenteiError) as error:
+        _note_what_stays(output, out, error)
         raise
     output.result({"directory": str(out), **results}, lambda console: show_results(console, out, results))
     failed = sum(sum(each["failed_requests"].values()) for each in results["measurements"])
@@ -162,6 +160,17 @@ def benchmark(
         raise CheckFailedError(
             f"{failed} requests failed; where they did, nothing is compared.", f"See {out}/results.json and the logs."
         )
+
+
+def _note_what_stays(output: Output, out: Path, error: BaseException) -> None:
+    """An error of ours says itself that --resume goes on, but not where the log of a failed start is."""
+    from serving.journal import holds_only_logs, unfinished_directory
+
+    unfinished = unfinished_directory(out)
+    if holds_only_logs(out):
+        output.note(f"{unfinished} holds the log. Nothing was measured: the same command begins again.")
+    elif unfinished.exists() and not isinstance(error, SenteiError):
+        output.note(f"{unfinished} holds what was measured. The same command with --resume goes on from there.")
 
 
 def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
