@@ -132,7 +132,7 @@ def _measurement(
         "metrics": metrics,
         "failed_requests": failed,
         "percentiles": _percentiles(runs),
-        "cost": price_per_hour and _cost(metrics, price_per_hour),
+        "cost": None if any(failed.values()) else price_per_hour and _cost(metrics, price_per_hour),
         "expected": {}
         if len(facts) == 1
         else expected_gains(

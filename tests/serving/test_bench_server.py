@@ -236,6 +236,18 @@ def test_one_running_server_is_measured_alone(pico_model, asked, tmp_path):
     assert (compared["original"]["verdict"], compared["pruned"]) == ("no difference shown", None)
 
 
+def test_of_a_server_that_failed_requests_nothing_is_claimed(pico_model, asked, tmp_path):
+    asked["failed"] = 3
+    out, urls = tmp_path / "out", ["http://127.0.0.1:8001"]
+    results = benchmark(pico_model, None, out=out, urls=urls, concurrency=[8], price_per_hour=3.6, **TINY)
+    assert results["measurements"][0]["cost"] is None
+    render_report([out], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<p class="figure">Not comparable</p>' in page
+    assert "Requests failed; nothing is claimed of those that got through." in page
+    assert '<p class="figure">100 tokens/s</p>' not in page
+
+
 def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path, monkeypatch):
     # The module stands in for itself: what it starts is what the fixture starts.
     monkeypatch.setitem(sys.modules, "serving.onnx_server", SimpleNamespace(running_server=bench_server.running_server))

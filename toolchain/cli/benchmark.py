@@ -184,7 +184,11 @@ def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
             "original → pruned, gain (95 % interval)",
             markup=False,
         )
-        _show_metrics(console, measurement["metrics"])
+        failed = {side: count for side, count in measurement["failed_requests"].items() if count}
+        for side, count in failed.items():
+            console.print(f"  {side}: {count} requests failed, so nothing is claimed.", markup=False)
+        if not failed:
+            _show_metrics(console, measurement["metrics"])
     if cost := results["measurements"][0]["cost"]:
         each = cost["per_million_output_tokens"]
         shown = " → ".join(f"{value:.4g}" for value in each.values() if value)
@@ -193,6 +197,18 @@ def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in goodput["slo_ms"].items())
         console.print(f"Highest load at which {goodput['attainment']:.0%} of requests meet {limits}:", markup=False)
         _show_metrics(console, goodput["metrics"])
+        _show_unmet(console, goodput["metrics"]["max_request_rate"])
+
+
+def _show_unmet(console: Console, rate: dict[str, Any]) -> None:
+    """Where a repeat found no rate there is no gain: says so, and what the other model reached."""
+    values = {side: rate[side]["values"] for side in ("original", "pruned") if rate[side]["values"]}
+    if all(map(all, values.values())):
+        return
+    for side, found in values.items():
+        unmet = sum(not value for value in found)
+        said = f"not met in {unmet} of {len(found)} repeats" if unmet else f"{rate[side]['median']:.4g} {rate['unit']}"
+        console.print(f"  {side}: {said}", markup=False)
 
 
 def _show_metrics(console: Console, metrics: dict[str, Any]) -> None:
