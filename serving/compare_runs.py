@@ -128,14 +128,13 @@ def _compare_load(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str,
 
 def _compare_goodput(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any] | None:
     """The highest rates, if both runs searched for them under the same limits, with requests of the same lengths."""
-    found = [run.get("goodput") for run in (one, other)]
-    if not all(found) or _objectives(one) != _objectives(other):
+    if not one.get("goodput") or not other.get("goodput") or _objectives(one) != _objectives(other):
         return None
-    metrics = [each["metrics"] for each in found if each]
-    _check_formulas(*metrics)
-    rates = [each["max_request_rate"] for each in metrics]
+    before, after = one["goodput"]["metrics"], other["goodput"]["metrics"]
+    _check_formulas(before, after)
+    rates = [each["max_request_rate"] for each in (before, after)]
     unmet = [side for side in SIDES if not all(value for rate in rates for value in rate[side]["values"])]
-    return {"slo_ms": one["goodput"]["slo_ms"], "metrics": _compare_metrics(*metrics, SIDES), "unmet": unmet}
+    return {"slo_ms": one["goodput"]["slo_ms"], "metrics": _compare_metrics(before, after, SIDES), "unmet": unmet}
 
 
 def _objectives(run: Mapping[str, Any]) -> tuple[Any, ...]:
