@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from toolchain.cli.console import DeviceOption, DtypeOption, ForceOption, JsonOption, Output, QuietOption, pick_dtype
+from toolchain.cli.console import DeviceOption, ForceOption, JsonOption, Output, OwnDtypeOption, QuietOption, pick_dtype
 from toolchain.errors import CheckFailedError, SenteiError
 
 _LOAD, _SERVER = "Load", "Server"
@@ -82,7 +82,7 @@ def benchmark(
         float | None, typer.Option(min=0, help="Of the machine: gives the cost of a million output tokens.")
     ] = None,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    dtype: OwnDtypeOption = "auto",
     engine_option: Annotated[
         list[str] | None,
         typer.Option(
