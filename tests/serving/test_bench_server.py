@@ -1,6 +1,7 @@
 """What the benchmark asks of vLLM and takes from it, with a stand-in for the servers; fields as in vLLM 0.32."""
 
 import csv
+import json
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from serving.report import render_report
 from serving.statistics import PERCENTILES
 from serving.worker_process import EngineFailedError
 from serving.workload import Slo, make_workloads, read_prompts
+from tests.conftest import make_pico
 from toolchain.errors import SenteiError
 
 PEAKS = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e11, bytes_per_s=1e10)
@@ -197,6 +199,19 @@ def test_bad_prompts_are_refused(pico_model, tmp_path, line, message):
     (tmp_path / "p.jsonl").write_text(line)
     with pytest.raises(SenteiError, match=message):
         read_prompts(tmp_path / "p.jsonl", output_len=None, tokenizer=pico_model)
+
+
+def test_a_prompt_may_hold_a_line_separator(pico_model, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one\u2028two", "output_tokens": 5}\r\n', encoding="utf-8")
+    (line,) = read_prompts(tmp_path / "p.jsonl", output_len=None, tokenizer=pico_model).lines
+    assert json.loads(line)["prompt"] == "one\u2028two"
+
+
+def test_prompts_for_a_model_without_a_tokenizer_are_refused(tmp_path):
+    make_pico(tmp_path / "model")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one", "output_tokens": 5}')
+    with pytest.raises(SenteiError, match="has no usable tokenizer"):
+        read_prompts(tmp_path / "p.jsonl", output_len=None, tokenizer=tmp_path / "model")
 
 
 def test_running_servers_are_measured_and_not_started(pico_model, asked, tmp_path):
