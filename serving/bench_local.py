@@ -55,7 +55,7 @@ class LocalSession:
     ) -> dict[str, Any]:
         """Asks one model one load; see :meth:`serving.bench_server.ServerSession.measure`. Limits are vLLM's alone."""
         worker = self._workers.get(side, repeat)
-        with watched_gpus() as gpus:
+        with watched_gpus(self.told[side]["device"]) as gpus:
             answer = self._ask(worker, workload, workload.seed + repeat, workload.output_len)
         self.told[side]["peak_memory_bytes"] = answer["peak_memory_bytes"]
         requests = [

@@ -129,6 +129,17 @@ def test_a_server_that_dies_is_started_again_and_its_requests_are_counted(pico_m
     assert (tmp_path / "out" / "pruned-1-start2.log").is_file()
 
 
+def test_a_benchmark_does_not_go_on_on_another_machine(pico_model, asked, tmp_path, monkeypatch):
+    asked["dead"] = [False, True, True]
+    with pytest.raises(SenteiError, match="failed twice"):
+        benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+    with monkeypatch.context() as context:
+        context.setattr(benchmark_module, "machine", lambda: {"cpu": "another"})
+        with pytest.raises(SenteiError, match=r"begun with another machine: .*, now {'cpu': 'another'}"):
+            benchmark(pico_model, pico_model, out=tmp_path / "out", resume=True, **TINY)
+    assert len(benchmark(pico_model, pico_model, out=tmp_path / "out", resume=True, **TINY)["failed_attempts"]) == 2
+
+
 def test_a_sweep_is_asked_of_both_with_a_warm_up_as_wide_as_the_widest_load(pico_model, asked, tmp_path):
     out = tmp_path / "out"
     results = benchmark(pico_model, pico_model, out=out, concurrency=[1, 6], request_rate=[0.5], **TINY)
