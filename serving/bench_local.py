@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from serving.bench_client import STALL_TIMEOUT_S
 from serving.gpu_state import energy, watched_gpus
 from serving.model_facts import ModelFacts
-from serving.side_processes import SideProcesses
+from serving.side_processes import SideProcesses, free_log
 from serving.statistics import RequestTimes, request_metrics, request_percentiles
 from serving.vllm_server import START_TIMEOUT_S
 from serving.worker_process import Worker, running_worker
@@ -54,7 +55,7 @@ class LocalSession:
     ) -> dict[str, Any]:
         """Asks one model one load; see :meth:`serving.bench_server.ServerSession.measure`. Limits are vLLM's alone."""
         worker = self._workers.get(side, repeat)
-        with watched_gpus() as gpus:
+        with watched_gpus(self.told[side]["device"]) as gpus:
             answer = self._ask(worker, workload, workload.seed + repeat, workload.output_len)
         self.told[side]["peak_memory_bytes"] = answer["peak_memory_bytes"]
         requests = [
@@ -77,11 +78,12 @@ class LocalSession:
         self._workers.close()
 
     def _start(self, side: str, repeat: int, stack: ExitStack) -> Worker:
-        worker = stack.enter_context(running_worker(side, self._out / f"{side}-{repeat}.log"))
+        worker = stack.enter_context(running_worker(side, free_log(self._out, side, repeat)))
         directory = str(self._directories[side].resolve())
         self.told[side] = worker.ask("load", timeout_s=START_TIMEOUT_S, directory=directory, **self._settings)
         tokens = min(self._widest.output_len, _WARMUP_TOKENS)
-        self._ask(worker, self._widest, self._widest.seed + WARMUP_SEED, tokens)
+        warmup = replace(self._widest, num_prompts=self._widest.width)
+        self._ask(worker, warmup, warmup.seed + WARMUP_SEED, tokens)
         return worker
 
     def _ask(self, worker: Worker, workload: Workload, seed: int, output_len: int) -> dict[str, Any]:

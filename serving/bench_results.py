@@ -11,7 +11,7 @@ from serving.device_probe import DevicePeaks, probe_device
 from serving.environment import describe_environment
 from serving.explain import explain
 from serving.goodput import ATTAINMENT, GOODPUT_METRICS
-from serving.gpu_state import NOT_RECORDED, RECORDED, is_recorded
+from serving.gpu_state import NOT_RECORDED, RECORDED
 from serving.journal import Journal
 from serving.model_facts import ModelFacts, compare_sizes, expected_gains, size_entry
 from serving.roofline import roofline
@@ -95,7 +95,7 @@ def assemble_results(
         "measurements": measurements,
         "goodput": slo and _goodput(_runs(journal, len(workloads), repeats, tuple(directories)), slo),
         "device_peaks": peaks and asdict(peaks),
-        "gpu_state": RECORDED if is_recorded() else NOT_RECORDED,
+        "gpu_state": _gpu_state(measurements),
         "failed_attempts": journal.failures,
         "environment": describe_environment(),
     }  # fmt: skip
@@ -132,7 +132,7 @@ def _measurement(
         "metrics": metrics,
         "failed_requests": failed,
         "percentiles": _percentiles(runs),
-        "cost": price_per_hour and _cost(metrics, price_per_hour),
+        "cost": None if any(failed.values()) else price_per_hour and _cost(metrics, price_per_hour),
         "expected": {}
         if len(facts) == 1
         else expected_gains(
@@ -145,6 +145,11 @@ def _measurement(
         ),
         "runs": runs,
     }
+
+
+def _gpu_state(measurements: Sequence[Mapping[str, Any]]) -> str:
+    runs = [run for measurement in measurements for run in measurement["runs"]]
+    return RECORDED if any(run[side]["gpu"] for run in runs for side in SIDES if side in run) else NOT_RECORDED
 
 
 def _cost(metrics: Mapping[str, Any], price_per_hour: float) -> dict[str, Any]:

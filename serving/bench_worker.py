@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.onnx_files import read_settings
 from toolchain.errors import MissingDependencyError, SenteiError
 
 # Prompts int64 [batch, input_len] and a number of tokens in; yields as soon as the host has a token of each prompt.
@@ -65,11 +66,15 @@ def load_onnx(directory: Path, device: str, dtype: str | None) -> tuple[Decode, 
     if dtype:
         raise SenteiError("An ONNX export has its precision built in.", "Leave --dtype out, or export again.")
     baseline = resident_bytes()
-    device = resolve_device(device, cuda_available=og.is_cuda_available())
+    wanted = read_settings(directory).device if device == "auto" else device
+    device = resolve_device(wanted, cuda_available=og.is_cuda_available())
     config = og.Config(str(directory))
     config.clear_providers()
-    if device != "cpu":
-        config.append_provider(device)
+    provider, _, index = device.partition(":")
+    if provider != "cpu":
+        config.append_provider(provider)
+    if index:
+        config.set_provider_option(provider, "device_id", index)
     model = og.Model(config)
 
     def decode(prompts: NDArray[np.int64], num_tokens: int) -> Iterator[None]:
@@ -138,7 +143,7 @@ def peak_memory_bytes(device: str) -> int | None:
     torch = sys.modules.get("torch")
     if torch is None or not device.startswith("cuda") or not torch.cuda.is_initialized():
         return None
-    return int(torch.cuda.max_memory_allocated())
+    return int(torch.cuda.max_memory_allocated(device))
 
 
 def resident_bytes() -> int | None:

@@ -11,11 +11,11 @@ from serving.bench_local import LocalSession
 from serving.bench_offline import UNDEFINED, OfflineSession
 from serving.bench_results import assemble_results, describe
 from serving.bench_server import ServerSession, check_urls
-from serving.environment import library_versions
+from serving.environment import library_versions, machine
 from serving.goodput import Probe, find_highest_rate
 from serving.journal import RESULTS_FILE, Journal, open_journal
 from serving.model_facts import ModelFacts, checkpoint_facts, onnx_facts, weights_sha256
-from serving.onnx_files import is_onnx_export
+from serving.onnx_files import is_onnx_export, read_settings
 from serving.results_table import as_csv, as_markdown
 from serving.statistics import DEFAULT_PRIMARY, SIDES, check_primary, check_statistics
 from serving.worker_process import EngineFailedError
@@ -100,7 +100,7 @@ def benchmark(
         slo: If given, the highest request rate that meets these limits is searched for too; vLLM alone.
         repeats: How often both are measured.
         primary: The metric that decides; the others are marked as exploratory.
-        device: ``auto``, ``cpu`` or ``cuda``; vLLM takes the device it was built for.
+        device: ``auto``, ``cpu`` or ``cuda``; ``auto`` is an ONNX export's own. vLLM takes the device it was built for.
         dtype: Computed in; by default the checkpoint's own. An ONNX export has its precision built in.
         engine_options: Options for ``vllm serve``, for both models.
         urls: Servers that run already, the original's and then the pruned model's; vLLM alone.
@@ -133,6 +133,8 @@ def benchmark(
     facts = {side: onnx_facts(path) if engine.startswith("onnx") else checkpoint_facts(path, dtype)
              for side, path in directories.items()}  # fmt: skip
     _check_comparable(facts, workloads)
+    if engine == "onnx-server" or (engine == "onnx" and device == "auto"):
+        _check_one_device(directories)
     check_statistics()
     options = {
         "device": device, "dtype": dtype, "repeats": repeats, "engine_options": list(engine_options),
@@ -140,7 +142,7 @@ def benchmark(
     }  # fmt: skip
     hashes = {side: weights_sha256(path) for side, path in directories.items()}
     settings = {
-        "engine": engine, "weights_sha256": hashes, "versions": library_versions(), **options,
+        "engine": engine, "weights_sha256": hashes, "versions": library_versions(), "machine": machine(), **options,
         "directories": {side: str(path.resolve()) for side, path in directories.items()},
         "workloads": [describe(each) for each in workloads], "slo": slo and slo.limits
     }  # fmt: skip
@@ -297,6 +299,15 @@ def _check_library(module: str, library: str, extra: str) -> None:
 
     if find_spec(module) is None:
         raise MissingDependencyError(library, extra)
+
+
+def _check_one_device(exports: Mapping[str, Path]) -> None:
+    devices = {side: read_settings(path).device for side, path in exports.items()}
+    if len(set(devices.values())) > 1:
+        raise SenteiError(
+            f"The original is exported for {devices['original']} and the pruned model for {devices['pruned']}.",
+            "Export both alike.",
+        )
 
 
 def _check_comparable(facts: Mapping[str, ModelFacts], workloads: Sequence[Workload]) -> None:

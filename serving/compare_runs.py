@@ -8,7 +8,7 @@ from typing import Any
 
 from serving.journal import RESULTS_FILE
 from serving.report_inputs import Source, blamed_for_fields, checked, read_object
-from serving.statistics import CONFIDENCE, SIDES, gain_of, verdict_on
+from serving.statistics import CONFIDENCE, SIDES, check_statistics, gain_of, verdict_on
 from toolchain.errors import SenteiError
 
 FORMULA = (
@@ -16,7 +16,8 @@ FORMULA = (
     "runs are not pairs. An interval that contains 1 shows no difference."
 )
 _SAME = ("engine", "primary_metric")
-_LOAD = ("input_len", "output_len", "concurrency", "request_rate", "range_ratio", "prompts", "ignore_eos")
+_LENGTHS = ("input_len", "output_len", "range_ratio", "prompts", "ignore_eos")
+_LOAD = (*_LENGTHS, "concurrency", "request_rate", "num_prompts")
 
 
 def compare_results(one: Path, other: Path) -> dict[str, Any]:
@@ -28,11 +29,16 @@ def compare_results(one: Path, other: Path) -> dict[str, Any]:
 
     Returns:
         ``changed`` (what differs of models, options and environment: ``[name, A's, B's]``), ``loads`` (for each:
-        ``workload`` and by metric and side A's and B's geometric means, ``ratio`` B/A and ``verdict``), ``formula``.
+        ``workload`` and by metric and side A's and B's geometric means, ``ratio`` B/A and ``verdict``), ``goodput``
+        (likewise, with its ``slo_ms`` and the sides that left them ``unmet`` in a repeat; ``None`` where no rate was
+        searched for in both), ``goodput_left_out`` (whether one was, and cannot be compared), ``left_out`` (how many
+        loads of one run alone) and ``formula``.
 
     Raises:
         SenteiError: Not two benchmarks, or not comparable; the message says why.
+        MissingDependencyError: scipy is not installed.
     """
+    check_statistics()
     runs = [_read(path) for path in (one, other)]
     with blamed_for_fields(f"{one} or {other}"):
         return _compare(runs, one, other)
@@ -42,12 +48,12 @@ def _compare(runs: Sequence[Mapping[str, Any]], one: Path, other: Path) -> dict[
     for name in _SAME:
         if runs[0][name] != runs[1][name]:
             raise SenteiError(f"Not comparable: {name} is {runs[0][name]!r} in {one} and {runs[1][name]!r} in {other}.")
-    names = [run["models"]["original"]["name"] for run in runs]
-    if names[0] != names[1] or _size(runs[0]) != _size(runs[1]):
+    originals = [run["models"]["original"] for run in runs]
+    if originals[0]["weights_sha256"] != originals[1]["weights_sha256"]:
         raise SenteiError(
-            f"Not comparable: the originals differ, {names[0]} ({_size(runs[0])} bytes) and {names[1]} "
-            f"({_size(runs[1])} bytes)."
-        )
+            "Not comparable: the originals differ, "
+            + " and ".join(f"{each['name']} (SHA-256 {each['weights_sha256'][:16]})" for each in originals) + "."
+        )  # fmt: skip
     for side in SIDES:
         precisions = [run["models"].get(side, {}).get("precision") for run in runs]
         if precisions[0] != precisions[1]:
@@ -55,17 +61,25 @@ def _compare(runs: Sequence[Mapping[str, Any]], one: Path, other: Path) -> dict[
     loads = [{_load(each): each for each in run["measurements"]} for run in runs]
     shared = [load for load in loads[0] if load in loads[1]]
     if not shared:
-        raise SenteiError("Not comparable: no load was measured in both (lengths, requests in flight, rate, prompts).")
-    formulas = [{name: m["formula"] for name, m in run["measurements"][0]["metrics"].items()} for run in runs]
-    for name in formulas[0].keys() & formulas[1].keys():
-        if formulas[0][name] != formulas[1][name]:
-            raise SenteiError(f"Not comparable: {name} was computed in another way.", "Measure again with one sentei.")
+        raise SenteiError(
+            "Not comparable: no load was measured in both (lengths, requests, how many in flight, rate, prompts)."
+        )
+    _check_formulas(*(run["measurements"][0]["metrics"] for run in runs))
+    goodput = _compare_goodput(*runs)
     return {
         "formula": FORMULA,
         "changed": _changed(_circumstances(runs[0]), _circumstances(runs[1])),
         "loads": [_compare_load(loads[0][load], loads[1][load]) for load in shared],
         "left_out": len(loads[0]) + len(loads[1]) - 2 * len(shared),
+        "goodput": goodput,
+        "goodput_left_out": goodput is None and any(run.get("goodput") for run in runs),
     }
+
+
+def _check_formulas(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    for name in one.keys() & other.keys():
+        if one[name]["formula"] != other[name]["formula"]:
+            raise SenteiError(f"Not comparable: {name} was computed in another way.", "Measure again with one sentei.")
 
 
 def welch_interval(one: list[float], other: list[float]) -> dict[str, float]:
@@ -100,26 +114,45 @@ def _read(path: Path) -> Mapping[str, Any]:
     return checked(Source(path=file, content=content)).content
 
 
-def _size(run: Mapping[str, Any]) -> int:
-    size: int = run["sizes"]["weight_bytes"]["original"]
-    return size
-
-
 def _load(measurement: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(measurement["workload"].get(name) for name in _LOAD)
 
 
 def _compare_load(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    metrics: dict[str, Any] = {}
     # Rates and times of the requests that got through say nothing of those that did not.
     failed = {side: sum(each["failed_requests"].get(side, 0) for each in (one, other)) for side in SIDES}
-    for name, metric in one["metrics"].items():
-        if name in other["metrics"]:
-            sides = {
-                side: None if failed[side] else _compare_side(metric, other["metrics"][name], side) for side in SIDES
-            }
-            metrics[name] = {"unit": metric["unit"], "role": metric["role"], **sides}
+    sides = [side for side in SIDES if not failed[side]]
+    metrics = _compare_metrics(one["metrics"], other["metrics"], sides)
     return {"workload": one["workload"], "failed_requests": failed, "metrics": metrics}
+
+
+def _compare_goodput(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The highest rates, if both runs searched for them under the same limits, with requests of the same lengths."""
+    if not one.get("goodput") or not other.get("goodput") or _objectives(one) != _objectives(other):
+        return None
+    before, after = one["goodput"]["metrics"], other["goodput"]["metrics"]
+    _check_formulas(before, after)
+    rates = [each["max_request_rate"] for each in (before, after)]
+    unmet = [side for side in SIDES if not all(value for rate in rates for value in rate[side]["values"])]
+    return {"slo_ms": one["goodput"]["slo_ms"], "metrics": _compare_metrics(before, after, SIDES), "unmet": unmet}
+
+
+def _objectives(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    # The search asks requests of the first load's lengths.
+    asked, goodput = run["measurements"][0]["workload"], run["goodput"]
+    return goodput["slo_ms"], goodput["attainment"], [asked.get(name) for name in _LENGTHS]
+
+
+def _compare_metrics(one: Mapping[str, Any], other: Mapping[str, Any], sides: Sequence[str]) -> dict[str, Any]:
+    return {
+        name: {
+            "unit": metric["unit"],
+            "role": metric["role"],
+            **{side: _compare_side(metric, other[name], side) if side in sides else None for side in SIDES},
+        }
+        for name, metric in one.items()
+        if name in other
+    }
 
 
 def _compare_side(one: Mapping[str, Any], other: Mapping[str, Any], side: str) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def probe_device(device: str, dtype: str) -> DevicePeaks:
     """Measures this device in a fresh process.
 
     Args:
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or ``cuda:1``.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
@@ -64,35 +65,35 @@ def probe_device(device: str, dtype: str) -> DevicePeaks:
 def measure_peaks(device: str, dtype: torch.dtype) -> DevicePeaks:
     """Measures in this process; takes a few seconds."""
     on_gpu = device != "cpu"
+    wait = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
     side = 8192 if on_gpu else 1024
     one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    flops = 2 * side**3 / _best_seconds(lambda: one @ other, on_gpu)
+    flops = 2 * side**3 / _best_seconds(lambda: one @ other, wait)
     # A quarter of a GiB on a CPU, one on a GPU.
     rows = 16384 if on_gpu else 4096
     matrix, vector = torch.randn(rows, 16384, device=device), torch.randn(16384, device=device)
-    read = matrix.numel() * 4 / _best_seconds(lambda: matrix @ vector, on_gpu)
-    name = torch.cuda.get_device_name() if on_gpu else "cpu"
+    read = matrix.numel() * 4 / _best_seconds(lambda: matrix @ vector, wait)
+    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     return DevicePeaks(
         device=name, dtype=str(dtype).removeprefix("torch."), flops_per_s=flops, bytes_per_s=read
     )  # fmt: skip
 
 
-def _best_seconds(run: Callable[[], torch.Tensor], on_gpu: bool) -> float:
+def _best_seconds(run: Callable[[], torch.Tensor], wait: Callable[[], None]) -> float:
     """Seconds a call, the best of a few rounds: what the device can do, not what it did on average."""
     best = float("inf")
     run()
     for _ in range(_ROUNDS):
-        count, start_s = 0, _now(on_gpu)
-        while (elapsed_s := _now(on_gpu) - start_s) < _MIN_SECONDS:
+        count, start_s = 0, _now(wait)
+        while (elapsed_s := _now(wait) - start_s) < _MIN_SECONDS:
             run()
             count += 1
         best = min(best, elapsed_s / count)
     return best
 
 
-def _now(on_gpu: bool) -> float:
-    if on_gpu:
-        torch.cuda.synchronize()
+def _now(wait: Callable[[], None]) -> float:
+    wait()
     return time.perf_counter()
 
 

@@ -19,13 +19,27 @@ def describe_environment() -> dict[str, Any]:
     return {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_model(),
-        "cpu_cores": _usable_cores(),
+        **_processor(),
         "memory_bytes": _memory_bytes(),
         "accelerators": _accelerators(),
         "python": platform.python_version(),
         "versions": library_versions(),
     }
+
+
+def machine() -> dict[str, Any]:
+    """What makes one machine faster than another, and stays as it is from one day to the next.
+
+    Not from torch, which would take memory of the GPUs before the engines that are to be measured do.
+    """
+    gpus = Path("/proc/driver/nvidia/gpus").glob("*/information")
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in sorted(gpus))
+    models = [found[1].strip() for text in texts if (found := re.search(r"^Model:(.*)$", text, re.M))]
+    return {**_processor(), "gpus": models, "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES")}
+
+
+def _processor() -> dict[str, Any]:
+    return {"cpu": _cpu_model(), "cpu_cores": _usable_cores()}
 
 
 def library_versions() -> dict[str, str]:

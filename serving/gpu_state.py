@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +19,7 @@ _REASONS = {
     0x04: "power cap", 0x08: "hardware slowdown", 0x20: "temperature", 0x40: "hardware temperature",
     0x80: "power brake",
 }  # fmt: skip
-NOT_RECORDED = "not recorded: there is no NVIDIA GPU, or nvidia-ml-py is not installed"
+NOT_RECORDED = "not recorded: no engine ran on an NVIDIA GPU of this machine, or nvidia-ml-py is not installed"
 RECORDED = "recorded from NVML, of the GPUs that CUDA_VISIBLE_DEVICES names, all of them if it is not set"
 
 
@@ -97,9 +98,14 @@ class GpuWatch:
 
 
 @contextmanager
-def watched_gpus() -> Iterator[GpuWatch]:
-    """Watches the GPUs while the context lasts."""
-    nvml = _nvml()
+def watched_gpus(device: str | None = "cuda") -> Iterator[GpuWatch]:
+    """Watches the GPUs while the context lasts.
+
+    Args:
+        device: What the engine runs on. Beside a CPU, or a server elsewhere (``None``), the GPUs here are idle: their
+            clocks and energy say nothing of it, and nothing is seen.
+    """
+    nvml = _nvml() if device and device.startswith("cuda") else None
     watch = GpuWatch(nvml)
     try:
         yield watch
@@ -116,13 +122,6 @@ def energy(seen: Mapping[str, Any] | None, num_output_tokens: int) -> dict[str, 
     return {"gpu": seen, ENERGY.name: per_token}
 
 
-def is_recorded() -> bool:
-    """Whether NVML answers here."""
-    if nvml := _nvml():
-        nvml.nvmlShutdown()
-    return nvml is not None
-
-
 def _nvml() -> Any | None:
     try:
         nvml: Any = importlib.import_module("pynvml")
@@ -136,14 +135,18 @@ def _nvml() -> Any | None:
 
 
 def _visible(nvml: Any) -> list[Any]:
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-    names = [name.strip() for name in named.split(",") if name.strip()]
-    return [
-        nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
-        for name in names
-    ]
+    """The GPUs that CUDA sees; none where NVML does not know one of them, since the energy would lack its share."""
+    try:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if named is None:
+            return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        names = (name.strip() for name in named.split(",") if name.strip())
+        return [
+            nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
+            for name in takewhile(lambda name: not name.startswith("-"), names)  # CUDA stops at the first such
+        ]
+    except nvml.NVMLError:
+        return []
 
 
 def _look(nvml: Any, handle: Any) -> Sample:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.output import check_output_directory, write_text
+from toolchain.output import check_output_directory, replace_directory, write_text
 
 RESULTS_FILE = "results.json"
 _SETTINGS, _MEASURED = "settings.json", "measured.jsonl"
+_NOT_STARTED = "not_started.json"  # the settings of what ended before anything was measured
 Key = tuple[int, int, str]  # repeat, number of the load, side
 
 
@@ -50,7 +51,7 @@ class Journal:
         self._append({"key": list(key), "metrics": dict(metrics), "told": dict(told)})
 
     def record_failure(self, key: Key, *, num_requests: int, error: str) -> None:
-        """Writes that a measurement came to nothing; all its requests count as failed."""
+        """Writes that a measurement came to nothing; its requests are kept apart from those that failed in others."""
         repeat, load, side = key
         self._append(
             {"failure": {"repeat": repeat, "load": load, "side": side, "failed": num_requests, "error": error}}
@@ -81,13 +82,19 @@ def unfinished_directory(out: Path) -> Path:
     return out.with_name(out.name + ".unfinished")
 
 
+def holds_only_logs(out: Path) -> bool:
+    """Whether a benchmark that ended before anything was measured has left its log where it was until then."""
+    return (unfinished_directory(out) / _NOT_STARTED).is_file()
+
+
 @contextmanager
 def open_journal(
     out: Path, settings: Mapping[str, Any], *, force: bool, resume: bool, inputs: tuple[Path, ...]
 ) -> Iterator[Journal]:
     """Yields a journal in ``<out>.unfinished``, which becomes ``out`` when the context ends well.
 
-    If it ends badly the directory stays for ``--resume``, unless nothing was measured.
+    If it ends badly the directory stays for ``--resume``. If nothing was measured, it stays only for the log that it
+    holds, and gives way to the next benchmark.
 
     Args:
         out: Where the benchmark's directory will be.
@@ -101,6 +108,8 @@ def open_journal(
     """
     check_output_directory(out, force=force, inputs=inputs)
     unfinished = unfinished_directory(out)
+    if holds_only_logs(out):
+        shutil.rmtree(unfinished)
     if unfinished.exists() and not resume:
         if not force:
             raise SenteiError(
@@ -117,11 +126,17 @@ def open_journal(
         yield journal
     except BaseException:
         if not len(journal) and not journal.failures:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _keep_logs_alone(unfinished)
         raise
-    if out.exists():
-        shutil.rmtree(out)
-    unfinished.rename(out)
+    replace_directory(unfinished, out)
+
+
+def _keep_logs_alone(unfinished: Path) -> None:
+    """What did not start says why in its log, and nowhere else; without one there is nothing to keep."""
+    if any(log.stat().st_size for log in unfinished.rglob("*.log")):
+        (unfinished / _SETTINGS).rename(unfinished / _NOT_STARTED)
+    else:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _check_same(unfinished: Path, settings: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ cache once a step; prefill does all matrix products once a prompt token.
 import hashlib
 import importlib
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ END_TO_END_FORMULA = (
 )
 # ONNX's numbers for its floating-point types.
 _FLOATS: Mapping[int, str] = {1: "float32", 10: "float16", 16: "bfloat16"}
+_DEFAULT_BITS = 4  # of MatMulNBits
 _WEIGHT_FILES = (".safetensors", ".onnx", ".data")
 SIZE_FORMULAS: Mapping[str, tuple[str, str]] = {
     "num_parameters": ("parameters", "all stored parameters; tied embeddings count once"),
@@ -48,7 +50,8 @@ class ModelFacts:
     """One model as the engine runs it.
 
     Attributes:
-        precision: Of the weights: ``float32``, ``bfloat16``, ``float16``, ``int4``, or a scheme of ``sentei quantize``.
+        precision: Of the weights: ``float32``, ``bfloat16``, ``float16``, ``int8`` or ``int4`` of an ONNX export, or a
+            scheme of ``sentei quantize``.
         num_parameters: All of them; ``None`` where packed weights hide the count.
         weight_bytes: Stored weights.
         size_on_disk_bytes: The whole directory.
@@ -198,14 +201,25 @@ class _OnnxCounts:
             if parameters and "lm_head" in node.name:
                 self.head_parameters = parameters
         self.decode_bytes = sum(nbytes[name] for name in read)
-        packed = any(node.op_type == "MatMulNBits" for node in graph.node)
+        packed_bits = _packed_bits(graph, sizes)
         tables = {name for name in sizes if name.startswith(("cos_cache", "sin_cache"))}
         floats = {t.name: _FLOATS[t.data_type] for t in graph.initializer if t.data_type in _FLOATS}
         largest = max(floats.keys() - tables, key=lambda name: sizes[name])
-        self.precision = "int4" if packed else floats[largest]
-        self.num_parameters = None if packed else sum(sizes[name] for name in floats.keys() - tables)
+        self.precision = f"int{packed_bits}" if packed_bits else floats[largest]
+        self.num_parameters = None if packed_bits else sum(sizes[name] for name in floats.keys() - tables)
         logits = next(value for value in graph.output if value.name == "logits")
         self.head_every_position = logits.type.tensor_type.shape.dim[1].dim_value != 1
+
+
+def _packed_bits(graph: Any, sizes: Mapping[str, int]) -> int | None:
+    """The bits that most packed parameters have: int4 exports keep the head and some matrices in 8."""
+    parameters: Counter[int] = Counter()
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), _DEFAULT_BITS)
+            # A head counts only where nothing else is packed.
+            parameters[bits] += 0 if "lm_head" in node.name else _matrix_parameters(node, sizes)
+    return parameters.most_common(1)[0][0] if parameters else None
 
 
 def _matrix_parameters(node: Any, sizes: Mapping[str, int]) -> int:

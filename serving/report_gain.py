@@ -65,7 +65,7 @@ def benchmark_view(source: Source, number: int, say: Say) -> dict[str, Any]:
             "engine": engine,
             "load": load,
             "alone": None
-            if "pruned" in results["models"]
+            if "pruned" in results["models"] or any(first["failed_requests"].values())
             else _metric_row(primary, metrics[primary], None, say)["original"],
             "primary": say(label),
             "primary_inside": label[0].lower() + label[1:] if say.language == "en" else say(label),

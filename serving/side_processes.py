@@ -2,9 +2,18 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+def free_log(directory: Path, side: str, repeat: int) -> Path:
+    """Where a process writes: what is started again must not write over the log of the one that died."""
+    stem, number = f"{side}-{repeat}", 1
+    while (log := directory / f"{stem}{'' if number == 1 else f'-start{number}'}.log").exists():
+        number += 1
+    return log
 
 
 class SideProcesses(Generic[T]):

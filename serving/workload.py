@@ -226,18 +226,19 @@ def read_prompts(file: Path, *, output_len: int | None, tokenizer: Path) -> Prom
         tokenizer: The checkpoint whose tokenizer counts.
 
     Raises:
-        SenteiError: The first line that is not so.
+        SenteiError: The first line that is not so, or no usable tokenizer.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also breaks at separators that JSON texts may hold.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SenteiError(f"{file} cannot be read ({error}).") from error
     prompts = [_read_prompt(f"{file} line {n}", line, output_len) for n, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise SenteiError(f"{file} holds no prompts.")
-    from transformers import AutoTokenizer
+    from toolchain.modeling import load_tokenizer
 
-    encode = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    encode = load_tokenizer(tokenizer)
     lengths = [(len(encode(prompt).input_ids), tokens) for prompt, tokens in prompts]
     return Prompts(
         lines=tuple(json.dumps({"prompt": prompt, "output_tokens": tokens}) for prompt, tokens in prompts),

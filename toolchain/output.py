@@ -18,10 +18,14 @@ def check_output_directory(out: Path, *, force: bool, inputs: Iterable[Path] = (
 
     Raises:
         SenteiError: ``out`` is a file, an input or a parent of one, or not empty and ``force`` is off. Even with
-            ``force``, a git checkout and a parent of the working directory are refused.
+            ``force``, a git checkout and a parent of the working directory are refused, and always what a directory
+            cannot be renamed to: a symbolic link or a mount point.
     """
     if out.is_file():
         raise SenteiError(f"Output {out} is a file, not a directory.")
+    if out.is_symlink() or out.is_mount():
+        kind = "symbolic link" if out.is_symlink() else "mount point"
+        raise SenteiError(f"Output {out} is a {kind}, which cannot be replaced.", "Choose a directory below it.")
     resolved = out.resolve()
     for path in inputs:
         if path.resolve() == resolved or resolved in path.resolve().parents:
@@ -50,11 +54,16 @@ def new_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    replace_directory(partial, out)
+
+
+def replace_directory(finished: Path, out: Path) -> None:
+    """Renames a finished directory to ``out``; what was there is deleted last."""
     replaced = out.with_name(out.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
         out.rename(replaced)
-    partial.rename(out)
+    finished.rename(out)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

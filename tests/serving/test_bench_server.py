@@ -1,6 +1,7 @@
 """What the benchmark asks of vLLM and takes from it, with a stand-in for the servers; fields as in vLLM 0.32."""
 
 import csv
+import json
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from serving.report import render_report
 from serving.statistics import PERCENTILES
 from serving.worker_process import EngineFailedError
 from serving.workload import Slo, make_workloads, read_prompts
+from tests.conftest import make_pico
 from toolchain.errors import SenteiError
 
 PEAKS = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e11, bytes_per_s=1e10)
@@ -127,6 +129,17 @@ def test_a_server_that_dies_is_started_again_and_its_requests_are_counted(pico_m
     assert (tmp_path / "out" / "pruned-1-start2.log").is_file()
 
 
+def test_a_benchmark_does_not_go_on_on_another_machine(pico_model, asked, tmp_path, monkeypatch):
+    asked["dead"] = [False, True, True]
+    with pytest.raises(SenteiError, match="failed twice"):
+        benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+    with monkeypatch.context() as context:
+        context.setattr(benchmark_module, "machine", lambda: {"cpu": "another"})
+        with pytest.raises(SenteiError, match=r"begun with another machine: .*, now {'cpu': 'another'}"):
+            benchmark(pico_model, pico_model, out=tmp_path / "out", resume=True, **TINY)
+    assert len(benchmark(pico_model, pico_model, out=tmp_path / "out", resume=True, **TINY)["failed_attempts"]) == 2
+
+
 def test_a_sweep_is_asked_of_both_with_a_warm_up_as_wide_as_the_widest_load(pico_model, asked, tmp_path):
     out = tmp_path / "out"
     results = benchmark(pico_model, pico_model, out=out, concurrency=[1, 6], request_rate=[0.5], **TINY)
@@ -199,6 +212,19 @@ def test_bad_prompts_are_refused(pico_model, tmp_path, line, message):
         read_prompts(tmp_path / "p.jsonl", output_len=None, tokenizer=pico_model)
 
 
+def test_a_prompt_may_hold_a_line_separator(pico_model, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one\u2028two", "output_tokens": 5}\r\n', encoding="utf-8")
+    (line,) = read_prompts(tmp_path / "p.jsonl", output_len=None, tokenizer=pico_model).lines
+    assert json.loads(line)["prompt"] == "one\u2028two"
+
+
+def test_prompts_for_a_model_without_a_tokenizer_are_refused(tmp_path):
+    make_pico(tmp_path / "model")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one", "output_tokens": 5}')
+    with pytest.raises(SenteiError, match="has no usable tokenizer"):
+        read_prompts(tmp_path / "p.jsonl", output_len=None, tokenizer=tmp_path / "model")
+
+
 def test_running_servers_are_measured_and_not_started(pico_model, asked, tmp_path):
     urls = ["http://127.0.0.1:8001/", "http://127.0.0.1:8002"]
     results = benchmark(pico_model, pico_model, out=tmp_path / "out", urls=urls, api_key="secret", **TINY)
@@ -234,6 +260,18 @@ def test_one_running_server_is_measured_alone(pico_model, asked, tmp_path):
     benchmark(pico_model, None, out=again, urls=urls, concurrency=[1, 4], **TINY)
     compared = compare_results(out, again)["loads"][0]["metrics"]["output_throughput"]
     assert (compared["original"]["verdict"], compared["pruned"]) == ("no difference shown", None)
+
+
+def test_of_a_server_that_failed_requests_nothing_is_claimed(pico_model, asked, tmp_path):
+    asked["failed"] = 3
+    out, urls = tmp_path / "out", ["http://127.0.0.1:8001"]
+    results = benchmark(pico_model, None, out=out, urls=urls, concurrency=[8], price_per_hour=3.6, **TINY)
+    assert results["measurements"][0]["cost"] is None
+    render_report([out], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<p class="figure">Not comparable</p>' in page
+    assert "Requests failed; nothing is claimed of those that got through." in page
+    assert '<p class="figure">100 tokens/s</p>' not in page
 
 
 def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from export.onnx_graph import export_onnx
 from serving import benchmark as benchmark_module
 from serving.bench_local import LocalSession, patience_s
 from serving.bench_worker import random_prompts
@@ -105,6 +106,15 @@ def test_onnx_end_to_end(demo_model, tmp_path):
     assert measurement["workload"]["num_prompts"] == 2
     assert results["sizes"]["peak_memory_bytes"]["pruned"] > 0
     assert results["sizes"]["weight_bytes"]["ratio"] < 1
+
+
+def test_exports_of_unlike_bits_are_not_comparable(wide_model, tmp_path):
+    for precision in ("int8", "int4"):
+        export_onnx(wide_model, tmp_path / precision, precision=precision)
+        # An int4 export has matrices in 8 bits too: its head, and the most sensitive ones.
+        assert onnx_facts(tmp_path / precision).precision == precision
+    with pytest.raises(SenteiError, match="original is int8 and the pruned model int4"):
+        benchmark(tmp_path / "int8", tmp_path / "int4", engine="onnx", out=tmp_path / "out", **TINY)
 
 
 def test_a_directory_that_is_no_onnx_export_is_refused(pico_model, tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from serving import gpu_state
-from serving.gpu_state import GpuWatch, energy, is_recorded, watched_gpus
+from serving.gpu_state import GpuWatch, energy, watched_gpus
 
 
 class FakeNVMLError(Exception):
@@ -25,6 +25,11 @@ def nvml(monkeypatch):
             raise FakeNVMLError
         return 1000 * (5_000_000 + 100 * (time.monotonic() - started))  # in mJ, since the driver was loaded
 
+    def by_uuid(uuid):
+        if not uuid.startswith("GPU-"):
+            raise FakeNVMLError
+        return uuid
+
     def clock(handle, kind):
         state.asked.add(handle)
         if state.broken:
@@ -37,7 +42,7 @@ def nvml(monkeypatch):
         nvmlShutdown=lambda: setattr(state, "open", state.open - 1),
         nvmlDeviceGetCount=lambda: 2,
         nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetHandleByUUID=by_uuid,
         nvmlDeviceGetTotalEnergyConsumption=joules,
         nvmlDeviceGetClockInfo=clock,
         nvmlDeviceGetTemperature=lambda handle, sensor: 60 + 5 * bool(handle),
@@ -84,6 +89,24 @@ def test_only_the_gpus_that_cuda_sees_are_watched(nvml, monkeypatch):
     assert nvml.asked == {1, "GPU-abc"}
 
 
+@pytest.mark.parametrize(
+    ("named", "watched"), [("-1", set()), ("1,-1,0", {1}), ("0,unknown", set()), ("", set()), (" 0 , 1", {0, 1})]
+)
+def test_what_cuda_does_not_see_or_nvml_does_not_know_is_not_watched(nvml, monkeypatch, named, watched):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    with watched_gpus() as gpus:
+        time.sleep(0.1)
+    assert nvml.asked == watched
+    assert (gpus.last(1.0) is None) == (not watched)
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cpu", False), (None, False), ("cuda", True), ("cuda:1", True)])
+def test_gpus_beside_an_engine_that_does_not_run_on_them_are_not_watched(nvml, device, seen):
+    with watched_gpus(device) as gpus:
+        time.sleep(0.1)
+    assert (gpus.last(1.0) is not None) == seen
+
+
 def test_a_gpu_that_stops_answering_leaves_nothing(nvml):
     nvml.broken = True
     with watched_gpus() as gpus:
@@ -91,9 +114,8 @@ def test_a_gpu_that_stops_answering_leaves_nothing(nvml):
     assert gpus.last(1.0) is None
 
 
-def test_without_nvml_nothing_is_seen_and_that_is_said(monkeypatch):
+def test_without_nvml_nothing_is_seen(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert not is_recorded()
     with watched_gpus() as gpus:
         pass
     assert energy(gpus.last(1.0), 10) == {"gpu": None, "energy_per_output_token_j": None}

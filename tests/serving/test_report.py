@@ -87,7 +87,8 @@ def write_results(directory, *, gains, expected=1.25, engine="onnx"):
     write(directory, "results.json", {
         "kind": "benchmark", "engine": engine, "primary_metric": "output_throughput", "ratio_formula": "paired",
         "options": {"device": "cpu", "engine_options": []},
-        "models": {side: {"name": side, "device": "cpu"} for side in ("original", "pruned")},
+        "models": {side: {"name": side, "device": "cpu", "weights_sha256": 64 * side[0]}
+                   for side in ("original", "pruned")},
         "sizes": {"weight_bytes": size, "peak_memory_bytes": {**size, "original": None, "pruned": None, "ratio": None}},
         "measurements": [{
             "workload": {"input_len": 64, "output_len": 8, "concurrency": 1, "num_prompts": 1, "seed": 0},
@@ -242,6 +243,23 @@ def test_the_japanese_report_has_no_english_sentence(everything, tmp_path, monke
     assert "リクエストの 90 % 以上がすべての SLO を満たした" in page
     # What the files of this test hold in words of their own.
     assert Heard.unknown == {"counted", "bytes", "paired"}
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_failed_attempts_and_limits_that_were_not_met_are_said(tmp_path, name):
+    write_sweep(tmp_path / "sweep")
+    file = tmp_path / "sweep" / "results.json"
+    results = json.loads(file.read_text())
+    results["failed_attempts"] = [{"repeat": 1, "load": 0, "side": "pruned", "failed": 4, "error": "It died."}]
+    results["goodput"]["metrics"]["max_request_rate"] |= {"gain": None, "verdict": None}
+    results["goodput"]["metrics"]["max_request_rate"]["pruned"] = {"median": None, "values": [3.0, 0.0, 3.0]}
+    file.write_text(json.dumps(results))
+    render_report([tmp_path / "sweep"], tmp_path / name)
+    text = (tmp_path / name).read_text(encoding="utf-8")
+    assert "pruned model failed in repeat 2 and was made again; its 4 requests are in no figure." in text
+    assert "Not even the lowest rate tried met them in every repeat: pruned." in text
+    assert "count as failed" not in text
+    assert name == "report.html" or not re.search(r"\n\n\n\n", text)
 
 
 @pytest.mark.parametrize(("language", "says"), [("en", "1.21x the speed"), ("ja", "速度 1.21 倍")])

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from toolchain.cli.console import DeviceOption, DtypeOption, ForceOption, JsonOption, Output, QuietOption, pick_dtype
+from toolchain.cli.console import DeviceOption, ForceOption, JsonOption, Output, OwnDtypeOption, QuietOption, pick_dtype
 from toolchain.errors import CheckFailedError, SenteiError
 
 _LOAD, _SERVER = "Load", "Server"
@@ -82,7 +82,7 @@ def benchmark(
         float | None, typer.Option(min=0, help="Of the machine: gives the cost of a million output tokens.")
     ] = None,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    dtype: OwnDtypeOption = "auto",
     engine_option: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,7 +109,6 @@ def benchmark(
     output = Output(as_json=as_json, quiet=quiet)
     pick_dtype(dtype, auto=None)
     from serving.benchmark import benchmark as run
-    from serving.journal import unfinished_directory
     from serving.workload import PRESETS, make_workloads, parse_slo, read_prompts
     from toolchain.checkpoint import resolve_model
 
@@ -152,9 +151,8 @@ def benchmark(
             resume=resume,
             on_progress=output.note,
         )
-    except (KeyboardInterrupt, OSError):
-        if (unfinished := unfinished_directory(out)).exists():
-            output.note(f"{unfinished} holds what was measured. The same command with --resume goes on from there.")
+    except (KeyboardInterrupt, OSError, SenteiError) as error:
+        _note_what_stays(output, out, error)
         raise
     output.result({"directory": str(out), **results}, lambda console: show_results(console, out, results))
     failed = sum(sum(each["failed_requests"].values()) for each in results["measurements"])
@@ -162,6 +160,17 @@ def benchmark(
         raise CheckFailedError(
             f"{failed} requests failed; where they did, nothing is compared.", f"See {out}/results.json and the logs."
         )
+
+
+def _note_what_stays(output: Output, out: Path, error: BaseException) -> None:
+    """An error of ours says itself that --resume goes on, but not where the log of a failed start is."""
+    from serving.journal import holds_only_logs, unfinished_directory
+
+    unfinished = unfinished_directory(out)
+    if holds_only_logs(out):
+        output.note(f"{unfinished} holds the log. Nothing was measured: the same command begins again.")
+    elif unfinished.exists() and not isinstance(error, SenteiError):
+        output.note(f"{unfinished} holds what was measured. The same command with --resume goes on from there.")
 
 
 def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
@@ -175,7 +184,11 @@ def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
             "original → pruned, gain (95 % interval)",
             markup=False,
         )
-        _show_metrics(console, measurement["metrics"])
+        failed = {side: count for side, count in measurement["failed_requests"].items() if count}
+        for side, count in failed.items():
+            console.print(f"  {side}: {count} requests failed, so nothing is claimed.", markup=False)
+        if not failed:
+            _show_metrics(console, measurement["metrics"])
     if cost := results["measurements"][0]["cost"]:
         each = cost["per_million_output_tokens"]
         shown = " → ".join(f"{value:.4g}" for value in each.values() if value)
@@ -184,6 +197,18 @@ def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in goodput["slo_ms"].items())
         console.print(f"Highest load at which {goodput['attainment']:.0%} of requests meet {limits}:", markup=False)
         _show_metrics(console, goodput["metrics"])
+        _show_unmet(console, goodput["metrics"]["max_request_rate"])
+
+
+def _show_unmet(console: Console, rate: dict[str, Any]) -> None:
+    """Where a repeat found no rate there is no gain: says so, and what the other model reached."""
+    values = {side: rate[side]["values"] for side in ("original", "pruned") if rate[side]["values"]}
+    if all(map(all, values.values())):
+        return
+    for side, found in values.items():
+        unmet = sum(not value for value in found)
+        said = f"not met in {unmet} of {len(found)} repeats" if unmet else f"{rate[side]['median']:.4g} {rate['unit']}"
+        console.print(f"  {side}: {said}", markup=False)
 
 
 def _show_metrics(console: Console, metrics: dict[str, Any]) -> None:

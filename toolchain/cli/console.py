@@ -23,6 +23,10 @@ OffloadOption = Annotated[bool, typer.Option("--offload", help="For models large
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="Computed in: auto, float32, bfloat16 or float16 (auto: float32 on a CPU).")
 ]
+# Speed is measured and estimated as the model will serve, on a CPU too.
+OwnDtypeOption = Annotated[
+    str, typer.Option("--dtype", help="Computed in: auto (the checkpoint's own), float32, bfloat16 or float16.")
+]
 # The same for commands whose options stand in panels.
 COMPUTING = "Computing"
 DeviceInPanelOption = Annotated[

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from toolchain.cli.console import DeviceOption, DtypeOption, JsonOption, Output, QuietOption, pick_device, pick_dtype
+from toolchain.cli.console import DeviceOption, JsonOption, Output, OwnDtypeOption, QuietOption, pick_device, pick_dtype
 
 _UNITS = {"mean_ttft_ms": "ms", "mean_tpot_ms": "ms", "mean_e2el_ms": "ms", "output_throughput": "tokens/s"}
 
@@ -18,7 +18,7 @@ def estimate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The original: a directory or a hub id.")],
     *,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
+    dtype: OwnDtypeOption = "auto",
     input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 512,
     output_len: Annotated[int, typer.Option(min=1, help="Generated tokens.")] = 128,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
