@@ -152,6 +152,7 @@ def benchmark(
                 urls=dict(zip(directories, urls, strict=True)) if urls else None, api_key=api_key,
                 stall_timeout_s=stall_timeout_s,
                 onnx_context=min(each.max_len for each in facts.values()) if engine == "onnx-server" else None,
+                searches_rate=slo is not None,
             )  # fmt: skip
         elif engine == "vllm-offline":
             session = OfflineSession(

@@ -30,15 +30,21 @@ def benchmark(original, pruned, **settings):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Records what is asked. ``failed`` requests, ``dead`` attempts, and each model's ``limit`` of rate can be set."""
-    record = {"servers": [], "loads": [], "failed": 0, "up": 0, "most_up": 0, "dead": [], "limit": {}, "keys": set()}
+    """Records what is asked. Can be set: ``failed`` requests, ``dead`` attempts, starts that are ``unready``, and each
+    model's ``limit`` of rate; at 0 not even single requests are within the limits."""
+    record = {"servers": [], "loads": [], "failed": 0, "up": 0, "most_up": 0, "dead": [], "unready": [], "limit": {},
+              "keys": set(), "patience": {}}  # fmt: skip
 
     @contextmanager
     def running_server(directory, port=None, options=(), log=None):
         record["servers"].append((directory, list(options)))
+        if record["unready"] and record["unready"].pop(0):
+            raise SenteiError("The vLLM server ended with exit code 1 before it was ready.")
         record["up"] += 1
         record["most_up"] = max(record["up"], record["most_up"])
         log.write_text("INFO GPU KV cache size: 55,808 tokens\nINFO Model loading took 0.25 GiB memory\n")
+        with log.open("a") as lines:
+            lines.write(f"this is {log.name}\n")
         try:
             yield "http://127.0.0.1:1"
         finally:
@@ -48,6 +54,7 @@ def asked(monkeypatch):
         warmup = "warmup" in result_file.name
         record["loads"].append((model_dir, list(options), result_file.name))
         record["keys"].add((base_url, api_key))
+        record["patience"][result_file.stem] = stall_timeout_s
         if not warmup and record["dead"] and record["dead"].pop(0):
             raise EngineFailedError("The server no longer answers.")
         num_prompts = int(options[options.index("--num-prompts") + 1])
@@ -64,7 +71,8 @@ def asked(monkeypatch):
             share = 1.0 if rate <= record["limit"][str(model_dir)] else 0.5
             result["request_goodput"] = share * num_prompts / 10.0
         elif "--goodput" in options:
-            result["request_goodput"] = 0.0
+            single = "--max-concurrency" in options and record["limit"][str(model_dir)] > 0
+            result["request_goodput"] = num_prompts / 10.0 if single else 0.0
         result_file.write_text("{}")
         return result
 
@@ -125,6 +133,28 @@ def test_a_server_that_dies_is_started_again_and_its_requests_are_counted(pico_m
     assert "55,808 tokens" in failure["error"]
     assert len(asked["servers"]) == 7
     assert (tmp_path / "out" / "pruned-1-start2.log").is_file()
+
+
+def test_the_log_of_the_server_that_died_is_quoted(pico_model, asked, tmp_path):
+    asked["dead"] = [False] * 20 + [True]
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", **{**TINY, "repeats": 11})
+    (failure,) = results["failed_attempts"]
+    said = failure["error"].partition("server's log:")[2]
+    assert f"this is {failure['side']}-10.log" in said
+    assert said.count("this is") == 1
+
+
+def test_a_server_that_does_not_start_again_is_tried_once_more(pico_model, asked, tmp_path):
+    asked["unready"] = [False, False, True]
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+    (failure,) = results["failed_attempts"]
+    assert (failure["side"], failure["repeat"]) == ("pruned", 1)
+    assert "before it was ready" in failure["error"]
+    asked["unready"] = [True]
+    with pytest.raises(SenteiError, match="before it was ready") as told:
+        benchmark(pico_model, pico_model, out=tmp_path / "other", **TINY)
+    assert not isinstance(told.value, EngineFailedError)
+    assert len(asked["servers"]) == 8
 
 
 def test_a_sweep_is_asked_of_both_with_a_warm_up_as_wide_as_the_widest_load(pico_model, asked, tmp_path):
@@ -210,6 +240,12 @@ def test_running_servers_are_measured_and_not_started(pico_model, asked, tmp_pat
         benchmark(pico_model, pico_model, out=tmp_path / "other", urls=urls[:1], **TINY)
     with pytest.raises(SenteiError, match="8002 is given for both"):
         benchmark(pico_model, pico_model, out=tmp_path / "other", urls=["http://x:8002", "http://x:8002/"], **TINY)
+    with pytest.raises(SenteiError, match="localhost:1 is given for both"):
+        benchmark(
+            pico_model, pico_model, out=tmp_path / "other", urls=["http://localhost:1", "http://127.0.0.1:1"], **TINY
+        )
+    with pytest.raises(SenteiError, match=r"80a0 is no URL"):
+        benchmark(pico_model, None, out=tmp_path / "other", urls=["http://127.0.0.1:80a0"], **TINY)
 
 
 def test_one_running_server_is_measured_alone(pico_model, asked, tmp_path):
@@ -238,7 +274,8 @@ def test_one_running_server_is_measured_alone(pico_model, asked, tmp_path):
 
 def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path, monkeypatch):
     # The module stands in for itself: what it starts is what the fixture starts.
-    monkeypatch.setitem(sys.modules, "serving.onnx_server", SimpleNamespace(running_server=bench_server.running_server))
+    stand_in = SimpleNamespace(running_server=bench_server.running_server, DEFAULT_MAX_NUM_SEQS=8)
+    monkeypatch.setitem(sys.modules, "serving.onnx_server", stand_in)
     workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10, concurrency=[1, 6])
     directories = {"original": pico_model, "pruned": pico_model}
     session = bench_server.ServerSession(
@@ -250,6 +287,14 @@ def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path,
         session.close()
     options = ["--max-model-len=100", "--max-num-seqs", "6"]
     assert [each for _, each in asked["servers"]] == [options]
+    session = bench_server.ServerSession(
+        directories, workloads[:1], tmp_path, dtype=None, engine_options=(), onnx_context=256, searches_rate=True
+    )
+    try:
+        session.measure("pruned", 1, workloads[0], name="pruned-1")
+    finally:
+        session.close()
+    assert asked["servers"][-1][1] == ["--max-num-seqs", "8", "--max-model-len", "46"]
 
 
 def test_lengths_may_vary(pico_model, asked, tmp_path):
