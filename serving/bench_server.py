@@ -24,6 +24,8 @@ from toolchain.quantized import open_servable
 
 _PROMPTS_FILE = "prompts.jsonl"
 _CPU_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+# Of the mean time between arrivals: none of thousands comes later than this after the one before it.
+_LONGEST_GAP = 20
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _WEIGHTS_GIB = re.compile(r"[Mm]odel loading took ([\d.]+) Gi?B")
 # Without what stands before a message in vLLM's log: process, level, time, file and line.
@@ -111,7 +113,7 @@ class ServerSession:
         if slo:
             options += ["--goodput", *(f"{metric}:{limit:g}" for metric, limit in slo.limits.items())]
         with watched_gpus() as gpus:
-            result = self._bench(side, base_url, options, self._out / "vllm" / f"{name}.json")
+            result = self._bench(side, base_url, options, self._out / "vllm" / f"{name}.json", _longest_gap_s(workload))
         # The GPUs here are not those of a server that was there before us.
         seen = None if self._urls else gpus.last(result["duration"])
         return {**_metrics(workload, result), **energy(seen, result["total_output_tokens"])}
@@ -175,7 +177,7 @@ class ServerSession:
             number += 1
         return log
 
-    def _bench(self, side: str, base_url: str, options: list[str], file: Path) -> dict[str, Any]:
+    def _bench(self, side: str, base_url: str, options: list[str], file: Path, idle_s: float = 0.0) -> dict[str, Any]:
         try:
             return bench_serve(
                 base_url,
@@ -183,7 +185,7 @@ class ServerSession:
                 options=options,
                 result_file=file,
                 api_key=self._api_key,
-                stall_timeout_s=self._stall_timeout_s,
+                stall_timeout_s=self._stall_timeout_s + idle_s,
             )
         except EngineFailedError as error:
             raise EngineFailedError(f"{error.message}{self._log_end(side)}") from error
@@ -209,6 +211,12 @@ def engine_options_for(directory: Path, dtype: str | None, engine_options: Seque
         # vLLM's CPU default takes much of the machine's memory.
         options += ["--kv-cache-memory-bytes", "1G"]
     return options
+
+
+def _longest_gap_s(workload: Workload) -> float:
+    # vLLM's gauges of running requests are as of the last step, so they cannot tell an idle server from one that hangs
+    # in the first step after a pause.
+    return 0.0 if workload.request_rate is None else _LONGEST_GAP / workload.request_rate
 
 
 def _load_options(workload: Workload, seed: int, num_prompts: int, prompts_file: Path) -> list[str]:

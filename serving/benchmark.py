@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -28,7 +29,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _ONNX, _VLLM = ("onnxruntime_genai", "onnxruntime-genai", "onnx"), ("vllm", "vllm", "vllm")
 # vLLM's own client drives the ONNX server too.
 _LIBRARIES = {"onnx": (_ONNX,), "onnx-server": (_ONNX, _VLLM), "vllm": (_VLLM,), "vllm-offline": (_VLLM,)}
-_MAX_PROBE_PROMPTS = 3000
+_MIN_PROBE_PROMPTS, _MAX_PROBE_PROMPTS = 20, 3000
+# Between the seeds of one repeat's loads: random prompts begin alike under one seed, and a running server may cache
+# prefixes. More than there are repeats; a thousand loads stay below the warm-up's seed.
+_SEEDS_A_LOAD = 1000
 
 Engine = Literal["transformers", "onnx", "onnx-server", "vllm", "vllm-offline"]
 
@@ -209,7 +213,8 @@ def _measure(
             if visit.load < len(workloads):
                 workload = workloads[visit.load]
                 name = f"{visit.side}-{visit.repeat}" + (f"-load{visit.load}" if len(workloads) > 1 else "")
-                measured = session.measure(visit.side, visit.repeat, workload, name=name)
+                load = _with_own_seed(workload, visit.load)
+                measured = session.measure(visit.side, visit.repeat, load, name=name)
                 said = f"{workload.label}: {primary} {_shown(measured[primary])}"
             else:
                 assert slo is not None
@@ -231,16 +236,15 @@ def _measure(
 
 
 def _search_rate(session: Session, visit: Visit, workload: Workload, slo: Slo) -> dict[str, Any]:
-    name = f"{visit.side}-{visit.repeat}-slo"
-    at_once = replace(workload, concurrency=None, request_rate=None, num_prompts=max(workload.num_prompts, 20))
-    capacity = session.measure(visit.side, visit.repeat, at_once, name=f"{name}-capacity", slo=slo)
-    failed = capacity["failed"]
+    loads, failed = count(visit.load), 0
 
-    def probe(rate: float) -> Probe:
+    def measure(name: str, num_prompts: int, *, concurrency: int | None = None, rate: float | None = None) -> Probe:
         nonlocal failed
-        num_prompts = min(prompts_at_rate(rate), _MAX_PROBE_PROMPTS)
-        load = replace(workload, concurrency=None, request_rate=rate, num_prompts=num_prompts)
-        measured = session.measure(visit.side, visit.repeat, load, name=f"{name}-{rate:.4g}", slo=slo)
+        load = replace(workload, concurrency=concurrency, request_rate=rate, num_prompts=num_prompts)
+        measured = session.measure(
+            visit.side, visit.repeat, _with_own_seed(load, next(loads)),
+            name=f"{visit.side}-{visit.repeat}-slo-{name}", slo=slo,
+        )  # fmt: skip
         failed += measured["failed"]
         return Probe(
             met=measured["request_goodput"] * measured["duration"] / num_prompts,
@@ -248,9 +252,19 @@ def _search_rate(session: Session, visit: Visit, workload: Workload, slo: Slo) -
             request_throughput=measured["request_throughput"],
         )
 
-    found = find_highest_rate(capacity["request_throughput"], probe)
+    alone = measure("alone", _MIN_PROBE_PROMPTS, concurrency=1)
+    capacity = measure("capacity", max(workload.num_prompts, _MIN_PROBE_PROMPTS)).request_throughput
+    found = find_highest_rate(
+        capacity,
+        lambda rate: measure(f"{rate:.4g}", min(prompts_at_rate(rate), _MAX_PROBE_PROMPTS), rate=rate),
+        alone=alone,
+    )
     # Requests that failed at a rate missed their objectives there: they are counted, and do not void the search.
-    return {**found, "capacity": capacity["request_throughput"], "requests_failed": failed, "failed": 0}
+    return {**found, "capacity": capacity, "requests_failed": failed, "failed": 0}
+
+
+def _with_own_seed(workload: Workload, load: int) -> Workload:
+    return replace(workload, seed=workload.seed + _SEEDS_A_LOAD * load)
 
 
 def _shown(value: float | None) -> str:

@@ -198,6 +198,27 @@ def test_limits_that_no_load_meets_give_no_ratio(pico_model, asked, tmp_path):
     results = benchmark(pico_model, pico_model, out=tmp_path / "out", slo=Slo(e2el=1), **TINY)
     assert results["goodput"]["metrics"]["max_request_rate"]["gain"] is None
     assert results["goodput"]["runs"][0]["original"]["max_request_rate"] == 0
+    searched = [name for _, _, name in asked["loads"] if name.startswith("original-0-slo")]
+    assert searched == ["original-0-slo-alone.json", "original-0-slo-capacity.json"]
+    render_report([tmp_path / "out"], tmp_path / "report.html")
+    assert "Not even the lowest rate tried met them" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_two_loads_of_a_repeat_begin_with_the_same_prompts(pico_model, asked, tmp_path):
+    """A running server may keep prefixes."""
+    urls = ["http://127.0.0.1:8001", "http://127.0.0.1:8002"]
+    asked["limit"] = {str(pico_model): 9.0}
+    benchmark(pico_model, pico_model, out=tmp_path / "out", urls=urls, concurrency=[1, 4], slo=Slo(ttft=500), **TINY)
+    seeds = {name.removesuffix(".json"): options[options.index("--seed") + 1] for _, options, name in asked["loads"]}
+    assert len(set(seeds.values())) == len(seeds) / 2
+    for name, seed in seeds.items():
+        assert seeds[name.replace("original", "pruned")] == seed
+
+
+def test_a_pause_between_arrivals_is_not_a_hung_server(pico_model, asked, tmp_path):
+    benchmark(pico_model, pico_model, out=tmp_path / "out", request_rate=[0.01], concurrency=[1], **TINY)
+    assert asked["patience"]["original-0-load0"] == 600
+    assert asked["patience"]["original-0-load1"] == 600 + 20 * 100
 
 
 def test_own_prompts_are_asked_as_they_stand(pico_model, asked, tmp_path):
