@@ -199,10 +199,8 @@ class ServerSession:
 
 def engine_options_for(directory: Path, dtype: str | None, engine_options: Sequence[str]) -> list[str]:
     """The user's options with what makes a comparison fair: one precision, no prefix cache, one size of KV cache."""
-    options = list(engine_options)
-    if not any(option.split("=")[0] == "--dtype" for option in options):
-        # vLLM's "auto" would run a float32 checkpoint in half precision.
-        options += ["--dtype", dtype or str(open_servable(directory).dtype).removeprefix("torch.")]
+    # vLLM's "auto" would run a float32 checkpoint in half precision.
+    options = [*engine_options, "--dtype", dtype or str(open_servable(directory).dtype).removeprefix("torch.")]
     if not any("prefix-caching" in option for option in options):
         options.append("--no-enable-prefix-caching")
     if not (

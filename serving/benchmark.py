@@ -104,7 +104,7 @@ def benchmark(
         slo: If given, the highest request rate that meets these limits is searched for too; vLLM alone.
         repeats: How often both are measured.
         primary: The metric that decides; the others are marked as exploratory.
-        device: ``auto``, ``cpu`` or ``cuda``; vLLM takes the device it was built for.
+        device: ``auto``, ``cpu`` or ``cuda``, of Transformers and ONNX; servers and vLLM have their own.
         dtype: Computed in; by default the checkpoint's own. An ONNX export has its precision built in.
         engine_options: Options for ``vllm serve``, for both models.
         urls: Servers that run already, the original's and then the pruned model's; vLLM alone.
@@ -129,7 +129,8 @@ def benchmark(
     undefined = UNDEFINED if engine == "vllm-offline" else frozenset()
     check_primary(primary, output_len=workloads[0].output_len, undefined=undefined)
     directories = {"original": original} if pruned is None else {"original": original, "pruned": pruned}
-    _check_settings(engine, repeats, dtype, engine_options, slo=slo, urls=urls, num_models=len(directories))
+    _check_settings(engine, repeats, slo=slo, urls=urls, num_models=len(directories))
+    _check_engine_settings(engine, device, dtype, engine_options, urls=urls)
     if not engine.startswith("onnx"):
         for path in directories.values():
             if is_onnx_export(path):
@@ -274,8 +275,6 @@ def _shown(value: float | None) -> str:
 def _check_settings(
     engine: str,
     repeats: int,
-    dtype: str | None,
-    engine_options: Sequence[str],
     *,
     slo: Slo | None,
     urls: Sequence[str],
@@ -287,22 +286,32 @@ def _check_settings(
         raise SenteiError(
             f"{repeats} repeats cannot give an interval worth printing.", f"Use at least {MIN_REPEATS}, better 5."
         )
-    is_onnx = engine.startswith("onnx")
-    if dtype is not None and (dtype not in _DTYPES or is_onnx):
-        allowed = "leave it out: an ONNX export has its precision built in" if is_onnx else ", ".join(_DTYPES)
-        raise SenteiError(f"dtype {dtype!r} is not possible with engine {engine}.", f"Allowed: {allowed}.")
     if engine not in SERVERS and (urls or slo):
         raise SenteiError(f"Engine {engine} takes no --url and no --slo.", f"They are for {' and '.join(SERVERS)}.")
-    if engine_options and engine in ("transformers", "onnx"):
-        raise SenteiError(f"Engine {engine} takes no engine options.", "They are for vLLM and for servers.")
     if urls:
         check_urls(urls, num_models)
-        if engine_options:
-            raise SenteiError("Engine options are for servers that sentei starts; with --url it starts none.")
     elif num_models == 1:
         raise SenteiError(
             "There is nothing to compare with.", "Give the pruned model too, or one running server's --url."
         )
+
+
+def _check_engine_settings(
+    engine: str, device: str, dtype: str | None, engine_options: Sequence[str], *, urls: Sequence[str]
+) -> None:
+    is_onnx, is_local = engine.startswith("onnx"), engine in ("transformers", "onnx")
+    if dtype is not None and (dtype not in _DTYPES or is_onnx):
+        allowed = "leave it out: an ONNX export has its precision built in" if is_onnx else ", ".join(_DTYPES)
+        raise SenteiError(f"dtype {dtype!r} is not possible with engine {engine}.", f"Allowed: {allowed}.")
+    if device != "auto" and not is_local:
+        owner = "its export" if is_onnx else "the vLLM that is installed"
+        raise SenteiError(f"Engine {engine} takes no --device: {owner} decides.", "Leave it out.")
+    if engine_options and is_local:
+        raise SenteiError(f"Engine {engine} takes no engine options.", "They are for vLLM and for servers.")
+    if engine_options and urls:
+        raise SenteiError("Engine options are for servers that sentei starts; with --url it starts none.")
+    if not is_onnx and any(option.split("=")[0] == "--dtype" for option in engine_options):
+        raise SenteiError("The engine option --dtype would hide the precision from the results.", "Use --dtype.")
     for library in _LIBRARIES.get(engine, ()):
         _check_library(*library)
 

@@ -269,6 +269,19 @@ def test_running_servers_are_measured_and_not_started(pico_model, asked, tmp_pat
         benchmark(pico_model, None, out=tmp_path / "other", urls=["http://127.0.0.1:80a0"], **TINY)
 
 
+def test_settings_that_would_not_be_recorded_or_not_be_heeded_are_refused(pico_model, asked, tmp_path):
+    for options in (["--dtype=float16"], ["--dtype", "float16"]):
+        with pytest.raises(SenteiError, match=r"--dtype would hide .* Use --dtype"):
+            benchmark(pico_model, pico_model, out=tmp_path / "out", engine_options=options, **TINY)
+    for engine in ("vllm", "vllm-offline", "onnx-server"):
+        workloads = make_workloads(engine=engine, input_len=8, output_len=4)
+        with pytest.raises(SenteiError, match=f"Engine {engine} takes no --device"):
+            benchmark_module.benchmark(
+                pico_model, pico_model, engine=engine, workloads=workloads, out=tmp_path / "out", device="cpu"
+            )
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_running_server_is_measured_alone(pico_model, asked, tmp_path):
     with pytest.raises(SenteiError, match="nothing to compare with"):
         benchmark(pico_model, None, out=tmp_path / "out", **TINY)
