@@ -6,13 +6,23 @@ import re
 import subprocess
 import time
 import urllib.error
-import urllib.request
+import urllib.parse
 from collections.abc import Sequence
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from serving.child_process import child_process
-from serving.vllm_server import is_healthy, is_loopback, launcher_command, launcher_environment, open_url, tail
+from serving.vllm_server import (
+    is_healthy,
+    is_loopback,
+    key_for,
+    launcher_command,
+    launcher_environment,
+    open_url,
+    tail,
+)
 from serving.worker_process import EngineFailedError
 from toolchain.errors import SenteiError
 
@@ -39,7 +49,8 @@ def bench_serve(
         options: vLLM's own, such as ``--dataset-name random --num-prompts 8``.
         result_file: Where vLLM writes its result; it is left as it is.
         api_key: What the server asks for.
-        stall_timeout_s: How long the server may go without a token in or out, by its own counters.
+        stall_timeout_s: How long the server may go without a token in or out, by its own counters; one that answers
+            and has no such counters is not judged.
 
     Returns:
         vLLM's own result, with two of ours beside it: ``first_error`` (the first failed request's, or ``None``) and
@@ -60,11 +71,7 @@ def bench_serve(
         "--disable-tqdm",
         *options,
     )  # fmt: skip
-    environment = launcher_environment()
-    if api_key:
-        environment["OPENAI_API_KEY"] = api_key
-    elif not is_loopback(base_url):
-        environment.pop("OPENAI_API_KEY", None)
+    environment = _client_environment(base_url, api_key)
     log = result_file.with_suffix(".log")
     result_file.unlink(missing_ok=True)
     with child_process(command, environment, log) as process:
@@ -103,8 +110,21 @@ def served_model_name(base_url: str, api_key: str | None = None) -> str:
                 "Give --api-key-env the name of the environment variable that holds its key.",
             ) from error
         raise SenteiError(f"No vLLM server answers at {base_url} ({error}).") from error
-    except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
         raise SenteiError(f"No vLLM server answers at {base_url} ({error}).") from error
+
+
+def _client_environment(base_url: str, api_key: str | None) -> dict[str, str]:
+    """What vLLM's client starts with: it takes its key from there, and a proxy too."""
+    environment = launcher_environment()
+    environment.pop("OPENAI_API_KEY", None)
+    if key := key_for(base_url, api_key):
+        environment["OPENAI_API_KEY"] = key
+    if is_loopback(base_url):
+        direct = environment.get("no_proxy") or environment.get("NO_PROXY")
+        direct = ",".join(filter(None, [direct, urllib.parse.urlsplit(base_url).hostname]))
+        environment |= {"no_proxy": direct, "NO_PROXY": direct}
+    return environment
 
 
 def _watch(
@@ -112,15 +132,18 @@ def _watch(
 ) -> list[tuple[float, float]]:
     """Waits for the client; returns its ``(time, processor seconds)`` samples."""
     samples: list[tuple[float, float]] = []
-    tokens, moved_s, asked_s = _tokens_so_far(base_url, api_key), time.monotonic(), time.monotonic()
+    tokens: float | None = None
+    moved_s = asked_s = time.monotonic()
     while process.poll() is None:
         now = time.monotonic()
         if (used := _processor_seconds(process.pid)) is not None:
             samples.append((now, used))
         if now - asked_s >= min(_PROGRESS_S, stall_timeout_s / 2):
-            asked_s, before, tokens = now, tokens, _tokens_so_far(base_url, api_key)
-            if tokens != before:
-                moved_s = now
+            asked_s = now
+            with suppress(OSError, HTTPException):  # no answer is no progress
+                before, tokens = tokens, _tokens_so_far(base_url, api_key)
+                if tokens is None or tokens != before:
+                    moved_s = now
         if now - moved_s > stall_timeout_s:
             raise EngineFailedError(f"The server at {base_url} hung: no token in or out for {stall_timeout_s:.0f} s.")
         time.sleep(_POLL_S)
@@ -128,11 +151,11 @@ def _watch(
 
 
 def _tokens_so_far(base_url: str, api_key: str | None) -> float | None:
-    """Tokens in and out since the server started; ``None`` where it does not tell."""
+    """Tokens in and out since the server started; ``None`` where it answers and does not tell."""
     try:
         with open_url(f"{base_url}/metrics", api_key) as response:
             counts = _TOKENS.findall(response.read().decode("utf-8", errors="replace"))
-    except (urllib.error.URLError, OSError):
+    except urllib.error.HTTPError:
         return None
     return sum(map(float, counts)) if counts else None
 

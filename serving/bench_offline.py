@@ -61,6 +61,7 @@ class OfflineSession:
         self._options = {
             side: engine_options_for(directory, dtype, engine_options) for side, directory in directories.items()
         }
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._out.mkdir(exist_ok=True)
 
     def measure(
@@ -77,7 +78,7 @@ class OfflineSession:
                   "--random-range-ratio", "0.0"]  # fmt: skip
         seed = ["--seed", str(workload.seed + repeat)]
         counts = ["--num-prompts", str(workload.num_prompts), "--num-warmups", str(workload.width)]
-        with watched_gpus() as gpus:
+        with watched_gpus(self._device) as gpus:
             throughput = self._run(side, "throughput", [*random, *seed, *counts], f"{name}-throughput")
         seen = gpus.last(throughput["elapsed_time"])
         batches = ["--num-iters-warmup", "1", "--num-iters", str(_BATCHES), "--batch-size", str(workload.width)]
@@ -121,8 +122,7 @@ class OfflineSession:
             raise EngineFailedError(
                 f"vllm bench {command} of the {side} model failed (exit code {process.returncode}):\n{tail(said)}"
             ) from error
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.told[side] = {"device": device, "engine_options": self._options[side], **engine_facts(said)}
+        self.told[side] = {"device": self._device, "engine_options": self._options[side], **engine_facts(said)}
         return result
 
     def _wait(self, process: subprocess.Popen[bytes], log: Path, side: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 
 from serving.bench_client import STALL_TIMEOUT_S, bench_serve, served_model_name
 from serving.gpu_state import energy, watched_gpus
-from serving.side_processes import SideProcesses
+from serving.onnx_files import read_settings
+from serving.side_processes import SideProcesses, free_log
 from serving.statistics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
-from serving.vllm_server import running_server, tail
+from serving.vllm_server import HOST, running_server, tail
 from serving.worker_process import EngineFailedError
 from serving.workload import WARMUP_SEED, Slo, Workload
 from toolchain.errors import SenteiError
@@ -23,6 +25,8 @@ from toolchain.quantized import open_servable
 
 _PROMPTS_FILE = "prompts.jsonl"
 _CPU_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+# Of the mean time between arrivals: none of thousands comes later than this after the one before it.
+_LONGEST_GAP = 20
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _WEIGHTS_GIB = re.compile(r"[Mm]odel loading took ([\d.]+) Gi?B")
 # Without what stands before a message in vLLM's log: process, level, time, file and line.
@@ -54,6 +58,7 @@ class ServerSession:
         api_key: str | None = None,
         stall_timeout_s: float = STALL_TIMEOUT_S,
         onnx_context: int | None = None,
+        searches_rate: bool = False,
     ) -> None:
         """Starts nothing yet.
 
@@ -67,12 +72,14 @@ class ServerSession:
             api_key: What they ask for.
             stall_timeout_s: See :func:`serving.bench_client.bench_serve`.
             onnx_context: For ONNX exports, the tokens that their context holds; ``None`` starts vLLM.
+            searches_rate: The highest rate is searched for as well, with more requests in flight than a workload has.
         """
         self.both_up = urls is not None
         self.told: dict[str, dict[str, Any]] = {}
         self._directories, self._out, self._dtype, self._options = directories, out, dtype, engine_options
         self._onnx_context, self._longest = onnx_context, max(workload.longest for workload in workloads)
         self._widest = max(workloads, key=lambda workload: workload.width)
+        self._searches_rate, self._logs = searches_rate, dict[str, Path]()
         self._urls, self._api_key, self._stall_timeout_s = urls, api_key, stall_timeout_s
         self._servers = SideProcesses(self._start, keep_all=self.both_up)
         (out / "vllm").mkdir(exist_ok=True)
@@ -106,10 +113,10 @@ class ServerSession:
         options = _load_options(workload, workload.seed + repeat, workload.num_prompts, self._prompts_file)
         if slo:
             options += ["--goodput", *(f"{metric}:{limit:g}" for metric, limit in slo.limits.items())]
-        with watched_gpus() as gpus:
-            result = self._bench(side, base_url, options, self._out / "vllm" / f"{name}.json")
-        # The GPUs here are not those of a server that was there before us.
-        seen = None if self._urls else gpus.last(result["duration"])
+        # Unknown of a server that was there before us: the GPUs here may not be its own.
+        with watched_gpus(self.told[side]["device"]) as gpus:
+            result = self._bench(side, base_url, options, self._out / "vllm" / f"{name}.json", _longest_gap_s(workload))
+        seen = gpus.last(result["duration"])
         return {**_metrics(workload, result), **energy(seen, result["total_output_tokens"])}
 
     def drop(self, side: str) -> None:
@@ -120,27 +127,14 @@ class ServerSession:
         """Stops everything."""
         self._servers.close()
 
-    def log_text(self, side: str) -> str:
-        """All that this side's servers wrote."""
-        return "\n".join(
-            path.read_text(encoding="utf-8", errors="replace") for path in sorted(self._out.glob(f"{side}*.log"))
-        )
-
     def _start(self, side: str, repeat: int, stack: ExitStack) -> str:
-        if self._urls:
-            base_url = self._urls[side].rstrip("/")
-            served = served_model_name(base_url, self._api_key)
-            self.told[side] = {"device": None, "url": base_url, "served_model": served, **engine_facts("")}
-        else:
-            log, start_s = self._log(side, repeat), time.monotonic()
-            options, running = self._server(self._directories[side])
-            base_url = stack.enter_context(running(self._directories[side], options=options, log=log))
-            startup_s = time.monotonic() - start_s
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            text = log.read_text(encoding="utf-8", errors="replace")
-            self.told[side] = {
-                "device": device, "server_options": options, "startup_s": startup_s, **engine_facts(text)
-            }  # fmt: skip
+        try:
+            base_url, self.told[side] = self._running(side, repeat, stack)
+        except SenteiError as error:
+            if side not in self.told:
+                raise
+            # It started before with the same options: another attempt may succeed.
+            raise EngineFailedError(error.message, error.hint) from error
         warmup = self._widest
         options = _load_options(warmup, warmup.seed + WARMUP_SEED, warmup.width, self._prompts_file)
         file = self._out / f"{side}-warmup.json"
@@ -148,26 +142,41 @@ class ServerSession:
         file.unlink(missing_ok=True)
         return base_url
 
+    def _running(self, side: str, repeat: int, stack: ExitStack) -> tuple[str, dict[str, Any]]:
+        """The base URL of a side's server, and what it tells of itself."""
+        if self._urls:
+            base_url = self._urls[side].rstrip("/")
+            served = served_model_name(base_url, self._api_key)
+            return base_url, {"device": None, "url": base_url, "served_model": served, **engine_facts("")}
+        log, start_s = free_log(self._out, side, repeat), time.monotonic()
+        options, running = self._server(self._directories[side])
+        base_url = stack.enter_context(running(self._directories[side], options=options, log=log))
+        startup_s = time.monotonic() - start_s
+        self._logs[side] = log
+        text = log.read_text(encoding="utf-8", errors="replace")
+        device = self._device(self._directories[side])
+        return base_url, {"device": device, "server_options": options, "startup_s": startup_s, **engine_facts(text)}
+
     def _server(self, directory: Path) -> tuple[list[str], Callable[..., AbstractContextManager[str]]]:
         """The options of a side's server, and what runs it."""
         if self._onnx_context is None:
             return engine_options_for(directory, self._dtype, self._options), running_server
+        from serving.onnx_server import DEFAULT_MAX_NUM_SEQS
         from serving.onnx_server import running_server as running_onnx_server
 
         # It reserves the memory of every answer at its full length.
-        fair = {"--max-num-seqs": self._widest.width, "--max-model-len": min(self._longest + 16, self._onnx_context)}
+        width = max(self._widest.width, DEFAULT_MAX_NUM_SEQS if self._searches_rate else 1)
+        fair = {"--max-num-seqs": width, "--max-model-len": min(self._longest + 16, self._onnx_context)}
         given = {option.split("=")[0] for option in self._options}
         added = [text for name, value in fair.items() if name not in given for text in (name, str(value))]
         return [*self._options, *added], running_onnx_server
 
-    def _log(self, side: str, repeat: int) -> Path:
-        # A server that is started again must not write over the log of the one that died.
-        stem, number = f"{side}-{repeat}", 1
-        while (log := self._out / f"{stem}{'' if number == 1 else f'-start{number}'}.log").exists():
-            number += 1
-        return log
+    def _device(self, directory: Path) -> str:
+        if self._onnx_context is None:
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return read_settings(directory).device
 
-    def _bench(self, side: str, base_url: str, options: list[str], file: Path) -> dict[str, Any]:
+    def _bench(self, side: str, base_url: str, options: list[str], file: Path, idle_s: float = 0.0) -> dict[str, Any]:
         try:
             return bench_serve(
                 base_url,
@@ -175,19 +184,22 @@ class ServerSession:
                 options=options,
                 result_file=file,
                 api_key=self._api_key,
-                stall_timeout_s=self._stall_timeout_s,
+                stall_timeout_s=self._stall_timeout_s + idle_s,
             )
         except EngineFailedError as error:
-            end = "" if self._urls else f" The end of the {side} server's log:\n{tail(self.log_text(side))}"
-            raise EngineFailedError(f"{error.message}{end}") from error
+            raise EngineFailedError(f"{error.message}{self._log_end(side)}") from error
+
+    def _log_end(self, side: str) -> str:
+        if side not in self._logs:
+            return ""
+        text = self._logs[side].read_text(encoding="utf-8", errors="replace")
+        return f" The end of the {side} server's log:\n{tail(text)}"
 
 
 def engine_options_for(directory: Path, dtype: str | None, engine_options: Sequence[str]) -> list[str]:
     """The user's options with what makes a comparison fair: one precision, no prefix cache, one size of KV cache."""
-    options = list(engine_options)
-    if not any(option.split("=")[0] == "--dtype" for option in options):
-        # vLLM's "auto" would run a float32 checkpoint in half precision.
-        options += ["--dtype", dtype or str(open_servable(directory).dtype).removeprefix("torch.")]
+    # vLLM's "auto" would run a float32 checkpoint in half precision.
+    options = [*engine_options, "--dtype", dtype or str(open_servable(directory).dtype).removeprefix("torch.")]
     if not any("prefix-caching" in option for option in options):
         options.append("--no-enable-prefix-caching")
     if not (
@@ -196,6 +208,12 @@ def engine_options_for(directory: Path, dtype: str | None, engine_options: Seque
         # vLLM's CPU default takes much of the machine's memory.
         options += ["--kv-cache-memory-bytes", "1G"]
     return options
+
+
+def _longest_gap_s(workload: Workload) -> float:
+    # vLLM's gauges of running requests are as of the last step, so they cannot tell an idle server from one that hangs
+    # in the first step after a pause.
+    return 0.0 if workload.request_rate is None else _LONGEST_GAP / workload.request_rate
 
 
 def _load_options(workload: Workload, seed: int, num_prompts: int, prompts_file: Path) -> list[str]:
@@ -259,12 +277,21 @@ def check_urls(urls: Sequence[str], num_models: int) -> None:
     """Refuses anything but one server for each model.
 
     Raises:
-        SenteiError: Another number, one server twice, or not URLs of http or https.
+        SenteiError: Another number, one server twice, or no URLs of http or https.
     """
     if len(urls) != num_models or any(not url.startswith(("http://", "https://")) for url in urls):
         raise SenteiError(
             f"--url takes one server for each model, the original's first; given: {', '.join(urls)}.",
             "Write --url http://127.0.0.1:8000 --url http://127.0.0.1:8001, or name one model.",
         )
-    if len({url.rstrip("/") for url in urls}) < len(urls):
+    if len(set(map(_address, urls))) < len(urls):
         raise SenteiError(f"--url {urls[0]} is given for both models.", "Give each model's own server.")
+
+
+def _address(url: str) -> tuple[str, str | None, int | None, str]:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = HOST if parts.hostname == "localhost" else parts.hostname
+        return parts.scheme, host, parts.port, parts.path.rstrip("/")
+    except ValueError as error:
+        raise SenteiError(f"--url {url} is no URL ({error}).", "Write it like http://127.0.0.1:8000.") from error

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -28,7 +29,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _ONNX, _VLLM = ("onnxruntime_genai", "onnxruntime-genai", "onnx"), ("vllm", "vllm", "vllm")
 # vLLM's own client drives the ONNX server too.
 _LIBRARIES = {"onnx": (_ONNX,), "onnx-server": (_ONNX, _VLLM), "vllm": (_VLLM,), "vllm-offline": (_VLLM,)}
-_MAX_PROBE_PROMPTS = 3000
+_MIN_PROBE_PROMPTS, _MAX_PROBE_PROMPTS = 20, 3000
+# Between the seeds of one repeat's loads: random prompts begin alike under one seed, and a running server may cache
+# prefixes. More than there are repeats; a thousand loads stay below the warm-up's seed.
+_SEEDS_A_LOAD = 1000
 
 Engine = Literal["transformers", "onnx", "onnx-server", "vllm", "vllm-offline"]
 
@@ -100,7 +104,8 @@ def benchmark(
         slo: If given, the highest request rate that meets these limits is searched for too; vLLM alone.
         repeats: How often both are measured.
         primary: The metric that decides; the others are marked as exploratory.
-        device: ``auto``, ``cpu`` or ``cuda``; ``auto`` is an ONNX export's own. vLLM takes the device it was built for.
+        device: ``auto``, ``cpu`` or ``cuda``, of Transformers and ONNX; ``auto`` is an ONNX export's own. Servers and
+            vLLM have theirs.
         dtype: Computed in; by default the checkpoint's own. An ONNX export has its precision built in.
         engine_options: Options for ``vllm serve``, for both models.
         urls: Servers that run already, the original's and then the pruned model's; vLLM alone.
@@ -125,7 +130,8 @@ def benchmark(
     undefined = UNDEFINED if engine == "vllm-offline" else frozenset()
     check_primary(primary, output_len=workloads[0].output_len, undefined=undefined)
     directories = {"original": original} if pruned is None else {"original": original, "pruned": pruned}
-    _check_settings(engine, repeats, dtype, engine_options, slo=slo, urls=urls, num_models=len(directories))
+    _check_settings(engine, repeats, slo=slo, urls=urls, num_models=len(directories))
+    _check_engine_settings(engine, device, dtype, engine_options, urls=urls)
     if not engine.startswith("onnx"):
         for path in directories.values():
             if is_onnx_export(path):
@@ -154,6 +160,7 @@ def benchmark(
                 urls=dict(zip(directories, urls, strict=True)) if urls else None, api_key=api_key,
                 stall_timeout_s=stall_timeout_s,
                 onnx_context=min(each.max_len for each in facts.values()) if engine == "onnx-server" else None,
+                searches_rate=slo is not None,
             )  # fmt: skip
         elif engine == "vllm-offline":
             session = OfflineSession(
@@ -210,7 +217,8 @@ def _measure(
             if visit.load < len(workloads):
                 workload = workloads[visit.load]
                 name = f"{visit.side}-{visit.repeat}" + (f"-load{visit.load}" if len(workloads) > 1 else "")
-                measured = session.measure(visit.side, visit.repeat, workload, name=name)
+                load = _with_own_seed(workload, visit.load)
+                measured = session.measure(visit.side, visit.repeat, load, name=name)
                 said = f"{workload.label}: {primary} {_shown(measured[primary])}"
             else:
                 assert slo is not None
@@ -232,16 +240,15 @@ def _measure(
 
 
 def _search_rate(session: Session, visit: Visit, workload: Workload, slo: Slo) -> dict[str, Any]:
-    name = f"{visit.side}-{visit.repeat}-slo"
-    at_once = replace(workload, concurrency=None, request_rate=None, num_prompts=max(workload.num_prompts, 20))
-    capacity = session.measure(visit.side, visit.repeat, at_once, name=f"{name}-capacity", slo=slo)
-    failed = capacity["failed"]
+    loads, failed = count(visit.load), 0
 
-    def probe(rate: float) -> Probe:
+    def measure(name: str, num_prompts: int, *, concurrency: int | None = None, rate: float | None = None) -> Probe:
         nonlocal failed
-        num_prompts = min(prompts_at_rate(rate), _MAX_PROBE_PROMPTS)
-        load = replace(workload, concurrency=None, request_rate=rate, num_prompts=num_prompts)
-        measured = session.measure(visit.side, visit.repeat, load, name=f"{name}-{rate:.4g}", slo=slo)
+        load = replace(workload, concurrency=concurrency, request_rate=rate, num_prompts=num_prompts)
+        measured = session.measure(
+            visit.side, visit.repeat, _with_own_seed(load, next(loads)),
+            name=f"{visit.side}-{visit.repeat}-slo-{name}", slo=slo,
+        )  # fmt: skip
         failed += measured["failed"]
         return Probe(
             met=measured["request_goodput"] * measured["duration"] / num_prompts,
@@ -249,9 +256,19 @@ def _search_rate(session: Session, visit: Visit, workload: Workload, slo: Slo) -
             request_throughput=measured["request_throughput"],
         )
 
-    found = find_highest_rate(capacity["request_throughput"], probe)
+    alone = measure("alone", _MIN_PROBE_PROMPTS, concurrency=1)
+    capacity = measure("capacity", max(workload.num_prompts, _MIN_PROBE_PROMPTS)).request_throughput
+    found = find_highest_rate(
+        capacity,
+        lambda rate: measure(f"{rate:.4g}", min(prompts_at_rate(rate), _MAX_PROBE_PROMPTS), rate=rate),
+        alone=alone,
+    )
     # Requests that failed at a rate missed their objectives there: they are counted, and do not void the search.
-    return {**found, "capacity": capacity["request_throughput"], "requests_failed": failed, "failed": 0}
+    return {**found, "capacity": capacity, "requests_failed": failed, "failed": 0}
+
+
+def _with_own_seed(workload: Workload, load: int) -> Workload:
+    return replace(workload, seed=workload.seed + _SEEDS_A_LOAD * load)
 
 
 def _shown(value: float | None) -> str:
@@ -261,8 +278,6 @@ def _shown(value: float | None) -> str:
 def _check_settings(
     engine: str,
     repeats: int,
-    dtype: str | None,
-    engine_options: Sequence[str],
     *,
     slo: Slo | None,
     urls: Sequence[str],
@@ -274,22 +289,32 @@ def _check_settings(
         raise SenteiError(
             f"{repeats} repeats cannot give an interval worth printing.", f"Use at least {MIN_REPEATS}, better 5."
         )
-    is_onnx = engine.startswith("onnx")
-    if dtype is not None and (dtype not in _DTYPES or is_onnx):
-        allowed = "leave it out: an ONNX export has its precision built in" if is_onnx else ", ".join(_DTYPES)
-        raise SenteiError(f"dtype {dtype!r} is not possible with engine {engine}.", f"Allowed: {allowed}.")
     if engine not in SERVERS and (urls or slo):
         raise SenteiError(f"Engine {engine} takes no --url and no --slo.", f"They are for {' and '.join(SERVERS)}.")
-    if engine_options and engine in ("transformers", "onnx"):
-        raise SenteiError(f"Engine {engine} takes no engine options.", "They are for vLLM and for servers.")
     if urls:
         check_urls(urls, num_models)
-        if engine_options:
-            raise SenteiError("Engine options are for servers that sentei starts; with --url it starts none.")
     elif num_models == 1:
         raise SenteiError(
             "There is nothing to compare with.", "Give the pruned model too, or one running server's --url."
         )
+
+
+def _check_engine_settings(
+    engine: str, device: str, dtype: str | None, engine_options: Sequence[str], *, urls: Sequence[str]
+) -> None:
+    is_onnx, is_local = engine.startswith("onnx"), engine in ("transformers", "onnx")
+    if dtype is not None and (dtype not in _DTYPES or is_onnx):
+        allowed = "leave it out: an ONNX export has its precision built in" if is_onnx else ", ".join(_DTYPES)
+        raise SenteiError(f"dtype {dtype!r} is not possible with engine {engine}.", f"Allowed: {allowed}.")
+    if device != "auto" and not is_local:
+        owner = "its export" if is_onnx else "the vLLM that is installed"
+        raise SenteiError(f"Engine {engine} takes no --device: {owner} decides.", "Leave it out.")
+    if engine_options and is_local:
+        raise SenteiError(f"Engine {engine} takes no engine options.", "They are for vLLM and for servers.")
+    if engine_options and urls:
+        raise SenteiError("Engine options are for servers that sentei starts; with --url it starts none.")
+    if not is_onnx and any(option.split("=")[0] == "--dtype" for option in engine_options):
+        raise SenteiError("The engine option --dtype would hide the precision from the results.", "Use --dtype.")
     for library in _LIBRARIES.get(engine, ()):
         _check_library(*library)
 

@@ -1,7 +1,7 @@
 """The highest request rate at which a server still meets its objectives: what decides how many GPUs to buy."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from serving.statistics import Metric
@@ -41,25 +41,27 @@ class Probe:
     request_throughput: float
 
 
-def find_highest_rate(start: float, probe: Callable[[float], Probe]) -> dict[str, Any]:
+def find_highest_rate(start: float, probe: Callable[[float], Probe], *, alone: Probe) -> dict[str, Any]:
     """Searches from a rate downwards until the objectives are met, or upwards while they are, then between the two.
 
     Args:
         start: Requests a second; a guess at what can be sustained.
         probe: Measures one request rate.
+        alone: What requests sent one at a time came to. Where these miss the objectives every rate does, and the lower
+            ones, whose requests take hours to arrive, are spared.
 
     Returns:
         ``max_request_rate`` and ``request_goodput`` there, both 0 if not even 1/128 of the start meets them, and
-        ``tried``: every rate with what it came to.
+        ``tried``: every rate with what it came to, or that of requests one at a time if these missed them.
     """
     tried: list[dict[str, float]] = []
+    if alone.met < ATTAINMENT:
+        tried.append(_entry(alone.request_throughput, alone))
+        return {"max_request_rate": 0.0, "request_goodput": 0.0, "tried": tried}
 
     def meets(rate: float) -> bool:
         found = probe(rate)
-        tried.append(
-            {"request_rate": rate, "met": found.met, "request_goodput": found.request_goodput,
-             "request_throughput": found.request_throughput}
-        )  # fmt: skip
+        tried.append(_entry(rate, found))
         return found.met >= ATTAINMENT and found.request_throughput >= KEPT_UP * rate
 
     low: float | None = None
@@ -84,3 +86,7 @@ def find_highest_rate(start: float, probe: Callable[[float], Probe]) -> dict[str
         low, high = (middle, high) if meets(middle) else (low, middle)
     at_low = next(each for each in tried if each["request_rate"] == low)
     return {"max_request_rate": low, "request_goodput": at_low["request_goodput"], "tried": tried}
+
+
+def _entry(rate: float, found: Probe) -> dict[str, float]:
+    return {"request_rate": rate, **asdict(found)}

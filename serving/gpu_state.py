@@ -98,7 +98,7 @@ class GpuWatch:
 
 
 @contextmanager
-def watched_gpus(device: str | None = "cuda") -> Iterator[GpuWatch]:
+def watched_gpus(device: str | None) -> Iterator[GpuWatch]:
     """Watches the GPUs while the context lasts.
 
     Args:

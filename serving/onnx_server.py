@@ -34,6 +34,7 @@ from serving.vllm_server import HOST, START_TIMEOUT_S, free_port, running_proces
 from toolchain.errors import SenteiError
 from toolchain.modeling import load_tokenizer
 
+DEFAULT_MAX_NUM_SEQS = 8
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
 
 
@@ -312,7 +313,9 @@ def _parse(options: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sentei serve DIR --engine onnx --", allow_abbrev=False)
     parser.add_argument("--host", default=HOST, help="address to listen on")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-num-seqs", type=_positive, default=8, help="answers at once; more wait")
+    parser.add_argument(
+        "--max-num-seqs", type=_positive, default=DEFAULT_MAX_NUM_SEQS, help="answers at once; more wait"
+    )
     parser.add_argument("--max-model-len", type=_positive, help="tokens of prompt and answer; default: the context")
     return parser.parse_args(options)
 

@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -171,7 +171,7 @@ def is_healthy(base_url: str, api_key: str | None = None) -> bool:
     try:
         with open_url(f"{base_url}/health", api_key) as response:
             return response.status == 200
-    except (urllib.error.URLError, OSError):
+    except (OSError, HTTPException):
         return False
 
 
@@ -180,11 +180,15 @@ def is_loopback(url: str) -> bool:
     return urllib.parse.urlsplit(url).hostname in (HOST, "localhost", "::1")
 
 
+def key_for(url: str, api_key: str | None = None) -> str | None:
+    """The key given, else the environment's: that is for a server of this machine, never for one somewhere else."""
+    own = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY") if is_loopback(url) else None
+    return api_key or own
+
+
 def open_url(url: str, api_key: str | None = None) -> Any:
     """Opens a URL of a server, without any proxy: most are on this machine."""
-    # A key from the environment is for a server of this machine, never for one somewhere else.
-    own = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY") if is_loopback(url) else None
-    key = api_key or own
+    key = key_for(url, api_key)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     return opener.open(urllib.request.Request(url, headers=headers), timeout=5)

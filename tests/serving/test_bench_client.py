@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from http.client import IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 from serving import bench_client
 from serving.bench_client import bench_serve
+from serving.vllm_server import is_healthy
 from serving.worker_process import EngineFailedError
 from toolchain.errors import SenteiError
 
@@ -22,8 +25,15 @@ RESULT = {"num_prompts": 4, "completed": 4, "failed": 0, "duration": 0.1}
 
 @pytest.fixture
 def server():
-    """Answers like vLLM; ``key`` and ``healthy`` can be set, and tokens stand still while ``hung``."""
-    state = {"key": None, "healthy": True, "hung": False, "tokens": 0}
+    """Answers like vLLM; what follows can be set, and tokens stand still while ``hung``, or are not ``counted``."""
+    state = {
+        "key": None,
+        "healthy": True,
+        "hung": False,
+        "counted": True,
+        "tokens": 0,
+        "models": '{"data": [{"id": "m"}]}',
+    }
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -31,10 +41,12 @@ def server():
                 return self.answer(401, "{}")
             if self.path == "/health":
                 return self.answer(200 if state["healthy"] else 503, "")
+            if self.path == "/metrics" and not state["counted"]:
+                return self.answer(404, "")
             if self.path == "/metrics":
                 state["tokens"] += not state["hung"]
                 return self.answer(200, f'vllm:generation_tokens_total{{model_name="m"}} {state["tokens"]}.0\n')
-            return self.answer(200, json.dumps({"data": [{"id": "m"}]}))
+            return self.answer(200, state["models"])
 
         def answer(self, code, body):
             self.send_response(code)
@@ -82,6 +94,70 @@ def test_a_hung_server_is_given_up_and_its_client_ended(client, server, tmp_path
 def test_a_slow_server_that_gives_tokens_is_waited_for(client, server):
     script = "import time; time.sleep(4);" + writing(RESULT)
     assert client(script, server, stall_timeout_s=2)["completed"] == 4
+
+
+def test_a_server_without_counters_is_not_called_hung(client, server):
+    server["counted"] = False
+    script = "import time; time.sleep(3);" + writing(RESULT)
+    assert client(script, server, stall_timeout_s=1)["completed"] == 4
+
+
+def test_a_server_that_no_longer_answers_is_hung(client, server, monkeypatch):
+    def tokens_so_far(base_url, api_key):
+        raise IncompleteRead(b"")
+
+    monkeypatch.setattr(bench_client, "_tokens_so_far", tokens_so_far)
+    with pytest.raises(EngineFailedError, match="hung"):
+        client("import time; time.sleep(60)", server, stall_timeout_s=1)
+
+
+@pytest.mark.parametrize("models", ['{"data": null}', "[]", "{}", '{"data": []}', "<html>"])
+def test_what_is_no_list_of_models_is_one_sentence(server, models):
+    server["models"] = models
+    with pytest.raises(SenteiError, match="No vLLM server answers at http://127"):
+        bench_client.served_model_name(server["url"])
+
+
+def test_what_speaks_no_http_is_one_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+        def answer():
+            for _ in range(2):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(b"no HTTP at all\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(SenteiError, match=f"No vLLM server answers at {url}"):
+            bench_client.served_model_name(url)
+        assert not is_healthy(url)
+    with pytest.raises(SenteiError, match=r"No vLLM server answers at .*80a0"):
+        bench_client.served_model_name("http://127.0.0.1:80a0")
+
+
+def test_the_client_has_the_servers_key_and_no_proxy_to_this_machine(client, server, tmp_path, monkeypatch):
+    server["key"] = "servers"
+    monkeypatch.setenv("VLLM_API_KEY", "servers")
+    monkeypatch.setenv("OPENAI_API_KEY", "of another service")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", "intranet")
+    names = ("OPENAI_API_KEY", "NO_PROXY", "no_proxy")
+    told = tmp_path / "told.json"
+    script = f"import json, os; json.dump([os.environ[name] for name in {names}], open({str(told)!r}, 'w'));"
+    assert client(script + writing(RESULT), server)["completed"] == 4
+    assert json.loads(told.read_text()) == ["servers", "intranet,127.0.0.1", "intranet,127.0.0.1"]
+
+
+def test_a_key_of_this_machine_stays_on_it(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("NO_PROXY", "intranet")
+    environment = bench_client._client_environment("http://elsewhere:8000", None)
+    assert "OPENAI_API_KEY" not in environment
+    assert environment["NO_PROXY"] == "intranet"
+    assert bench_client._client_environment("http://elsewhere:8000", "its own")["OPENAI_API_KEY"] == "its own"
 
 
 def test_a_server_that_dies_is_told_from_a_client_that_does(client, server):

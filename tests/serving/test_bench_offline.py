@@ -43,8 +43,8 @@ def asked(monkeypatch):
 
 def session(directory, out, **settings):
     return OfflineSession(
-        {"original": directory, "pruned": directory}, out, dtype=None, engine_options=settings.pop("options", ()),
-        **settings,
+        {"original": directory, "pruned": directory}, out, dtype=settings.pop("dtype", None),
+        engine_options=settings.pop("options", ()), **settings,
     )  # fmt: skip
 
 
@@ -114,8 +114,8 @@ def test_what_cannot_be_asked_is_refused(pico_model, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_the_real_vllm(pruned_demo, tmp_path):
     (workload,) = make_workloads(engine="vllm-offline", **LOAD)
-    options = ["--max-model-len", "128", "--enforce-eager", "--dtype", "bfloat16"]
-    running = session(pruned_demo, tmp_path, options=options)
+    options = ["--max-model-len", "128", "--enforce-eager"]
+    running = session(pruned_demo, tmp_path, dtype="bfloat16", options=options)
     measured = running.measure("original", 0, workload, name="original-0")
     assert measured["total_token_throughput"] == pytest.approx(5 * measured["output_throughput"])  # (16 + 4) / 4
     assert measured["completed"] == 8

@@ -32,15 +32,21 @@ def benchmark(original, pruned, **settings):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Records what is asked. ``failed`` requests, ``dead`` attempts, and each model's ``limit`` of rate can be set."""
-    record = {"servers": [], "loads": [], "failed": 0, "up": 0, "most_up": 0, "dead": [], "limit": {}, "keys": set()}
+    """Records what is asked. Can be set: ``failed`` requests, ``dead`` attempts, starts that are ``unready``, and each
+    model's ``limit`` of rate; at 0 not even single requests are within the limits."""
+    record = {"servers": [], "loads": [], "failed": 0, "up": 0, "most_up": 0, "dead": [], "unready": [], "limit": {},
+              "keys": set(), "patience": {}}  # fmt: skip
 
     @contextmanager
     def running_server(directory, port=None, options=(), log=None):
         record["servers"].append((directory, list(options)))
+        if record["unready"] and record["unready"].pop(0):
+            raise SenteiError("The vLLM server ended with exit code 1 before it was ready.")
         record["up"] += 1
         record["most_up"] = max(record["up"], record["most_up"])
         log.write_text("INFO GPU KV cache size: 55,808 tokens\nINFO Model loading took 0.25 GiB memory\n")
+        with log.open("a") as lines:
+            lines.write(f"this is {log.name}\n")
         try:
             yield "http://127.0.0.1:1"
         finally:
@@ -50,6 +56,7 @@ def asked(monkeypatch):
         warmup = "warmup" in result_file.name
         record["loads"].append((model_dir, list(options), result_file.name))
         record["keys"].add((base_url, api_key))
+        record["patience"][result_file.stem] = stall_timeout_s
         if not warmup and record["dead"] and record["dead"].pop(0):
             raise EngineFailedError("The server no longer answers.")
         num_prompts = int(options[options.index("--num-prompts") + 1])
@@ -66,7 +73,8 @@ def asked(monkeypatch):
             share = 1.0 if rate <= record["limit"][str(model_dir)] else 0.5
             result["request_goodput"] = share * num_prompts / 10.0
         elif "--goodput" in options:
-            result["request_goodput"] = 0.0
+            single = "--max-concurrency" in options and record["limit"][str(model_dir)] > 0
+            result["request_goodput"] = num_prompts / 10.0 if single else 0.0
         result_file.write_text("{}")
         return result
 
@@ -140,6 +148,28 @@ def test_a_benchmark_does_not_go_on_on_another_machine(pico_model, asked, tmp_pa
     assert len(benchmark(pico_model, pico_model, out=tmp_path / "out", resume=True, **TINY)["failed_attempts"]) == 2
 
 
+def test_the_log_of_the_server_that_died_is_quoted(pico_model, asked, tmp_path):
+    asked["dead"] = [False] * 20 + [True]
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", **{**TINY, "repeats": 11})
+    (failure,) = results["failed_attempts"]
+    said = failure["error"].partition("server's log:")[2]
+    assert f"this is {failure['side']}-10.log" in said
+    assert said.count("this is") == 1
+
+
+def test_a_server_that_does_not_start_again_is_tried_once_more(pico_model, asked, tmp_path):
+    asked["unready"] = [False, False, True]
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+    (failure,) = results["failed_attempts"]
+    assert (failure["side"], failure["repeat"]) == ("pruned", 1)
+    assert "before it was ready" in failure["error"]
+    asked["unready"] = [True]
+    with pytest.raises(SenteiError, match="before it was ready") as told:
+        benchmark(pico_model, pico_model, out=tmp_path / "other", **TINY)
+    assert not isinstance(told.value, EngineFailedError)
+    assert len(asked["servers"]) == 8
+
+
 def test_a_sweep_is_asked_of_both_with_a_warm_up_as_wide_as_the_widest_load(pico_model, asked, tmp_path):
     out = tmp_path / "out"
     results = benchmark(pico_model, pico_model, out=out, concurrency=[1, 6], request_rate=[0.5], **TINY)
@@ -181,6 +211,27 @@ def test_limits_that_no_load_meets_give_no_ratio(pico_model, asked, tmp_path):
     results = benchmark(pico_model, pico_model, out=tmp_path / "out", slo=Slo(e2el=1), **TINY)
     assert results["goodput"]["metrics"]["max_request_rate"]["gain"] is None
     assert results["goodput"]["runs"][0]["original"]["max_request_rate"] == 0
+    searched = [name for _, _, name in asked["loads"] if name.startswith("original-0-slo")]
+    assert searched == ["original-0-slo-alone.json", "original-0-slo-capacity.json"]
+    render_report([tmp_path / "out"], tmp_path / "report.html")
+    assert "Not even the lowest rate tried met them" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_two_loads_of_a_repeat_begin_with_the_same_prompts(pico_model, asked, tmp_path):
+    """A running server may keep prefixes."""
+    urls = ["http://127.0.0.1:8001", "http://127.0.0.1:8002"]
+    asked["limit"] = {str(pico_model): 9.0}
+    benchmark(pico_model, pico_model, out=tmp_path / "out", urls=urls, concurrency=[1, 4], slo=Slo(ttft=500), **TINY)
+    seeds = {name.removesuffix(".json"): options[options.index("--seed") + 1] for _, options, name in asked["loads"]}
+    assert len(set(seeds.values())) == len(seeds) / 2
+    for name, seed in seeds.items():
+        assert seeds[name.replace("original", "pruned")] == seed
+
+
+def test_a_pause_between_arrivals_is_not_a_hung_server(pico_model, asked, tmp_path):
+    benchmark(pico_model, pico_model, out=tmp_path / "out", request_rate=[0.01], concurrency=[1], **TINY)
+    assert asked["patience"]["original-0-load0"] == 600
+    assert asked["patience"]["original-0-load1"] == 600 + 20 * 100
 
 
 def test_own_prompts_are_asked_as_they_stand(pico_model, asked, tmp_path):
@@ -236,6 +287,25 @@ def test_running_servers_are_measured_and_not_started(pico_model, asked, tmp_pat
         benchmark(pico_model, pico_model, out=tmp_path / "other", urls=urls[:1], **TINY)
     with pytest.raises(SenteiError, match="8002 is given for both"):
         benchmark(pico_model, pico_model, out=tmp_path / "other", urls=["http://x:8002", "http://x:8002/"], **TINY)
+    with pytest.raises(SenteiError, match="localhost:1 is given for both"):
+        benchmark(
+            pico_model, pico_model, out=tmp_path / "other", urls=["http://localhost:1", "http://127.0.0.1:1"], **TINY
+        )
+    with pytest.raises(SenteiError, match=r"80a0 is no URL"):
+        benchmark(pico_model, None, out=tmp_path / "other", urls=["http://127.0.0.1:80a0"], **TINY)
+
+
+def test_settings_that_would_not_be_recorded_or_not_be_heeded_are_refused(pico_model, asked, tmp_path):
+    for options in (["--dtype=float16"], ["--dtype", "float16"]):
+        with pytest.raises(SenteiError, match=r"--dtype would hide .* Use --dtype"):
+            benchmark(pico_model, pico_model, out=tmp_path / "out", engine_options=options, **TINY)
+    for engine in ("vllm", "vllm-offline", "onnx-server"):
+        workloads = make_workloads(engine=engine, input_len=8, output_len=4)
+        with pytest.raises(SenteiError, match=f"Engine {engine} takes no --device"):
+            benchmark_module.benchmark(
+                pico_model, pico_model, engine=engine, workloads=workloads, out=tmp_path / "out", device="cpu"
+            )
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_running_server_is_measured_alone(pico_model, asked, tmp_path):
@@ -276,7 +346,10 @@ def test_of_a_server_that_failed_requests_nothing_is_claimed(pico_model, asked, 
 
 def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path, monkeypatch):
     # The module stands in for itself: what it starts is what the fixture starts.
-    monkeypatch.setitem(sys.modules, "serving.onnx_server", SimpleNamespace(running_server=bench_server.running_server))
+    stand_in = SimpleNamespace(running_server=bench_server.running_server, DEFAULT_MAX_NUM_SEQS=8)
+    monkeypatch.setitem(sys.modules, "serving.onnx_server", stand_in)
+    monkeypatch.setattr(bench_server, "read_settings", lambda directory: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10, concurrency=[1, 6])
     directories = {"original": pico_model, "pruned": pico_model}
     session = bench_server.ServerSession(
@@ -288,6 +361,15 @@ def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path,
         session.close()
     options = ["--max-model-len=100", "--max-num-seqs", "6"]
     assert [each for _, each in asked["servers"]] == [options]
+    assert session.told["pruned"]["device"] == "cpu"
+    session = bench_server.ServerSession(
+        directories, workloads[:1], tmp_path, dtype=None, engine_options=(), onnx_context=256, searches_rate=True
+    )
+    try:
+        session.measure("pruned", 1, workloads[0], name="pruned-1")
+    finally:
+        session.close()
+    assert asked["servers"][-1][1] == ["--max-num-seqs", "8", "--max-model-len", "46"]
 
 
 def test_lengths_may_vary(pico_model, asked, tmp_path):

@@ -25,15 +25,14 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 RUNS, REPEATS = (int(os.environ.get(f"SENTEI_{name}", default)) for name, default in (("RUNS", "10"), ("REPEATS", "6")))
-OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--dtype", "bfloat16", "--kv-cache-memory-bytes", "1G",
-           "--no-enable-prefix-caching"]  # fmt: skip
+OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", "1G", "--no-enable-prefix-caching"]
 SHAPE = {"input_len": 32, "output_len": 32, "concurrency": [1], "num_prompts": 8}
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def server(demo_model, tmp_path):
-    with running_server(demo_model, options=OPTIONS, log=tmp_path / "server.log") as url:
+    with running_server(demo_model, options=[*OPTIONS, "--dtype", "bfloat16"], log=tmp_path / "server.log") as url:
         yield url
 
 
@@ -65,17 +64,17 @@ def measure(original, pruned, out, *, engine="vllm", **settings):
 @pytest.mark.parametrize("engine, model", [("onnx", "demo_onnx"), ("vllm", "demo_model")])
 def test_the_same_model_twice_shows_no_difference(engine, model, tmp_path, request):
     directory = request.getfixturevalue(model)
-    options = OPTIONS if engine == "vllm" else []
+    settings = {"dtype": "bfloat16", "engine_options": OPTIONS} if engine == "vllm" else {}
     verdicts = [
-        measure(directory, directory, tmp_path / str(run), engine=engine, engine_options=options)["verdict"]
-        for run in range(RUNS)
+        measure(directory, directory, tmp_path / str(run), engine=engine, **settings)["verdict"] for run in range(RUNS)
     ]
     assert len(verdicts) - verdicts.count("no difference shown") <= max(1, RUNS // 10)
 
 
 def test_a_known_slow_down_is_found(demo_model, slow_model, tmp_path):
     runs = min(RUNS, 3)
-    metrics = [measure(demo_model, slow_model, tmp_path / str(run), engine_options=OPTIONS) for run in range(runs)]
+    settings = {"dtype": "bfloat16", "engine_options": OPTIONS}
+    metrics = [measure(demo_model, slow_model, tmp_path / str(run), **settings) for run in range(runs)]
     assert [metric["verdict"] for metric in metrics] == ["worse"] * runs
     # An interval at 95 % misses once in twenty.
     inside = [metric["gain"]["low"] <= 1 / FACTOR <= metric["gain"]["high"] for metric in metrics]

@@ -56,7 +56,7 @@ def nvml(monkeypatch):
 
 
 def test_energy_is_of_the_load_and_not_of_the_clients_start(nvml):
-    with watched_gpus() as gpus:
+    with watched_gpus("cuda") as gpus:
         time.sleep(0.6)
     seen = gpus.last(0.3)
     assert seen["energy_j"] == pytest.approx(2 * 100 * 0.3, rel=0.35)
@@ -69,14 +69,14 @@ def test_energy_is_of_the_load_and_not_of_the_clients_start(nvml):
 
 def test_throttling_is_named(nvml):
     nvml.reasons = 0x04 | 0x40 | 0x01  # power cap, hardware temperature; 1 is an idle GPU, which is no fault
-    with watched_gpus() as gpus:
+    with watched_gpus("cuda") as gpus:
         time.sleep(0.1)
     assert gpus.last(0.05)["throttled"] == ["power cap", "hardware temperature"]
 
 
 def test_a_gpu_that_does_not_count_its_energy_has_none(nvml):
     nvml.counts = False
-    with watched_gpus() as gpus:
+    with watched_gpus("cuda") as gpus:
         time.sleep(0.1)
     assert energy(gpus.last(0.05), 10) == {"gpu": gpus.last(0.05), "energy_per_output_token_j": None}
     assert gpus.last(0.05)["energy_j"] is None
@@ -84,7 +84,7 @@ def test_a_gpu_that_does_not_count_its_energy_has_none(nvml):
 
 def test_only_the_gpus_that_cuda_sees_are_watched(nvml, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,GPU-abc")
-    with watched_gpus():
+    with watched_gpus("cuda"):
         time.sleep(0.1)
     assert nvml.asked == {1, "GPU-abc"}
 
@@ -94,7 +94,7 @@ def test_only_the_gpus_that_cuda_sees_are_watched(nvml, monkeypatch):
 )
 def test_what_cuda_does_not_see_or_nvml_does_not_know_is_not_watched(nvml, monkeypatch, named, watched):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    with watched_gpus() as gpus:
+    with watched_gpus("cuda") as gpus:
         time.sleep(0.1)
     assert nvml.asked == watched
     assert (gpus.last(1.0) is None) == (not watched)
@@ -109,14 +109,14 @@ def test_gpus_beside_an_engine_that_does_not_run_on_them_are_not_watched(nvml, d
 
 def test_a_gpu_that_stops_answering_leaves_nothing(nvml):
     nvml.broken = True
-    with watched_gpus() as gpus:
+    with watched_gpus("cuda") as gpus:
         time.sleep(0.1)
     assert gpus.last(1.0) is None
 
 
 def test_without_nvml_nothing_is_seen(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    with watched_gpus() as gpus:
+    with watched_gpus("cuda") as gpus:
         pass
     assert energy(gpus.last(1.0), 10) == {"gpu": None, "energy_per_output_token_j": None}
     assert GpuWatch(None).last(1.0) is None

@@ -144,6 +144,11 @@ def test_serve_becomes_vllm(pico_model, monkeypatch):
     assert environment["VLLM_NO_USAGE_STATS"] == environment["PYTHONSAFEPATH"] == "1"
 
 
+def test_progress_bars_are_not_disabled(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert "TQDM_DISABLE" not in vllm_server.launcher_environment()
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
