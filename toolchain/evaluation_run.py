@@ -50,7 +50,7 @@ from toolchain.passages import number_passages, worst_passages
 from toolchain.pipeline import open_walk
 from toolchain.progress import Progress, no_progress
 from toolchain.text_overlap import find_overlap, text_hashes
-from toolchain.text_sources import Text, text_name
+from toolchain.text_sources import Text, local_paths, text_name
 
 _NUM_SAMPLES = 4
 
@@ -80,6 +80,11 @@ class EvaluationSettings:
     device: str
     dtype: torch.dtype
     offload: bool = False
+
+    @property
+    def input_files(self) -> list[Path]:
+        """Files and directories that texts and questions are read from."""
+        return [*local_paths(self.texts), *(task.file for task in self.tasks if task.file)]
 
 
 class _Model:

@@ -30,7 +30,7 @@ from toolchain.pipeline import SUMMARY_FILE, dtype_name
 from toolchain.plan import PruningPlan, load_plan
 from toolchain.plan_document import HealingRecord
 from toolchain.progress import Progress, no_progress
-from toolchain.text_sources import TextSource
+from toolchain.text_sources import TextSource, local_paths
 
 if TYPE_CHECKING:
     from toolchain.distillation import Student
@@ -106,7 +106,8 @@ def heal(
     # Whatever is missing is to be said before anything takes long.
     from toolchain.distillation import Training, distill
 
-    check_output_directory(out, force=force, inputs=[directory, teacher_directory])
+    texts = local_paths(source.text for source in settings.data)
+    check_output_directory(out, force=force, inputs=[directory, teacher_directory, *texts])
     unfinished = healing_directory(out)
     if unfinished.exists() and not (resume or force):
         raise SenteiError(

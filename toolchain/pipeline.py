@@ -24,7 +24,7 @@ from toolchain.function_metric import FunctionMetric
 from toolchain.layer_walk import LayerWalk
 from toolchain.limits import LimitSettings, limit_asked
 from toolchain.memory import give_back_freed_memory, keep_freed_memory
-from toolchain.metric_choice import choose_metric
+from toolchain.metric_choice import choose_metric, question_file
 from toolchain.metrics import Metric, PerplexityMetric, measure
 from toolchain.model_card import model_card
 from toolchain.modeling import load_model, load_tokenizer
@@ -44,7 +44,7 @@ from toolchain.search import Search
 from toolchain.search_state import SearchState, search_directory
 from toolchain.surgery import write_pruned
 from toolchain.tensor_parallel import width_unit
-from toolchain.text_sources import TextSource
+from toolchain.text_sources import TextSource, local_paths
 
 SUMMARY_FILE = "pruning_summary.json"
 METHOD = "2ssp"
@@ -102,6 +102,12 @@ class PruneSettings:
     evopress_budget: str = "paper"
     offload: bool = False
 
+    @property
+    def input_files(self) -> list[Path]:
+        """Files and directories that texts and questions are read from."""
+        asked = [question_file(name) for name in (self.metric, self.limit_metric) if name]
+        return [*local_paths(source.text for source in self.calibration), *(file for file in asked if file)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -149,7 +155,7 @@ def prune(
             nothing. Or the written checkpoint does not compute what was planned; it was deleted.
     """
     started = time.monotonic()
-    check_output_directory(out, force=force, inputs=[model_directory])
+    check_output_directory(out, force=force, inputs=[model_directory, *settings.input_files])
     state = SearchState(search_directory(out))
     if not (resume or force):
         state.check_free()
@@ -382,7 +388,8 @@ def apply_plan(
         SenteiError: The plan does not fit the model, or the text is not the one it compensates with.
     """
     started = time.monotonic()
-    check_output_directory(out, force=force, inputs=[model_directory])
+    texts = local_paths(source.text for source in calibration)
+    check_output_directory(out, force=force, inputs=[model_directory, *texts])
     checkpoint = open_checkpoint(model_directory)
     check_plan_fits(plan, checkpoint)
     computing = None

@@ -46,7 +46,7 @@ def sweep(
         SenteiError: Bad input; nothing was written, unless an attention was removed already, as in
             :func:`toolchain.pipeline.prune`.
     """
-    check_output_directory(out, force=force, inputs=[model_directory])
+    check_output_directory(out, force=force, inputs=[model_directory, *settings.input_files])
     unfinished = search_directory(out)
     states = {sparsity: SearchState(unfinished / f"{sparsity:g}") for sparsity in sparsities}
     if unfinished.exists() and not resume:

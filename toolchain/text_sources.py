@@ -98,6 +98,12 @@ def text_name(text: Text) -> str:
     return ":".join((text.name, text.config or "", text.split)) if text.config else f"{text.name}:{text.split}"
 
 
+def local_paths(texts: Iterable[Text]) -> list[Path]:
+    """Files and directories that texts are read from: what no command may replace by its output."""
+    given = [text if isinstance(text, Path) else Path(text.name) for text in texts if text is not None]
+    return [path for path in given if path.exists()]
+
+
 def read_documents(text: Text) -> Iterator[str]:
     """Yields a text's documents one by one: ``.txt`` as it is, ``.jsonl``, ``.parquet`` and rows by field ``text``.
 

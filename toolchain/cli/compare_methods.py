@@ -140,7 +140,8 @@ def compare_methods(
         ),
         measure_speed=measure_speed if speed else None,
     )
-    check_output_directory(out, force=force, inputs=[directory])
+    read = [*asked.pruning.input_files, *asked.evaluation.input_files]
+    check_output_directory(out, force=force, inputs=[directory, *read])
     with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
         document = compare_methods(asked, work, progress=output.progress)
         with new_directory(out, force=force) as partial:
