@@ -145,7 +145,7 @@ def compare_methods(
     with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
         document = compare_methods(asked, work, progress=output.progress)
         with new_directory(out, force=force) as partial:
-            save_comparison(document, work, partial)
+            save_comparison(asked, document, work, partial)
     output.result({"directory": str(out), **document}, lambda console: _show(console, out, document))
 
 
