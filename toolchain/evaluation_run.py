@@ -43,7 +43,7 @@ from toolchain.evaluation_document import (
 )
 from toolchain.evaluation_parts import Parts
 from toolchain.layer_walk import LayerWalk
-from toolchain.lm_eval_tasks import LoadedTask, TaskRequest, lm_eval_version, load_task, run_task
+from toolchain.lm_eval_tasks import LoadedTask, TaskRequest, lm_eval_version, load_task, run_task, shared_metrics
 from toolchain.modeling import load_tokenizer
 from toolchain.paired_tests import check_statistics, compare_means
 from toolchain.passages import number_passages, worst_passages
@@ -313,7 +313,6 @@ def _text_result(model: _Model, windows: TokenWindows, result: dict[str, Any]) -
 
 def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any]) -> TaskResult:
     questions = result["questions"]
-    metrics = questions[0]["scores"]
     return TaskResult(
         model=model.side,
         directory=model.name,
@@ -323,7 +322,7 @@ def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any]) ->
         num_questions=len(questions),
         metric=result["metric"],
         score=share(_scores(result)),
-        scores={name: fmean(question["scores"][name] for question in questions) for name in metrics},
+        scores={name: fmean(question["scores"][name] for question in questions) for name in shared_metrics(questions)},
         duration_s=result["duration_s"],
     )
 
