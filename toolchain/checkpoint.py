@@ -22,6 +22,8 @@ from toolchain.safetensors_stream import DTYPES, write_safetensors
 MAX_SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# Rotary frequencies, which checkpoints of Llama 2's time hold for each layer: no model reads them.
+_COMPUTED = ".rotary_emb.inv_freq"
 _COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
@@ -267,7 +269,7 @@ def _shard_files(directory: Path) -> list[Path]:
 
 
 def read_headers(directory: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, TensorInfo]:
-    """Lists a directory's tensors by name, from its safetensors headers.
+    """Lists a directory's tensors by name, from its safetensors headers; those that are computed are left out.
 
     Args:
         directory: With one file or an index of several.
@@ -281,6 +283,8 @@ def read_headers(directory: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) ->
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                    if name.endswith(_COMPUTED):
+                        continue
                     header = file.get_slice(name)
                     dtype = dtypes.get(header.get_dtype())
                     if dtype is None:

@@ -99,8 +99,7 @@ def check_complete(checkpoint: Checkpoint) -> PreTrainedModel:
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
     optional = {f"{head}.weight"} if model.config.tie_word_embeddings else set()
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    # Checkpoints of Llama 2's time also hold each layer's rotary frequencies, which are computed.
-    found = {name: info.shape for name, info in checkpoint.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    found = checkpoint.shapes
     where = f"{checkpoint.directory}:"
     if missing := sorted(wanted.keys() - found.keys() - optional):
         raise SenteiError(f"{where} there is no tensor {missing[0]} ({len(missing)} missing).")
