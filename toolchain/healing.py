@@ -68,7 +68,8 @@ class HealSettings:
 
 def healing_directory(out: Path) -> Path:
     """``<out>.heal``, which exists while the healing that will write ``out`` is unfinished."""
-    return out.with_name(out.name + ".heal")
+    # Not with_name(), which fails for the working directory before anybody could say that it is never replaced.
+    return out.parent / f"{out.name}.heal"
 
 
 def heal(

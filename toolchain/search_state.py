@@ -25,7 +25,8 @@ _MEASURED: dict[str, Any] = {
 
 def search_directory(out: Path) -> Path:
     """``<out>.search``, which exists while the search that will write ``out`` is unfinished."""
-    return out.with_name(out.name + ".search")
+    # Not with_name(), which fails for the working directory before anybody could say that it is never replaced.
+    return out.parent / f"{out.name}.search"
 
 
 def interrupted(directory: Path) -> SenteiError:

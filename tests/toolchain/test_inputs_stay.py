@@ -7,6 +7,9 @@ import pytest
 
 from tests.command_line import refused, sentei
 from tests.families import make_family_pico
+from toolchain.errors import SenteiError
+from toolchain.pipeline import apply_plan
+from toolchain.text_sources import TextSource
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +66,15 @@ def test_what_is_read_is_not_replaced(model: Path, tmp_path: Path, command: tupl
 
 
 def test_a_plan_is_not_applied_over_its_text(model: Path, tmp_path: Path):
-    from toolchain.errors import SenteiError
-    from toolchain.pipeline import apply_plan
-    from toolchain.text_sources import TextSource
-
     text = tmp_path / "text.txt"
     text.write_text("Bread is baked.")
     with pytest.raises(SenteiError, match="would replace the input"):
         apply_plan(None, model, tmp_path, calibration=[TextSource(text)], force=True)  # type: ignore[arg-type]
     assert text.is_file()
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+@pytest.mark.parametrize("command", [PRUNE, SWEEP, ("heal", "MODEL", "--against", "MODEL", "--data", "text.txt")])
+def test_an_output_without_a_name_of_its_own_is_refused_in_one_sentence(model: Path, command: tuple, out: str):
+    words = [model if word == "MODEL" else word for word in command]
+    refused(sentei(*words, "-o", out), f"Output {out} ")
