@@ -14,7 +14,14 @@ import torch
 import transformers
 
 from toolchain import embedded_text
-from toolchain.allocation import Allocation, Protected, allocate, alpha_of, block_parameters
+from toolchain.allocation import (
+    Allocation,
+    Protected,
+    allocate,
+    alpha_of,
+    block_parameters,
+    reachable_removals,
+)
 from toolchain.block_removal import BLOCK_METHODS, EVOPRESS, num_blocks_to_remove, remove_blocks
 from toolchain.calibration import TokenWindows, load_mixture
 from toolchain.checkpoint import Checkpoint, TensorInfo, open_checkpoint
@@ -241,12 +248,18 @@ def allocation_of(checkpoint: Checkpoint, settings: PruneSettings) -> Allocation
     if settings.method in BLOCK_METHODS:
         num_blocks_to_remove(sizes.num_hidden_layers, settings.sparsity)
         return None
+    align = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
+    removals = settings.attention_removals
+    if settings.allocation == "auto":
+        # Damage will choose one of these; with none of them, the formula's number says what is in the way.
+        possible = reachable_removals(sizes, settings.sparsity, align=align, protected=settings.protected)
+        removals = possible[0] if possible else None
     return allocate(
         sizes,
         settings.sparsity,
-        align=width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel),
+        align=align,
         alpha=alpha_of(settings.widths),
-        attention_removals=settings.attention_removals,
+        attention_removals=removals,
         protected=settings.protected,
     )
 
