@@ -41,7 +41,10 @@ class Layers(Protocol):
         ...
 
     def narrow(self, kept_neurons: KeptNeurons) -> None:
-        """Takes out all FFN neurons but ``kept_neurons``: int64 ``[intermediate_size]`` a layer, ascending."""
+        """Takes out all FFN neurons but ``kept_neurons``: int64 ``[intermediate_size]`` a layer, ascending.
+
+        Where none is left the whole FFN goes, and with it the bias behind its neurons, as in a checkpoint.
+        """
         ...
 
     def remove_attention(self, index: int) -> None:
@@ -51,6 +54,11 @@ class Layers(Protocol):
     def remove_ffn(self, index: int) -> None:
         """Takes out a layer's whole FFN."""
         ...
+
+
+def without_neurons(kept_neurons: KeptNeurons) -> list[int]:
+    """The layers that keep no neuron."""
+    return [index for index, kept in enumerate(kept_neurons) if not len(kept)]
 
 
 class ResidentLayers:
@@ -74,6 +82,8 @@ class ResidentLayers:
     def narrow(self, kept_neurons: KeptNeurons) -> None:
         """See :class:`Layers`."""
         narrow_ffn(self._model, self._family, kept_neurons)
+        for index in without_neurons(kept_neurons):
+            self.remove_ffn(index)
 
     def remove_attention(self, index: int) -> None:
         """See :class:`Layers`."""

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolchain.checkpoint import Checkpoint
-from toolchain.layer_walk import LayerWalk
+from toolchain.layer_walk import LayerWalk, without_neurons
 from toolchain.layout import LayerLayout
 from toolchain.modeling import check_complete, decoder_layers, remove_attention, remove_ffn, transformers_class
 from toolchain.surgery import KeptNeurons, PrunedTensors, narrow_ffn
@@ -80,6 +80,8 @@ class DiskLayers:
             LayerLayout(attention=layer.attention, intermediate_size=len(kept))
             for layer, kept in zip(self._layout, self._kept, strict=True)
         ]
+        for index in without_neurons(kept_neurons):
+            remove_ffn(self._layers[index], self._checkpoint.family)
         self._reshaped()
 
     def remove_attention(self, index: int) -> None:
