@@ -44,7 +44,7 @@ from toolchain.evaluation_document import (
 from toolchain.evaluation_parts import Parts
 from toolchain.layer_walk import LayerWalk
 from toolchain.lm_eval_tasks import LoadedTask, TaskRequest, lm_eval_version, load_task, run_task, shared_metrics
-from toolchain.modeling import load_tokenizer
+from toolchain.modeling import check_same_vocabulary, load_tokenizer
 from toolchain.paired_tests import check_statistics, compare_means
 from toolchain.passages import number_passages, worst_passages
 from toolchain.pipeline import open_walk
@@ -135,6 +135,8 @@ def evaluate(
     _check(settings, against)
     checkpoints = [open_checkpoint(each) for each in (against, directory) if each is not None]
     sides: list[Side] = ["original", "pruned"] if against else ["pruned" if checkpoints[0].is_pruned else "original"]
+    if against is not None:
+        check_same_vocabulary(checkpoints[1], checkpoints[0])
     models = [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
     tasks = [load_task(request) for request in settings.tasks]
     texts = [

@@ -23,7 +23,7 @@ from toolchain.calibration import TokenWindows, load_mixture
 from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint, write_config, write_weights
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.memory import is_out_of_memory
-from toolchain.modeling import load_model, load_tokenizer
+from toolchain.modeling import check_same_vocabulary, load_model, load_tokenizer
 from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.passage_hashes import merge_hashes
 from toolchain.pipeline import SUMMARY_FILE, dtype_name
@@ -225,14 +225,7 @@ def _check_pair(source: Checkpoint, teacher: Checkpoint) -> None:
         raise SenteiError(f"{source.directory} is not pruned: there is nothing to heal.")
     if source.directory.resolve() == teacher.directory.resolve():
         raise SenteiError(f"{source.directory} cannot learn from itself.", "Give the original model with --against.")
-    sizes = [checkpoint.config["vocab_size"] for checkpoint in (source, teacher)]
-    vocabularies = [load_tokenizer(checkpoint.directory).get_vocab() for checkpoint in (source, teacher)]
-    if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
-        raise SenteiError(
-            f"{teacher.directory} has another tokenizer or vocabulary than {source.directory}: their logits cannot be "
-            "compared.",
-            "Give the model it was pruned from.",
-        )
+    check_same_vocabulary(source, teacher)
 
 
 def _split(windows: TokenWindows) -> tuple[torch.Tensor, torch.Tensor]:

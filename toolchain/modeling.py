@@ -142,6 +142,22 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise SenteiError(f"{directory} has no usable tokenizer ({str(error).splitlines()[0]}).") from error
 
 
+def check_same_vocabulary(checkpoint: Checkpoint, original: Checkpoint) -> None:
+    """Checks that two models can be compared token by token: same tokens, same places in the logits.
+
+    Raises:
+        SenteiError: They cannot.
+    """
+    sizes = [each.config.get("vocab_size") for each in (checkpoint, original)]
+    vocabularies = [load_tokenizer(each.directory).get_vocab() for each in (checkpoint, original)]
+    if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
+        raise SenteiError(
+            f"{original.directory} has another tokenizer or vocabulary than {checkpoint.directory}: their logits "
+            "cannot be compared.",
+            "Give the model it was pruned from.",
+        )
+
+
 def transformers_class(family: Family) -> type[PreTrainedModel]:
     """The family's causal language model class in Transformers."""
     return getattr(transformers, family.architecture)
