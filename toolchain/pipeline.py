@@ -30,7 +30,7 @@ from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.function_metric import FunctionMetric
 from toolchain.layer_walk import LayerWalk
 from toolchain.limits import LimitSettings, limit_asked
-from toolchain.memory import give_back_freed_memory, keep_freed_memory
+from toolchain.memory import give_back_freed_memory, is_out_of_memory, keep_freed_memory
 from toolchain.metric_choice import choose_metric, question_file
 from toolchain.metrics import Metric, PerplexityMetric, measure
 from toolchain.model_card import model_card
@@ -507,15 +507,23 @@ def _compensate(
     """Re-fits what the plan leaves; returns the plan with its record, and where the weights are."""
     original, pruned = computing.open(checkpoint), computing.open(checkpoint)
     remove_planned(pruned, plan)
-    with progress("Compensation", len(plan.layout)) as advance:
-        done = compensate(
-            original,
-            pruned,
-            computing.windows,
-            directory,
-            dtypes={name: info.dtype for name, info in checkpoint.tensors.items()},
-            on_layer=advance,
-        )
+    try:
+        with progress("Compensation", len(plan.layout)) as advance:
+            done = compensate(
+                original,
+                pruned,
+                computing.windows,
+                directory,
+                dtypes={name: info.dtype for name, info in checkpoint.tensors.items()},
+                on_layer=advance,
+            )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SenteiError(
+            "Memory ran out while weights were fitted again.",
+            "Add --offload, prune with fewer --samples or --no-compensate, or use a larger machine.",
+        ) from error
     record = CompensationRecord(refits=done.records, perplexity=done.perplexity)
     return plan.changed({"compensation": record}), done.tensors
 
