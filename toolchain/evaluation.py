@@ -46,11 +46,17 @@ def token_losses(
     """
     rows = []
     for block in walk.blocks(windows):
-        hidden = walk.forward(walk.embed(block))
-        for state, window in zip(hidden.split(1), block.split(1), strict=True):
-            rows.append(walk.token_losses(state, window))
-            on_window()
+        rows += _block_losses(walk, block, on_window)
     return torch.cat(rows)
+
+
+def _block_losses(walk: LayerWalk, block: torch.Tensor, on_window: Callable[[], None]) -> list[torch.Tensor]:
+    """A function of its own, so that a block's hidden states are gone before the next block's come."""
+    hidden, rows = walk.forward(walk.embed(block)), []
+    for state, window in zip(hidden.split(1), block.split(1), strict=True):
+        rows.append(walk.token_losses(state, window))
+        on_window()
+    return rows
 
 
 def perplexity(walk: LayerWalk, windows: torch.Tensor, *, on_window: Callable[[], None] = lambda: None) -> Perplexity:

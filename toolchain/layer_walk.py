@@ -147,7 +147,11 @@ class LayerWalk:
         rows = self._sequences_per_call(hidden.shape[1])
         if len(hidden) <= rows:
             return _first(module(hidden, **arguments))
-        return torch.cat([_first(module(part, **arguments)) for part in hidden.split(rows)])
+        # Not joined at the end, when what entered, the parts and the whole would be there at once.
+        left = torch.empty_like(hidden)
+        for start in range(0, len(hidden), rows):
+            left[start : start + rows] = _first(module(hidden[start : start + rows], **arguments))
+        return left
 
     @contextmanager
     def only_neurons(self, kept_neurons: KeptNeurons) -> Iterator[None]:
@@ -169,13 +173,13 @@ class LayerWalk:
         """Splits sequences into those that go through the layers together.
 
         Resident layers cost nothing to visit again, so few sequences are in flight; others are visited once for as many
-        sequences as half of the free memory holds.
+        sequences as half of the free memory holds, each twice: what enters a layer and what leaves it.
         """
         seq_len = ids.shape[1]
         size = together = self._sequences_per_call(seq_len)
         if not self.layers.resident:
             state_bytes = seq_len * self.model.config.hidden_size * self.model.dtype.itemsize
-            fitting = available_bytes(self.model.device) // (2 * state_bytes)
+            fitting = available_bytes(self.model.device) // (2 * 2 * state_bytes)
             size = max(together, fitting // together * together)
         yield from ids.split(size)
 
