@@ -19,12 +19,14 @@ class StateMetric(Protocol):
     Attributes:
         name: As in the plan.
         source: What it is measured on, if that is not the calibration text.
+        source_sha256: Of that, as it was read.
         higher_is_better: ``False`` for losses.
         ids: int64 ``[num_sequences, seq_len]``: what the model reads.
     """
 
     name: str
     source: str | None
+    source_sha256: str | None
     higher_is_better: bool
     ids: torch.Tensor
 
@@ -57,6 +59,7 @@ class PerplexityMetric:
 
     name: str = "perplexity"
     source: str | None = None
+    source_sha256: str | None = None
     higher_is_better: bool = False
 
     def __init__(self, ids: torch.Tensor) -> None:
@@ -88,6 +91,7 @@ class KLDivergence:
 
     name: str = "kl"
     source: str | None = None
+    source_sha256: str | None = None
     higher_is_better: bool = False
 
     def __init__(self, ids: torch.Tensor) -> None:

@@ -308,6 +308,7 @@ def _blank_plan(
         search=settings.search,
         metric=metric.name,
         metric_source=metric.source,
+        metric_source_sha256=metric.source_sha256,
         metric_higher_is_better=metric.higher_is_better,
         metric_original=0.0,
         limit=None,

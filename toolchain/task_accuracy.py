@@ -1,7 +1,8 @@
 """Accuracy on a person's own multiple-choice questions, as the search can use it."""
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -52,6 +53,8 @@ class AccuracyMetric:
             SenteiError: A choice alone is longer than ``seq_len``.
         """
         self.source: str | None = source
+        asked = json.dumps([asdict(question) for question in questions])
+        self.source_sha256: str | None = hashlib.sha256(asked.encode()).hexdigest()
         rows: list[list[int]] = []
         positions: list[tuple[int, int, int]] = []
         self._lengths: list[int] = []
