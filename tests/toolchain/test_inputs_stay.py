@@ -78,3 +78,17 @@ def test_a_plan_is_not_applied_over_its_text(model: Path, tmp_path: Path):
 def test_an_output_without_a_name_of_its_own_is_refused_in_one_sentence(model: Path, command: tuple, out: str):
     words = [model if word == "MODEL" else word for word in command]
     refused(sentei(*words, "-o", out), f"Output {out} ")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (PRUNE, "--seed"),
+        (COMPARE, "--seed"),
+        (("heal", "MODEL", "--against", "MODEL", "--data", "text.txt"), "--seed"),
+        (("evaluate", "MODEL", "--against", "MODEL", "--text", "text.txt"), "--generations"),
+    ],
+)
+def test_numbers_below_zero_are_refused(model: Path, tmp_path: Path, command: tuple, option: str):
+    words = [model if word == "MODEL" else word for word in command]
+    refused(sentei(*words, "-o", tmp_path / "out", option, -1), option, "Invalid value")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from toolchain.cli.console import (
     COMPUTING,
+    MAX_SEED,
     TEXT_METAVAR,
     DeviceInPanelOption,
     DtypeInPanelOption,
@@ -50,7 +51,7 @@ def compare_methods(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.", rich_help_panel=_PRUNING)] = 32,
-    seed: Annotated[int, typer.Option(help="Of EvoPress.", rich_help_panel=_PRUNING)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of EvoPress.", rich_help_panel=_PRUNING)] = 0,
     text: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Perplexity on this; several times.", rich_help_panel=_EVALUATION),

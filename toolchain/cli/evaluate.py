@@ -50,6 +50,7 @@ def evaluate(
     generations: Annotated[
         int | None,
         typer.Option(
+            min=0,
             help=f"Prompts from the first text that both models continue (--against: {_DEFAULT_GENERATIONS}).",
             rich_help_panel=_TEXT,
         ),
