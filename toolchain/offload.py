@@ -48,6 +48,7 @@ class DiskLayers:
         self._layout = list(checkpoint.layout)
         self._kept: KeptNeurons = [np.arange(layer.intermediate_size) for layer in checkpoint.layout]
         self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._last = -1
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-layer")
         self._reshaped()
 
@@ -57,12 +58,15 @@ class DiskLayers:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """See :class:`toolchain.layer_walk.Layers`; reads the layer, and the next one meanwhile."""
+        """See :class:`toolchain.layer_walk.Layers`; reads the layer, and meanwhile the next one in either direction."""
         number, reading = self._next or (index, self._reader.submit(self._read, index))
         if number != index:
             reading = self._reader.submit(self._read, index)
         weights = reading.result()
-        self._next = (index + 1, self._reader.submit(self._read, index + 1)) if index + 1 < len(self) else None
+        following = index - 1 if self._last == index + 1 else index + 1
+        self._next, self._last = None, index
+        if 0 <= following < len(self):
+            self._next = following, self._reader.submit(self._read, following)
         module = self._layers[index]
         device = self._model.device
         module.load_state_dict({k: v.to(device, non_blocking=True) for k, v in weights.items()}, assign=True)

@@ -13,6 +13,7 @@ from toolchain import layer_walk
 from toolchain.checkpoint import open_checkpoint
 from toolchain.evaluation import token_losses
 from toolchain.layer_walk import LayerWalk
+from toolchain.offload import DiskLayers
 from toolchain.pipeline import open_walk
 
 
@@ -67,3 +68,14 @@ def test_sequences_that_do_not_share_a_call_come_out_in_their_places(offloaded: 
         hidden = offloaded.embed(ids)
         together = offloaded.run(module, 0, hidden)
         assert torch.equal(together, torch.cat([offloaded.run(module, 0, part) for part in hidden.split(32)]))
+
+
+def test_the_next_layer_is_read_ahead_in_either_direction(offloaded: LayerWalk, monkeypatch: pytest.MonkeyPatch):
+    layers, read = offloaded.layers, []
+    assert isinstance(layers, DiskLayers)
+    real = layers._read
+    monkeypatch.setattr(layers, "_read", lambda index: (read.append(index), real(index))[1])
+    for index in (0, 1, 2, 3, 3, 2, 1, 0):
+        with layers.layer(index):
+            pass
+    assert read == [0, 1, 2, 3, 3, 2, 1, 0]
