@@ -146,7 +146,14 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", *_COMPANIONS]))
+        # Beside the weights, some models have them once more in their makers' own form.
+        return Path(
+            snapshot_download(
+                model,
+                allow_patterns=["*.json", "*.safetensors", *_COMPANIONS],
+                ignore_patterns=["consolidated*.safetensors"],
+            )
+        )
     except Exception as error:  # whatever the hub client raises, the reader needs the same sentence
         raise SenteiError(
             f"{model} is neither a directory here nor could it be fetched from the hub ({type(error).__name__}).",
