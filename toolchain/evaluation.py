@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from toolchain.layer_walk import LayerWalk
-from toolchain.metrics import finite
+from toolchain.metrics import finite, perplexity_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def summarise_losses(losses: torch.Tensor, walk: LayerWalk) -> Perplexity:
     """
     window_losses = losses.double().mean(1).tolist()
     mean = statistics.fmean(window_losses)
-    value = finite(math.exp(mean) if mean < 700 else math.inf, "perplexity", walk)
+    value = finite(perplexity_of(mean), "perplexity", walk)
     count = len(window_losses)
     return Perplexity(
         perplexity=value,

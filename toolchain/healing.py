@@ -23,6 +23,7 @@ from toolchain.calibration import TokenWindows, load_mixture
 from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint, write_config, write_weights
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.memory import is_out_of_memory
+from toolchain.metrics import perplexity_of
 from toolchain.modeling import check_same_vocabulary, load_model, load_tokenizer
 from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.passage_hashes import merge_hashes
@@ -282,11 +283,7 @@ def _compare(
         both = [model(window, use_cache=False).logits[0, :-1].float() for model in (teacher, student)]
         losses.append([*(float(cross_entropy(each, window[0, 1:])) for each in both), float(divergence(*both))])
     original, own, kl = (fmean(each) for each in zip(*losses, strict=True))
-    return _Comparison(perplexity_original=_exp(original), perplexity=_exp(own), divergence=kl)
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    return _Comparison(perplexity_original=perplexity_of(original), perplexity=perplexity_of(own), divergence=kl)
 
 
 def _check_closer(before: _Comparison, after: _Comparison) -> None:

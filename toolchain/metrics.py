@@ -54,6 +54,11 @@ class TokenMetric(StateMetric, Protocol):
 Metric = StateMetric | FunctionMetric
 
 
+def perplexity_of(loss: float) -> float:
+    """``exp`` of a mean loss in nats; infinite rather than an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 class PerplexityMetric:
     """``exp`` of the mean negative log-likelihood of the next token; losses in float32, summed in float64."""
 
@@ -74,9 +79,8 @@ class PerplexityMetric:
         return walk.token_losses(hidden, self.ids[:, : hidden.shape[1]])
 
     def combine(self, values: torch.Tensor) -> float:
-        """Perplexity from token losses in nats; infinite rather than an overflow."""
-        mean = float(values.double().mean())
-        return math.exp(mean) if mean < 700 else math.inf
+        """Perplexity from token losses in nats."""
+        return perplexity_of(float(values.double().mean()))
 
     def __call__(self, walk: LayerWalk, hidden: torch.Tensor) -> float:
         """See :class:`StateMetric`."""
