@@ -22,6 +22,8 @@ from toolchain.safetensors_stream import DTYPES, write_safetensors
 MAX_SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# Rotary frequencies, which checkpoints of Llama 2's time hold for each layer: no model reads them.
+_COMPUTED = ".rotary_emb.inv_freq"
 _COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
@@ -144,7 +146,14 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", *_COMPANIONS]))
+        # Beside the weights, some models have them once more in their makers' own form.
+        return Path(
+            snapshot_download(
+                model,
+                allow_patterns=["*.json", "*.safetensors", *_COMPANIONS],
+                ignore_patterns=["consolidated*.safetensors"],
+            )
+        )
     except Exception as error:  # whatever the hub client raises, the reader needs the same sentence
         raise SenteiError(
             f"{model} is neither a directory here nor could it be fetched from the hub ({type(error).__name__}).",
@@ -267,7 +276,7 @@ def _shard_files(directory: Path) -> list[Path]:
 
 
 def read_headers(directory: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, TensorInfo]:
-    """Lists a directory's tensors by name, from its safetensors headers.
+    """Lists a directory's tensors by name, from its safetensors headers; those that are computed are left out.
 
     Args:
         directory: With one file or an index of several.
@@ -281,6 +290,8 @@ def read_headers(directory: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) ->
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                    if name.endswith(_COMPUTED):
+                        continue
                     header = file.get_slice(name)
                     dtype = dtypes.get(header.get_dtype())
                     if dtype is None:

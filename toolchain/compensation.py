@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -31,7 +32,7 @@ _HELD_OUT_EVERY = 8
 # Errors below this share are rounding, not damage.
 _ROUNDING = 1e-6
 
-_Calls = list[tuple[torch.Tensor, torch.Tensor]]
+_Kept = TypeVar("_Kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,10 @@ def compensate(
                 else:
                     # What running it again would say.
                     after = torch.cat([each.state + factor * (projection(each.inputs) - each.says) for each in seen])
+                del seen, wanted, moments
         before = states[family.ffn_output]
+        # All that is left of a layer before the next one fills its place.
+        del says, states
         if refitted:
             file = directory / f"layer-{index}.safetensors"
             save_file({name: weight.cpu().contiguous() for name, weight in refitted.items()}, file)
@@ -203,7 +207,10 @@ class Moments:
         energies = self.gram.diagonal()
         # An input that is always zero would make the matrix singular.
         strengths = ridge * energies.clamp_min(_ROUNDING * energies.mean())
-        factor = torch.linalg.cholesky(self.gram + torch.diag(strengths))
+        raised = self.gram.clone()
+        raised.diagonal().add_(strengths)
+        factor = torch.linalg.cholesky(raised)
+        del raised
         return torch.cholesky_solve(self.cross + strengths[:, None] * weight.double().T, factor).T
 
 
@@ -254,12 +261,14 @@ def _bfloat16_products(exact: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _observed(module: nn.Module, names: Collection[str]) -> Iterator[dict[str, _Calls]]:
-    """Collects inputs and outputs of a layer's projections."""
-    calls: dict[str, _Calls] = {name: [] for name in names}
+def _observed(
+    module: nn.Module, names: Collection[str], keep: Callable[[torch.Tensor, torch.Tensor], _Kept]
+) -> Iterator[dict[str, list[_Kept]]]:
+    """Collects what ``keep`` makes of input and output, at each call of a layer's projections."""
+    calls: dict[str, list[_Kept]] = {name: [] for name in names}
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda _module, inputs, output: calls[name].append((inputs[0], output))
+        return lambda _module, inputs, output: calls[name].append(keep(inputs[0], output))
 
     handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
@@ -274,9 +283,10 @@ def _run_original(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """One layer of the original: what its projections say, and the residual stream behind each of them."""
     names = (walk.family.attention_output, walk.family.ffn_output)
-    with _observed(module, names) as calls:
+    # Of all windows: inputs, which are several times as wide, would take the most memory of all.
+    with _observed(module, names, lambda _inputs, output: output) as outputs:
         left = torch.cat([walk.run(module, index, row) for row in hidden.split(1)])
-    says = {name: torch.cat([output for _, output in calls[name]]) for name in names}
+    says = {name: torch.cat(outputs.pop(name)) for name in names}
     return says, {names[0]: hidden + factor * says[names[0]], names[1]: left}
 
 
@@ -284,7 +294,7 @@ def _run_part(
     walk: LayerWalk, module: nn.Module, index: int, hidden: torch.Tensor, name: str, *, without: Part
 ) -> _Seen:
     """Runs a layer's attention or its FFN alone, on one window: the one that ends with the projection ``name``."""
-    with _observed(module, [name]) as calls:
+    with _observed(module, [name], lambda inputs, output: (inputs, output)) as calls:
         left = walk.run_without([without], module, index, hidden)
     [(inputs, says)] = calls[name]
     return _Seen(inputs=inputs, says=says, state=left)

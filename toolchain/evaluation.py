@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from toolchain.layer_walk import LayerWalk
-from toolchain.metrics import finite
+from toolchain.metrics import finite, perplexity_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,17 @@ def token_losses(
     """
     rows = []
     for block in walk.blocks(windows):
-        hidden = walk.forward(walk.embed(block))
-        for state, window in zip(hidden.split(1), block.split(1), strict=True):
-            rows.append(walk.token_losses(state, window))
-            on_window()
+        rows += _block_losses(walk, block, on_window)
     return torch.cat(rows)
+
+
+def _block_losses(walk: LayerWalk, block: torch.Tensor, on_window: Callable[[], None]) -> list[torch.Tensor]:
+    """A function of its own, so that a block's hidden states are gone before the next block's come."""
+    hidden, rows = walk.forward(walk.embed(block)), []
+    for state, window in zip(hidden.split(1), block.split(1), strict=True):
+        rows.append(walk.token_losses(state, window))
+        on_window()
+    return rows
 
 
 def perplexity(walk: LayerWalk, windows: torch.Tensor, *, on_window: Callable[[], None] = lambda: None) -> Perplexity:
@@ -70,7 +76,7 @@ def summarise_losses(losses: torch.Tensor, walk: LayerWalk) -> Perplexity:
     """
     window_losses = losses.double().mean(1).tolist()
     mean = statistics.fmean(window_losses)
-    value = finite(math.exp(mean) if mean < 700 else math.inf, "perplexity", walk)
+    value = finite(perplexity_of(mean), "perplexity", walk)
     count = len(window_losses)
     return Perplexity(
         perplexity=value,

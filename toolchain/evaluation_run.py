@@ -43,14 +43,14 @@ from toolchain.evaluation_document import (
 )
 from toolchain.evaluation_parts import Parts
 from toolchain.layer_walk import LayerWalk
-from toolchain.lm_eval_tasks import LoadedTask, TaskRequest, lm_eval_version, load_task, run_task
-from toolchain.modeling import load_tokenizer
+from toolchain.lm_eval_tasks import LoadedTask, TaskRequest, lm_eval_version, load_task, run_task, shared_metrics
+from toolchain.modeling import check_same_vocabulary, load_tokenizer
 from toolchain.paired_tests import check_statistics, compare_means
 from toolchain.passages import number_passages, worst_passages
 from toolchain.pipeline import open_walk
 from toolchain.progress import Progress, no_progress
 from toolchain.text_overlap import find_overlap, text_hashes
-from toolchain.text_sources import Text, text_name
+from toolchain.text_sources import Text, local_paths, text_name
 
 _NUM_SAMPLES = 4
 
@@ -80,6 +80,11 @@ class EvaluationSettings:
     device: str
     dtype: torch.dtype
     offload: bool = False
+
+    @property
+    def input_files(self) -> list[Path]:
+        """Files and directories that texts and questions are read from."""
+        return [*local_paths(self.texts), *(task.file for task in self.tasks if task.file)]
 
 
 class _Model:
@@ -130,6 +135,8 @@ def evaluate(
     _check(settings, against)
     checkpoints = [open_checkpoint(each) for each in (against, directory) if each is not None]
     sides: list[Side] = ["original", "pruned"] if against else ["pruned" if checkpoints[0].is_pruned else "original"]
+    if against is not None:
+        check_same_vocabulary(checkpoints[1], checkpoints[0])
     models = [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
     tasks = [load_task(request) for request in settings.tasks]
     texts = [
@@ -308,7 +315,6 @@ def _text_result(model: _Model, windows: TokenWindows, result: dict[str, Any]) -
 
 def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any]) -> TaskResult:
     questions = result["questions"]
-    metrics = questions[0]["scores"]
     return TaskResult(
         model=model.side,
         directory=model.name,
@@ -318,7 +324,7 @@ def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any]) ->
         num_questions=len(questions),
         metric=result["metric"],
         score=share(_scores(result)),
-        scores={name: fmean(question["scores"][name] for question in questions) for name in metrics},
+        scores={name: fmean(question["scores"][name] for question in questions) for name in shared_metrics(questions)},
         duration_s=result["duration_s"],
     )
 

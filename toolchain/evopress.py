@@ -135,9 +135,9 @@ def mutate(draw: Random, parent: Removed, num_layers: int) -> Removed:
 class KLFitness:
     """Mean KL divergence of the next token's distribution from the unpruned model's, in nats: the paper's fitness."""
 
-    def __init__(self, walk: LayerWalk, windows: torch.Tensor, on_model: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, walk: LayerWalk, windows: torch.Tensor) -> None:
         """Takes calibration windows, int64 ``[num_samples, seq_len]``; ``walk`` stays unpruned."""
-        self._walk, self._on_model = walk, on_model
+        self._walk = walk
         self._metrics = [KLDivergence(window) for window in windows.split(1)]
 
     @torch.inference_mode()

@@ -20,11 +20,12 @@ class FunctionMetric:
 
     Attributes:
         name: ``package.module:function``, as in the plan.
-        source: ``None``.
+        source: ``None``, and so is ``source_sha256``.
         higher_is_better: As the function says.
     """
 
     source = None
+    source_sha256 = None
 
     def __init__(self, name: str, function: Callable[..., Any], tokenizer: PreTrainedTokenizerBase) -> None:
         """``function`` is called with the model and ``tokenizer``."""

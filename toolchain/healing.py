@@ -23,14 +23,15 @@ from toolchain.calibration import TokenWindows, load_mixture
 from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint, write_config, write_weights
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.memory import is_out_of_memory
-from toolchain.modeling import load_model, load_tokenizer
+from toolchain.metrics import perplexity_of
+from toolchain.modeling import check_same_vocabulary, load_model, load_tokenizer
 from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.passage_hashes import merge_hashes
 from toolchain.pipeline import SUMMARY_FILE, dtype_name
 from toolchain.plan import PruningPlan, load_plan
 from toolchain.plan_document import HealingRecord
 from toolchain.progress import Progress, no_progress
-from toolchain.text_sources import TextSource
+from toolchain.text_sources import TextSource, local_paths
 
 if TYPE_CHECKING:
     from toolchain.distillation import Student
@@ -68,7 +69,8 @@ class HealSettings:
 
 def healing_directory(out: Path) -> Path:
     """``<out>.heal``, which exists while the healing that will write ``out`` is unfinished."""
-    return out.with_name(out.name + ".heal")
+    # Not with_name(), which fails for the working directory before anybody could say that it is never replaced.
+    return out.parent / f"{out.name}.heal"
 
 
 def heal(
@@ -106,7 +108,8 @@ def heal(
     # Whatever is missing is to be said before anything takes long.
     from toolchain.distillation import Training, distill
 
-    check_output_directory(out, force=force, inputs=[directory, teacher_directory])
+    texts = local_paths(source.text for source in settings.data)
+    check_output_directory(out, force=force, inputs=[directory, teacher_directory, *texts])
     unfinished = healing_directory(out)
     if unfinished.exists() and not (resume or force):
         raise SenteiError(
@@ -223,14 +226,7 @@ def _check_pair(source: Checkpoint, teacher: Checkpoint) -> None:
         raise SenteiError(f"{source.directory} is not pruned: there is nothing to heal.")
     if source.directory.resolve() == teacher.directory.resolve():
         raise SenteiError(f"{source.directory} cannot learn from itself.", "Give the original model with --against.")
-    sizes = [checkpoint.config["vocab_size"] for checkpoint in (source, teacher)]
-    vocabularies = [load_tokenizer(checkpoint.directory).get_vocab() for checkpoint in (source, teacher)]
-    if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
-        raise SenteiError(
-            f"{teacher.directory} has another tokenizer or vocabulary than {source.directory}: their logits cannot be "
-            "compared.",
-            "Give the model it was pruned from.",
-        )
+    check_same_vocabulary(source, teacher)
 
 
 def _split(windows: TokenWindows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -287,11 +283,7 @@ def _compare(
         both = [model(window, use_cache=False).logits[0, :-1].float() for model in (teacher, student)]
         losses.append([*(float(cross_entropy(each, window[0, 1:])) for each in both), float(divergence(*both))])
     original, own, kl = (fmean(each) for each in zip(*losses, strict=True))
-    return _Comparison(perplexity_original=_exp(original), perplexity=_exp(own), divergence=kl)
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    return _Comparison(perplexity_original=perplexity_of(original), perplexity=perplexity_of(own), divergence=kl)
 
 
 def _check_closer(before: _Comparison, after: _Comparison) -> None:

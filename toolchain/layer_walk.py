@@ -41,7 +41,10 @@ class Layers(Protocol):
         ...
 
     def narrow(self, kept_neurons: KeptNeurons) -> None:
-        """Takes out all FFN neurons but ``kept_neurons``: int64 ``[intermediate_size]`` a layer, ascending."""
+        """Takes out all FFN neurons but ``kept_neurons``: int64 ``[intermediate_size]`` a layer, ascending.
+
+        Where none is left the whole FFN goes, and with it the bias behind its neurons, as in a checkpoint.
+        """
         ...
 
     def remove_attention(self, index: int) -> None:
@@ -51,6 +54,11 @@ class Layers(Protocol):
     def remove_ffn(self, index: int) -> None:
         """Takes out a layer's whole FFN."""
         ...
+
+
+def without_neurons(kept_neurons: KeptNeurons) -> list[int]:
+    """The layers that keep no neuron."""
+    return [index for index, kept in enumerate(kept_neurons) if not len(kept)]
 
 
 class ResidentLayers:
@@ -74,6 +82,8 @@ class ResidentLayers:
     def narrow(self, kept_neurons: KeptNeurons) -> None:
         """See :class:`Layers`."""
         narrow_ffn(self._model, self._family, kept_neurons)
+        for index in without_neurons(kept_neurons):
+            self.remove_ffn(index)
 
     def remove_attention(self, index: int) -> None:
         """See :class:`Layers`."""
@@ -137,7 +147,11 @@ class LayerWalk:
         rows = self._sequences_per_call(hidden.shape[1])
         if len(hidden) <= rows:
             return _first(module(hidden, **arguments))
-        return torch.cat([_first(module(part, **arguments)) for part in hidden.split(rows)])
+        # Not joined at the end, when what entered, the parts and the whole would be there at once.
+        left = torch.empty_like(hidden)
+        for start in range(0, len(hidden), rows):
+            left[start : start + rows] = _first(module(hidden[start : start + rows], **arguments))
+        return left
 
     @contextmanager
     def only_neurons(self, kept_neurons: KeptNeurons) -> Iterator[None]:
@@ -159,13 +173,13 @@ class LayerWalk:
         """Splits sequences into those that go through the layers together.
 
         Resident layers cost nothing to visit again, so few sequences are in flight; others are visited once for as many
-        sequences as half of the free memory holds.
+        sequences as half of the free memory holds, each twice: what enters a layer and what leaves it.
         """
         seq_len = ids.shape[1]
         size = together = self._sequences_per_call(seq_len)
         if not self.layers.resident:
             state_bytes = seq_len * self.model.config.hidden_size * self.model.dtype.itemsize
-            fitting = available_bytes(self.model.device) // (2 * state_bytes)
+            fitting = available_bytes(self.model.device) // (2 * 2 * state_bytes)
             size = max(together, fitting // together * together)
         yield from ids.split(size)
 

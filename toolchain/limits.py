@@ -51,6 +51,7 @@ def limit_asked(settings: LimitSettings, metric: Metric) -> LimitRecord | None:
     return LimitRecord(
         metric=metric.name,
         source=metric.source,
+        source_sha256=metric.source_sha256,
         higher_is_better=metric.higher_is_better,
         asked=name,
         asked_value=value,

@@ -121,7 +121,7 @@ def load_task(request: TaskRequest) -> LoadedTask:
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
-        SenteiError: A bad file, an unknown task, or no hub.
+        SenteiError: A bad file, an unknown task, or no hub; or a task that cannot be judged question by question.
     """
     lm_eval_version()
     from datasets import disable_progress_bars
@@ -137,13 +137,34 @@ def load_task(request: TaskRequest) -> LoadedTask:
     if request.name not in manager.all_tasks:
         raise SenteiError(f"--task {request.name}: lm-eval has no such task.", "lm_eval ls tasks lists them.")
     try:
-        return LoadedTask(label=request.label, parts=manager.load([request.name])["tasks"], manager=manager)
+        parts = manager.load([request.name])["tasks"]
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SenteiError(
             f"--task {request.name}: its questions could not be downloaded ({reason}).",
             f"Give a file: --task {request.name}=FILE.jsonl." if request.name in local_task_names() else "",
         ) from error
+    _check_questions(request.name, parts)
+    return LoadedTask(label=request.label, parts=parts, manager=manager)
+
+
+def _check_questions(name: str, parts: Mapping[str, "Task"]) -> None:
+    """Refuses what would give no number a question, or numbers that mean different things, before it is computed."""
+    for part, task in parts.items():
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            raise SenteiError(
+                f"--task {name}: {part} is perplexity on a text, not questions.",
+                "Measure perplexity with --text, as in --text hub:NAME:CONFIG:SPLIT.",
+            )
+    metrics = {part: set(task.aggregation()) for part, task in parts.items()}
+    if not set.intersection(*metrics.values()):
+        first = next(iter(metrics))
+        other = next((part for part in metrics if not metrics[part] & metrics[first]), first)
+        raise SenteiError(
+            f"--task {name}: its tasks have no metric in common, such as {first} ({', '.join(sorted(metrics[first]))}) "
+            f"and {other} ({', '.join(sorted(metrics[other]))}).",
+            "Give them one by one, each with --task.",
+        )
 
 
 def run_task(
@@ -198,12 +219,20 @@ def run_task(
     for name, samples in results["samples"].items():
         part = task.parts[name]
         subject = (part.config.task_alias or name) if len(task.parts) > 1 else None
-        questions += [_question(part, sample, subject) for sample in sorted(samples, key=lambda each: each["doc_id"])]
-    known = [name for name in (*_METRICS, *questions[0]["scores"]) if name in questions[0]["scores"]]
+        # A task that reads its answers in several ways has a sample for each; the first is the one it is known by.
+        counted = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+        questions += [_question(part, sample, subject) for sample in sorted(counted, key=lambda each: each["doc_id"])]
+    shared = shared_metrics(questions)
+    known = [name for name in (*_METRICS, *shared) if name in shared]
     if not known:
         raise SenteiError(f"Task {task.label} has no metric that gives every question a number.")
     fewshot = {part.config.num_fewshot or 0 for part in task.parts.values()}
     return {"metric": known[0], "num_fewshot": max(fewshot), "questions": questions}
+
+
+def shared_metrics(questions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics that every question has a number for."""
+    return [name for name in questions[0]["scores"] if all(name in question["scores"] for question in questions)]
 
 
 def _question(task: "Task", sample: Mapping[str, Any], subject: str | None) -> dict[str, Any]:

@@ -17,7 +17,8 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     limits = [_meminfo("/proc/meminfo", "MemAvailable")]
     if (maximum := _read_number(_CGROUP / "memory.max")) is not None:
-        limits.append(maximum - (_read_number(_CGROUP / "memory.current") or 0))
+        used = (_read_number(_CGROUP / "memory.current") or 0) - _page_cache()
+        limits.append(maximum - used)
     return max(0, min(limits))
 
 
@@ -55,6 +56,15 @@ def _glibc() -> ctypes.CDLL | None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that an allocation failed, on a GPU or on a CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _page_cache() -> int:
+    """Files that were read lately: they count as used, and give way to whatever is allocated."""
+    try:
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
 
 
 def _meminfo(path: str, key: str) -> int:

@@ -1,8 +1,9 @@
 """Every method at every size on one model: what is left of it, how long pruning took, and how fast the rest runs."""
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -20,7 +21,7 @@ from toolchain.pipeline import METHOD, SUMMARY_FILE, PruneSettings, allocation_o
 from toolchain.plan import load_plan
 from toolchain.progress import Progress, no_progress
 from toolchain.search_state import search_directory
-from toolchain.text_sources import text_files
+from toolchain.text_sources import Text, text_files
 
 COMPARISON_FILE, TABLE_FILE = "comparison.json", "comparison.md"
 # What sets each apart from the settings they share.
@@ -59,7 +60,8 @@ def compare_methods(asked: Comparison, work: Path, *, progress: Progress = no_pr
     """Prunes by each method to each sparsity and evaluates what is left, one cell after another.
 
     A cell that is finished is kept in ``work``, an interrupted one goes on where it was. Of each pruned model the plan
-    and the evaluation stay, in ``work/plans``; the weights go.
+    and the evaluation stay, in ``work/plans``; the weights go. ``work`` may hold what other settings made: all in it is
+    known by what it was made from.
 
     Args:
         asked: What is compared.
@@ -73,11 +75,7 @@ def compare_methods(asked: Comparison, work: Path, *, progress: Progress = no_pr
         SenteiError: Bad input; sparsities that a method cannot reach are found before anything is pruned.
     """
     checkpoint = open_checkpoint(asked.model)
-    cells = [
-        (name, replace(asked.pruning, sparsity=sparsity, **METHODS[name]))
-        for sparsity in asked.sparsities
-        for name in asked.methods
-    ]
+    cells = _cells(asked)
     for _, settings in cells:
         allocation_of(checkpoint, settings)
     check_statistics()
@@ -94,23 +92,42 @@ def compare_methods(asked: Comparison, work: Path, *, progress: Progress = no_pr
     }
 
 
-def save_comparison(document: Mapping[str, Any], work: Path, directory: Path) -> None:
+def save_comparison(asked: Comparison, document: Mapping[str, Any], work: Path, directory: Path) -> None:
     """Writes the comparison, its table and the plans into an existing directory."""
     write_text(directory / COMPARISON_FILE, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     write_text(directory / TABLE_FILE, markdown(document))
-    shutil.copytree(work / "plans", directory / "plans")
+    for name, settings in _cells(asked):
+        kept = _kept_plan(asked, work, name, settings)
+        shutil.copytree(kept, directory / "plans" / kept.name, dirs_exist_ok=True)
+
+
+def _cells(asked: Comparison) -> list[tuple[str, PruneSettings]]:
+    return [
+        (name, replace(asked.pruning, sparsity=sparsity, **METHODS[name]))
+        for sparsity in asked.sparsities
+        for name in asked.methods
+    ]
+
+
+def _label(name: str, settings: PruneSettings) -> str:
+    return f"{name}-{settings.sparsity:g}"
+
+
+def _kept_plan(asked: Comparison, work: Path, name: str, settings: PruneSettings) -> Path:
+    return work / "plans" / _digest(_identity(asked, settings)) / _label(name, settings)
 
 
 def _row(
     asked: Comparison, work: Path, parts: Parts, name: str, settings: PruneSettings, progress: Progress
 ) -> dict[str, Any]:
-    label = f"{name}-{settings.sparsity:g}"
+    label = _label(name, settings)
 
     def titled(description: str, total: int) -> Any:
         return progress(f"{label}: {description}", total)
 
     def compute() -> dict[str, Any]:
-        directory, kept = work / "models" / label, work / "plans" / label
+        directory = work / "models" / _digest(_pruning_identity(asked, settings)) / label
+        kept = _kept_plan(asked, work, name, settings)
         if not directory.exists():
             directory.parent.mkdir(parents=True, exist_ok=True)
             resume = search_directory(directory).exists()
@@ -149,21 +166,40 @@ def _quality(evaluated: EvaluationDocument, side: str) -> dict[str, Any]:
 
 def _identity(asked: Comparison, settings: PruneSettings) -> dict[str, Any]:
     """All that a cell depends on. Files count by name, size and time."""
-    files = sorted(asked.model.glob("*.safetensors"))
-    texts = [*asked.evaluation.texts, *(source.text for source in settings.calibration)]
-    files += [file for text in texts if isinstance(text, Path) for file in text_files(text)]
+    files = _text_files(asked.evaluation.texts)
     files += [request.file for request in asked.evaluation.tasks if request.file]
+    return {
+        **_pruning_identity(asked, settings),
+        "evaluation": _as_json(asdict(asked.evaluation)),
+        "speed": asked.measure_speed is not None,
+        "evaluation_files": _described(files),
+    }
+
+
+def _pruning_identity(asked: Comparison, settings: PruneSettings) -> dict[str, Any]:
+    """All that a cell's pruned model depends on."""
+    files = [*sorted(asked.model.glob("*.safetensors")), *_text_files(source.text for source in settings.calibration)]
+    return {"pruning": _as_json(asdict(settings)), "files": _described(files)}
+
+
+def _text_files(texts: Iterable[Text]) -> list[Path]:
+    return [file for text in texts if isinstance(text, Path) for file in text_files(text)]
+
+
+def _described(files: Sequence[Path]) -> list[list[Any]]:
     if missing := [file for file in files if not file.is_file()]:
         raise SenteiError(f"{missing[0]} does not exist.")
-    identity = {
-        "pruning": asdict(settings),
-        "evaluation": asdict(asked.evaluation),
-        "speed": asked.measure_speed is not None,
-        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-    }
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _as_json(settings: dict[str, Any]) -> Any:
     return json.loads(
-        json.dumps(identity, default=lambda each: sorted(each) if isinstance(each, frozenset) else str(each))
+        json.dumps(settings, default=lambda each: sorted(each) if isinstance(each, frozenset) else str(each))
     )
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -24,15 +24,21 @@ def choose_metric(name: str, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBa
     Raises:
         SenteiError: There is no such metric, file or function.
     """
-    kind, _, rest = name.partition(":")
+    _, _, rest = name.partition(":")
     if name == "perplexity":
         return PerplexityMetric(ids)
     if name == "kl":
         return KLDivergence(ids)
-    if kind == "accuracy":
-        if not rest:
-            raise SenteiError("--metric accuracy needs questions.", "Write accuracy:FILE.jsonl.")
-        return AccuracyMetric(load_questions(Path(rest)), tokenizer, source=Path(rest).name, seq_len=ids.shape[1])
+    if (questions := question_file(name)) is not None:
+        return AccuracyMetric(load_questions(questions), tokenizer, source=questions.name, seq_len=ids.shape[1])
+    if name in ("accuracy", "accuracy:"):
+        raise SenteiError("--metric accuracy needs questions.", "Write accuracy:FILE.jsonl.")
     if not rest:
         raise SenteiError(f"--metric {name!r} is not known.", _HINT)
     return FunctionMetric(name, load_function(name), tokenizer)
+
+
+def question_file(name: str) -> Path | None:
+    """The file that ``accuracy:FILE`` reads; ``None`` for any other metric."""
+    kind, _, rest = name.partition(":")
+    return Path(rest) if kind == "accuracy" and rest else None

@@ -19,12 +19,14 @@ class StateMetric(Protocol):
     Attributes:
         name: As in the plan.
         source: What it is measured on, if that is not the calibration text.
+        source_sha256: Of that, as it was read.
         higher_is_better: ``False`` for losses.
         ids: int64 ``[num_sequences, seq_len]``: what the model reads.
     """
 
     name: str
     source: str | None
+    source_sha256: str | None
     higher_is_better: bool
     ids: torch.Tensor
 
@@ -52,11 +54,17 @@ class TokenMetric(StateMetric, Protocol):
 Metric = StateMetric | FunctionMetric
 
 
+def perplexity_of(loss: float) -> float:
+    """``exp`` of a mean loss in nats; infinite rather than an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 class PerplexityMetric:
     """``exp`` of the mean negative log-likelihood of the next token; losses in float32, summed in float64."""
 
     name: str = "perplexity"
     source: str | None = None
+    source_sha256: str | None = None
     higher_is_better: bool = False
 
     def __init__(self, ids: torch.Tensor) -> None:
@@ -71,9 +79,8 @@ class PerplexityMetric:
         return walk.token_losses(hidden, self.ids[:, : hidden.shape[1]])
 
     def combine(self, values: torch.Tensor) -> float:
-        """Perplexity from token losses in nats; infinite rather than an overflow."""
-        mean = float(values.double().mean())
-        return math.exp(mean) if mean < 700 else math.inf
+        """Perplexity from token losses in nats."""
+        return perplexity_of(float(values.double().mean()))
 
     def __call__(self, walk: LayerWalk, hidden: torch.Tensor) -> float:
         """See :class:`StateMetric`."""
@@ -88,6 +95,7 @@ class KLDivergence:
 
     name: str = "kl"
     source: str | None = None
+    source_sha256: str | None = None
     higher_is_better: bool = False
 
     def __init__(self, ids: torch.Tensor) -> None:

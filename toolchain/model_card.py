@@ -28,6 +28,7 @@ def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
         if summary["num_refitted"]
         else ""
     )
+    measured_on = document.metric_source or "the calibration text"
     sources = "; ".join(sources_of(document.calibration))
     again = ", on the same calibration text" if document.compensation else ""
     return f"""---
@@ -48,7 +49,7 @@ removed; embeddings and head are untouched.
 - **FFN**: `intermediate_size` {document.base_model.intermediate_size} → {min(widths)} to {max(widths)}, layer by layer
   (`per_layer_config` in `config.json`).
 - **Attention removed** in layers: {removed}.
-{refitted}- **Cost**: {document.metric} {cost}, on the calibration text. Measure it on your own text with
+{refitted}- **Cost**: {document.metric} {cost}, on {measured_on}. Measure it on your own text with
   `sentei evaluate`.
 - **Calibration**: {sources}; {document.calibration.num_samples} windows of
   {document.calibration.seq_len} tokens, in {document.dtype}.

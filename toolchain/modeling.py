@@ -99,8 +99,7 @@ def check_complete(checkpoint: Checkpoint) -> PreTrainedModel:
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
     optional = {f"{head}.weight"} if model.config.tie_word_embeddings else set()
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    # Checkpoints of Llama 2's time also hold each layer's rotary frequencies, which are computed.
-    found = {name: info.shape for name, info in checkpoint.tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    found = checkpoint.shapes
     where = f"{checkpoint.directory}:"
     if missing := sorted(wanted.keys() - found.keys() - optional):
         raise SenteiError(f"{where} there is no tensor {missing[0]} ({len(missing)} missing).")
@@ -141,6 +140,22 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SenteiError(f"{directory} has no usable tokenizer ({str(error).splitlines()[0]}).") from error
+
+
+def check_same_vocabulary(checkpoint: Checkpoint, original: Checkpoint) -> None:
+    """Checks that two models can be compared token by token: same tokens, same places in the logits.
+
+    Raises:
+        SenteiError: They cannot.
+    """
+    sizes = [each.config.get("vocab_size") for each in (checkpoint, original)]
+    vocabularies = [load_tokenizer(each.directory).get_vocab() for each in (checkpoint, original)]
+    if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
+        raise SenteiError(
+            f"{original.directory} has another tokenizer or vocabulary than {checkpoint.directory}: their logits "
+            "cannot be compared.",
+            "Give the model it was pruned from.",
+        )
 
 
 def transformers_class(family: Family) -> type[PreTrainedModel]:

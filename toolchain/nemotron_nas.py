@@ -123,8 +123,8 @@ def nas_form(checkpoint: Checkpoint) -> NasForm:
 def _tensors(checkpoint: Checkpoint, *, tied: bool) -> Iterator[tuple[str, Rows]]:
     family = checkpoint.family
     for name, info in checkpoint.tensors.items():
-        # Transformers reads neither a second copy of tied embeddings nor the rotary frequencies of Llama 2's time.
-        if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+        # Transformers does not read a second copy of tied embeddings.
+        if tied and name == "lm_head.weight":
             continue
         module, _, kind = name.rpartition(".")
         layer, _, within = module.removeprefix(f"{family.layers}.").partition(".")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolchain.checkpoint import Checkpoint
-from toolchain.layer_walk import LayerWalk
+from toolchain.layer_walk import LayerWalk, without_neurons
 from toolchain.layout import LayerLayout
 from toolchain.modeling import check_complete, decoder_layers, remove_attention, remove_ffn, transformers_class
 from toolchain.surgery import KeptNeurons, PrunedTensors, narrow_ffn
@@ -48,6 +48,7 @@ class DiskLayers:
         self._layout = list(checkpoint.layout)
         self._kept: KeptNeurons = [np.arange(layer.intermediate_size) for layer in checkpoint.layout]
         self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._last = -1
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-layer")
         self._reshaped()
 
@@ -57,12 +58,15 @@ class DiskLayers:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """See :class:`toolchain.layer_walk.Layers`; reads the layer, and the next one meanwhile."""
+        """See :class:`toolchain.layer_walk.Layers`; reads the layer, and meanwhile the next one in either direction."""
         number, reading = self._next or (index, self._reader.submit(self._read, index))
         if number != index:
             reading = self._reader.submit(self._read, index)
         weights = reading.result()
-        self._next = (index + 1, self._reader.submit(self._read, index + 1)) if index + 1 < len(self) else None
+        following = index - 1 if self._last == index + 1 else index + 1
+        self._next, self._last = None, index
+        if 0 <= following < len(self):
+            self._next = following, self._reader.submit(self._read, following)
         module = self._layers[index]
         device = self._model.device
         module.load_state_dict({k: v.to(device, non_blocking=True) for k, v in weights.items()}, assign=True)
@@ -80,6 +84,8 @@ class DiskLayers:
             LayerLayout(attention=layer.attention, intermediate_size=len(kept))
             for layer, kept in zip(self._layout, self._kept, strict=True)
         ]
+        for index in without_neurons(kept_neurons):
+            remove_ffn(self._layers[index], self._checkpoint.family)
         self._reshaped()
 
     def remove_attention(self, index: int) -> None:

@@ -14,7 +14,14 @@ import torch
 import transformers
 
 from toolchain import embedded_text
-from toolchain.allocation import Allocation, Protected, allocate, alpha_of, block_parameters
+from toolchain.allocation import (
+    Allocation,
+    Protected,
+    allocate,
+    alpha_of,
+    block_parameters,
+    reachable_removals,
+)
 from toolchain.block_removal import BLOCK_METHODS, EVOPRESS, num_blocks_to_remove, remove_blocks
 from toolchain.calibration import TokenWindows, load_mixture
 from toolchain.checkpoint import Checkpoint, TensorInfo, open_checkpoint
@@ -23,8 +30,8 @@ from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.function_metric import FunctionMetric
 from toolchain.layer_walk import LayerWalk
 from toolchain.limits import LimitSettings, limit_asked
-from toolchain.memory import give_back_freed_memory, keep_freed_memory
-from toolchain.metric_choice import choose_metric
+from toolchain.memory import give_back_freed_memory, is_out_of_memory, keep_freed_memory
+from toolchain.metric_choice import choose_metric, question_file
 from toolchain.metrics import Metric, PerplexityMetric, measure
 from toolchain.model_card import model_card
 from toolchain.modeling import load_model, load_tokenizer
@@ -44,7 +51,7 @@ from toolchain.search import Search
 from toolchain.search_state import SearchState, search_directory
 from toolchain.surgery import write_pruned
 from toolchain.tensor_parallel import width_unit
-from toolchain.text_sources import TextSource
+from toolchain.text_sources import TextSource, local_paths
 
 SUMMARY_FILE = "pruning_summary.json"
 METHOD = "2ssp"
@@ -102,6 +109,12 @@ class PruneSettings:
     evopress_budget: str = "paper"
     offload: bool = False
 
+    @property
+    def input_files(self) -> list[Path]:
+        """Files and directories that texts and questions are read from."""
+        asked = [question_file(name) for name in (self.metric, self.limit_metric) if name]
+        return [*local_paths(source.text for source in self.calibration), *(file for file in asked if file)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -149,7 +162,7 @@ def prune(
             nothing. Or the written checkpoint does not compute what was planned; it was deleted.
     """
     started = time.monotonic()
-    check_output_directory(out, force=force, inputs=[model_directory])
+    check_output_directory(out, force=force, inputs=[model_directory, *settings.input_files])
     state = SearchState(search_directory(out))
     if not (resume or force):
         state.check_free()
@@ -235,12 +248,18 @@ def allocation_of(checkpoint: Checkpoint, settings: PruneSettings) -> Allocation
     if settings.method in BLOCK_METHODS:
         num_blocks_to_remove(sizes.num_hidden_layers, settings.sparsity)
         return None
+    align = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
+    removals = settings.attention_removals
+    if settings.allocation == "auto":
+        # Damage will choose one of these; with none of them, the formula's number says what is in the way.
+        possible = reachable_removals(sizes, settings.sparsity, align=align, protected=settings.protected)
+        removals = possible[0] if possible else None
     return allocate(
         sizes,
         settings.sparsity,
-        align=width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel),
+        align=align,
         alpha=alpha_of(settings.widths),
-        attention_removals=settings.attention_removals,
+        attention_removals=removals,
         protected=settings.protected,
     )
 
@@ -289,6 +308,7 @@ def _blank_plan(
         search=settings.search,
         metric=metric.name,
         metric_source=metric.source,
+        metric_source_sha256=metric.source_sha256,
         metric_higher_is_better=metric.higher_is_better,
         metric_original=0.0,
         limit=None,
@@ -382,7 +402,8 @@ def apply_plan(
         SenteiError: The plan does not fit the model, or the text is not the one it compensates with.
     """
     started = time.monotonic()
-    check_output_directory(out, force=force, inputs=[model_directory])
+    texts = local_paths(source.text for source in calibration)
+    check_output_directory(out, force=force, inputs=[model_directory, *texts])
     checkpoint = open_checkpoint(model_directory)
     check_plan_fits(plan, checkpoint)
     computing = None
@@ -468,16 +489,13 @@ def _write(
         plan.save(partial)
         pruned = open_checkpoint(partial)
         measured = None
-        if computing is not None:
+        if computing is not None and (metric is not None or refitted):
+            judge, planned = _planned_perplexity(checkpoint, plan, computing, metric, refitted=bool(refitted))
             walk = computing.open(pruned)
-            if refitted:
-                assert plan.document.compensation is not None
-                perplexity = measure(walk, PerplexityMetric(computing.windows[:1]))
-                _check_as_planned(plan, "perplexity", perplexity, plan.document.compensation.perplexity)
+            perplexity = measure(walk, judge)
+            _check_as_planned(plan, perplexity, planned)
             if metric is not None:
-                measured = measure(walk, metric)
-                if not refitted:
-                    _check_as_planned(plan, plan.document.metric, measured, plan.document.metric_at_end)
+                measured = perplexity if metric is judge else measure(walk, metric)
         summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
         write_text(partial / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         write_text(partial / "README.md", model_card(plan, summary))
@@ -490,25 +508,52 @@ def _compensate(
     """Re-fits what the plan leaves; returns the plan with its record, and where the weights are."""
     original, pruned = computing.open(checkpoint), computing.open(checkpoint)
     remove_planned(pruned, plan)
-    with progress("Compensation", len(plan.layout)) as advance:
-        done = compensate(
-            original,
-            pruned,
-            computing.windows,
-            directory,
-            dtypes={name: info.dtype for name, info in checkpoint.tensors.items()},
-            on_layer=advance,
-        )
+    try:
+        with progress("Compensation", len(plan.layout)) as advance:
+            done = compensate(
+                original,
+                pruned,
+                computing.windows,
+                directory,
+                dtypes={name: info.dtype for name, info in checkpoint.tensors.items()},
+                on_layer=advance,
+            )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SenteiError(
+            "Memory ran out while weights were fitted again.",
+            "Add --offload, prune with fewer --samples or --no-compensate, or use a larger machine.",
+        ) from error
     record = CompensationRecord(refits=done.records, perplexity=done.perplexity)
     return plan.changed({"compensation": record}), done.tensors
 
 
-def _check_as_planned(plan: PruningPlan, name: str, measured: float, planned: float | None) -> None:
+def _planned_perplexity(
+    checkpoint: Checkpoint, plan: PruningPlan, computing: Computing, metric: Metric | None, *, refitted: bool
+) -> tuple[Metric, float | None]:
+    """By what the written checkpoint is judged, and what it should be.
+
+    Always perplexity: an accuracy jumps by a whole question where sums are rounded in another order, and a person's
+    function may draw at random.
+    """
+    if isinstance(metric, PerplexityMetric) and not refitted:
+        return metric, plan.document.metric_at_end
+    judge = PerplexityMetric(computing.windows[:1])
+    if refitted:
+        assert plan.document.compensation is not None
+        return judge, plan.document.compensation.perplexity
+    walk = computing.open(checkpoint)
+    remove_planned(walk, plan)
+    return judge, measure(walk, judge)
+
+
+def _check_as_planned(plan: PruningPlan, measured: float, planned: float | None) -> None:
     # The same arithmetic on the same weights; what is left is the order of sums in batched matrix products.
     tolerance = 1e-4 if plan.document.dtype == "float32" else 2e-2
     if planned is None or abs(measured - planned) > tolerance * abs(planned):
         raise CheckFailedError(
-            f"The written checkpoint has {name} {measured:.6g} on the calibration text, and {planned:.6g} was "
+            f"The written checkpoint has perplexity {measured:.6g} on the calibration text, and {planned:.6g} was "
             "expected: it is not what was planned, and was deleted.",
             "Please report this.",
         )

@@ -165,6 +165,7 @@ class LimitRecord(_Record):
 
     metric: str
     source: str | None
+    source_sha256: str | None = None
     higher_is_better: bool
     asked: str
     asked_value: float
@@ -176,7 +177,7 @@ class PlanDocument(_Record):
     """``plan.json``.
 
     What was asked for comes first (``target_intermediate_size`` and ``target_attention_removals`` follow from it, and
-    are empty and 0 until they are known); then what was found.
+    are empty and 0 until they are known); then what was found. ``metric_source_sha256`` is over the metric's questions.
     """
 
     schema_version: int
@@ -194,6 +195,7 @@ class PlanDocument(_Record):
     search: str
     metric: str
     metric_source: str | None
+    metric_source_sha256: str | None = None
     metric_higher_is_better: bool
     metric_original: float
     limit: LimitRecord | None

@@ -23,7 +23,7 @@ def difference(first: PruningPlan, second: PruningPlan) -> dict[str, Any]:
         SenteiError: The plans are for different models.
     """
     one, other = first.document, second.document
-    if one.base_model != other.base_model:
+    if one.base_model.weights_sha256 != other.base_model.weights_sha256:
         raise SenteiError(f"The plans are for different models, {one.base_model.name} and {other.base_model.name}.")
     before, after = one.model_dump(exclude=_FOUND), other.model_dump(exclude=_FOUND)
     layers = []

@@ -25,7 +25,8 @@ _MEASURED: dict[str, Any] = {
 
 def search_directory(out: Path) -> Path:
     """``<out>.search``, which exists while the search that will write ``out`` is unfinished."""
-    return out.with_name(out.name + ".search")
+    # Not with_name(), which fails for the working directory before anybody could say that it is never replaced.
+    return out.parent / f"{out.name}.search"
 
 
 def interrupted(directory: Path) -> SenteiError:
@@ -43,12 +44,12 @@ class SearchState:
         self.directory = directory
 
     def check_free(self) -> None:
-        """Refuses to overwrite an interrupted search.
+        """Refuses to overwrite an interrupted search, or a sweep's, which are in directories below.
 
         Raises:
             SenteiError: There is one.
         """
-        if (self.directory / PLAN_FILE).exists():
+        if self.directory.is_dir() and any(self.directory.iterdir()):
             raise interrupted(self.directory)
 
     def save(self, plan: PruningPlan) -> None:
@@ -63,9 +64,14 @@ class SearchState:
             expected: The plan a new search would begin with.
 
         Raises:
-            SenteiError: The inputs are not those of the interrupted search; names the first that differs.
+            SenteiError: The inputs are not those of the interrupted search; names the first that differs. Or it is a
+                sweep that was interrupted.
         """
         if not (self.directory / PLAN_FILE).exists():
+            if any(self.directory.glob(f"*/{PLAN_FILE}")):
+                raise SenteiError(
+                    f"{self.directory} holds an interrupted sweep.", "Resume the sweep, or use --force to start over."
+                )
             return None
         plan = load_plan(self.directory)
         before, now = plan.document.model_dump(exclude=_MEASURED), expected.model_dump(exclude=_MEASURED)

@@ -30,11 +30,12 @@ def last_token_states(
     columns = []
     for block in walk.blocks(windows):
         hidden = walk.embed(block)
-        rows = [hidden[:, -1]]
+        # Copies: a view would keep every layer's whole output.
+        rows = [hidden[:, -1].clone()]
         for index in range(len(walk.layers)):
             with walk.layers.layer(index) as module:
                 hidden = walk.run(module, index, hidden)
-            rows.append(hidden[:, -1])
+            rows.append(hidden[:, -1].clone())
         columns.append(torch.stack(rows).double().cpu())
         for _ in block:
             on_window()

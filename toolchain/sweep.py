@@ -10,7 +10,7 @@ from typing import Any
 from toolchain.errors import SenteiError
 from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.pipeline import PruneSettings, prepare, search
-from toolchain.plan import SWEEP_FILE, PruningPlan
+from toolchain.plan import PLAN_FILE, SWEEP_FILE, PruningPlan
 from toolchain.plan_document import PlanDocument
 from toolchain.progress import Progress, no_progress
 from toolchain.search_state import SearchState, interrupted, search_directory
@@ -46,13 +46,18 @@ def sweep(
         SenteiError: Bad input; nothing was written, unless an attention was removed already, as in
             :func:`toolchain.pipeline.prune`.
     """
-    check_output_directory(out, force=force, inputs=[model_directory])
+    check_output_directory(out, force=force, inputs=[model_directory, *settings.input_files])
     unfinished = search_directory(out)
     states = {sparsity: SearchState(unfinished / f"{sparsity:g}") for sparsity in sparsities}
     if unfinished.exists() and not resume:
         if not force:
             raise interrupted(unfinished)
         shutil.rmtree(unfinished)
+    if (unfinished / PLAN_FILE).exists():
+        raise SenteiError(
+            f"{unfinished} holds an interrupted search for one sparsity.",
+            "Resume that search, or use --force to start over.",
+        )
     jobs = [prepare(model_directory, replace(settings, sparsity=sparsity), model_name) for sparsity in sparsities]
     plans: list[PruningPlan] = []
     try:

@@ -1,7 +1,8 @@
 """Accuracy on a person's own multiple-choice questions, as the search can use it."""
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolchain.errors import SenteiError
 from toolchain.layer_walk import LayerWalk
+from toolchain.text_sources import UTF8, utf8_expected
 
 # Scripts that put no space between words start here: CJK radicals; Latin, Greek, Arabic and the like lie below.
 _FIRST_WITHOUT_SPACES = "\u2e80"
@@ -51,6 +53,8 @@ class AccuracyMetric:
             SenteiError: A choice alone is longer than ``seq_len``.
         """
         self.source: str | None = source
+        asked = json.dumps([asdict(question) for question in questions])
+        self.source_sha256: str | None = hashlib.sha256(asked.encode()).hexdigest()
         rows: list[list[int]] = []
         positions: list[tuple[int, int, int]] = []
         self._lengths: list[int] = []
@@ -102,12 +106,13 @@ def question_lines(path: Path) -> list[tuple[str, str]]:
     """The lines of a file of questions that are not blank, each behind the words that name its place.
 
     Raises:
-        SenteiError: There is no such file, or nothing in it.
+        SenteiError: There is no such file, nothing in it, or it is not UTF-8.
     """
     if not path.is_file():
         raise SenteiError(f"File of questions {path} does not exist.")
     # Not splitlines(), which also breaks at separators that JSON texts may hold.
-    lines = path.read_text(encoding="utf-8").split("\n")
+    with utf8_expected(path):
+        lines = path.read_text(encoding=UTF8).split("\n")
     found = [(f"{path} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise SenteiError(f"{path} holds no question.")

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from toolchain import embedded_text
 from toolchain.errors import MissingDependencyError, SenteiError
 
 _HUB = "hub:"
+# With or without the mark that some editors put in front.
+UTF8 = "utf-8-sig"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,12 @@ def text_name(text: Text) -> str:
     return ":".join((text.name, text.config or "", text.split)) if text.config else f"{text.name}:{text.split}"
 
 
+def local_paths(texts: Iterable[Text]) -> list[Path]:
+    """Files and directories that texts are read from: what no command may replace by its output."""
+    given = [text if isinstance(text, Path) else Path(text.name) for text in texts if text is not None]
+    return [path for path in given if path.exists()]
+
+
 def read_documents(text: Text) -> Iterator[str]:
     """Yields a text's documents one by one: ``.txt`` as it is, ``.jsonl``, ``.parquet`` and rows by field ``text``.
 
@@ -132,15 +141,26 @@ def text_files(path: Path) -> list[Path]:
     return [path]
 
 
-def _read_txt(path: Path) -> Iterator[str]:
+@contextmanager
+def utf8_expected(path: Path) -> Iterator[None]:
+    """Says in one sentence that a file, which is read meanwhile, is not UTF-8.
+
+    Raises:
+        SenteiError: It is not.
+    """
     try:
-        yield path.read_text(encoding="utf-8")
+        yield
     except UnicodeDecodeError as error:
         raise SenteiError(f"{path} is not UTF-8 text ({error}).") from error
 
 
+def _read_txt(path: Path) -> Iterator[str]:
+    with utf8_expected(path):
+        yield path.read_text(encoding=UTF8)
+
+
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with utf8_expected(path), path.open(encoding=UTF8) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

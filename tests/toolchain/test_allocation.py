@@ -1,11 +1,15 @@
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tests.families import make_family_pico
 from toolchain.adaptive_allocation import best_split, ranked_widths
 from toolchain.allocation import (
     Allocation,
@@ -20,6 +24,7 @@ from toolchain.allocation import (
 )
 from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import SenteiError
+from toolchain.pipeline import PruneSettings, allocation_of
 
 SMOLLM2 = BlockParameters(
     num_hidden_layers=30,
@@ -211,3 +216,17 @@ def test_a_ladder_only_goes_down(full: int, align: int, widths: list[int]):
     assert rungs[0] == (full,) * len(target)
     assert rungs[-1] == tuple(target)
     assert all(a >= b for above, below in itertools.pairwise(rungs) for a, b in zip(above, below, strict=True))
+
+
+def test_with_auto_the_formulas_number_need_not_reach_the_target(tmp_path: Path):
+    make_family_pico(tmp_path, "llama", "grouped")
+    checkpoint = open_checkpoint(tmp_path)
+    settings = PruneSettings(
+        sparsity=0.8, calibration=(), num_samples=1, seq_len=8, align=8, attention_removals=None, device="cpu",
+        dtype=torch.float32, seed=0,
+    )  # fmt: skip
+    with pytest.raises(SenteiError, match="cannot be reached with 3 attention removals"):
+        allocation_of(checkpoint, settings)
+    assert allocation_of(checkpoint, replace(settings, allocation="auto")) is not None
+    with pytest.raises(SenteiError, match="cannot be reached"):
+        allocation_of(checkpoint, replace(settings, allocation="auto", sparsity=0.9))

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from toolchain.calibration import load_mixture, load_windows, split_by_weight
 from toolchain.embedded_text import SOURCE
 from toolchain.errors import SenteiError
+from toolchain.task_accuracy import question_lines
 from toolchain.text_sources import HubDataset, TextSource, parse_sources, parse_text, read_documents, text_name
 
 WORDS = {f"{kind}{number}": place for place, (kind, number) in enumerate((k, n) for k in "ej" for n in range(100))}
@@ -164,3 +165,27 @@ def test_a_data_set_without_text(tmp_path: Path):
     (tmp_path / "data.jsonl").write_text('{"content": "here"}\n')
     with pytest.raises(SenteiError, match='no column "text" of strings; it has content'):
         list(read_documents(parse_text(f"hub:{tmp_path}")))
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_file_in_another_encoding_is_one_sentence(tmp_path: Path, ending: str):
+    path = tmp_path / f"text.{ending}"
+    path.write_bytes(json.dumps({"text": "größer"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(SenteiError, match="is not UTF-8 text"):
+        list(read_documents(path))
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_the_mark_in_front_of_a_file_is_no_part_of_it(tmp_path: Path, ending: str):
+    path = tmp_path / f"text.{ending}"
+    path.write_text(json.dumps({"text": "größer"}) if ending == "jsonl" else "größer", encoding="utf-8-sig")
+    assert list(read_documents(path)) == ["größer"]
+
+
+def test_questions_in_another_encoding_are_one_sentence(tmp_path: Path):
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes('{"prompt": "größer"}'.encode("latin-1"))
+    with pytest.raises(SenteiError, match="is not UTF-8 text"):
+        question_lines(path)
+    path.write_text("{}\n", encoding="utf-8-sig")
+    assert question_lines(path) == [(f"{path} line 1", "{}")]

@@ -1,8 +1,10 @@
 from pathlib import Path
 
+import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
-from toolchain.checkpoint import open_checkpoint
+from toolchain.checkpoint import open_checkpoint, resolve_model
 from toolchain.modeling import load_model, load_tokenizer
 
 
@@ -14,3 +16,13 @@ def test_pruned_demo_generates_the_same_with_and_without_cache(pruned_demo: Path
     )
     assert torch.equal(cached, uncached)
     assert open_checkpoint(pruned_demo).is_pruned
+
+
+def test_weights_in_their_makers_own_form_are_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = ["config.json", "model-00001-of-00002.safetensors", "consolidated.safetensors", "original/params.json"]
+    asked: dict[str, list[str]] = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, **options: asked.update(options) or tmp_path)
+    resolve_model("org/name")
+    fetched = list(filter_repo_objects(files, **asked))
+    assert "consolidated.safetensors" not in fetched
+    assert set(files[:2]) <= set(fetched)

@@ -1,6 +1,9 @@
 """Compensation: the fit against brute force, and what it gains on text it has not seen."""
 
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -8,14 +11,17 @@ import torch
 
 from tests.command_line import PLAIN, refused, sentei
 from tests.families import VARIANTS, make_family_pico
+from toolchain import compensation, pipeline
 from toolchain.checkpoint import open_checkpoint, same_bits
 from toolchain.compensation import Moments, compensate, refit
 from toolchain.embedded_text import documents
+from toolchain.errors import SenteiError
 from toolchain.evaluation import perplexity
 from toolchain.layer_walk import LayerWalk
 from toolchain.modeling import load_tokenizer
 from toolchain.pipeline import open_walk
 from toolchain.plan import load_plan
+from toolchain.progress import no_progress
 
 SETTINGS = (
     "--samples", 8, "--seq-len", 16, "--align", 8, "--attention-removals", 1, "--sparsity", 0.3, "--quiet",
@@ -172,6 +178,40 @@ def test_every_familys_last_layer_comes_closer_to_the_original(family: str, tmp_
         with torch.inference_mode():
             wanted, before, after = (walk.forward(walk.embed(ids)) for walk in (walk_of(model), plain, pruned))
         assert (after - wanted).square().sum() < 0.9 * (before - wanted).square().sum(), variant
+
+
+def test_nothing_of_a_layer_stays_while_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make_family_pico(model := tmp_path / "model", "llama", "grouped")
+    original, pruned, ids = walk_of(model), walk_of(model), torch.randint(3, 96, (4, 16))
+    pruned.layers.narrow([np.arange(40) for _ in range(4)])
+    inputs: list[weakref.ref] = []
+    for layer in original.model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda _module, given, _says: inputs.append(weakref.ref(given[0])))
+    results: list[weakref.ref] = []
+
+    def watched(walk, module, index, hidden, factor):
+        assert not any(each() is not None for each in results), index
+        says, states = real(walk, module, index, hidden, factor)
+        assert not any(each() is not None for each in inputs), index
+        results[:] = [weakref.ref(each) for each in (*says.values(), states["self_attn.o_proj"])]
+        return says, states
+
+    real = compensation._run_original
+    monkeypatch.setattr(compensation, "_run_original", watched)
+    dtypes = {name: info.dtype for name, info in open_checkpoint(model).tensors.items()}
+    assert compensate(original, pruned, ids, tmp_path, dtypes=dtypes).records
+    assert inputs
+
+
+def test_memory_that_runs_out_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(pipeline, "compensate", full)
+    monkeypatch.setattr(pipeline, "remove_planned", lambda walk, plan: None)
+    checkpoint, plan, computing = SimpleNamespace(tensors={}), SimpleNamespace(layout=[]), MagicMock()
+    with pytest.raises(SenteiError, match="Memory ran out"):
+        pipeline._compensate(checkpoint, plan, computing, tmp_path, no_progress)  # type: ignore[arg-type]
 
 
 @pytest.mark.acceptance

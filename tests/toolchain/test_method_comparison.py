@@ -89,6 +89,37 @@ def test_it_goes_on_cell_by_cell(
     assert [(row["method"], row["target_sparsity"]) for row in rows] == cells
 
 
+def test_a_model_pruned_with_other_options_is_not_taken_up_again(
+    pico_model: Path, text: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = method_comparison.evaluate
+
+    def interrupted(directory: Path, against: Path | None, *more, **options):
+        if against is not None:
+            raise KeyboardInterrupt
+        return real(directory, against, *more, **options)
+
+    monkeypatch.setattr(method_comparison, "evaluate", interrupted)
+    more = ("--sparsity", "0.25", "--methods", "shortgpt")
+    assert compare(pico_model, text, other, tmp_path / "out", *more).returncode == 130
+    monkeypatch.setattr(method_comparison, "evaluate", real)
+    assert compare(pico_model, text, other, tmp_path / "out", *more, "--samples", 1, "--resume").returncode == 0
+    plan = load_plan(tmp_path / "out" / "plans" / "shortgpt-0.25")
+    assert plan.document.calibration.num_samples == 1
+
+
+def test_plans_that_are_no_longer_asked_for_stay_out(
+    pico_model: Path, text: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = method_comparison.save_comparison
+    monkeypatch.setattr(method_comparison, "save_comparison", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    more = ("--methods", "shortgpt", "--resume", "--sparsity")
+    assert compare(pico_model, text, other, tmp_path / "out", *more, "0.25,0.5").returncode == 130
+    monkeypatch.setattr(method_comparison, "save_comparison", real)
+    assert compare(pico_model, text, other, tmp_path / "out", *more, "0.5").returncode == 0
+    assert [path.name for path in (tmp_path / "out" / "plans").iterdir()] == ["shortgpt-0.5"]
+
+
 @pytest.mark.acceptance
 def test_speed_is_measured_against_the_original(pico_model: Path, text: Path, other: Path, tmp_path: Path):
     done = compare(pico_model, text, other, tmp_path / "out", "--sparsity", "0.5", "--methods", "shortgpt", "--speed")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from toolchain.cli.console import (
     COMPUTING,
+    MAX_SEED,
     TEXT_METAVAR,
     DeviceInPanelOption,
     DtypeInPanelOption,
@@ -50,7 +51,7 @@ def compare_methods(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.", rich_help_panel=_PRUNING)] = 32,
-    seed: Annotated[int, typer.Option(help="Of EvoPress.", rich_help_panel=_PRUNING)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of EvoPress.", rich_help_panel=_PRUNING)] = 0,
     text: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Perplexity on this; several times.", rich_help_panel=_EVALUATION),
@@ -140,11 +141,12 @@ def compare_methods(
         ),
         measure_speed=measure_speed if speed else None,
     )
-    check_output_directory(out, force=force, inputs=[directory])
+    read = [*asked.pruning.input_files, *asked.evaluation.input_files]
+    check_output_directory(out, force=force, inputs=[directory, *read])
     with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
         document = compare_methods(asked, work, progress=output.progress)
         with new_directory(out, force=force) as partial:
-            save_comparison(document, work, partial)
+            save_comparison(asked, document, work, partial)
     output.result({"directory": str(out), **document}, lambda console: _show(console, out, document))
 
 

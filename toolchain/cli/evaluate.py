@@ -50,6 +50,7 @@ def evaluate(
     generations: Annotated[
         int | None,
         typer.Option(
+            min=0,
             help=f"Prompts from the first text that both models continue (--against: {_DEFAULT_GENERATIONS}).",
             rich_help_panel=_TEXT,
         ),
@@ -112,7 +113,8 @@ def evaluate(
     if out is None:
         document = run(directory, original, settings, Parts(None), progress=output.progress)
     else:
-        check_output_directory(out, force=force, inputs=[directory, *([original] if original else [])])
+        models = [directory] if original is None else [directory, original]
+        check_output_directory(out, force=force, inputs=[*models, *settings.input_files])
         with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
             document = run(directory, original, settings, Parts(work), progress=output.progress)
             with new_directory(out, force=force) as partial:

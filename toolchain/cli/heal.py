@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from toolchain.cli.console import (
+    MAX_SEED,
     TEXT_METAVAR,
     DeviceOption,
     ForceOption,
@@ -53,7 +54,7 @@ def heal(
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto, bfloat16 or float32 (auto: bfloat16 if the device multiplies it).")
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Orders the text, and draws the adapters.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Orders the text, and draws the adapters.")] = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from toolchain.cli.console import (
     COMPUTING,
+    MAX_SEED,
     TEXT_METAVAR,
     DeviceInPanelOption,
     DtypeInPanelOption,
@@ -198,7 +199,9 @@ def prune(
     ] = False,
     device: DeviceInPanelOption = "auto",
     dtype: DtypeInPanelOption = "auto",
-    seed: Annotated[int, typer.Option(help="Recorded in the plan.", rich_help_panel=COMPUTING)] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Recorded in the plan.", rich_help_panel=COMPUTING)
+    ] = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

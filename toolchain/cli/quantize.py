@@ -44,16 +44,16 @@ def quantize(
     from toolchain.checkpoint import open_checkpoint
     from toolchain.modeling import load_tokenizer
     from toolchain.output import check_output_directory
-    from toolchain.text_sources import parse_sources
+    from toolchain.text_sources import local_paths, parse_sources
 
-    check_output_directory(out, force=force, inputs=[directory])
+    sources = parse_sources(calibration or [])
+    check_output_directory(out, force=force, inputs=[directory, *local_paths(source.text for source in sources)])
     open_checkpoint(directory)
     output.note(f"llm-compressor runs in {find_python()}.")
     windows = None
     if needs_text(scheme.value):
         if not calibration:
             output.note("No --calibration: taking the Python language reference. Text like your users' is better.")
-        sources = parse_sources(calibration or [])
         windows = load_mixture(sources, load_tokenizer(directory), num_samples=samples, seq_len=seq_len).ids
     elif calibration:
         raise SenteiError(f"--scheme {scheme.value} rounds without looking at text.", "Leave --calibration out.")
