@@ -17,6 +17,7 @@ from serving.model_facts import ModelFacts, compare_sizes, expected_gains, size_
 from serving.roofline import roofline
 from serving.statistics import DISTRIBUTED, ENERGY, METRICS, RATIO_FORMULA, SIDES, compare
 from serving.workload import Slo, Workload
+from toolchain.checkpoint import model_name
 from toolchain.errors import SenteiError
 from toolchain.layout import LayerLayout
 from toolchain.quantized import open_servable
@@ -87,7 +88,7 @@ def assemble_results(
         "ratio_formula": RATIO_FORMULA,
         "options": dict(options),
         "models": {
-            side: {"name": path.resolve().name, "directory": str(path), "weights_sha256": hashes[side],
+            side: {"name": model_name(path), "directory": str(path), "weights_sha256": hashes[side],
                    "precision": facts[side].precision, **told[side]}
             for side, path in directories.items()
         },

@@ -161,6 +161,15 @@ def resolve_model(model: str) -> Path:
         ) from error
 
 
+def model_name(directory: Path) -> str:
+    """What a model is called: its directory's name, or the hub's id if that is where the hub client keeps it."""
+    directory = directory.resolve()
+    repository = directory.parent.parent.name
+    if directory.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return directory.name
+
+
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Opens a model directory and checks config, layout and safetensors headers against each other.
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolchain import generation_damage as damage
 from toolchain.calibration import TokenWindows, load_windows
-from toolchain.checkpoint import Checkpoint, open_checkpoint
+from toolchain.checkpoint import Checkpoint, model_name, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluation import summarise_losses, token_losses
 from toolchain.evaluation_comparison import (
@@ -92,7 +92,7 @@ class _Model:
 
     def __init__(self, checkpoint: Checkpoint, side: Side, settings: EvaluationSettings) -> None:
         self.checkpoint, self.side, self._settings = checkpoint, side, settings
-        self.name = checkpoint.directory.resolve().name
+        self.name = model_name(checkpoint.directory)
         self.tokenizer = load_tokenizer(checkpoint.directory)
         self.identity = _identity(checkpoint, settings)
         self._walk: LayerWalk | None = None

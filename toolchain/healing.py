@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from toolchain.calibration import TokenWindows, load_mixture
-from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint, write_config, write_weights
+from toolchain.checkpoint import Checkpoint, copy_companions, model_name, open_checkpoint, write_config, write_weights
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.memory import is_out_of_memory
 from toolchain.metrics import perplexity_of
@@ -245,7 +245,7 @@ def _split(windows: TokenWindows) -> tuple[torch.Tensor, torch.Tensor]:
 def _record(teacher: Checkpoint, windows: TokenWindows, settings: HealSettings) -> dict[str, Any]:
     """What a healing begins with: everything in :class:`HealingRecord` but what is measured."""
     return {
-        "teacher": teacher.directory.resolve().name,
+        "teacher": model_name(teacher.directory),
         "teacher_sha256": teacher.fingerprint,
         "text": windows.source,
         "text_sha256": windows.sha256,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from toolchain.checkpoint import open_checkpoint, resolve_model
+from toolchain.checkpoint import model_name, open_checkpoint, resolve_model
 from toolchain.modeling import load_model, load_tokenizer
 
 
@@ -26,3 +26,11 @@ def test_weights_in_their_makers_own_form_are_not_fetched(tmp_path: Path, monkey
     fetched = list(filter_repo_objects(files, **asked))
     assert "consolidated.safetensors" not in fetched
     assert set(files[:2]) <= set(fetched)
+
+
+def test_a_model_of_the_hub_is_called_by_its_id(tmp_path: Path):
+    snapshot = tmp_path / "models--org--some--name" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    assert model_name(snapshot) == "org/some--name"
+    assert model_name(snapshot / ".." / "..") == "models--org--some--name"
+    assert model_name(tmp_path) == tmp_path.name

@@ -82,7 +82,7 @@ def compare_methods(
 ) -> None:
     """Prune by every method to several sparsities, evaluate what is left, and put it in one table."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.checkpoint import open_checkpoint, resolve_model
+    from toolchain.checkpoint import model_name, open_checkpoint, resolve_model
     from toolchain.evaluation_parts import unfinished_parts
     from toolchain.evaluation_run import EvaluationSettings
     from toolchain.lm_eval_tasks import parse_requests
@@ -115,7 +115,7 @@ def compare_methods(
 
     asked = Comparison(
         model=directory,
-        name=directory.resolve().name if Path(model).is_dir() else model,
+        name=model_name(directory),
         methods=chosen,
         sparsities=sparsities,
         pruning=PruneSettings(

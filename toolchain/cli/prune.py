@@ -210,7 +210,7 @@ def prune(
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain import pipeline
     from toolchain.allocation import parse_protected
-    from toolchain.checkpoint import open_checkpoint, resolve_model
+    from toolchain.checkpoint import model_name, open_checkpoint, resolve_model
     from toolchain.limits import LimitSettings
     from toolchain.search_state import search_directory
     from toolchain.sweep import sweep as run_sweep
@@ -245,7 +245,7 @@ def prune(
     )
     if not calibration:
         output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
-    name = directory.resolve().name if Path(model).is_dir() else model
+    name = model_name(directory)
     try:
         if sweep is not None:
             result = run_sweep(
