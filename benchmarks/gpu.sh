@@ -8,7 +8,7 @@
 # On a CPU, to see that it runs (an hour or more on 2 cores, since each repeat starts its servers):
 #   DEVICE=cpu SHAPE=small SPARSITIES="0 0.25" REPEATS=3 CHAT="--input-len 32 --output-len 8 --concurrency 1,2" \
 #   BATCH="--input-len 32 --output-len 8 --concurrency 4" ONE="--input-len 32 --output-len 8" SLO= \
-#   VLLM_OPTIONS="--engine-option=--enforce-eager" benchmarks/gpu.sh OUT
+#   VLLM_OPTIONS="--engine-option=--enforce-eager --engine-option=--max-model-len=256" benchmarks/gpu.sh OUT
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: benchmarks/gpu.sh OUT}
