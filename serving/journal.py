@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.output import check_output_directory, replace_directory, write_text
+from toolchain.output import beside, check_output_directory, replace_directory, write_text
 
 RESULTS_FILE = "results.json"
 _SETTINGS, _MEASURED = "settings.json", "measured.jsonl"
@@ -79,7 +79,7 @@ class Journal:
 
 def unfinished_directory(out: Path) -> Path:
     """Where a benchmark is until it is finished."""
-    return out.with_name(out.name + ".unfinished")
+    return beside(out, "unfinished")
 
 
 def holds_only_logs(out: Path) -> bool:

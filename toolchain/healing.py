@@ -25,7 +25,7 @@ from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.memory import is_out_of_memory
 from toolchain.metrics import perplexity_of
 from toolchain.modeling import check_same_vocabulary, load_model, load_tokenizer
-from toolchain.output import check_output_directory, new_directory, write_text
+from toolchain.output import beside, check_output_directory, new_directory, write_text
 from toolchain.passage_hashes import merge_hashes
 from toolchain.pipeline import SUMMARY_FILE, dtype_name
 from toolchain.plan import PruningPlan, load_plan
@@ -69,8 +69,7 @@ class HealSettings:
 
 def healing_directory(out: Path) -> Path:
     """``<out>.heal``, which exists while the healing that will write ``out`` is unfinished."""
-    # Not with_name(), which fails for the working directory before anybody could say that it is never replaced.
-    return out.parent / f"{out.name}.heal"
+    return beside(out, "heal")
 
 
 def heal(

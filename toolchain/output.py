@@ -36,6 +36,14 @@ def check_output_directory(out: Path, *, force: bool, inputs: Iterable[Path] = (
         raise SenteiError(f"Output directory {out} is not empty.", "Choose another, or add --force to replace it.")
 
 
+def beside(out: Path, suffix: str) -> Path:
+    """``<out>.<suffix>``, where what belongs to an output lies while it is unfinished.
+
+    Unlike ``with_name`` it takes ``.`` and ``/``, so that :func:`check_output_directory` is what refuses them.
+    """
+    return out.parent / f"{out.name}.{suffix}"
+
+
 @contextmanager
 def new_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields ``<out>.partial`` to write into; renames it to ``out`` on success, deletes it on failure.
@@ -46,7 +54,7 @@ def new_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
         SenteiError: See :func:`check_output_directory`.
     """
     check_output_directory(out, force=force)
-    partial = out.with_name(out.name + ".partial")
+    partial = beside(out, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -59,7 +67,7 @@ def new_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
 
 def replace_directory(finished: Path, out: Path) -> None:
     """Renames a finished directory to ``out``; what was there is deleted last."""
-    replaced = out.with_name(out.name + ".replaced")
+    replaced = beside(out, "replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
         out.rename(replaced)
@@ -69,6 +77,6 @@ def replace_directory(finished: Path, out: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file beside its place, then renames it, so that a reader never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
+    partial = beside(path, "partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
+from toolchain.output import beside
 from toolchain.plan import PLAN_FILE, PruningPlan, load_plan
 from toolchain.plan_document import PlanDocument
 
@@ -25,8 +26,7 @@ _MEASURED: dict[str, Any] = {
 
 def search_directory(out: Path) -> Path:
     """``<out>.search``, which exists while the search that will write ``out`` is unfinished."""
-    # Not with_name(), which fails for the working directory before anybody could say that it is never replaced.
-    return out.parent / f"{out.name}.search"
+    return beside(out, "search")
 
 
 def interrupted(directory: Path) -> SenteiError:

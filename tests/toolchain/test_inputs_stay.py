@@ -74,7 +74,15 @@ def test_a_plan_is_not_applied_over_its_text(model: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("out", [".", "/"])
-@pytest.mark.parametrize("command", [PRUNE, SWEEP, ("heal", "MODEL", "--against", "MODEL", "--data", "text.txt")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        PRUNE,
+        SWEEP,
+        ("heal", "MODEL", "--against", "MODEL", "--data", "text.txt"),
+        ("benchmark", "MODEL", "MODEL", "--engine", "transformers", "--input-len", 8, "--output-len", 4),
+    ],
+)
 def test_an_output_without_a_name_of_its_own_is_refused_in_one_sentence(model: Path, command: tuple, out: str):
     words = [model if word == "MODEL" else word for word in command]
     refused(sentei(*words, "-o", out), f"Output {out} ")
