@@ -34,6 +34,7 @@ from serving.environment import describe_environment
 from toolchain.calibration import load_windows
 from toolchain.checkpoint import open_checkpoint
 from toolchain.evaluation import perplexity
+from toolchain.evaluation_parts import digest_of
 from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.layer_walk import LayerWalk
 from toolchain.lm_eval_tasks import TaskRequest, load_task, run_task
@@ -145,7 +146,7 @@ def main(
                     "commands": method.commands, "sparsity": target, "samples": samples, "seq_len": seq_len,
                     "calibration": _digest(calibration), "dtype": dtype,
                 }  # fmt: skip
-                place = work / f"{method.name}-{target:g}-{_digest_of(depends_on)}"
+                place = work / f"{method.name}-{target:g}-{digest_of(depends_on)}"
                 prune = partial(_prune, method, place, values)
                 if table.fill(row, "pruning", depends_on, prune) is not None:
                     measure(row, cache(partial(_pruned_walk, place, dtype, prune)), depends_on)
@@ -178,7 +179,7 @@ class _Table:
         self, row: str, column: str, depends_on: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
     ) -> dict[str, Any] | None:
         """A cell's content: what is there if it depended on the same, else computed; ``None`` past the deadline."""
-        key = _digest_of(depends_on)
+        key = digest_of(depends_on)
         cell = self.cells.get(row, {}).get(column)
         if cell is None or cell["key"] != key:
             if time.monotonic() > self._deadline:
@@ -329,10 +330,6 @@ def _task(walk: LayerWalk, name: str, file: Path, limit: int, model: Path) -> di
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _digest_of(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _shown(value: float | None, form: str) -> str:

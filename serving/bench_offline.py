@@ -8,10 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from serving.bench_client import STALL_TIMEOUT_S
-from serving.bench_server import engine_facts, engine_options_for
+from serving.bench_server import engine_facts, engine_options_for, vllm_device
 from serving.child_process import child_process
 from serving.gpu_state import energy, watched_gpus
 from serving.statistics import DISTRIBUTED, METRICS, PERCENTILES, percentile
@@ -61,7 +59,7 @@ class OfflineSession:
         self._options = {
             side: engine_options_for(directory, dtype, engine_options) for side, directory in directories.items()
         }
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = vllm_device()
         self._out.mkdir(exist_ok=True)
 
     def measure(

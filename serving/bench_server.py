@@ -173,7 +173,7 @@ class ServerSession:
 
     def _device(self, directory: Path) -> str:
         if self._onnx_context is None:
-            return "cuda" if torch.cuda.is_available() else "cpu"
+            return vllm_device()
         return read_settings(directory).device
 
     def _bench(self, side: str, base_url: str, options: list[str], file: Path, idle_s: float = 0.0) -> dict[str, Any]:
@@ -196,6 +196,11 @@ class ServerSession:
         return f" The end of the {side} server's log:\n{tail(text)}"
 
 
+def vllm_device() -> str:
+    """What the vLLM that is installed runs on: its build goes with torch's."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def engine_options_for(directory: Path, dtype: str | None, engine_options: Sequence[str]) -> list[str]:
     """The user's options with what makes a comparison fair: one precision, no prefix cache, one size of KV cache."""
     # vLLM's "auto" would run a float32 checkpoint in half precision.
@@ -203,7 +208,7 @@ def engine_options_for(directory: Path, dtype: str | None, engine_options: Seque
     if not any("prefix-caching" in option for option in options):
         options.append("--no-enable-prefix-caching")
     if not (
-        torch.cuda.is_available() or _CPU_KV_SPACE in os.environ or any("kv-cache-memory" in each for each in options)
+        vllm_device() == "cuda" or _CPU_KV_SPACE in os.environ or any("kv-cache-memory" in each for each in options)
     ):
         # vLLM's CPU default takes much of the machine's memory.
         options += ["--kv-cache-memory-bytes", "1G"]

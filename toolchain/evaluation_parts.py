@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.output import write_text
+from toolchain.output import beside, write_text
 
 
 def parts_directory(out: Path) -> Path:
     """``<out>.parts``, which exists while the evaluation that will write ``out`` is unfinished."""
-    return out.with_name(out.name + ".parts")
+    return beside(out, "parts")
 
 
 @contextmanager
@@ -43,6 +43,11 @@ def unfinished_parts(out: Path, *, force: bool, resume: bool, note: Callable[[st
             note(f"{directory} holds what is finished. The same command with --resume goes on.")
         raise
     shutil.rmtree(directory)
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """Tells apart what was made from different things, in names of files."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Parts:
@@ -94,5 +99,4 @@ class Parts:
     def _path(self, name: str, identity: Mapping[str, Any]) -> Path | None:
         if self._directory is None:
             return None
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return self._directory / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}-{digest[:16]}.json"
+        return self._directory / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}-{digest_of(identity)}.json"

@@ -1,6 +1,5 @@
 """Every method at every size on one model: what is left of it, how long pruning took, and how fast the rest runs."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from toolchain.block_removal import BLOCK_METHODS
 from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluation_document import EvaluationDocument, TextOverlap, overlap_warning
-from toolchain.evaluation_parts import Parts
+from toolchain.evaluation_parts import Parts, digest_of
 from toolchain.evaluation_run import EvaluationSettings, evaluate
 from toolchain.output import write_text
 from toolchain.paired_tests import check_statistics
@@ -114,7 +113,7 @@ def _label(name: str, settings: PruneSettings) -> str:
 
 
 def _kept_plan(asked: Comparison, work: Path, name: str, settings: PruneSettings) -> Path:
-    return work / "plans" / _digest(_identity(asked, settings)) / _label(name, settings)
+    return work / "plans" / digest_of(_identity(asked, settings)) / _label(name, settings)
 
 
 def _row(
@@ -126,7 +125,7 @@ def _row(
         return progress(f"{label}: {description}", total)
 
     def compute() -> dict[str, Any]:
-        directory = work / "models" / _digest(_pruning_identity(asked, settings)) / label
+        directory = work / "models" / digest_of(_pruning_identity(asked, settings)) / label
         kept = _kept_plan(asked, work, name, settings)
         if not directory.exists():
             directory.parent.mkdir(parents=True, exist_ok=True)
@@ -196,10 +195,6 @@ def _as_json(settings: dict[str, Any]) -> Any:
     return json.loads(
         json.dumps(settings, default=lambda each: sorted(each) if isinstance(each, frozenset) else str(each))
     )
-
-
-def _digest(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -24,15 +24,15 @@ def choose_metric(name: str, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBa
     Raises:
         SenteiError: There is no such metric, file or function.
     """
-    _, _, rest = name.partition(":")
+    kind, _, rest = name.partition(":")
     if name == "perplexity":
         return PerplexityMetric(ids)
     if name == "kl":
         return KLDivergence(ids)
-    if (questions := question_file(name)) is not None:
+    if kind == "accuracy":
+        if (questions := question_file(name)) is None:
+            raise SenteiError("--metric accuracy needs questions.", "Write accuracy:FILE.jsonl.")
         return AccuracyMetric(load_questions(questions), tokenizer, source=questions.name, seq_len=ids.shape[1])
-    if name in ("accuracy", "accuracy:"):
-        raise SenteiError("--metric accuracy needs questions.", "Write accuracy:FILE.jsonl.")
     if not rest:
         raise SenteiError(f"--metric {name!r} is not known.", _HINT)
     return FunctionMetric(name, load_function(name), tokenizer)

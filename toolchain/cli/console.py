@@ -27,9 +27,9 @@ DtypeOption = Annotated[
 OwnDtypeOption = Annotated[
     str, typer.Option("--dtype", help="Computed in: auto (the checkpoint's own), float32, bfloat16 or float16.")
 ]
-# The same for commands whose options stand in panels.
-# Those that NumPy takes.
+# Of the seeds that NumPy takes.
 MAX_SEED = 2**32 - 1
+# The same for commands whose options stand in panels.
 COMPUTING = "Computing"
 DeviceInPanelOption = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=COMPUTING)
