@@ -2,9 +2,11 @@
 
 Layer after layer, the original and the pruned model run side by side on calibration text. In each layer the projection
 out of attention, then the one out of the FFN, gets the weights that bring the pruned model's residual stream closest to
-the original's, with the errors of all earlier layers included: a ridge regression towards the weights it had. No
-training, no gradients. Fitting a pruned layer's output by least squares is FLAP's and SlimGPT's idea too (arXiv
-2312.11983, 2412.18110); the target here is the residual stream. See ``docs/decisions/compensation.md``.
+the original's, with the errors of all earlier layers included: a ridge regression towards the weights it had. Last, the
+norm before the head is scaled: it blows up what errors remain to the size of the original's states, which makes the
+model too sure of what it says. No training, no gradients. Fitting a pruned layer's output by least squares is FLAP's
+and SlimGPT's idea too (arXiv 2312.11983, 2412.18110); the target here is the residual stream. See
+``docs/decisions/compensation.md``.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -27,7 +29,7 @@ from toolchain.sub_blocks import Part
 
 # Ridges that are tried, relative to each input's own energy; held-out windows choose.
 RIDGES = (0.1, 1.0, 10.0)
-# One window in so many is held out while the ridge is chosen.
+# One window in so many is held out: it chooses the ridges and the final norm's factor, and no weight is fitted to it.
 _HELD_OUT_EVERY = 8
 # Errors below this share are rounding, not damage.
 _ROUNDING = 1e-6
@@ -42,11 +44,13 @@ class Compensated:
     Attributes:
         tensors: Where the re-fitted weights are, by name in the checkpoint; in the dtype the checkpoint keeps.
         records: One a re-fitted projection, for the plan.
+        final_norm_factor: By which the norm before the head was multiplied; 1 if nothing was changed.
         perplexity: Of the compensated model on the first window.
     """
 
     tensors: dict[str, TensorInfo]
     records: list[RefitRecord]
+    final_norm_factor: float
     perplexity: float
 
 
@@ -65,7 +69,7 @@ def compensate(
     Args:
         original: The unpruned model.
         pruned: The same with its FFNs narrowed and attentions removed; resident layers are changed in place.
-        windows: Calibration, int64 ``[num_samples, seq_len]``, at least two; one in eight chooses the ridges.
+        windows: Calibration, int64 ``[num_samples, seq_len]``, at least two; one in eight is held out.
         directory: An existing directory for the weights, one file a layer.
         dtypes: Stored dtype of every weight, by name in the checkpoint: the fit goes on with the rounded weights.
         on_layer: Called after each layer, for progress.
@@ -122,12 +126,47 @@ def compensate(
         # All that is left of a layer before the next one fills its place.
         del says, states
         if refitted:
-            file = directory / f"layer-{index}.safetensors"
-            save_file({name: weight.cpu().contiguous() for name, weight in refitted.items()}, file)
-            tensors |= {name: TensorInfo(file, tuple(each.shape), each.dtype) for name, each in refitted.items()}
+            tensors |= _saved(refitted, directory / f"layer-{index}.safetensors")
         on_layer()
+    norm = f"{family.final_norm}.weight"
+    norm_factor = _final_norm_factor(original, pruned, before, after)
+    if norm_factor != 1:
+        old, offset = pruned.final_norm.get_parameter("weight"), family.norm_offset
+        scaled = (norm_factor * (old.double() + offset) - offset).to(dtypes[norm])
+        pruned.final_norm.weight = nn.Parameter(scaled.to(old), requires_grad=False)
+        tensors |= _saved({norm: scaled}, directory / "final-norm.safetensors")
     perplexity = PerplexityMetric(windows[:1])(pruned, after[:1])
-    return Compensated(tensors=tensors, records=records, perplexity=finite(perplexity, "perplexity", pruned))
+    return Compensated(
+        tensors=tensors,
+        records=records,
+        final_norm_factor=norm_factor,
+        perplexity=finite(perplexity, "perplexity", pruned),
+    )
+
+
+def _saved(weights: dict[str, torch.Tensor], file: Path) -> dict[str, TensorInfo]:
+    """Writes weights into a file, and says that they are there."""
+    save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, file)
+    return {name: TensorInfo(file, tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
+
+
+def _is_held_out(number: int, num_windows: int) -> bool:
+    return number % _HELD_OUT_EVERY == min(_HELD_OUT_EVERY, num_windows) - 1
+
+
+def _final_norm_factor(original: LayerWalk, pruned: LayerWalk, before: torch.Tensor, after: torch.Tensor) -> float:
+    """The factor that brings the normed last states closest to the original's: least squares over held-out windows.
+
+    ``before`` and ``after`` are what left the last layers, ``[num_samples, seq_len, hidden_size]``. Windows that the
+    weights were fitted to would say that there is less to correct than there is.
+    """
+    product = energy = 0.0
+    for number, (one, other) in enumerate(zip(before, after, strict=True)):
+        if _is_held_out(number, len(before)):
+            wanted, says = original.final_norm(one).double(), pruned.final_norm(other).double()
+            product, energy = product + float((says * wanted).sum()), energy + float(says.square().sum())
+    # States that have nothing in common with the original's are beyond a factor.
+    return product / energy if product > 0 else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +198,8 @@ def _moments(
         Moments(projection.in_features, projection.out_features, projection.weight.device) for _ in range(2)
     )
     for number, (each, target) in enumerate(zip(seen, wanted, strict=True)):
-        is_held_out = number % _HELD_OUT_EVERY == min(_HELD_OUT_EVERY, len(seen)) - 1
         bias = 0.0 if projection.bias is None else projection.bias
-        (held_out if is_held_out else fitted).add(each.inputs, target - bias)
+        (held_out if _is_held_out(number, len(seen)) else fitted).add(each.inputs, target - bias)
     return fitted, held_out
 
 
@@ -180,14 +218,6 @@ class Moments:
             self.gram += x.T @ x
             self.cross += x.T @ y
         self.energy += y.double().square().sum()
-
-    def merged(self, other: "Moments") -> "Moments":
-        """The moments of both sets of tokens."""
-        num_inputs, num_outputs = self.cross.shape
-        both = Moments(num_inputs, num_outputs, self.gram.device)
-        for name in ("gram", "cross", "energy"):
-            setattr(both, name, getattr(self, name) + getattr(other, name))
-        return both
 
     def error(self, weight: torch.Tensor) -> float:
         """``sum |W x - y|^2 / sum |y|^2``; ``weight`` is ``[num_outputs, num_inputs]``."""
@@ -225,7 +255,7 @@ class Refit:
 
 
 def refit(weight: torch.Tensor, fitted: Moments, held_out: Moments, dtype: torch.dtype) -> Refit:
-    """Ridge regression towards ``weight``; held-out tokens choose the ridge, then all tokens fit.
+    """Ridge regression towards ``weight``; held-out tokens choose the ridge.
 
     Args:
         weight: ``[num_outputs, num_inputs]``, as it is.
@@ -234,16 +264,12 @@ def refit(weight: torch.Tensor, fitted: Moments, held_out: Moments, dtype: torch
         dtype: The result is rounded to this before it is judged.
     """
     before = held_out.error(weight)
-    trials = {ridge: held_out.error(fitted.ridge_fit(weight, ridge).to(dtype)) for ridge in RIDGES}
-    best = min(trials, key=trials.__getitem__)
-    if before < _ROUNDING or not trials[best] < before:
+    trials = {ridge: fitted.ridge_fit(weight, ridge).to(dtype) for ridge in RIDGES}
+    errors = {ridge: held_out.error(trial) for ridge, trial in trials.items()}
+    best = min(errors, key=errors.__getitem__)
+    if before < _ROUNDING or not errors[best] < before:
         return Refit(weight=None, ridge=0.0, error_before=before, error_after=before)
-    return Refit(
-        weight=fitted.merged(held_out).ridge_fit(weight, best).to(dtype),
-        ridge=best,
-        error_before=before,
-        error_after=trials[best],
-    )
+    return Refit(weight=trials[best], ridge=best, error_before=before, error_after=errors[best])
 
 
 @contextmanager

@@ -104,6 +104,7 @@ class LayerWalk:
         model: Embedding, final norm and head; its own layers are only used if ``layers`` holds them.
         family: Names of the parts.
         layers: The decoder layers.
+        final_norm: The norm between them and the head.
         num_layer_forwards: How many sequences went through how many layers so far.
     """
 
@@ -114,7 +115,7 @@ class LayerWalk:
         self.layers = layers or ResidentLayers(model, family)
         self.num_layer_forwards = 0
         self._arguments: dict[int, list[dict[str, Any]]] = {}
-        self._final_norm = model.get_submodule(family.final_norm)
+        self.final_norm = model.get_submodule(family.final_norm)
         self._head = model.get_output_embeddings()
         self._scale_logits = _logits_scaling(model.config, family)
 
@@ -213,7 +214,7 @@ class LayerWalk:
         Yields:
             Which entries of the vocabulary, and float32 ``[num_tokens, block]``.
         """
-        states = self._final_norm(states)
+        states = self.final_norm(states)
         size = max(1, _HEAD_LOGITS["cuda" if states.is_cuda else "cpu"] // len(states))
         for start in range(0, self._head.out_features, size):
             entries = slice(start, min(start + size, self._head.out_features))

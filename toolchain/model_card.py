@@ -24,7 +24,8 @@ def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
     )
     refitted = (
         f"- **Compensation**: {summary['num_refitted']} output projections of attentions and FFNs were re-fitted in "
-        "closed form\n  on the calibration text; all other weights are the original's.\n"
+        "closed form\n  on the calibration text, and the norm before the head was scaled; all other weights are the "
+        "original's.\n"
         if summary["num_refitted"]
         else ""
     )

@@ -525,7 +525,9 @@ def _compensate(
             "Memory ran out while weights were fitted again.",
             "Add --offload, prune with fewer --samples or --no-compensate, or use a larger machine.",
         ) from error
-    record = CompensationRecord(refits=done.records, perplexity=done.perplexity)
+    record = CompensationRecord(
+        refits=done.records, final_norm_factor=done.final_norm_factor, perplexity=done.perplexity
+    )
     return plan.changed({"compensation": record}), done.tensors
 
 

@@ -115,9 +115,13 @@ class RefitRecord(_Record):
 
 
 class CompensationRecord(_Record):
-    """Output projections were re-fitted on the calibration text; ``refits`` is empty until it is done."""
+    """Output projections were re-fitted on the calibration text; ``refits`` is empty until it is done.
+
+    ``final_norm_factor`` is what the norm before the head was multiplied by; null in plans from before it was.
+    """
 
     refits: list[RefitRecord] = []
+    final_norm_factor: float | None = None
     perplexity: float | None = None
 
 

@@ -20,7 +20,7 @@ _MEASURED: dict[str, Any] = {
     "stage_1": True,
     "trace": True,
     "block_steps": True,
-    "compensation": {"refits", "perplexity"},
+    "compensation": {"refits", "final_norm_factor", "perplexity"},
 }
 
 

@@ -13,7 +13,7 @@ from tests.command_line import PLAIN, refused, sentei
 from tests.families import VARIANTS, make_family_pico
 from toolchain import compensation, pipeline
 from toolchain.checkpoint import open_checkpoint, same_bits
-from toolchain.compensation import Moments, compensate, refit
+from toolchain.compensation import RIDGES, Moments, compensate, refit
 from toolchain.embedded_text import documents
 from toolchain.errors import SenteiError
 from toolchain.evaluation import perplexity
@@ -82,14 +82,25 @@ def test_products_of_bfloat16_activations_lose_nothing(data):
     assert torch.get_float32_matmul_precision() == before
 
 
+def fitted_alone(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> dict[float, torch.Tensor]:
+    return {ridge: moments_of(x, y).ridge_fit(weight, ridge) for ridge in RIDGES}
+
+
 def test_a_refit_is_never_worse_on_what_it_was_fitted_to(data):
     x, y, weight = data
     fitted, held_out = moments_of(x[:250], y[:250]), moments_of(x[250:], y[250:])
     result = refit(weight, fitted, held_out, torch.float32)
     assert result.weight is not None
     assert result.error_after < result.error_before
-    both = fitted.merged(held_out)
-    assert both.error(result.weight) < both.error(weight)
+    assert fitted.error(result.weight) < fitted.error(weight)
+
+
+def test_windows_that_are_held_out_leave_no_trace_in_the_weight(data):
+    x, y, weight = data
+    fitted, wanted = moments_of(x[:250], y[:250]), fitted_alone(x[:250], y[:250], weight)
+    result = refit(weight, fitted, moments_of(x[250:], y[250:]), torch.float64)
+    assert result.weight is not None
+    assert torch.allclose(result.weight, wanted[result.ridge])
 
 
 def test_held_out_tokens_guard_against_overfitting():
@@ -113,6 +124,8 @@ def test_prune_and_apply_write_the_same_compensated_weights(pico_model: Path, te
     plan = load_plan(tmp_path / "out")
     assert plan.document.compensation is not None
     refitted = {f"model.layers.{each.layer}.{each.projection}.weight" for each in plan.document.compensation.refits}
+    assert plan.document.compensation.final_norm_factor != 1
+    refitted.add("model.norm.weight")
     plain, compensated = open_checkpoint(tmp_path / "plain"), open_checkpoint(tmp_path / "out")
     assert refitted
     assert refitted == {name for name in plain.tensors if not same_bits(plain.read(name), compensated.read(name))}
@@ -166,7 +179,7 @@ def test_every_familys_last_layer_comes_closer_to_the_original(family: str, tmp_
         dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
         (weights := tmp_path / f"weights-{number}").mkdir()
         unchanged = compensate(walk_of(model), walk_of(model), ids, weights, dtypes=dtypes)
-        assert unchanged.records == [], variant
+        assert (unchanged.records, unchanged.final_norm_factor, unchanged.tensors) == ([], 1, {}), variant
 
         plain, pruned = walk_of(model), walk_of(model)
         for walk in (plain, pruned):
@@ -178,6 +191,17 @@ def test_every_familys_last_layer_comes_closer_to_the_original(family: str, tmp_
         with torch.inference_mode():
             wanted, before, after = (walk.forward(walk.embed(ids)) for walk in (walk_of(model), plain, pruned))
         assert (after - wanted).square().sum() < 0.9 * (before - wanted).square().sum(), variant
+
+        # The factor of the last norm is the best one for the window that was held out, in steps of 1 %.
+        plain.final_norm.weight.data.copy_(walk_of(model).final_norm.weight)
+        norm = f"{checkpoint.family.final_norm}.weight"
+        assert torch.equal(done.tensors[norm].read(norm), pruned.final_norm.weight), variant
+        with torch.inference_mode():
+            says, wanted = (plain.final_norm(states[7::8]) for states in (after, wanted))
+            errors = {step: float((says * step / 100 - wanted).square().sum()) for step in range(1, 200)}
+            scaled = pruned.final_norm(after[7::8])
+        assert done.final_norm_factor == pytest.approx(min(errors, key=errors.__getitem__) / 100, abs=0.006), variant
+        assert torch.allclose(scaled, says * done.final_norm_factor, rtol=1e-2, atol=1e-3), variant
 
 
 def test_nothing_of_a_layer_stays_while_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -259,6 +259,8 @@ def _show(console: Console, plan: "PruningPlan") -> None:
         done = (
             f"{len(compensation.refits)} output projections were re-fitted" if compensation.refits else "not done yet"
         )
+        if compensation.final_norm_factor is not None:
+            done += f" and the norm before the head multiplied by {compensation.final_norm_factor:.3f}"
         console.print(f"compensation: {done}; kept weights of these differ from the original's.")
     for healing in document.healing:
         console.print(
