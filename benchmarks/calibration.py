@@ -26,7 +26,7 @@ from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluation import perplexity
 from toolchain.gguf_import import demo_gguf, import_gguf
-from toolchain.modeling import load_tokenizer
+from toolchain.modeling import bos_of, load_tokenizer
 from toolchain.output import write_text
 from toolchain.pipeline import PruneSettings, open_walk, remove_planned
 from toolchain.plan import PruningPlan, load_sweep
@@ -59,8 +59,9 @@ def main(
             model = Path(temporary) / "model"
             import_gguf(demo_gguf(), model)
         tokenizer = load_tokenizer(model)
+        bos = bos_of(open_checkpoint(model).family, tokenizer)
         ids = {
-            name: load_windows(parse_text(path), tokenizer, num_samples=windows, seq_len=seq_len).ids
+            name: load_windows(parse_text(path), tokenizer, num_samples=windows, seq_len=seq_len, bos=bos).ids
             for name, path in texts.items()
         }
         asked = [

@@ -38,7 +38,7 @@ from toolchain.evaluation_parts import digest_of
 from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.layer_walk import LayerWalk
 from toolchain.lm_eval_tasks import TaskRequest, load_task, run_task
-from toolchain.modeling import load_model, load_tokenizer
+from toolchain.modeling import bos_of, load_model, load_tokenizer
 from toolchain.output import write_text
 from toolchain.paired_tests import mcnemar
 
@@ -313,12 +313,14 @@ def _cpu_s_of_children() -> float:
 
 
 def _perplexity(walk: LayerWalk, path: Path, windows: int, seq_len: int, model: Path) -> dict[str, Any]:
-    ids = load_windows(path, load_tokenizer(model), num_samples=windows, seq_len=seq_len).ids
-    return asdict(perplexity(walk, ids))
+    tokenizer = load_tokenizer(model)
+    bos = bos_of(walk.family, tokenizer)
+    return asdict(perplexity(walk, load_windows(path, tokenizer, num_samples=windows, seq_len=seq_len, bos=bos).ids))
 
 
 def _task(walk: LayerWalk, name: str, file: Path, limit: int, model: Path) -> dict[str, Any]:
-    result = run_task(walk.model, load_tokenizer(model), load_task(TaskRequest(name=name, file=file)), limit=limit)
+    tokenizer, task = load_tokenizer(model), load_task(TaskRequest(name=name, file=file))
+    result = run_task(walk.model, tokenizer, task, limit=limit, bos=bos_of(walk.family, tokenizer))
     right = [question["scores"][result["metric"]] for question in result["questions"]]
     return {
         "metric": result["metric"],

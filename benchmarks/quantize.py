@@ -24,7 +24,7 @@ from toolchain.calibration import load_windows
 from toolchain.checkpoint import open_checkpoint
 from toolchain.evaluation import perplexity
 from toolchain.layer_walk import LayerWalk
-from toolchain.modeling import load_model, load_tokenizer
+from toolchain.modeling import bos_of, load_model, load_tokenizer
 from toolchain.output import write_text
 from toolchain.quantized import open_quantized
 
@@ -43,8 +43,9 @@ def main(
     measured = []
     for directory in models:
         tokenizer = load_tokenizer(directory)
-        seen = load_windows(calibration, tokenizer, num_samples=samples, seq_len=seq_len)
-        unseen = load_windows(text, tokenizer, num_samples=windows, seq_len=seq_len)
+        bos = bos_of(open_checkpoint(directory).family, tokenizer)
+        seen = load_windows(calibration, tokenizer, num_samples=samples, seq_len=seq_len, bos=bos)
+        unseen = load_windows(text, tokenizer, num_samples=windows, seq_len=seq_len, bos=bos)
         for scheme in (None, *SCHEMES):
             result = measure(directory, scheme, seen.ids, unseen.ids)
             typer.echo(f"{directory.name} {scheme or 'as it is'}: {result['perplexity']:.3f}")

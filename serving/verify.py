@@ -38,7 +38,7 @@ from serving.onnx_files import is_onnx_export
 from serving.verdict_card import write_into_card
 from toolchain.checkpoint import Checkpoint, open_checkpoint, same_bits
 from toolchain.errors import SenteiError
-from toolchain.modeling import load_tokenizer
+from toolchain.modeling import bos_of, load_tokenizer
 from toolchain.nemotron_nas import is_nemotron_nas
 from toolchain.output import write_text
 from toolchain.quantized import is_quantized, open_quantized
@@ -379,7 +379,8 @@ def _prompts(source: Checkpoint, text: Path | None, *, long: bool) -> list[list[
         return prompts
     from toolchain.calibration import load_windows
 
-    return load_windows(text, tokenizer, num_samples=_WINDOWS, seq_len=longest).ids.tolist()
+    bos = bos_of(source.family, tokenizer)
+    return load_windows(text, tokenizer, num_samples=_WINDOWS, seq_len=longest, bos=bos).ids.tolist()
 
 
 def _count_differing(source: Checkpoint, exported: Checkpoint) -> int:

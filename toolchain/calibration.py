@@ -26,12 +26,15 @@ class TokenWindows:
     Attributes:
         ids: int64 ``[num_samples, seq_len]``. Of a mixture, the first window of every source comes first; the others
             follow in an order that spreads each source evenly.
+        bos: The token that each of them begins with and that is not of the text, if there is one.
         source: Name of the text, or of the texts of a mixture.
         sources: What each text gave.
-        stretches: The windows of each text as they follow one another in it, int64 ``[num_windows, seq_len]``.
+        stretches: The windows of each text as they follow one another in it, without the BOS token; int64
+            ``[num_windows, text_len]``.
     """
 
     ids: torch.Tensor
+    bos: int | None
     source: str
     sources: tuple[TextSourceRecord, ...]
     stretches: tuple[torch.Tensor, ...]
@@ -47,13 +50,18 @@ class TokenWindows:
         return reduce(merge_hashes, (hash_passages(stretch.flatten().numpy()) for stretch in self.stretches))
 
     @property
+    def text_ids(self) -> torch.Tensor:
+        """The windows without the BOS token, int64 ``[num_samples, text_len]``."""
+        return self.ids if self.bos is None else self.ids[:, 1:]
+
+    @property
     def first_of_each(self) -> torch.Tensor:
         """The first window of every source, int64 ``[num_sources, seq_len]``: what a search measures on."""
         return self.ids[: len(self.sources)]
 
 
 def load_windows(
-    text: Text, tokenizer: PreTrainedTokenizerBase, *, num_samples: int | None, seq_len: int
+    text: Text, tokenizer: PreTrainedTokenizerBase, *, num_samples: int | None, seq_len: int, bos: int | None = None
 ) -> TokenWindows:
     """Tokenises a text without special tokens and cuts it into windows.
 
@@ -64,13 +72,19 @@ def load_windows(
         tokenizer: The model's own.
         num_samples: How many windows; ``None`` for all there are.
         seq_len: Tokens a window.
+        bos: The first of them, see :func:`toolchain.modeling.bos_of`; ``None`` if all are of the text.
 
     Raises:
         SenteiError: Missing or damaged text, or too few tokens.
     """
     _check_sizes(num_samples, seq_len)
-    ids = _cut(text, tokenizer, num_samples, seq_len, fewest=num_samples or 1)
-    return _together([TextSource(text)], [ids])
+    ids = _cut(text, tokenizer, num_samples, seq_len, bos, fewest=num_samples or 1)
+    return _together([TextSource(text)], [ids], bos)
+
+
+def begin_with(bos: int | None, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of token ids, each with ``bos`` in front unless it is ``None``."""
+    return ids if bos is None else torch.cat([ids.new_full((len(ids), 1), bos), ids], dim=1)
 
 
 def load_mixture(
@@ -79,6 +93,7 @@ def load_mixture(
     *,
     num_samples: int,
     seq_len: int,
+    bos: int | None = None,
     fewer_will_do: bool = False,
 ) -> TokenWindows:
     """Windows from several texts, of each as many as its weight says, see :func:`split_by_weight`.
@@ -88,6 +103,7 @@ def load_mixture(
         tokenizer: The model's own.
         num_samples: How many windows in all.
         seq_len: Tokens a window.
+        bos: See :func:`load_windows`.
         fewer_will_do: Take as many windows as there are in these proportions, up to ``num_samples``.
 
     Raises:
@@ -104,12 +120,12 @@ def load_mixture(
                 "Raise its weight, or take more windows.",
             )
     found = [
-        _cut(source.text, tokenizer, count, seq_len, fewest=1 if fewer_will_do else count)
+        _cut(source.text, tokenizer, count, seq_len, bos, fewest=1 if fewer_will_do else count)
         for source, count in zip(sources, counts, strict=True)
     ]
     if fewer_will_do:
         counts = _within(weights, [len(ids) for ids in found], num_samples)
-    return _together(sources, [ids[:count] for ids, count in zip(found, counts, strict=True)])
+    return _together(sources, [ids[:count] for ids, count in zip(found, counts, strict=True)], bos)
 
 
 def split_by_weight(weights: Sequence[float], count: int) -> list[int]:
@@ -140,23 +156,31 @@ def _check_sizes(num_samples: int | None, seq_len: int) -> None:
 
 
 def _cut(
-    text: Text, tokenizer: PreTrainedTokenizerBase, num_samples: int | None, seq_len: int, *, fewest: int
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int | None,
+    seq_len: int,
+    bos: int | None,
+    *,
+    fewest: int,
 ) -> torch.Tensor:
-    """Up to ``num_samples`` windows, ``None`` for all; at least ``fewest``."""
-    needed = None if num_samples is None else num_samples * seq_len
+    """Up to ``num_samples`` windows, ``None`` for all; at least ``fewest``. The BOS token is not in them yet."""
+    length = seq_len if bos is None else seq_len - 1
+    needed = None if num_samples is None else num_samples * length
     ids = _tokenize(read_documents(text), tokenizer, needed)
-    if len(ids) < fewest * seq_len:
-        wanted = f"{fewest} windows of {seq_len} tokens need {fewest * seq_len}"
+    if len(ids) < fewest * length:
+        wanted = f"{fewest} windows of {length} tokens need {fewest * length}"
         raise SenteiError(
             f"{text_name(text)} is too short: it has {len(ids)} tokens, and {wanted}.",
             "Give more text, or fewer or shorter windows.",
         )
-    count = min(num_samples or len(ids), len(ids) // seq_len)
-    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+    count = min(num_samples or len(ids), len(ids) // length)
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
 
-def _together(sources: Sequence[TextSource], windows: Sequence[torch.Tensor]) -> TokenWindows:
+def _together(sources: Sequence[TextSource], stretches: Sequence[torch.Tensor], bos: int | None) -> TokenWindows:
     """The windows of several sources in the order of :class:`TokenWindows`."""
+    windows = [begin_with(bos, stretch) for stretch in stretches]
     others = sorted(
         ((window + 0.5) / len(ids), number, window)
         for number, ids in enumerate(windows)
@@ -167,12 +191,13 @@ def _together(sources: Sequence[TextSource], windows: Sequence[torch.Tensor]) ->
     names = [text_name(source.text) for source in sources]
     return TokenWindows(
         ids=torch.stack([windows[number][window] for number, window in order]),
+        bos=bos,
         source=" + ".join(names),
         sources=tuple(
             TextSourceRecord(source=name, weight=source.weight / total, num_windows=len(ids), sha256=_sha256(ids))
             for name, source, ids in zip(names, sources, windows, strict=True)
         ),
-        stretches=tuple(windows),
+        stretches=tuple(stretches),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from toolchain import generation_damage as damage
-from toolchain.calibration import TokenWindows, load_windows
+from toolchain.calibration import TokenWindows, begin_with, load_windows
 from toolchain.checkpoint import Checkpoint, model_name, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluation import summarise_losses, token_losses
@@ -44,7 +44,7 @@ from toolchain.evaluation_document import (
 from toolchain.evaluation_parts import Parts
 from toolchain.layer_walk import LayerWalk
 from toolchain.lm_eval_tasks import LoadedTask, TaskRequest, lm_eval_version, load_task, run_task, shared_metrics
-from toolchain.modeling import check_same_vocabulary, load_tokenizer
+from toolchain.modeling import bos_of, check_same_vocabulary, load_tokenizer
 from toolchain.paired_tests import check_statistics, compare_means
 from toolchain.passages import number_passages, worst_passages
 from toolchain.pipeline import open_walk
@@ -94,6 +94,7 @@ class _Model:
         self.checkpoint, self.side, self._settings = checkpoint, side, settings
         self.name = model_name(checkpoint.directory)
         self.tokenizer = load_tokenizer(checkpoint.directory)
+        self.bos = bos_of(checkpoint.family, self.tokenizer)
         self.identity = _identity(checkpoint, settings)
         self._walk: LayerWalk | None = None
 
@@ -139,8 +140,9 @@ def evaluate(
         check_same_vocabulary(checkpoints[1], checkpoints[0])
     models = [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
     tasks = [load_task(request) for request in settings.tasks]
+    tokenizer, bos = models[-1].tokenizer, models[-1].bos
     texts = [
-        (text, load_windows(text, models[-1].tokenizer, num_samples=settings.num_windows, seq_len=settings.seq_len))
+        (text, load_windows(text, tokenizer, num_samples=settings.num_windows, seq_len=settings.seq_len, bos=bos))
         for text in settings.texts
     ]
     read_before = text_hashes(directory)
@@ -166,7 +168,7 @@ def evaluate(
             for request, result in zip(settings.tasks, results, strict=True)
         ],
         text_comparisons=[
-            _compare_text(text, windows, pair, models[-1].tokenizer)
+            _compare_text(text, windows, pair, tokenizer)
             for (text, windows), pair in zip(texts, zip(*losses, strict=True), strict=True)
         ]
         if compared
@@ -175,7 +177,7 @@ def evaluate(
             found
             for text, windows in texts
             for seen_in, hashes in read_before.items()
-            if (found := find_overlap(text, windows, models[-1].tokenizer, seen_in, hashes)) is not None
+            if (found := find_overlap(text, windows, tokenizer, seen_in, hashes)) is not None
         ],
         task_comparisons=_compare_tasks(settings.tasks, answers) if compared else [],
         mean_score=_mean_score(answers) if compared and tasks else None,
@@ -228,7 +230,9 @@ def _ask(
     def compute() -> dict[str, Any]:
         started = time.monotonic()
         with progress(f"{task.label}, {model.side}", task.num_requests(settings.limit)) as advance:
-            result = run_task(model.walk.model, model.tokenizer, task, limit=settings.limit, on_request=advance)
+            result = run_task(
+                model.walk.model, model.tokenizer, task, limit=settings.limit, bos=model.bos, on_request=advance
+            )
         return {**result, "duration_s": round(time.monotonic() - started, 1)}
 
     identity = {**model.identity, "task": task.label, "questions": task.sha256, "limit": settings.limit}
@@ -242,7 +246,8 @@ class _Generation:
         self, windows: TokenWindows, models: Sequence[_Model], settings: EvaluationSettings, parts: Parts
     ) -> None:
         self._windows, self._parts = windows, parts
-        self._prompts = damage.choose_prompts(windows.ids, settings.num_generations)
+        self._stretches = damage.choose_prompts(windows.text_ids, settings.num_generations)
+        self._prompts = begin_with(windows.bos, self._stretches)
         self._identity = {
             "models": [model.identity for model in models],
             "prompts": self._prompts.tolist(),
@@ -280,7 +285,7 @@ class _Generation:
         return GenerationComparison(
             text=self._windows.source,
             num_prompts=len(self._prompts),
-            prompt_tokens=self._prompts.shape[1],
+            prompt_tokens=self._stretches.shape[1],
             max_new_tokens=damage.NEW_TOKENS,
             repetition_original=fmean(a for a, _ in known) if known else None,
             repetition_pruned=fmean(b for _, b in known) if known else None,
@@ -300,7 +305,7 @@ class _Generation:
                     original=model.tokenizer.decode(before, skip_special_tokens=True),
                     pruned=model.tokenizer.decode(after, skip_special_tokens=True),
                 )
-                for prompt, before, after in list(zip(self._prompts, *both, strict=True))[:_NUM_SAMPLES]
+                for prompt, before, after in list(zip(self._stretches, *both, strict=True))[:_NUM_SAMPLES]
             ],
             duration_s=round(time.monotonic() - self._started, 1),
         ).model_dump()
@@ -333,8 +338,8 @@ def _compare_text(
     text: Text, windows: TokenWindows, pair: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> TextComparison:
     original, pruned = (torch.tensor(result["losses"]) for result in pair)
-    unit, numbers = number_passages(text, tokenizer, windows.ids)
-    worst = worst_passages(unit, numbers, windows.ids, (original, pruned), tokenizer, count=NUM_WORST)
+    unit, numbers = number_passages(text, tokenizer, windows.text_ids)
+    worst = worst_passages(unit, numbers, windows.text_ids, (original, pruned), tokenizer, count=NUM_WORST)
     return TextComparison(
         text=windows.source,
         perplexity_ratio=perplexity_ratio(*(each.double().mean(1).tolist() for each in (original, pruned))),

@@ -38,6 +38,8 @@ class Family:
         logits_softcap: Key of a number ``c``, which may be null: the head's output ``x`` becomes ``c * tanh(x / c)``.
         not_in_vllm: Keys that change what Transformers' class computes, and that vLLM's class (0.25 to 0.33) does not
             follow; see :func:`check_vllm_follows`.
+        needs_bos: Whether the model was trained with a beginning-of-sequence (BOS) token before every text and falls
+            apart without it: sentei then puts it before each window and question. Otherwise text is read as it is.
         fused: Projections of a layer that stack several of Llama's, by name, with these in order.
         unlike_llama: What the family computes that Llama does not, in words; empty if biases, sliding windows and
             fused projections are all that sets it apart.
@@ -60,6 +62,7 @@ class Family:
     logits_divisor: str | None = None
     logits_softcap: str | None = None
     not_in_vllm: tuple[str, ...] = ()
+    needs_bos: bool = False
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unlike_llama: str = ""
 
@@ -136,6 +139,7 @@ FAMILIES: Mapping[str, Family] = {
             ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
             norm_offset=1.0,
             logits_softcap="final_logit_softcapping",
+            needs_bos=True,
             unlike_llama="norms behind attention and FFN and on queries and keys, GELU, and scaled embeddings",
         ),
     )

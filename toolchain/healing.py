@@ -24,7 +24,7 @@ from toolchain.checkpoint import Checkpoint, copy_companions, model_name, open_c
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.memory import is_out_of_memory
 from toolchain.metrics import perplexity_of
-from toolchain.modeling import check_same_vocabulary, load_model, load_tokenizer
+from toolchain.modeling import bos_of, check_same_vocabulary, load_model, load_tokenizer
 from toolchain.output import beside, check_output_directory, new_directory, write_text
 from toolchain.passage_hashes import merge_hashes
 from toolchain.pipeline import SUMMARY_FILE, dtype_name
@@ -118,11 +118,13 @@ def heal(
     source, teacher = open_checkpoint(directory), open_checkpoint(teacher_directory)
     _check_pair(source, teacher)
     plan = load_plan(directory)
+    tokenizer = load_tokenizer(directory)
     windows = load_mixture(
         settings.data,
-        load_tokenizer(directory),
+        tokenizer,
         num_samples=settings.steps * settings.batch_size + _MOST_HELD_OUT,
         seq_len=settings.seq_len,
+        bos=bos_of(source.family, tokenizer),
         fewer_will_do=True,
     )
     learnt, held_out = _split(windows)

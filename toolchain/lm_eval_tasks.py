@@ -3,6 +3,7 @@
 The only module that imports lm-eval.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -173,6 +174,7 @@ def run_task(
     task: LoadedTask,
     *,
     limit: int | None,
+    bos: int | None = None,
     on_request: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Asks a model all questions.
@@ -182,6 +184,8 @@ def run_task(
         tokenizer: Its own.
         task: From :func:`load_task`.
         limit: The first so many questions; of each of a group's tasks.
+        bos: What each question begins with, see :func:`toolchain.modeling.bos_of`; ``None`` for what the tokenizer
+            itself puts in front.
         on_request: Called once a log-likelihood or generation, for progress.
 
     Returns:
@@ -203,6 +207,10 @@ def run_task(
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
 
+    if bos is not None:
+        # lm-eval leaves it to the tokenizer, and Gemma's puts it there only if tokenizer_config.json says so.
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_bos_token = True
     lm = QuietHFLM(
         pretrained=model,
         tokenizer=tokenizer,

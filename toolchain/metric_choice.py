@@ -13,13 +13,16 @@ from toolchain.task_accuracy import AccuracyMetric, load_questions
 _HINT = "Use perplexity, kl, accuracy:FILE.jsonl or package.module:function."
 
 
-def choose_metric(name: str, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> Metric:
+def choose_metric(
+    name: str, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase, *, bos: int | None = None
+) -> Metric:
     """Makes the metric.
 
     Args:
         name: ``perplexity``, ``kl``, ``accuracy:FILE`` or ``package.module:function``.
         ids: Calibration text for the first two, int64 ``[num_sequences, seq_len]``; its length bounds the questions'.
         tokenizer: The model's own.
+        bos: What questions begin with, as the text does; see :func:`toolchain.modeling.bos_of`.
 
     Raises:
         SenteiError: There is no such metric, file or function.
@@ -32,7 +35,9 @@ def choose_metric(name: str, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBa
     if kind == "accuracy":
         if (questions := question_file(name)) is None:
             raise SenteiError("--metric accuracy needs questions.", "Write accuracy:FILE.jsonl.")
-        return AccuracyMetric(load_questions(questions), tokenizer, source=questions.name, seq_len=ids.shape[1])
+        return AccuracyMetric(
+            load_questions(questions), tokenizer, source=questions.name, seq_len=ids.shape[1], bos=bos
+        )
     if not rest:
         raise SenteiError(f"--metric {name!r} is not known.", _HINT)
     return FunctionMetric(name, load_function(name), tokenizer)

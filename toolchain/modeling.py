@@ -142,6 +142,22 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise SenteiError(f"{directory} has no usable tokenizer ({str(error).splitlines()[0]}).") from error
 
 
+def bos_of(family: Family, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that must stand before each text of a family; ``None`` where there need not be one.
+
+    Raises:
+        SenteiError: There must be one, and the tokenizer does not have it.
+    """
+    if not family.needs_bos:
+        return None
+    if tokenizer.bos_token_id is None:
+        raise SenteiError(
+            f"Models of type {family.model_type!r} need a BOS token before every text, and this tokenizer has none.",
+            "Set bos_token in tokenizer_config.json, as the original model does.",
+        )
+    return tokenizer.bos_token_id
+
+
 def check_same_vocabulary(checkpoint: Checkpoint, original: Checkpoint) -> None:
     """Checks that two models can be compared token by token: same tokens, same places in the logits.
 

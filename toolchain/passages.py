@@ -48,7 +48,7 @@ def number_passages(
     Args:
         text: The text that the windows are from, see :func:`toolchain.calibration.load_windows`.
         tokenizer: The one they were made with.
-        windows: int64 ``[num_windows, seq_len]``.
+        windows: Their tokens of the text, int64 ``[num_windows, text_len]``.
 
     Returns:
         ``document`` or ``window``, and int64 of the windows' shape.
@@ -87,12 +87,13 @@ def worst_passages(
     Args:
         unit: From :func:`number_passages`.
         numbers: Likewise.
-        windows: int64 ``[num_windows, seq_len]``.
-        losses: Of the original and the pruned model, ``[num_windows, seq_len - 1]`` each.
+        windows: Likewise.
+        losses: Of the original and the pruned model, ``[num_windows, seq_len - 1]`` each: of all tokens of the text
+            where windows begin with a BOS token, and of all but each window's first otherwise.
         tokenizer: The one the windows were made with.
         count: How many at most; those with fewer than 16 tokens are left out, and those that did not get worse.
     """
-    of_token, ids = numbers[:, 1:].flatten(), windows[:, 1:].flatten()
+    of_token, ids = (each[:, -losses[0].shape[1] :].flatten() for each in (numbers, windows))
     sizes = torch.bincount(of_token)
     original, pruned = (torch.bincount(of_token, each.flatten().double()) / sizes for each in losses)
     rise = torch.where(sizes >= _FEWEST_TOKENS, pruned - original, -torch.inf)

@@ -34,7 +34,7 @@ from toolchain.memory import give_back_freed_memory, is_out_of_memory, keep_free
 from toolchain.metric_choice import choose_metric, question_file
 from toolchain.metrics import Metric, PerplexityMetric, measure
 from toolchain.model_card import model_card
-from toolchain.modeling import load_model, load_tokenizer
+from toolchain.modeling import bos_of, load_model, load_tokenizer
 from toolchain.offload import open_offloaded
 from toolchain.output import check_output_directory, new_directory, write_text
 from toolchain.plan import PruningPlan
@@ -223,13 +223,16 @@ def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> 
         unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
         settings = replace(settings, align=unit, tensor_parallel=1)
     tokenizer = load_tokenizer(model_directory)
-    windows = load_mixture(settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len)
-    metric = choose_metric(settings.metric, windows.first_of_each, tokenizer)
+    bos = bos_of(checkpoint.family, tokenizer)
+    windows = load_mixture(
+        settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len, bos=bos
+    )
+    metric = choose_metric(settings.metric, windows.first_of_each, tokenizer, bos=bos)
     limit_metric = None
     if settings.limit_metric not in (None, settings.metric):
         if not settings.limit.given:
             raise SenteiError("--limit-metric needs a limit.", "Add --max-degradation, --max-metric or --min-metric.")
-        limit_metric = choose_metric(str(settings.limit_metric), windows.first_of_each, tokenizer)
+        limit_metric = choose_metric(str(settings.limit_metric), windows.first_of_each, tokenizer, bos=bos)
     _check_combination(settings, metric, limit_metric)
     blank = _blank_plan(checkpoint, settings, allocation, windows, metric, model_name)
     blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric)})
@@ -408,13 +411,13 @@ def apply_plan(
     check_plan_fits(plan, checkpoint)
     computing = None
     if plan.document.compensation is not None:
-        windows = _windows_of(plan, model_directory, calibration)
+        windows = _windows_of(plan, checkpoint, calibration)
         dtype = getattr(torch, plan.document.dtype)
         computing = Computing(windows=windows, dtype=dtype, device=device, offload=offload)
     return _write(checkpoint, plan.unhealed(), out, computing, None, started, force=force, progress=progress)
 
 
-def _windows_of(plan: PruningPlan, model_directory: Path, calibration: Sequence[TextSource]) -> torch.Tensor:
+def _windows_of(plan: PruningPlan, checkpoint: Checkpoint, calibration: Sequence[TextSource]) -> torch.Tensor:
     """The windows that a plan was made with, from the same text again."""
     record = plan.document.calibration
     if not calibration and record.source != embedded_text.SOURCE:
@@ -422,8 +425,13 @@ def _windows_of(plan: PruningPlan, model_directory: Path, calibration: Sequence[
             f"This plan compensates: it re-fits weights on calibration text, which was {record.source}.",
             f"Give that text with --calibration ({record.num_samples} windows of {record.seq_len} tokens are taken).",
         )
+    tokenizer = load_tokenizer(checkpoint.directory)
     windows = load_mixture(
-        calibration, load_tokenizer(model_directory), num_samples=record.num_samples, seq_len=record.seq_len
+        calibration,
+        tokenizer,
+        num_samples=record.num_samples,
+        seq_len=record.seq_len,
+        bos=bos_of(checkpoint.family, tokenizer),
     )
     if windows.sha256 != record.sha256:
         raise SenteiError(

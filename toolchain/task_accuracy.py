@@ -45,9 +45,15 @@ class AccuracyMetric:
     higher_is_better: bool = True
 
     def __init__(
-        self, questions: list[Question], tokenizer: PreTrainedTokenizerBase, *, source: str, seq_len: int
+        self,
+        questions: list[Question],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        source: str,
+        seq_len: int,
+        bos: int | None = None,
     ) -> None:
-        """Tokenises; prompts are cut from the left to ``seq_len`` tokens.
+        """Tokenises; prompts are cut from the left to ``seq_len`` tokens, the first of which is ``bos`` if given.
 
         Raises:
             SenteiError: A choice alone is longer than ``seq_len``.
@@ -58,9 +64,10 @@ class AccuracyMetric:
         rows: list[list[int]] = []
         positions: list[tuple[int, int, int]] = []
         self._lengths: list[int] = []
+        num_kept = 0 if bos is None else 1
         for number, question in enumerate(questions, 1):
             for choice in question.choices:
-                prompt, whole = _tokenize(tokenizer, question.prompt, choice)
+                prompt, whole = _tokenize(tokenizer, question.prompt, choice, bos)
                 if len(whole) - prompt >= seq_len:
                     raise SenteiError(
                         f"{source} question {number}: a choice has {len(whole) - prompt} tokens, and --seq-len is "
@@ -68,7 +75,7 @@ class AccuracyMetric:
                         "Raise --seq-len.",
                     )
                 cut = max(0, len(whole) - seq_len)
-                ids = whole[cut:]
+                ids = whole[:num_kept] + whole[num_kept + cut :]
                 positions += [(len(rows), place - 1, ids[place]) for place in range(max(prompt - cut, 1), len(ids))]
                 rows.append(ids)
                 self._lengths.append(len(choice))
@@ -145,8 +152,11 @@ def split_prompt(prompt: str, choice: str) -> tuple[str, str]:
     return context, between + choice
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str) -> tuple[int, list[int]]:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str, bos: int | None) -> tuple[int, list[int]]:
     """How many tokens the prompt has, and all tokens of prompt and choice."""
     context, continuation = split_prompt(prompt, choice)
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + continuation)]
+    # A prompt may have been written with it; lm-eval does not double it either.
+    if bos is not None and encoded[1][:1] != [bos]:
+        encoded = [[bos, *ids] for ids in encoded]
     return min(len(encoded[0]), len(encoded[1]) - 1), encoded[1]

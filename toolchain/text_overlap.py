@@ -47,13 +47,13 @@ def find_overlap(
         seen_in: ``calibration`` or ``healing``.
         hashes: Of the text read there.
     """
-    overlap = find_passages(windows.ids.flatten().numpy(), hashes)
+    overlap = find_passages(windows.text_ids.flatten().numpy(), hashes)
     num_looked_at = int(overlap.looked_at.sum())
     if not num_looked_at:
         return None
     if not overlap.found.any():
         return TextOverlap(text=windows.source, seen_in=seen_in, share=0.0)
-    unit, numbers = number_passages(text, tokenizer, windows.ids)
+    unit, numbers = number_passages(text, tokenizer, windows.text_ids)
     of_passage = numbers.flatten()[: -PASSAGE_TOKENS + 1].numpy()
     size = int(numbers.max()) + 1
     looked_at, found = (np.bincount(of_passage[each], minlength=size) for each in (overlap.looked_at, overlap.found))
@@ -69,7 +69,7 @@ def find_overlap(
             SeenPassage(
                 number=number,
                 share=float(found[number] / looked_at[number]),
-                excerpt=tokenizer.decode(windows.ids[numbers == number][:_EXCERPT_TOKENS]).strip(),
+                excerpt=tokenizer.decode(windows.text_ids[numbers == number][:_EXCERPT_TOKENS]).strip(),
             )
             for number in seen[:_MOST_LISTED]
         ],

@@ -42,19 +42,21 @@ def quantize(
     from export.quantize import quantize as run
     from toolchain.calibration import load_mixture
     from toolchain.checkpoint import open_checkpoint
-    from toolchain.modeling import load_tokenizer
+    from toolchain.modeling import bos_of, load_tokenizer
     from toolchain.output import check_output_directory
     from toolchain.text_sources import local_paths, parse_sources
 
     sources = parse_sources(calibration or [])
     check_output_directory(out, force=force, inputs=[directory, *local_paths(source.text for source in sources)])
-    open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory)
     output.note(f"llm-compressor runs in {find_python()}.")
     windows = None
     if needs_text(scheme.value):
         if not calibration:
             output.note("No --calibration: taking the Python language reference. Text like your users' is better.")
-        windows = load_mixture(sources, load_tokenizer(directory), num_samples=samples, seq_len=seq_len).ids
+        tokenizer = load_tokenizer(directory)
+        bos = bos_of(checkpoint.family, tokenizer)
+        windows = load_mixture(sources, tokenizer, num_samples=samples, seq_len=seq_len, bos=bos).ids
     elif calibration:
         raise SenteiError(f"--scheme {scheme.value} rounds without looking at text.", "Leave --calibration out.")
     result = run(directory, out, scheme=scheme.value, windows=windows, force=force, on_line=output.note)
