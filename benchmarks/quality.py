@@ -62,20 +62,18 @@ _PRUNE = (
     "prune {model} -o {out} --sparsity {sparsity} --calibration {calibration} --samples {samples} --seq-len {seq_len} "
     "--dtype {dtype}"
 )
+_OURS = f"{_PRUNE} --align 1 --widths ranked --compensate --search racing"
 METHODS = (
     Method(name="2ssp", commands=(f"{_PRUNE} --method 2ssp --align 1",)),
-    # As many attentions and as many neurons in all, so as many parameters.
-    Method(name="ours", commands=(f"{_PRUNE} --align 1 --widths ranked --compensate --search racing",)),
+    # As many parameters.
+    Method(name="ours", commands=(_OURS,)),
     Method(name="shortgpt", commands=(f"{_PRUNE} --method shortgpt",)),
     Method(name="sliding-window", commands=(f"{_PRUNE} --method sliding-window",)),
     Method(name="blockpruner", commands=(f"{_PRUNE} --method blockpruner",)),
     Method(name="evopress", commands=(f"{_PRUNE} --method evopress --evopress-budget small",)),
     Method(
-        name="2ssp+heal",
-        commands=(
-            f"{_PRUNE} --method 2ssp --align 1",
-            "heal {before} --against {model} --data {calibration} -o {out} --steps 20",
-        ),
+        name="ours+heal",
+        commands=(_OURS, "heal {before} --against {model} --data {calibration} -o {out} --steps 20"),
     ),
 )
 BASELINE = "2ssp"
