@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serving.environment import describe_environment
+from toolchain.application import remove_planned
 from toolchain.calibration import load_windows
 from toolchain.checkpoint import open_checkpoint
 from toolchain.evaluation import perplexity
@@ -28,7 +29,7 @@ from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.layer_walk import LayerWalk
 from toolchain.modeling import load_model, load_tokenizer
 from toolchain.output import write_text
-from toolchain.pipeline import PruneSettings, remove_planned
+from toolchain.pipeline import PruneSettings
 from toolchain.plan import PruningPlan, load_sweep
 from toolchain.sweep import sweep
 from toolchain.text_sources import TextSource

@@ -21,14 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from serving.environment import describe_environment
+from toolchain.application import remove_planned
 from toolchain.calibration import load_windows
 from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluation import perplexity
 from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.modeling import bos_of, load_tokenizer
+from toolchain.offload import open_walk
 from toolchain.output import write_text
-from toolchain.pipeline import PruneSettings, open_walk, remove_planned
+from toolchain.pipeline import PruneSettings
 from toolchain.plan import PruningPlan, load_sweep
 from toolchain.sweep import sweep
 from toolchain.text_sources import TextSource, parse_sources, parse_text

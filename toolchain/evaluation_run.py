@@ -45,9 +45,9 @@ from toolchain.evaluation_parts import Parts
 from toolchain.layer_walk import LayerWalk
 from toolchain.lm_eval_tasks import LoadedTask, TaskRequest, lm_eval_version, load_task, run_task, shared_metrics
 from toolchain.modeling import bos_of, check_same_vocabulary, load_tokenizer
+from toolchain.offload import open_walk
 from toolchain.paired_tests import check_statistics, compare_means
 from toolchain.passages import number_passages, worst_passages
-from toolchain.pipeline import open_walk
 from toolchain.progress import Progress, no_progress
 from toolchain.text_overlap import find_overlap, text_hashes
 from toolchain.text_sources import Text, local_paths, text_name

@@ -19,15 +19,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from toolchain.application import SUMMARY_FILE
 from toolchain.calibration import TokenWindows, load_mixture
 from toolchain.checkpoint import Checkpoint, copy_companions, model_name, open_checkpoint, write_config, write_weights
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.memory import is_out_of_memory
 from toolchain.metrics import perplexity_of
-from toolchain.modeling import bos_of, check_same_vocabulary, load_model, load_tokenizer
+from toolchain.modeling import bos_of, check_same_vocabulary, dtype_name, load_model, load_tokenizer
 from toolchain.output import beside, check_output_directory, new_directory, write_text
 from toolchain.passage_hashes import merge_hashes
-from toolchain.pipeline import SUMMARY_FILE, dtype_name
 from toolchain.plan import PruningPlan, load_plan
 from toolchain.plan_document import HealingRecord
 from toolchain.progress import Progress, no_progress

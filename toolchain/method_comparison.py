@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+from toolchain.application import SUMMARY_FILE
 from toolchain.block_removal import BLOCK_METHODS
 from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import SenteiError
@@ -16,7 +17,7 @@ from toolchain.evaluation_parts import Parts, digest_of
 from toolchain.evaluation_run import EvaluationSettings, evaluate
 from toolchain.output import write_text
 from toolchain.paired_tests import check_statistics
-from toolchain.pipeline import METHOD, SUMMARY_FILE, PruneSettings, allocation_of, prune
+from toolchain.pipeline import METHOD, PruneSettings, allocation_of, prune
 from toolchain.plan import load_plan
 from toolchain.progress import Progress, no_progress
 from toolchain.search_state import search_directory

@@ -1,7 +1,7 @@
-"""Models larger than memory: decoder layers are read from safetensors when they are needed, and dropped after.
+"""Models ready to run layer by layer, in memory or larger than it.
 
-The only module that moves weights. At most two layers are in memory: the one that runs, and the next, which a thread
-reads meanwhile.
+Of the latter, decoder layers are read from safetensors when they are needed, and dropped after. The only module that
+moves weights. At most two layers are in memory then: the one that runs, and the next, which a thread reads meanwhile.
 """
 
 import copy
@@ -17,8 +17,27 @@ from transformers import PreTrainedModel
 from toolchain.checkpoint import Checkpoint
 from toolchain.layer_walk import LayerWalk, without_neurons
 from toolchain.layout import LayerLayout
-from toolchain.modeling import check_complete, decoder_layers, remove_attention, remove_ffn, transformers_class
+from toolchain.memory import give_back_freed_memory, keep_freed_memory
+from toolchain.modeling import (
+    check_complete,
+    decoder_layers,
+    load_model,
+    remove_attention,
+    remove_ffn,
+    transformers_class,
+)
 from toolchain.surgery import KeptNeurons, PrunedTensors, narrow_ffn
+
+
+def open_walk(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, offload: bool) -> LayerWalk:
+    """A model ready to run layer by layer: in memory, or on disk but for the layer that runs."""
+    # Weights, which come and go, are given back; activations, which come again with every layer, are kept.
+    give_back_freed_memory()
+    if offload:
+        return open_offloaded(checkpoint, dtype=dtype, device=device)
+    walk = LayerWalk(load_model(checkpoint, dtype=dtype, device=device), checkpoint.family)
+    keep_freed_memory()
+    return walk
 
 
 def open_offloaded(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> LayerWalk:

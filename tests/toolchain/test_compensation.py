@@ -11,7 +11,7 @@ import torch
 
 from tests.command_line import PLAIN, refused, sentei
 from tests.families import VARIANTS, make_family_pico
-from toolchain import compensation, pipeline
+from toolchain import application, compensation
 from toolchain.checkpoint import open_checkpoint, same_bits
 from toolchain.compensation import RIDGES, Moments, compensate, refit
 from toolchain.embedded_text import documents
@@ -19,7 +19,7 @@ from toolchain.errors import SenteiError
 from toolchain.evaluation import perplexity
 from toolchain.layer_walk import LayerWalk
 from toolchain.modeling import load_tokenizer
-from toolchain.pipeline import open_walk
+from toolchain.offload import open_walk
 from toolchain.plan import load_plan
 from toolchain.progress import no_progress
 
@@ -231,11 +231,11 @@ def test_memory_that_runs_out_is_one_sentence(tmp_path: Path, monkeypatch: pytes
     def full(*arguments, **options):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(pipeline, "compensate", full)
-    monkeypatch.setattr(pipeline, "remove_planned", lambda walk, plan: None)
+    monkeypatch.setattr(application, "compensate", full)
+    monkeypatch.setattr(application, "remove_planned", lambda walk, plan: None)
     checkpoint, plan, computing = SimpleNamespace(tensors={}), SimpleNamespace(layout=[]), MagicMock()
     with pytest.raises(SenteiError, match="Memory ran out"):
-        pipeline._compensate(checkpoint, plan, computing, tmp_path, no_progress)  # type: ignore[arg-type]
+        application._compensate(checkpoint, plan, computing, tmp_path, no_progress)  # type: ignore[arg-type]
 
 
 @pytest.mark.acceptance

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from tests.families import make_family_pico
-from toolchain import pipeline
+from toolchain import application
 from toolchain.errors import CheckFailedError
 from toolchain.pipeline import PruneSettings, prune
 from toolchain.text_sources import TextSource
@@ -57,8 +57,8 @@ def test_what_was_not_is_deleted(model: Path, tmp_path: Path, monkeypatch: pytes
         tensors["model.layers.3.mlp.down_proj.weight"] *= 2
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
-    real = pipeline.write_pruned
-    monkeypatch.setattr(pipeline, "write_pruned", wrongly)
+    real = application.write_pruned
+    monkeypatch.setattr(application, "write_pruned", wrongly)
     with pytest.raises(CheckFailedError, match="not what was planned"):
         prune(model, tmp_path / "out", replace(settings(metric), attention_removals=0), model_name="pico")
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from toolchain.embedded_text import documents
 from toolchain.evaluation import perplexity
 from toolchain.healing import HealSettings, heal
 from toolchain.modeling import load_model, load_tokenizer
-from toolchain.pipeline import open_walk
+from toolchain.offload import open_walk
 from toolchain.plan import load_plan
 from toolchain.text_sources import TextSource
 

@@ -7,8 +7,8 @@ import pytest
 
 from tests.command_line import refused, sentei
 from tests.families import make_family_pico
+from toolchain.application import apply_plan
 from toolchain.errors import SenteiError
-from toolchain.pipeline import apply_plan
 from toolchain.text_sources import TextSource
 
 

@@ -13,8 +13,7 @@ from toolchain import layer_walk
 from toolchain.checkpoint import open_checkpoint
 from toolchain.evaluation import token_losses
 from toolchain.layer_walk import LayerWalk
-from toolchain.offload import DiskLayers
-from toolchain.pipeline import open_walk
+from toolchain.offload import DiskLayers, open_walk
 
 
 @pytest.mark.parametrize("offload", [False, True])

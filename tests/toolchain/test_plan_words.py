@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from tests.serving.test_report import write_plan, write_summary
+from toolchain.application import SUMMARY_FILE
 from toolchain.model_card import model_card
-from toolchain.pipeline import SUMMARY_FILE
 from toolchain.plan import load_plan
 from toolchain.plan_views import difference
 

@@ -12,7 +12,7 @@ from toolchain.calibration import load_windows
 from toolchain.checkpoint import open_checkpoint
 from toolchain.evaluation import perplexity
 from toolchain.modeling import load_tokenizer
-from toolchain.pipeline import open_walk
+from toolchain.offload import open_walk
 
 
 def write(model: Path, out: Path, *more: object):

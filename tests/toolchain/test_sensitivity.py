@@ -9,7 +9,7 @@ import torch
 from tests.families import VARIANTS, make_family_pico
 from toolchain.checkpoint import open_checkpoint
 from toolchain.importance import neuron_importance
-from toolchain.pipeline import open_walk
+from toolchain.offload import open_walk
 from toolchain.sensitivity import Sensitivity, neuron_sensitivity
 
 

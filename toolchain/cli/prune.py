@@ -325,13 +325,13 @@ def apply(
 ) -> None:
     """Apply a plan, edited or not, without searching."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain import pipeline
+    from toolchain.application import apply_plan
     from toolchain.checkpoint import resolve_model
     from toolchain.plan import load_plan
     from toolchain.text_sources import parse_sources
 
     loaded = load_plan(plan)
-    summary = pipeline.apply_plan(
+    summary = apply_plan(
         loaded, resolve_model(model), out, calibration=parse_sources(calibration or []),
         device=pick_device(device), offload=offload, force=force, progress=output.progress,
     )  # fmt: skip
