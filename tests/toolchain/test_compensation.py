@@ -12,8 +12,9 @@ import torch
 from tests.command_line import PLAIN, refused, sentei
 from tests.families import VARIANTS, make_family_pico
 from toolchain import application, compensation
+from toolchain.calibration import _together
 from toolchain.checkpoint import open_checkpoint, same_bits
-from toolchain.compensation import RIDGES, Moments, compensate, refit
+from toolchain.compensation import RIDGES, Moments, _is_held_out, compensate, refit
 from toolchain.embedded_text import documents
 from toolchain.errors import SenteiError
 from toolchain.evaluation import perplexity
@@ -22,6 +23,7 @@ from toolchain.modeling import load_tokenizer
 from toolchain.offload import open_walk
 from toolchain.plan import load_plan
 from toolchain.progress import no_progress
+from toolchain.text_sources import TextSource
 
 SETTINGS = (
     "--samples", 8, "--seq-len", 16, "--align", 8, "--attention-removals", 1, "--sparsity", 0.3, "--quiet",
@@ -93,6 +95,21 @@ def test_a_refit_is_never_worse_on_what_it_was_fitted_to(data):
     assert result.weight is not None
     assert result.error_after < result.error_before
     assert fitted.error(result.weight) < fitted.error(weight)
+
+
+@pytest.mark.parametrize("num_windows", [2, 7, 8, 15, 32, 100])
+def test_one_window_in_eight_is_held_out(num_windows: int):
+    held_out = [number for number in range(num_windows) if _is_held_out(number, num_windows)]
+    assert 1 <= len(held_out) < num_windows
+    assert num_windows // 8 <= len(held_out) <= num_windows // 8 + 1
+
+
+@pytest.mark.parametrize("num_texts", [2, 4, 8])
+def test_each_text_of_a_mixture_has_a_window_held_out(num_texts: int):
+    texts = [TextSource(None)] * num_texts
+    windows = [torch.full((64 // num_texts, 4), number) for number in range(num_texts)]
+    ids = _together(texts, windows, None).ids
+    assert {int(row[0]) for number, row in enumerate(ids) if _is_held_out(number, len(ids))} == set(range(num_texts))
 
 
 def test_windows_that_are_held_out_leave_no_trace_in_the_weight(data):
@@ -192,14 +209,14 @@ def test_every_familys_last_layer_comes_closer_to_the_original(family: str, tmp_
             wanted, before, after = (walk.forward(walk.embed(ids)) for walk in (walk_of(model), plain, pruned))
         assert (after - wanted).square().sum() < 0.9 * (before - wanted).square().sum(), variant
 
-        # The factor of the last norm is the best one for the window that was held out, in steps of 1 %.
+        # The factor of the last norm is the best one for the windows that were held out, in steps of 1 %.
         plain.final_norm.weight.data.copy_(walk_of(model).final_norm.weight)
         norm = f"{checkpoint.family.final_norm}.weight"
         assert torch.equal(done.tensors[norm].read(norm), pruned.final_norm.weight), variant
         with torch.inference_mode():
-            says, wanted = (plain.final_norm(states[7::8]) for states in (after, wanted))
+            says, wanted = (plain.final_norm(states[[7, 14]]) for states in (after, wanted))
             errors = {step: float((says * step / 100 - wanted).square().sum()) for step in range(1, 200)}
-            scaled = pruned.final_norm(after[7::8])
+            scaled = pruned.final_norm(after[[7, 14]])
         assert done.final_norm_factor == pytest.approx(min(errors, key=errors.__getitem__) / 100, abs=0.006), variant
         assert torch.allclose(scaled, says * done.final_norm_factor, rtol=1e-2, atol=1e-3), variant
 
