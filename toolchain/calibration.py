@@ -78,8 +78,13 @@ def load_windows(
         SenteiError: Missing or damaged text, or too few tokens.
     """
     _check_sizes(num_samples, seq_len)
-    ids = _cut(text, tokenizer, num_samples, seq_len, bos, fewest=num_samples or 1)
+    ids = _cut(text, tokenizer, num_samples, _text_len(seq_len, bos), fewest=num_samples or 1)
     return _together([TextSource(text)], [ids], bos)
+
+
+def _text_len(seq_len: int, bos: int | None) -> int:
+    """How many tokens of a window are of the text."""
+    return seq_len if bos is None else seq_len - 1
 
 
 def begin_with(bos: int | None, ids: torch.Tensor) -> torch.Tensor:
@@ -120,7 +125,7 @@ def load_mixture(
                 "Raise its weight, or take more windows.",
             )
     found = [
-        _cut(source.text, tokenizer, count, seq_len, bos, fewest=1 if fewer_will_do else count)
+        _cut(source.text, tokenizer, count, _text_len(seq_len, bos), fewest=1 if fewer_will_do else count)
         for source, count in zip(sources, counts, strict=True)
     ]
     if fewer_will_do:
@@ -159,13 +164,11 @@ def _cut(
     text: Text,
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int | None,
-    seq_len: int,
-    bos: int | None,
+    length: int,
     *,
     fewest: int,
 ) -> torch.Tensor:
-    """Up to ``num_samples`` windows, ``None`` for all; at least ``fewest``. The BOS token is not in them yet."""
-    length = seq_len if bos is None else seq_len - 1
+    """Up to ``num_samples`` stretches of ``length`` tokens, ``None`` for all; at least ``fewest``."""
     needed = None if num_samples is None else num_samples * length
     ids = _tokenize(read_documents(text), tokenizer, needed)
     if len(ids) < fewest * length:
