@@ -13,6 +13,7 @@ from toolchain.checkpoint import (
     MAX_SHARD_BYTES,
     Checkpoint,
     copy_companions,
+    dtype_name,
     open_checkpoint,
     same_bits,
     write_config,
@@ -61,7 +62,7 @@ def export_vllm(
     if max_shard_bytes < 1:
         raise SenteiError(f"The largest shard is {max_shard_bytes} bytes.", "Give a positive size.")
     if dtype is not None and dtype not in _DTYPES:
-        raise SenteiError(f"dtype {dtype} is not supported.", f"Use {', '.join(map(_name, _DTYPES))}.")
+        raise SenteiError(f"dtype {dtype} is not supported.", f"Use {', '.join(map(dtype_name, _DTYPES))}.")
     checkpoint = open_checkpoint(directory)
     check_vllm_follows(checkpoint.config)
     check_tensor_parallel(checkpoint, tensor_parallel)
@@ -74,7 +75,7 @@ def export_vllm(
             "sentei_version": version("sentei"),
             "passed": True,
             "engine": "safetensors",
-            "dtype": _name(stored),
+            "dtype": dtype_name(stored),
             "tensor_parallel": tensor_parallel,
             "source_fingerprint": checkpoint.fingerprint,
             "num_tensors": num_tensors,
@@ -136,7 +137,7 @@ def _cast(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> torch
     cast = tensor.to(dtype)
     if tensor.isfinite().all() and not cast.isfinite().all():
         raise SenteiError(
-            f"{checkpoint.directory}: {name} holds {tensor.abs().max():.3g}, more than {_name(dtype)} can.",
+            f"{checkpoint.directory}: {name} holds {tensor.abs().max():.3g}, more than {dtype_name(dtype)} can.",
             "Export as bfloat16 or float32.",
         )
     return cast
@@ -146,7 +147,7 @@ def _with_dtype(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[st
     """The config with ``dtype``, and Transformers 4's ``torch_dtype`` where it was used, naming what is stored."""
     if dtype is None:
         return dict(config)
-    named = {"dtype": _name(dtype)} | ({"torch_dtype": _name(dtype)} if "torch_dtype" in config else {})
+    named = {"dtype": dtype_name(dtype)} | ({"torch_dtype": dtype_name(dtype)} if "torch_dtype" in config else {})
     return {**config, **named}
 
 
@@ -170,7 +171,3 @@ def _differing(
         if not same_bits(expected, found):
             yield name
         on_tensor(name)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ from serving.statistics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
 from serving.vllm_server import HOST, running_server, tail
 from serving.worker_process import EngineFailedError
 from serving.workload import WARMUP_SEED, Slo, Workload
+from toolchain.checkpoint import dtype_name
 from toolchain.errors import SenteiError
 from toolchain.output import write_text
 from toolchain.quantized import open_servable
@@ -204,7 +205,7 @@ def vllm_device() -> str:
 def engine_options_for(directory: Path, dtype: str | None, engine_options: Sequence[str]) -> list[str]:
     """The user's options with what makes a comparison fair: one precision, no prefix cache, one size of KV cache."""
     # vLLM's "auto" would run a float32 checkpoint in half precision.
-    options = [*engine_options, "--dtype", dtype or str(open_servable(directory).dtype).removeprefix("torch.")]
+    options = [*engine_options, "--dtype", dtype or dtype_name(open_servable(directory).dtype)]
     if not any("prefix-caching" in option for option in options):
         options.append("--no-enable-prefix-caching")
     if not (

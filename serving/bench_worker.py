@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.onnx_files import read_settings
+from toolchain.checkpoint import dtype_name
 from toolchain.errors import MissingDependencyError, SenteiError
 
 # Prompts int64 [batch, input_len] and a number of tokens in; yields as soon as the host has a token of each prompt.
@@ -51,7 +52,7 @@ def load_transformers(directory: Path, device: str, dtype: str | None) -> tuple[
 
     return decode, {
         "device": device,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "threads": torch.get_num_threads(),
         "baseline_memory_bytes": baseline,
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from toolchain.checkpoint import dtype_name
 from toolchain.errors import SenteiError
 
 _MIN_SECONDS, _ROUNDS = 0.2, 3
@@ -75,7 +76,7 @@ def measure_peaks(device: str, dtype: torch.dtype) -> DevicePeaks:
     read = matrix.numel() * 4 / _best_seconds(lambda: matrix @ vector, wait)
     name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     return DevicePeaks(
-        device=name, dtype=str(dtype).removeprefix("torch."), flops_per_s=flops, bytes_per_s=read
+        device=name, dtype=dtype_name(dtype), flops_per_s=flops, bytes_per_s=read
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from serving.onnx_files import damaged, read_settings
-from toolchain.checkpoint import Checkpoint
+from toolchain.checkpoint import Checkpoint, dtype_name
 from toolchain.errors import MissingDependencyError
 from toolchain.quantized import QuantizedCheckpoint, open_servable
 
@@ -112,7 +112,7 @@ def facts_of(checkpoint: Checkpoint | QuantizedCheckpoint, dtype: str | None, *,
     query_width, kv_width = _attention_widths(checkpoint.config)
     num_attending = sum(layer.attention for layer in checkpoint.layout)
     return ModelFacts(
-        precision=quantised.scheme.name if quantised else str(computed_in).removeprefix("torch."),
+        precision=quantised.scheme.name if quantised else dtype_name(computed_in),
         num_parameters=sum(sizes.values()),
         weight_bytes=checkpoint.weight_bytes,
         size_on_disk_bytes=size_on_disk_bytes,

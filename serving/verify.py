@@ -36,7 +36,7 @@ from serving import nemotron_nas
 from serving.engines import Engine, TransformersEngine
 from serving.onnx_files import is_onnx_export
 from serving.verdict_card import write_into_card
-from toolchain.checkpoint import Checkpoint, open_checkpoint, same_bits
+from toolchain.checkpoint import Checkpoint, dtype_name, open_checkpoint, same_bits
 from toolchain.errors import SenteiError
 from toolchain.modeling import bos_of, load_tokenizer
 from toolchain.nemotron_nas import is_nemotron_nas
@@ -354,7 +354,7 @@ def _precision(exported: Path, engine: str, source: Checkpoint) -> str:
     if engine == "vllm" and is_quantized(exported):
         return open_quantized(exported).scheme.name
     if engine != "onnx":
-        return str(_open(exported, source).dtype).removeprefix("torch.")
+        return dtype_name(_open(exported, source).dtype)
     path = exported / "sentei_export.json"
     try:
         precision = json.loads(path.read_text(encoding="utf-8"))["precision"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from toolchain.checkpoint import dtype_name
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.quantized import open_servable
 
@@ -69,7 +70,7 @@ class VllmEngine:
         arguments = {
             **_OPTIONS,
             "model": str(directory.resolve()),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "max_model_len": min(max_model_len, limit),
             "max_logprobs": max_logprobs,
             "trust_remote_code": False,

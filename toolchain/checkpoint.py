@@ -161,6 +161,11 @@ def resolve_model(model: str) -> Path:
         ) from error
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` → ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def model_name(directory: Path) -> str:
     """What a model is called: its directory's name, or the hub's id if that is where the hub client keeps it."""
     directory = directory.resolve()

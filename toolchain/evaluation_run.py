@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolchain import generation_damage as damage
 from toolchain.calibration import TokenWindows, begin_with, load_windows
-from toolchain.checkpoint import Checkpoint, model_name, open_checkpoint
+from toolchain.checkpoint import Checkpoint, dtype_name, model_name, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluation import summarise_losses, token_losses
 from toolchain.evaluation_comparison import (
@@ -182,7 +182,7 @@ def evaluate(
         task_comparisons=_compare_tasks(settings.tasks, answers) if compared else [],
         mean_score=_mean_score(answers) if compared and tasks else None,
         generation=generation.result if generation is not None else None,
-        dtype=str(settings.dtype).removeprefix("torch."),
+        dtype=dtype_name(settings.dtype),
         versions=_versions(bool(tasks)),
     )
 

@@ -21,11 +21,19 @@ from transformers import PreTrainedModel
 
 from toolchain.application import SUMMARY_FILE
 from toolchain.calibration import TokenWindows, load_mixture
-from toolchain.checkpoint import Checkpoint, copy_companions, model_name, open_checkpoint, write_config, write_weights
+from toolchain.checkpoint import (
+    Checkpoint,
+    copy_companions,
+    dtype_name,
+    model_name,
+    open_checkpoint,
+    write_config,
+    write_weights,
+)
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.memory import is_out_of_memory
 from toolchain.metrics import perplexity_of
-from toolchain.modeling import bos_of, check_same_vocabulary, dtype_name, load_model, load_tokenizer
+from toolchain.modeling import bos_of, check_same_vocabulary, load_model, load_tokenizer
 from toolchain.output import beside, check_output_directory, new_directory, write_text
 from toolchain.passage_hashes import merge_hashes
 from toolchain.plan import PruningPlan, load_plan

@@ -130,11 +130,6 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     return model
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.bfloat16`` → ``bfloat16``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model directory.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from toolchain.checkpoint import Checkpoint, TensorInfo
+from toolchain.checkpoint import Checkpoint, TensorInfo, dtype_name
 from toolchain.errors import SenteiError
 from toolchain.families import FAMILIES, NEMOTRON_NAS
 from toolchain.layout import LayerLayout
@@ -160,7 +160,7 @@ def _config(checkpoint: Checkpoint, known: Mapping[str, Any], tensors: Mapping[s
         "architectures": [ARCHITECTURE],
         "model_type": NEMOTRON_NAS,
         "auto_map": AUTO_MAP,
-        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "dtype": dtype_name(checkpoint.dtype),
         # As in NVIDIA's own: no one number is right, and Transformers' Llama stops at it.
         "intermediate_size": None,
         "head_dim": known.get("head_dim") or known["hidden_size"] // known["num_attention_heads"],

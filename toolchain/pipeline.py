@@ -21,13 +21,13 @@ from toolchain.allocation import (
 from toolchain.application import Computing, write_planned
 from toolchain.block_removal import BLOCK_METHODS, EVOPRESS, num_blocks_to_remove, remove_blocks
 from toolchain.calibration import TokenWindows, load_mixture
-from toolchain.checkpoint import Checkpoint, open_checkpoint
+from toolchain.checkpoint import Checkpoint, dtype_name, open_checkpoint
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.function_metric import FunctionMetric
 from toolchain.limits import LimitSettings, limit_asked
 from toolchain.metric_choice import choose_metric, question_file
 from toolchain.metrics import Metric
-from toolchain.modeling import bos_of, dtype_name, load_tokenizer
+from toolchain.modeling import bos_of, load_tokenizer
 from toolchain.offload import open_walk
 from toolchain.output import check_output_directory, new_directory
 from toolchain.plan import PruningPlan

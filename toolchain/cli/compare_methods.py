@@ -82,7 +82,7 @@ def compare_methods(
 ) -> None:
     """Prune by every method to several sparsities, evaluate what is left, and put it in one table."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.checkpoint import model_name, open_checkpoint, resolve_model
+    from toolchain.checkpoint import dtype_name, model_name, open_checkpoint, resolve_model
     from toolchain.evaluation_parts import unfinished_parts
     from toolchain.evaluation_run import EvaluationSettings
     from toolchain.lm_eval_tasks import parse_requests
@@ -107,7 +107,7 @@ def compare_methods(
         with TemporaryDirectory() as place:
             results = benchmark(
                 directory, pruned, engine="transformers", out=Path(place) / "speed", workloads=workloads,
-                repeats=_REPEATS, device=picked_device, dtype=str(computed_in).removeprefix("torch."),
+                repeats=_REPEATS, device=picked_device, dtype=dtype_name(computed_in),
                 on_progress=output.note,
             )  # fmt: skip
         [measurement] = results["measurements"]

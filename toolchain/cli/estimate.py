@@ -30,11 +30,11 @@ def estimate(
     pick_dtype(dtype, auto=None)
     from serving.device_probe import probe_device
     from serving.estimate import estimate as run
-    from toolchain.checkpoint import open_checkpoint, resolve_model
+    from toolchain.checkpoint import dtype_name, open_checkpoint, resolve_model
     from toolchain.plan import load_plan
 
     loaded, directory = load_plan(plan), resolve_model(model)
-    computed = str(open_checkpoint(directory).dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    computed = dtype_name(open_checkpoint(directory).dtype) if dtype == "auto" else dtype
     chosen = pick_device(device)
     output.note("Measuring this device, a few seconds ...")
     result = run(
