@@ -62,7 +62,7 @@ def main(
 
 
 def generate(directory: Path, shape: Mapping[str, object], *, max_shard_bytes: int = 5_000_000_000) -> None:
-    """A Llama in bfloat16, the same for the same shape, one tensor in memory at a time."""
+    """A Llama in bfloat16, the same for the same shape and kind of device, one tensor in memory at a time."""
     config = LlamaConfig(**shape, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     hidden, width = config.hidden_size, config.intermediate_size
     key_width = config.num_key_value_heads * config.head_dim
@@ -79,11 +79,14 @@ def generate(directory: Path, shape: Mapping[str, object], *, max_shard_bytes: i
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
     def load(name: str) -> torch.Tensor:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
         if len(shapes[name]) == 1:
             return torch.ones(shapes[name], dtype=torch.bfloat16)
-        return (torch.randn(shapes[name], generator=torch.Generator().manual_seed(seed)) * 0.03).to(torch.bfloat16)
+        generator = torch.Generator(device).manual_seed(seed)
+        return (torch.randn(shapes[name], generator=generator, device=device) * 0.03).to("cpu", torch.bfloat16)
 
     directory.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as temporary:

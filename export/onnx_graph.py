@@ -91,7 +91,7 @@ def _build(
         try:
             from export.genai_builder import builder_class, check_supported
         except ModuleNotFoundError as error:
-            raise MissingDependencyError(str(error.name).partition(".")[0], "onnx") from error
+            raise MissingDependencyError(str(error.name), "onnx") from error
         except ImportError as error:
             raise SenteiError(
                 f"ONNX export cannot start ({error}).", "Install again: pip install 'sentei[onnx]'"

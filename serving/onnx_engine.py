@@ -235,6 +235,14 @@ def _open_session(graph: Path, device: str) -> Any:
     # Between operations the cores are for others: an HTTP server and its clients, or the engine compared with.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[device]])
+        session = ort.InferenceSession(str(graph), options, providers=[_PROVIDERS[device]])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise damaged(graph.parent, error) from error
+    if _PROVIDERS[device] not in session.get_providers():
+        # It falls back to the CPU without a word.
+        raise SenteiError(
+            f"ONNX Runtime cannot start its {_PROVIDERS[device]} here, though it was built with it.",
+            "Its CUDA and cuDNN must be installed in the versions it was built for: pip install "
+            "'onnxruntime-gpu[cuda,cudnn]', or a torch for the same CUDA.",
+        )
+    return session

@@ -126,6 +126,15 @@ def test_missing_provider(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it is there")
+def test_a_provider_that_does_not_start(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where CUDA's libraries are of another version: ONNX Runtime then takes the CPU, and does not say so."""
+    export_onnx(checkpoint, tmp_path / "out", precision="fp16", device="cuda")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(SenteiError, match=r"cannot start its CUDAExecutionProvider.*onnxruntime-gpu\[cuda,cudnn\]"):
+        OnnxEngine(tmp_path / "out")
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it is there")
 def test_verified_as_far_as_this_machine_can(checkpoint: Path, tmp_path: Path) -> None:
     for precision, told in (("fp16", "It was run on the CPU instead"), ("bf16", "answers were not")):
         out = tmp_path / precision

@@ -23,6 +23,7 @@ from toolchain.text_sources import TextSource
 RECORDED = Path(__file__).resolve().parents[1] / "golden"
 GOLDEN = json.loads((RECORDED / "2ssp_smollm2_135m.json").read_text())
 SCORES = load_file(RECORDED / "2ssp_smollm2_135m.safetensors")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def run(model: Path, out: Path, sparsity: float) -> PruningPlan:
         seq_len=2048,
         align=1,
         attention_removals=None,
-        device="cpu",
+        device=DEVICE,
         dtype=torch.float32,
         seed=0,
     )
