@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from toolchain.adaptive_allocation import best_split, ranked_widths
 from toolchain.allocation import BlockParameters, Protected, allocate, alpha_of, ladder, reachable_removals
@@ -60,10 +62,7 @@ class Search:
             A plan that removes nothing yet.
         """
         self._prepare()
-        with self.progress("Importance of neurons", len(self.windows)) as advance:
-            importance = neuron_importance(self.walk, self.windows, on_window=advance)
-        if blank.widths == "ranked":
-            importance = self._sensitivity.weigh(importance)
+        importance = self._ranked_importance() if blank.widths == "ranked" else self._importance(self.windows)
         original, limit = measure(self.walk, self.metric), blank.limit
         if limit is not None:
             limit = resolve_limit(limit, self._limited(original))
@@ -71,6 +70,20 @@ class Search:
         plan = PruningPlan(document, importance).at([], [])
         self.save(plan)
         return plan
+
+    def _importance(self, windows: torch.Tensor) -> tuple[NDArray[np.float32], ...]:
+        with self.progress("Importance of neurons", len(windows)) as advance:
+            return neuron_importance(self.walk, windows, on_window=advance)
+
+    def _ranked_importance(self) -> tuple[NDArray[np.float32], ...]:
+        """Importance on all windows, those that gradients are taken on seen there, weighed by the gradients."""
+        others = self.windows[_NUM_SENSITIVITY_WINDOWS:]
+        importance = self._sensitivity.importance
+        if len(others):
+            share = len(others) / len(self.windows)
+            pairs = zip(importance, self._importance(others), strict=True)
+            importance = tuple(seen * np.float32(1 - share) + other * np.float32(share) for seen, other in pairs)
+        return self._sensitivity.weigh(importance)
 
     def finish(self, plan: PruningPlan) -> PruningPlan:
         """Goes on from any plan the search has saved, to the target or to the limit.

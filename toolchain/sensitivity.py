@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from toolchain.errors import SenteiError
+from toolchain.importance import norms_of
 from toolchain.layer_walk import LayerWalk
 
 # Logits of so many tokens, with their gradients, exist at a time.
@@ -22,7 +23,7 @@ _HEAD_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """Two estimates a neuron, float32 ``[intermediate_size]`` a layer, comparable across layers.
+    """Two estimates a neuron, comparable across layers, and its importance; float32 ``[intermediate_size]`` a layer.
 
     With ``a_tj`` the activation of neuron *j* for token *t*, and ``L`` the summed loss of a window:
 
@@ -32,10 +33,12 @@ class Sensitivity:
             window as the example). Tells layers apart well, and the neurons of a layer badly.
         fisher: ``sum_t (a_tj dL/da_tj)^2``, averaged over the windows, in nats squared: Fisher information about a
             factor on the neuron (as in Fisher pruning: Theis et al., arXiv 1801.05787, with a token as the example).
+        importance: As :func:`toolchain.importance.neuron_importance` has it of these windows, seen on the way.
     """
 
     slope: tuple[NDArray[np.float32], ...]
     fisher: tuple[NDArray[np.float32], ...]
+    importance: tuple[NDArray[np.float32], ...]
 
     def weigh(self, importance: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], ...]:
         """Scores of neurons that look at the loss too: ``importance * fisher ** (1 / 4)``, for each layer alone."""
@@ -60,7 +63,7 @@ def neuron_sensitivity(
     # A walk of its own: what others have remembered under inference mode takes no gradients.
     walk = LayerWalk(walk.model, walk.family, walk.layers)
     slopes: list[torch.Tensor | float] = [0.0] * len(walk.layers)
-    fisher = list(slopes)
+    fisher, norms = list(slopes), list(slopes)
     for window in windows.split(1):
         states = _entering_states(walk, window)
         gradient = _gradient_of_loss(walk, states.pop(), window)
@@ -83,8 +86,10 @@ def neuron_sensitivity(
                 )
             slopes[index] = slopes[index] + contributions.sum(0).abs().double().cpu()
             fisher[index] = fisher[index] + squared.cpu()
+            norms[index] = norms[index] + norms_of(activations.detach()).cpu()
         on_window()
-    return Sensitivity(slope=_means(slopes, len(windows)), fisher=_means(fisher, len(windows)))
+    count = len(windows)
+    return Sensitivity(slope=_means(slopes, count), fisher=_means(fisher, count), importance=_means(norms, count))
 
 
 def _means(totals: list[torch.Tensor | float], count: int) -> tuple[NDArray[np.float32], ...]:

@@ -10,6 +10,8 @@ from tests.families import VARIANTS, make_family_pico
 from toolchain.checkpoint import open_checkpoint
 from toolchain.importance import neuron_importance
 from toolchain.offload import open_walk
+from toolchain.pipeline import PruneSettings, prepare, prune
+from toolchain.plan import load_plan
 from toolchain.sensitivity import Sensitivity, neuron_sensitivity
 
 
@@ -39,10 +41,12 @@ def test_it_is_the_slope_of_the_loss_along_each_neuron_and_its_square_by_token(f
         for handle in handles:
             handle.remove()
         # Whatever ran before, in whatever mode.
-        neuron_importance(walk, ids)
+        norms = neuron_importance(walk, ids)
         found = neuron_sensitivity(walk, ids)
         for mine, theirs in zip((*found.slope, *found.fisher), (*slopes, *fisher), strict=True):
             assert np.allclose(mine, theirs.numpy(), rtol=1e-3, atol=1e-4 * float(theirs.max())), variant
+        for seen, scored in zip(found.importance, norms, strict=True):
+            assert np.allclose(seen, scored, rtol=1e-5), variant
 
 
 def test_layers_from_disk_say_the_same(pico_model: Path):
@@ -54,7 +58,23 @@ def test_layers_from_disk_say_the_same(pico_model: Path):
 
 def test_neurons_are_weighed_layer_by_layer():
     ones = np.ones(2, np.float32)
-    found = Sensitivity(slope=(ones, ones), fisher=(np.array([16, 1], np.float32), np.array([0, 81], np.float32)))
+    fisher = (np.array([16, 1], np.float32), np.array([0, 81], np.float32))
+    found = Sensitivity(slope=(ones, ones), fisher=fisher, importance=(ones, ones))
     first, second = found.weigh((np.array([1, 3], np.float32), ones))
     assert first.tolist() == [2, 3]
     assert second.tolist() == pytest.approx([0, 3])
+
+
+@pytest.mark.parametrize("num_samples", [8, 11])
+def test_ranked_importance_is_of_all_windows(num_samples: int, pico_model: Path, tmp_path: Path):
+    """Also of those that the gradients are not taken on."""
+    settings = PruneSettings(
+        sparsity=0.25, calibration=[], num_samples=num_samples, seq_len=32, align=8, attention_removals=1,
+        device="cpu", dtype=torch.float32, seed=0, widths="ranked",
+    )  # fmt: skip
+    prune(pico_model, tmp_path / "out", settings, model_name="pico")
+    ids = prepare(pico_model, settings, "pico").windows.ids
+    sensitivity = neuron_sensitivity(walk_of(pico_model), ids[:8])
+    expected = sensitivity.weigh(neuron_importance(walk_of(pico_model), ids))
+    for found, scores in zip(load_plan(tmp_path / "out").importance, expected, strict=True):
+        assert np.allclose(found, scores, rtol=1e-4)
