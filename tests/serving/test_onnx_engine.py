@@ -126,6 +126,7 @@ def test_missing_provider(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it is there")
+@pytest.mark.filterwarnings("ignore:Specified provider")
 def test_a_provider_that_does_not_start(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where CUDA's libraries are of another version: ONNX Runtime then takes the CPU, and does not say so."""
     export_onnx(checkpoint, tmp_path / "out", precision="fp16", device="cuda")
