@@ -1,49 +1,60 @@
-"""Output tokens a second of two running vLLM servers, in turn, within a minute: for GPUs that are lent by the minute.
+"""Output tokens a second of two vLLM servers that are up together, in turn: for GPUs that are lent by the minute.
 
 ``sentei benchmark`` measures more (latencies, energy, each model's own starts), with vLLM's client, which alone needs
 20 seconds to start on such a machine. What one server's start adds to the next is not in these intervals.
 
-    python benchmarks/two_servers.py ORIGINAL_URL PRUNED_URL -o two_servers.json
+    python benchmarks/two_servers.py ORIGINAL PRUNED -o two_servers.json
 """
 
 import asyncio
 import json
 import random
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import typer
 
+from serving.benchmark import schedule
 from serving.environment import describe_environment
 from serving.statistics import SIDES, ratio_interval
+from serving.vllm_server import running_server
 from toolchain.output import write_text
 
 
 def main(
-    original: Annotated[str, typer.Argument(help="The original's server, such as http://127.0.0.1:8001.")],
-    pruned: Annotated[str, typer.Argument(help="The pruned model's.")],
+    original: Annotated[Path, typer.Argument(help="The original's directory.")],
+    pruned: Annotated[Path, typer.Argument(help="The pruned model's.")],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write; the servers' logs beside it.")],
+    options: Annotated[str, typer.Option(help="vLLM's, for both servers.")] = "",
     input_len: Annotated[int, typer.Option(help="Prompt tokens.")] = 512,
     output_len: Annotated[int, typer.Option(help="Output tokens.")] = 128,
     repeats: Annotated[int, typer.Option(help="Times that both are measured.")] = 5,
     load: Annotated[list[str], typer.Option(help="CONCURRENCY:REQUESTS; several times.")] = ["1:4", "16:32", "64:128"],  # noqa: B006
 ) -> None:
     """A B, B A, A B ...: each load on both servers, random prompts, greedy, no early end."""
-    urls = dict(zip(SIDES, (original, pruned), strict=True))
+    directories = dict(zip(SIDES, (original, pruned), strict=True))
     loads = [(int(concurrency), int(requests)) for concurrency, requests in (each.split(":") for each in load)]
     widest, _ = max(loads)
-    for url in urls.values():
-        asyncio.run(_throughput(url, widest, widest, input_len, output_len, seed=0))
     rates: dict[int, dict[str, list[float]]] = {concurrency: {side: [] for side in SIDES} for concurrency, _ in loads}
-    for repeat in range(repeats):
-        for concurrency, requests in loads:
-            for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
-                seed = 1 + 1000 * repeat + concurrency
-                rate = asyncio.run(_throughput(urls[side], concurrency, requests, input_len, output_len, seed=seed))
-                rates[concurrency][side].append(rate)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        urls = {
+            side: stack.enter_context(
+                running_server(directory, options=options.split(), log=out.with_suffix(f".{side}.log"))
+            )
+            for side, directory in directories.items()
+        }
+        for url in urls.values():
+            asyncio.run(_throughput(url, widest, widest, input_len, output_len, seed=0))
+        for visit in schedule(repeats, len(loads), both_up=True):
+            concurrency, requests = loads[visit.load]
+            seed = 1 + 1000 * visit.repeat + concurrency
+            rate = asyncio.run(_throughput(urls[visit.side], concurrency, requests, input_len, output_len, seed=seed))
+            rates[concurrency][visit.side].append(rate)
     document = describe(rates, {"input_len": input_len, "output_len": output_len, "loads": load})
     write_text(out, json.dumps(document, indent=1) + "\n")
     for result in document["results"]:
