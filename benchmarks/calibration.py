@@ -1,13 +1,14 @@
 """What calibration text leaves of the demo model: perplexity after pruning by mixture and by number of windows.
 
     python benchmarks/calibration.py -o calibration.json --mixture english=c4.jsonl --samples 4,8,16,32,64,128 \
-        --text c4=more.jsonl --text wikitext2=wiki.txt
+        --methods 2ssp,sentei --text c4=more.jsonl --text wikitext2=wiki.txt
     python benchmarks/calibration.py -o languages.json --mixture english=c4.jsonl --mixture half=1:c4.jsonl,1:ja.txt \
         --samples 32 --text c4=more.jsonl --text japanese=other-ja.txt
 
 A row that stands in the output file already is not computed again. Results stand in ``benchmarks/results/``.
 """
 
+import itertools
 import json
 import tempfile
 import time
@@ -21,18 +22,17 @@ from rich.console import Console
 from rich.table import Table
 
 from serving.environment import describe_environment
-from toolchain.application import remove_planned
 from toolchain.calibration import load_windows
 from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluation import perplexity
 from toolchain.gguf_import import demo_gguf, import_gguf
+from toolchain.method_comparison import METHODS
 from toolchain.modeling import bos_of, load_tokenizer
 from toolchain.offload import open_walk
 from toolchain.output import write_text
-from toolchain.pipeline import PruneSettings
-from toolchain.plan import PruningPlan, load_sweep
-from toolchain.sweep import sweep
+from toolchain.pipeline import PruneSettings, prune
+from toolchain.plan import PruningPlan, load_plan
 from toolchain.text_sources import TextSource, parse_sources, parse_text
 
 
@@ -41,6 +41,7 @@ def main(
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write, or to go on with.")],
     mixture: Annotated[list[str], typer.Option(metavar="NAME=[WEIGHT:]TEXT,...", help="To prune with; several times.")],
     text: Annotated[list[str], typer.Option(metavar="NAME=TEXT", help="To evaluate on; several times.")],
+    methods: Annotated[str, typer.Option(help="As compare-methods names them, comma-separated.")] = "sentei",
     samples: Annotated[str, typer.Option(help="Calibration windows, comma-separated.")] = "32",
     sparsity: Annotated[float, typer.Option(help="Of the decoder blocks.")] = 0.25,
     windows: Annotated[int, typer.Option(help="Windows of each text to evaluate on.")] = 16,
@@ -48,7 +49,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     model: Annotated[Path | None, typer.Option(help="A model directory; without it, the demo model.")] = None,
 ) -> None:
-    """Prunes and evaluates with every mixture at every number of windows."""
+    """Prunes and evaluates by every method with every mixture at every number of windows."""
     mixtures = {name: parse_sources(given.split(",")) for name, given in (each.split("=", 1) for each in mixture)}
     texts = dict(each.split("=", 1) for each in text)
     settings = {
@@ -67,27 +68,33 @@ def main(
             for name, path in texts.items()
         }
         asked = [
-            ("original", 0, ()),
-            *((name, int(n), each) for name, each in mixtures.items() for n in samples.split(",")),
+            ("original", "", 0, ()),
+            *(
+                (method, name, int(count), sources)
+                for method, (name, sources), count in itertools.product(
+                    methods.split(","), mixtures.items(), samples.split(",")
+                )
+            ),
         ]
-        for name, count, sources in asked:
-            if any((row["mixture"], row["num_calibration_windows"]) == (name, count) for row in rows):
+        for method, name, count, sources in asked:
+            row: dict[str, Any] = {"method": method, "mixture": name, "num_calibration_windows": count}
+            if any(row.items() <= done.items() for done in rows):
                 continue
             started = time.monotonic()
-            plan = _plan(model, Path(temporary) / f"{name}-{count}", sources, count, settings) if count else None
-            row: dict[str, Any] = {"mixture": name, "num_calibration_windows": count}
-            if plan is not None:
+            evaluated = model
+            if count:
+                evaluated = Path(temporary) / f"{method}-{name}-{count}"
+                plan = _prune(model, evaluated, method, sources, count, settings)
                 row["sources"] = [each.model_dump() for each in plan.document.calibration.sources]
                 row["removed_attention"] = list(plan.removed_attention)
                 row["intermediate_size"] = [layer.intermediate_size for layer in plan.layout]
                 row["num_block_parameters"] = plan.steps[-1].num_block_parameters
-            row["perplexity"] = _perplexities(model, plan, ids, dtype)
+            row["perplexity"] = _perplexities(evaluated, ids, dtype)
             row["seconds"] = round(time.monotonic() - started, 1)
             rows.append(row)
             _save(out, settings, rows)
-            typer.echo(
-                json.dumps({key: row[key] for key in ("mixture", "num_calibration_windows", "perplexity")}), err=True
-            )
+            said = ("method", "mixture", "num_calibration_windows", "perplexity", "seconds")
+            typer.echo(json.dumps({key: row[key] for key in said}), err=True)
     _show(rows, list(texts))
 
 
@@ -100,8 +107,8 @@ def _rows_of(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return document["rows"]
 
 
-def _plan(
-    model: Path, out: Path, sources: tuple[TextSource, ...], count: int, settings: Mapping[str, Any]
+def _prune(
+    model: Path, out: Path, method: str, sources: tuple[TextSource, ...], count: int, settings: Mapping[str, Any]
 ) -> PruningPlan:
     pruning = PruneSettings(
         sparsity=settings["sparsity"],
@@ -113,18 +120,14 @@ def _plan(
         device="cpu",
         dtype=getattr(torch, settings["dtype"]),
         seed=0,
+        **METHODS[method],
     )
-    sweep(model, out, pruning, [settings["sparsity"]], model_name="demo")
-    [plan] = (load_sweep(out) or {}).values()
-    return plan
+    prune(model, out, pruning, model_name="demo")
+    return load_plan(out)
 
 
-def _perplexities(
-    model: Path, plan: PruningPlan | None, ids: Mapping[str, torch.Tensor], dtype: str
-) -> dict[str, dict[str, float | None]]:
+def _perplexities(model: Path, ids: Mapping[str, torch.Tensor], dtype: str) -> dict[str, dict[str, float | None]]:
     walk = open_walk(open_checkpoint(model), dtype=getattr(torch, dtype), device="cpu", offload=False)
-    if plan is not None:
-        remove_planned(walk, plan)
     measured = {name: perplexity(walk, windows) for name, windows in ids.items()}
     return {name: {"value": each.perplexity, "standard_error": each.standard_error} for name, each in measured.items()}
 
@@ -142,10 +145,11 @@ def _save(out: Path, settings: Mapping[str, Any], rows: list[dict[str, Any]]) ->
 
 def _show(rows: list[dict[str, Any]], texts: list[str]) -> None:
     table = Table(box=None)
-    for header in ("mixture", "windows", "attentions", *texts):
-        table.add_column(header, justify="left" if header == "mixture" else "right")
+    for header in ("method", "mixture", "windows", "attentions", *texts):
+        table.add_column(header, justify="left" if header in ("method", "mixture") else "right")
     for row in rows:
         table.add_row(
+            row["method"],
             row["mixture"],
             str(row["num_calibration_windows"] or ""),
             ", ".join(map(str, row.get("removed_attention", []))),

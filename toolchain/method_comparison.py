@@ -17,7 +17,7 @@ from toolchain.evaluation_parts import Parts, digest_of
 from toolchain.evaluation_run import EvaluationSettings, evaluate
 from toolchain.output import write_text
 from toolchain.paired_tests import check_statistics
-from toolchain.pipeline import METHOD, PruneSettings, allocation_of, prune
+from toolchain.pipeline import IMPROVEMENTS, METHOD, PruneSettings, allocation_of, prune
 from toolchain.plan import load_plan
 from toolchain.progress import Progress, no_progress
 from toolchain.search_state import search_directory
@@ -27,7 +27,7 @@ COMPARISON_FILE, TABLE_FILE = "comparison.json", "comparison.md"
 # What sets each apart from the settings they share.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     METHOD: {},
-    "sentei": {"widths": "ranked", "compensate": True},
+    "sentei": IMPROVEMENTS,
     **{name: {"method": name} for name in BLOCK_METHODS},
 }
 

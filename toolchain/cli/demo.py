@@ -94,7 +94,7 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
 
     from toolchain.embedded_text import write_halves
     from toolchain.gguf_import import demo_gguf, import_gguf
-    from toolchain.pipeline import PruneSettings, prune
+    from toolchain.pipeline import IMPROVEMENTS, PruneSettings, prune
     from toolchain.text_sources import TextSource
 
     output.note("Importing the model ...")
@@ -108,11 +108,10 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
         seq_len=_SEQ_LEN,
         align=64,
         attention_removals=None,
-        widths="ranked",
-        compensate=True,
         device="cpu",
         dtype=torch.float32,
         seed=0,
+        **IMPROVEMENTS,
     )
     return prune(
         directory / "original",

@@ -220,6 +220,8 @@ def prune(
     sparsities = _sparsities(sparsity, sweep)
     picked_device = pick_device(device)
     directory = resolve_model(model)
+    improvements = {} if method else pipeline.IMPROVEMENTS
+    given = {"widths": widths and widths.value, "compensate": compensate}
     settings = pipeline.PruneSettings(
         sparsity=sparsities[0],
         method=(method or Method.two_ssp).value,
@@ -230,7 +232,6 @@ def prune(
         tensor_parallel=tensor_parallel,
         attention_removals=attention_removals,
         allocation=allocation.value,
-        widths=(widths or (Widths.uniform if method else Widths.ranked)).value,
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype),
         seed=seed,
@@ -239,9 +240,9 @@ def prune(
         metric=metric,
         limit=LimitSettings(max_degradation=max_degradation, max_metric=max_metric, min_metric=min_metric),
         limit_metric=limit_metric,
-        compensate=method is None if compensate is None else compensate,
         evopress_budget=evopress_budget.value,
         offload=offload,
+        **{**improvements, **{key: value for key, value in given.items() if value is not None}},
     )
     if not calibration:
         output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
