@@ -220,8 +220,11 @@ def prune(
     sparsities = _sparsities(sparsity, sweep)
     picked_device = pick_device(device)
     directory = resolve_model(model)
-    improvements = {} if method else pipeline.IMPROVEMENTS
-    given = {"widths": widths and widths.value, "compensate": compensate}
+    improvements: dict[str, Any] = {} if method else dict(pipeline.IMPROVEMENTS)
+    if widths is not None:
+        improvements["widths"] = widths.value
+    if compensate is not None:
+        improvements["compensate"] = compensate
     settings = pipeline.PruneSettings(
         sparsity=sparsities[0],
         method=(method or Method.two_ssp).value,
@@ -242,7 +245,7 @@ def prune(
         limit_metric=limit_metric,
         evopress_budget=evopress_budget.value,
         offload=offload,
-        **{**improvements, **{key: value for key, value in given.items() if value is not None}},
+        **improvements,
     )
     if not calibration:
         output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
