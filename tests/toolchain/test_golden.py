@@ -61,6 +61,8 @@ def run(model: Path, out: Path, sparsity: float) -> PruningPlan:
     return load_plan(out)
 
 
+# Six minutes on a thread of its own; the general limit is short for that where the machine has other work.
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "sparsity",
     ["0.25", pytest.param("0.375", marks=pytest.mark.acceptance), pytest.param("0.5", marks=pytest.mark.acceptance)],
