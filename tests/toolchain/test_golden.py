@@ -61,7 +61,7 @@ def run(model: Path, out: Path, sparsity: float) -> PruningPlan:
     return load_plan(out)
 
 
-# Six minutes on a thread of its own; the general limit is short for that where the machine has other work.
+# Seven minutes on a thread of its own; the general limit is short for that where the machine has other work.
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "sparsity",
