@@ -15,9 +15,8 @@ from toolchain import embedded_text
 from toolchain.calibration import load_mixture
 from toolchain.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from toolchain.compensation import compensate
-from toolchain.errors import CheckFailedError, SenteiError
+from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
 from toolchain.layer_walk import LayerWalk
-from toolchain.memory import is_out_of_memory
 from toolchain.metrics import Metric, PerplexityMetric, measure
 from toolchain.model_card import model_card
 from toolchain.modeling import bos_of, load_tokenizer

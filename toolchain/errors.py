@@ -32,3 +32,15 @@ class CheckFailedError(SenteiError):
     """The input was good, and a check on the result failed. The command ends with exit code 1."""
 
     exit_code = 1
+
+
+# How libraries say that an allocation failed: torch on a CPU, safetensors' mmap, C++, and threads without a stack.
+_ALLOCATION_FAILURES = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "can't start new thread")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, on a GPU or on a CPU."""
+    # By name, so that torch need not be there: torch.OutOfMemoryError is the GPU's.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(said in str(error) for said in _ALLOCATION_FAILURES)

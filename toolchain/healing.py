@@ -30,8 +30,7 @@ from toolchain.checkpoint import (
     write_config,
     write_weights,
 )
-from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.memory import is_out_of_memory
+from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
 from toolchain.metrics import perplexity_of
 from toolchain.modeling import bos_of, check_same_vocabulary, load_model, load_tokenizer
 from toolchain.output import beside, check_output_directory, new_directory, write_text

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch
 
-from toolchain.errors import SenteiError
+from toolchain.errors import SenteiError, is_out_of_memory
 from toolchain.layer_walk import LayerWalk
-from toolchain.memory import available_bytes, is_out_of_memory
+from toolchain.memory import available_bytes
 from toolchain.sub_blocks import SubBlock
 
 # The rest is for what a layer and the head need while they run.

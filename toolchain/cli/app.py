@@ -2,8 +2,13 @@
 
 import errno
 import os
+import signal
 import sys
+import tempfile
+import traceback
 from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -25,10 +30,13 @@ from toolchain.cli import (
     report,
     serve,
 )
-from toolchain.errors import SenteiError
+from toolchain.errors import SenteiError, is_out_of_memory
 
 _INTERRUPTED = 130
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LONGEST_REASON = 300
+# Libraries that would tell their makers who uses them. A value that the user has set stays.
+_NO_NETWORK = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 
 app = typer.Typer(
     name="sentei",
@@ -69,27 +77,66 @@ app.command("demo")(demo.demo)
 
 
 def main() -> None:
-    """Runs the command line; exit code 0, 1 (a check failed), 2 (bad input) or 130 (interrupted)."""
+    """Runs the command line.
+
+    Exit code 0, 1 (a check failed, or a fault of sentei's own), 2 (bad input) or 130 (Ctrl-C, or SIGTERM, which ends
+    a command in the same way).
+    """
+    os.environ.update({name: os.environ.get(name, "1") for name in _NO_NETWORK})
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
-    except SenteiError as error:
-        _fail(str(error), error.exit_code, error)
-    except OSError as error:
-        if error.errno in _DISK_ERRORS or "No space left" in str(error):
-            _fail(f"No space left on the disk ({error}). Free some and run the command again.", 2, error)
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            _fail(f"{error.filename or error}: permission denied. Choose a place you may write to.", 2, error)
-        if error.filename:
-            _fail(f"{error.filename} cannot be read or written ({error.strerror}). Give another path.", 2, error)
-        raise
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # Typer ends silently on Ctrl-C
             typer.echo("Interrupted.", err=True)
         raise
+    except Exception as error:
+        if os.environ.get("SENTEI_TRACEBACK"):
+            raise
+        sentence, exit_code = _told(error)
+        typer.echo(f"Error: {sentence}", err=True)
+        sys.exit(exit_code)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _fail(sentence: str, exit_code: int, error: BaseException) -> None:
-    if os.environ.get("SENTEI_TRACEBACK"):
-        raise error
-    typer.echo(f"Error: {sentence}", err=True)
-    sys.exit(exit_code)
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """The sentence that a person is told, and the exit code."""
+    if isinstance(error, SenteiError):
+        return str(error), error.exit_code
+    if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM:
+        return (
+            "Memory ran out. Close other programs, take a smaller model, shorter or fewer windows, or a larger "
+            "machine; prune, apply and evaluate need far less with --offload.",
+            2,
+        )
+    if isinstance(error, OSError):
+        if error.errno in _DISK_ERRORS or "No space left" in str(error):
+            return f"No space left on the disk ({error}). Free some and run the command again.", 2
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return f"{error.filename or error}: permission denied. Choose a place you may write to.", 2
+        if error.filename:
+            return f"{error.filename} cannot be read or written ({error.strerror}). Give another path.", 2
+    reason = " ".join(str(error).split())
+    what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    return f"sentei itself failed ({_shortened(what)}). {_trace_kept(error)}Please report this.", 1
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
+
+
+def _trace_kept(error: Exception) -> str:
+    """Writes the whole trace to a file that only this user may read, and says where it is."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        handle, path = tempfile.mkstemp(prefix="sentei-trace-", suffix=".txt")
+        os.close(handle)
+        Path(path).write_text(trace, encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        return "SENTEI_TRACEBACK=1 shows the full trace. "
+    return f"The full trace is in {path}. "
