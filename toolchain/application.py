@@ -207,7 +207,10 @@ def write_planned(
 def _compensate(
     checkpoint: Checkpoint, plan: PruningPlan, computing: Computing, directory: Path, progress: Progress
 ) -> tuple[PruningPlan, dict[str, TensorInfo]]:
-    """Re-fits what the plan leaves; returns the plan with its record, and where the weights are."""
+    """Re-fits what the plan leaves; returns the plan with its record, and where the weights are.
+
+    Weights that predict held-out text worse than those from before are not taken: then there are none.
+    """
     original, pruned = computing.open(checkpoint), computing.open(checkpoint)
     remove_planned(pruned, plan)
     try:
@@ -227,8 +230,14 @@ def _compensate(
             "Memory ran out while weights were fitted again.",
             "Add --offload, prune with fewer --samples or --no-compensate, or use a larger machine.",
         ) from error
+    held_out: dict[str, Any] = {
+        "held_out_perplexity_before": done.held_out_perplexity_before,
+        "held_out_perplexity_after": done.held_out_perplexity_after,
+    }
+    if done.made_worse:
+        return plan.changed({"compensation": CompensationRecord(taken=False, **held_out)}), {}
     record = CompensationRecord(
-        refits=done.records, final_norm_factor=done.final_norm_factor, perplexity=done.perplexity
+        refits=done.records, final_norm_factor=done.final_norm_factor, perplexity=done.perplexity, **held_out
     )
     return plan.changed({"compensation": record}), done.tensors
 
@@ -293,6 +302,14 @@ def summarise(
             "pruned": measured,
         },
         "num_refitted": len(document.compensation.refits) if document.compensation else 0,
+        "compensation": _compensation_summary(document.compensation),
         "stopped_because": document.stopped_because,
         "duration_s": round(duration_s, 1),
     }
+
+
+def _compensation_summary(record: CompensationRecord | None) -> dict[str, Any] | None:
+    """Whether re-fitted weights were taken, and why; ``None`` where none were made."""
+    if record is None or record.held_out_perplexity_after is None:
+        return None
+    return record.model_dump(include={"taken", "held_out_perplexity_before", "held_out_perplexity_after"})

@@ -46,12 +46,21 @@ class Compensated:
         records: One a re-fitted projection, for the plan.
         final_norm_factor: By which the norm before the head was multiplied; 1 if nothing was changed.
         perplexity: Of the compensated model on the first window.
+        held_out_perplexity_before: Of the pruned model as it came, on the windows that no weight was fitted to.
+        held_out_perplexity_after: Of the compensated model on the same windows.
     """
 
     tensors: dict[str, TensorInfo]
     records: list[RefitRecord]
     final_norm_factor: float
     perplexity: float
+    held_out_perplexity_before: float
+    held_out_perplexity_after: float
+
+    @property
+    def made_worse(self) -> bool:
+        """Whether text that no weight was fitted to is predicted worse than before: too few tokens were fitted to."""
+        return self.held_out_perplexity_after > self.held_out_perplexity_before
 
 
 @torch.inference_mode()
@@ -83,6 +92,9 @@ def compensate(
     tensors: dict[str, TensorInfo] = {}
     records: list[RefitRecord] = []
     before, after = original.embed(windows), pruned.embed(windows)
+    held_out = torch.tensor([_is_held_out(number, len(windows)) for number in range(len(windows))])
+    # What the held-out windows become in the pruned model as it came.
+    plain = after[held_out]
     # Each projection, and the half of the layer that is left out while it is looked at.
     parts: tuple[tuple[str, Part], ...] = ((family.attention_output, "ffn"), (family.ffn_output, "attention"))
     for index in range(len(original.layers)):
@@ -90,6 +102,7 @@ def compensate(
             says, states = _run_original(original, module, index, before, factor)
         refitted: dict[str, torch.Tensor] = {}
         with pruned.layers.layer(index) as module:
+            plain = pruned.run(module, index, plain)
             for name, other in parts:
                 projection = _projection(module, name)
                 if projection is None:
@@ -128,6 +141,8 @@ def compensate(
         if refitted:
             tensors |= _saved(refitted, directory / f"layer-{index}.safetensors")
         on_layer()
+    judge = PerplexityMetric(windows[held_out])
+    perplexity_before = finite(judge(pruned, plain), "perplexity", pruned)
     norm = f"{family.final_norm}.weight"
     norm_factor = _final_norm_factor(original, pruned, before, after)
     if norm_factor != 1:
@@ -141,6 +156,8 @@ def compensate(
         records=records,
         final_norm_factor=norm_factor,
         perplexity=finite(perplexity, "perplexity", pruned),
+        held_out_perplexity_before=perplexity_before,
+        held_out_perplexity_after=finite(judge(pruned, after[held_out]), "perplexity", pruned),
     )
 
 

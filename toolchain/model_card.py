@@ -22,13 +22,7 @@ def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
         if damage["pruned"] is not None
         else f"{damage['original']:.2f} before; not measured after (the plan was applied without calibration text)"
     )
-    refitted = (
-        f"- **Compensation**: {summary['num_refitted']} output projections of attentions and FFNs were re-fitted in "
-        "closed form\n  on the calibration text, and the norm before the head was scaled; all other weights are the "
-        "original's.\n"
-        if summary["num_refitted"]
-        else ""
-    )
+    refitted = _compensation(summary)
     measured_on = document.metric_source or "the calibration text"
     sources = "; ".join(sources_of(document.calibration))
     again = ", on the same calibration text" if document.compensation else ""
@@ -64,3 +58,21 @@ Stock Transformers refuses this checkpoint rather than load it wrongly. With `pi
 
 `plan.json` says what was removed from each layer. It can be edited and applied again with `sentei apply`{again}.
 """
+
+
+def _compensation(summary: dict[str, Any]) -> str:
+    """The line about re-fitted weights; empty where none were made."""
+    if summary["num_refitted"]:
+        return (
+            f"- **Compensation**: {summary['num_refitted']} output projections of attentions and FFNs were re-fitted "
+            "in closed form\n  on the calibration text, and the norm before the head was scaled; all other weights "
+            "are the original's.\n"
+        )
+    compensation = summary["compensation"]
+    if compensation is None or compensation["taken"]:
+        return ""
+    return (
+        "- **Compensation** was tried and not taken: on windows that it was not fitted to, perplexity would have gone "
+        f"from\n  {compensation['held_out_perplexity_before']:.2f} to {compensation['held_out_perplexity_after']:.2f}. "
+        "All weights are the original's.\n"
+    )

@@ -7,7 +7,7 @@ from typing import Any
 from toolchain.errors import SenteiError
 from toolchain.output import beside
 from toolchain.plan import PLAN_FILE, PruningPlan, load_plan
-from toolchain.plan_document import PlanDocument
+from toolchain.plan_document import CompensationRecord, PlanDocument
 
 # What the search itself fills in; everything else is its input, and must be the same to resume.
 _MEASURED: dict[str, Any] = {
@@ -20,7 +20,7 @@ _MEASURED: dict[str, Any] = {
     "stage_1": True,
     "trace": True,
     "block_steps": True,
-    "compensation": {"refits", "final_norm_factor", "perplexity"},
+    "compensation": {*CompensationRecord.model_fields},
 }
 
 

@@ -14,7 +14,7 @@ def test_the_card_names_what_the_cost_was_measured_on(tmp_path: Path):
     write_plan(tmp_path)
     write_summary(tmp_path)
     summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
-    summary |= {"intermediate_size": [32, 40], "removed_attention": [2], "num_refitted": 0}
+    summary |= {"intermediate_size": [32, 40], "removed_attention": [2], "num_refitted": 0, "compensation": None}
     plan = load_plan(tmp_path)
     assert "on the calibration text" in model_card(plan, summary)
     card = model_card(plan.changed({"metric": "accuracy", "metric_source": "mine.jsonl"}), summary)

@@ -12,6 +12,7 @@ from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
 
 if TYPE_CHECKING:
     from toolchain.plan import PruningPlan
+    from toolchain.plan_document import CompensationRecord
 
 app = typer.Typer(help="Look at a pruning plan.", no_args_is_help=True)
 _BAR_WIDTH = 24
@@ -255,15 +256,25 @@ def _show(console: Console, plan: "PruningPlan") -> None:
         f"{calibration.num_samples} windows of {calibration.seq_len} tokens",
         markup=False,
     )
-    if (compensation := document.compensation) is not None:
-        done = (
-            f"{len(compensation.refits)} output projections were re-fitted" if compensation.refits else "not done yet"
-        )
-        if compensation.final_norm_factor is not None:
-            done += f" and the norm before the head multiplied by {compensation.final_norm_factor:.3f}"
-        console.print(f"compensation: {done}; kept weights of these differ from the original's.")
+    if document.compensation is not None:
+        console.print(f"compensation: {_done_by(document.compensation)}", markup=False)
     for healing in document.healing:
         console.print(
             f"healed: {healing.steps} steps towards {healing.teacher}, perplexity {healing.perplexity_before:.4g} → "
             f"{healing.perplexity_after:.4g} on held-out text; sentei apply of this plan does not repeat it."
         )
+
+
+def _done_by(compensation: "CompensationRecord") -> str:
+    """What compensation did to the weights that are kept."""
+    if not compensation.taken:
+        return (
+            "not taken, since it made the perplexity of calibration windows that it was not fitted to worse "
+            f"({compensation.held_out_perplexity_before:.4g} → {compensation.held_out_perplexity_after:.4g})."
+        )
+    if not compensation.refits:
+        return "not done yet; kept weights of these will differ from the original's."
+    factor = compensation.final_norm_factor
+    scaled = f" and the norm before the head multiplied by {factor:.3f}" if factor is not None else ""
+    refitted = f"{len(compensation.refits)} output projections were re-fitted{scaled}"
+    return f"{refitted}; kept weights of these differ from the original's."

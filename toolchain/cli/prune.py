@@ -365,6 +365,15 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
             f"  {damage['name']:<11}  {damage['original']:.4g} → {damage['after_stage_1']:.4g} (FFN) → "
             f"{damage['after_stage_2']:.4g} (attention){compensated}, on {damage['source'] or 'the calibration text'}"
         )
+    if (compensation := summary["compensation"]) is not None:
+        before, after = (compensation[f"held_out_perplexity_{when}"] for when in ("before", "after"))
+        if compensation["taken"]:
+            console.print(f"  held out     perplexity {before:.4g} → {after:.4g} by compensation, on other windows")
+        else:
+            console.print(
+                f"  compensation not taken: on windows it was not fitted to, perplexity would go from {before:.4g} to "
+                f"{after:.4g}. More or longer windows (--samples, --seq-len) help."
+            )
     if summary["stopped_because"]:
         console.print(f"  stopped      {summary['stopped_because']}")
 
