@@ -15,11 +15,23 @@ def api_keys(given: Sequence[str] | None) -> tuple[str, ...]:
     """The keys that open a server: those of ``--api-key``, else the environment's, as in vLLM.
 
     Raises:
-        SenteiError: A key that is given is empty, as an unset variable is: vLLM would then let everybody in.
+        SenteiError: A key that is given is empty, as an unset variable is: vLLM would then let everybody in. Or no
+            header can carry it.
     """
     if given and not all(given):
         raise SenteiError("--api-key is empty.", f"Give a key, or set {KEY_VARIABLE}, which other users cannot see.")
-    return tuple(given or filter(None, [os.environ.get(KEY_VARIABLE)]))
+    return tuple(map(sendable, given or filter(None, [os.environ.get(KEY_VARIABLE)])))
+
+
+def sendable(key: str) -> str:
+    """The key itself.
+
+    Raises:
+        SenteiError: No header can carry it.
+    """
+    if key != key.strip() or any(ord(character) < 32 for character in key):
+        raise SenteiError("The API key begins or ends with a space, or holds a line break.", "Set it without.")
+    return key
 
 
 def warn_if_open(host: str | None, keys: Sequence[str]) -> None:

@@ -26,11 +26,12 @@ def main() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()
-    answers.write(b"{}\n")
-    for line in sys.stdin.buffer:
-        _limit_time()
-        answer = json.dumps(_answer(render_jinja_template, json.loads(line)))
-        answers.write(answer.encode() + b"\n")
+    with suppress(BrokenPipeError):  # the parent has ended
+        answers.write(b"{}\n")
+        for line in sys.stdin.buffer:
+            _limit_time()
+            answer = json.dumps(_answer(render_jinja_template, json.loads(line)))
+            answers.write(answer.encode() + b"\n")
 
 
 def _answer(render: Callable[..., Any], chat: dict[str, Any]) -> dict[str, str]:

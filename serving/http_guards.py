@@ -16,6 +16,8 @@ from toolchain.errors import SenteiError
 from toolchain.json_files import parse_json
 
 _BODY_TIMEOUT_S = 60.0
+# Of a body that is too long, so much is read and forgotten: most clients do not listen before they have sent all.
+_SWALLOWED_BYTES = 64 * 2**20
 _GUARDED = "/v1"  # as in vLLM: /health and /metrics answer everybody
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
@@ -52,7 +54,7 @@ async def read_request(request: Request, body_type: type[BodyT], max_bytes: int)
     Args:
         request: Whose body has not been read.
         body_type: What it must be.
-        max_bytes: A longer one is refused, at once where its length is announced.
+        max_bytes: A longer one is refused, and no more than this is kept of it.
 
     Raises:
         HTTPException: It is too long, too slow, or not announced as JSON.
@@ -89,16 +91,23 @@ def _digest(key: bytes) -> bytes:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
+    too_long = HTTPException(413, f"The request has more than {max_bytes:,} bytes.")
     declared = request.headers.get("content-length", "")
-    content = bytearray()
+    if declared.isdecimal() and int(declared) > _SWALLOWED_BYTES:
+        raise too_long
+    content, size = bytearray(), 0
     try:
         async with asyncio.timeout(_BODY_TIMEOUT_S):
             async for piece in request.stream():
-                content += piece
-                if len(content) > max_bytes or (declared.isdecimal() and int(declared) > max_bytes):
-                    raise HTTPException(413, f"The request has more than {max_bytes:,} bytes.")
+                size += len(piece)
+                if size > _SWALLOWED_BYTES:
+                    raise too_long
+                if size <= max_bytes:
+                    content += piece
     except TimeoutError as error:
         raise HTTPException(408, f"The request did not arrive within {_BODY_TIMEOUT_S:.0f} s.") from error
+    if size > max_bytes:
+        raise too_long
     return bytes(content)
 
 

@@ -16,6 +16,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
 
+from serving.api_keys import sendable
 from serving.child_process import child_process
 from serving.lora import check_adapters
 from serving.vllm_launcher import is_cpu_build
@@ -193,9 +194,13 @@ def key_for(url: str, api_key: str | None = None) -> str | None:
 
 
 def open_url(url: str, api_key: str | None = None) -> Any:
-    """Opens a URL of a server, without any proxy: most are on this machine."""
+    """Opens a URL of a server, without any proxy: most are on this machine.
+
+    Raises:
+        SenteiError: No header can carry the key.
+    """
     key = key_for(url, api_key)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers: Any = {"Authorization": b"Bearer " + sendable(key).encode("utf-8", "surrogateescape")} if key else {}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     return opener.open(urllib.request.Request(url, headers=headers), timeout=5)
 

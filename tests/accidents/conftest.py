@@ -1,12 +1,13 @@
 """What several rows share."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.accidents.onnx_service import KEY, TEMPLATE, Service
+from tests.conftest import make_pico
+from toolchain.checkpoint import copy_companions
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +17,8 @@ def service(pico_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     from serving.onnx_server import running_server
 
     source, out = tmp_path_factory.mktemp("source") / "pico", tmp_path_factory.mktemp("onnx") / "pico"
-    shutil.copytree(pico_model, source)
+    make_pico(source, head_dim=16)
+    copy_companions(pico_model, source)
     (source / "chat_template.jinja").write_text(TEMPLATE)
     export_onnx(source, out)
     log = tmp_path_factory.mktemp("log") / "server.log"

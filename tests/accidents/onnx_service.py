@@ -35,9 +35,9 @@ class Service:
     ) -> tuple[int, Any]:
         """Status and parsed JSON of an answer; ``body`` is sent as it is if it is bytes."""
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        sent = {"Content-Type": "application/json", **headers}
+        sent: dict[str, Any] = {"Content-Type": "application/json", **headers}
         if key is not None:
-            sent["Authorization"] = f"Bearer {key}".encode().decode("latin-1")
+            sent["Authorization"] = f"Bearer {key}".encode()
         request = urllib.request.Request(f"{self.url}{path}", content, sent, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:

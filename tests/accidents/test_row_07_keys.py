@@ -49,6 +49,14 @@ def test_an_empty_key_is_an_unset_variable(service: Service):
         api_keys(["good", ""])
 
 
+def test_a_key_that_no_header_can_carry_is_told(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret\n")
+    for ask in (lambda: api_keys(None), lambda: is_healthy("http://127.0.0.1:9")):
+        with pytest.raises(SenteiError, match="line break") as error:
+            ask()
+        assert "secret" not in str(error.value)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", None, "192.0.2.1"])
 def test_a_server_open_to_others_without_a_key_is_warned_of(host, capsys):
     warn_if_open(host, ())

@@ -47,6 +47,15 @@ def test_the_length_is_counted_where_it_is_not_announced(service: Service):
         connection.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
         for piece in pieces():
             connection.sendall(b"%x\r\n%s\r\n" % (len(piece), piece))
+        connection.sendall(b"0\r\n\r\n")
+        assert b" 413 " in connection.recv(4096)
+
+
+def test_what_is_far_too_long_is_not_even_read(service: Service):
+    address = urllib.parse.urlsplit(service.url)
+    with socket.create_connection((address.hostname, address.port or 0), timeout=30) as connection:
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+        connection.sendall(head.encode() + b"Content-Length: 99999999999\r\n\r\n{")
         assert b" 413 " in connection.recv(4096)
 
 
