@@ -4,6 +4,7 @@ Standard library only: vLLM's child processes import this before anything else.
 """
 
 import multiprocessing
+import multiprocessing.connection  # not left to the thread below: a child forked meanwhile would have half of it
 import multiprocessing.util
 import os
 import signal

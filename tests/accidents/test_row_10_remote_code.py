@@ -58,7 +58,7 @@ def test_every_spelling_is_refused_and_nothing_else(pico_model: Path, tmp_path: 
         ["serve", model, "--speculative-config.trust_remote_code", "true"],
         ["serve", model, "--hf-overrides", '{"text_config": {"trust_remote_code": true}}'],
         ["serve", model, "--tool-parser-plugin", str(plugin)],
-        ["serve", "--model", model, "--reasoning-parser-plugin", f"{tmp_path}/../{tmp_path.name}/../{plugin}"],
+        ["serve", "--model", model, "--reasoning-parser-plugin", f"{pico_model}/../{pico_model.name}/parser.py"],
         ["bench", "throughput", "--model", model, "--trust-remote-c"],
         ["bench", "latency", "--model", model, "--trust_remote_code"],
     ]
