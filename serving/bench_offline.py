@@ -13,9 +13,10 @@ from serving.bench_server import engine_facts, engine_options_for, vllm_device
 from serving.child_process import child_process
 from serving.gpu_state import energy, watched_gpus
 from serving.statistics import DISTRIBUTED, METRICS, PERCENTILES, percentile
-from serving.vllm_server import checked_options, launcher_command, launcher_environment, tail
+from serving.vllm_server import checked_options, launcher_command, launcher_environment, refusal, tail
 from serving.worker_process import EngineFailedError
 from serving.workload import Slo, Workload
+from toolchain.errors import SenteiError
 
 _POLL_S, _BATCHES = 0.25, 3
 # Without a stream of tokens there is none of the times in between.
@@ -69,6 +70,7 @@ class OfflineSession:
 
         Raises:
             EngineFailedError: vLLM ended with an error or hung; the end of its log is in the message.
+            SenteiError: An option would run code from the checkpoint.
         """
         input_len, output_len = str(workload.input_len), str(workload.output_len)
         # vllm bench throughput takes the random data set's own options, and ignores --input-len beside them.
@@ -114,6 +116,8 @@ class OfflineSession:
         with child_process(launcher_command(*arguments), launcher_environment(), log) as process:
             self._wait(process, log, side)
         said = log.read_text(encoding="utf-8", errors="replace")
+        if process.returncode == 2 and (refused := refusal(said)):
+            raise SenteiError(f"vllm bench {command} of the {side} model: {refused}")
         try:
             result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

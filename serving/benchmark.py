@@ -315,6 +315,8 @@ def _check_engine_settings(
         raise SenteiError("Engine options are for servers that sentei starts; with --url it starts none.")
     if not is_onnx and any(option.split("=")[0] == "--dtype" for option in engine_options):
         raise SenteiError("The engine option --dtype would hide the precision from the results.", "Use --dtype.")
+    if any(option.split("=")[0].replace("_", "-") == "--api-key" for option in engine_options):
+        raise SenteiError("--api-key would be written into the results.", "Set VLLM_API_KEY: both sides take it.")
     for library in _LIBRARIES.get(engine, ()):
         _check_library(*library)
 

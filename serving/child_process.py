@@ -7,7 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from serving.vllm_launcher import PARENT_VARIABLE
+from serving.lifetime import PARENT_VARIABLE
+
+
+def own_environment() -> dict[str, str]:
+    """The environment of a Python that finds sentei's modules wherever it is started; give it ``-P``.
+
+    A directory ``serving`` where the user happens to stand must not be taken for ours.
+    """
+    paths = [str(Path(__file__).resolve().parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 @contextmanager
@@ -18,7 +27,7 @@ def child_process(
 
     Args:
         command: One of ours, which takes care that it ends with this process too, however that ends: most by calling
-            :func:`serving.vllm_launcher.end_with_parent`.
+            :func:`serving.lifetime.end_with_parent`.
         environment: Its whole environment.
         log: Where its output goes.
         talks: Input and output are unbuffered pipes to this process instead, and only errors go to the log.

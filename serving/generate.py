@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
+from serving.chat_template import ChatTemplate
 from serving.onnx_files import is_onnx_export
 from serving.sampling import GREEDY, Sampling
 from toolchain.errors import SenteiError
@@ -39,7 +40,7 @@ def stream_text(
         device: For checkpoints, where.
 
     Raises:
-        SenteiError: No such model, an empty prompt, or no chat template.
+        SenteiError: No such model, an empty prompt, or no chat template, or one that takes too much.
     """
     tokenizer = load_tokenizer(directory)
     ids = _prompt_ids(tokenizer, prompt, chat=chat)
@@ -56,7 +57,8 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) 
         if not tokenizer.chat_template:
             raise SenteiError("This model has no chat template.", "Leave --chat out.")
         messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with ChatTemplate(tokenizer) as template:
+            text = template.render(messages)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt)["input_ids"]
     if not ids:

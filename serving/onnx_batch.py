@@ -8,6 +8,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from serving.onnx_engine import OnnxEngine
 from serving.sampling import Sampler
 from toolchain.errors import SenteiError
@@ -98,18 +101,21 @@ class OnnxBatch:
         """Ends every request."""
         for index, row in enumerate(self._rows):
             if row:
-                self._leave(index)
-                row.request.fail(error)
+                self._end(index, error)
 
     def _prefill(self, index: int) -> None:
         row = self._rows[index]
         assert row
         piece, row.waiting = row.waiting[:_PROMPT_PIECE], row.waiting[_PROMPT_PIECE:]
-        logits = self._engine.step(self._cache.rows(index, index + 1), [piece])[0][-1]
+        try:
+            logits = self._engine.step(self._cache.rows(index, index + 1), [piece])[0][-1]
+        except SenteiError as error:
+            self._end(index, error)
+            return
         self.prompt_tokens += len(piece)
         if not row.waiting:
             self._prefilling.popleft()
-            self._give(index, row.request.sampler.pick(logits))
+            self._give(index, logits)
 
     def _decode(self) -> None:
         busy = {index: row for index, row in enumerate(self._rows) if row and not row.waiting}
@@ -122,17 +128,28 @@ class OnnxBatch:
         logits = self._engine.step(cache, tokens)
         for index in range(len(lengths)):
             if index in busy:
-                self._give(index, busy[index].request.sampler.pick(logits[index][-1]))
+                self._give(index, logits[index][-1])
             else:
                 cache.lengths[index] = lengths[index]
 
-    def _give(self, index: int, token: int) -> None:
+    def _give(self, index: int, logits: NDArray[np.float32]) -> None:
         row = self._rows[index]
         assert row
-        row.token = token
-        self.generation_tokens += 1
-        if not row.request.take(token):
+        try:
+            row.token = row.request.sampler.pick(logits)
+            self.generation_tokens += 1
+            goes_on = row.request.take(row.token)
+        except Exception as error:  # in what is this request's own: the others go on
+            self._end(index, error)
+            return
+        if not goes_on:
             self._leave(index)
+
+    def _end(self, index: int, error: Exception) -> None:
+        row = self._rows[index]
+        assert row
+        self._leave(index)
+        row.request.fail(error)
 
     def _leave(self, index: int) -> None:
         self._rows[index], self._cache.lengths[index] = None, 0

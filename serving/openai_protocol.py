@@ -7,12 +7,14 @@ and is not known here is refused, not passed over.
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serving.sampling import Sampling
 from toolchain.errors import SenteiError
+
+_MOST_STOP_STRINGS = 64  # each is looked for after each token, between the tokens of everybody else
 
 FinishReason = Literal["stop", "length"]
 
@@ -32,7 +34,7 @@ class _Request(BaseModel):
     top_p: float = 1.0
     top_k: int = Field(0, ge=-1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] = []
+    stop: str | Annotated[list[str], Field(max_length=_MOST_STOP_STRINGS)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     ignore_eos: bool = False
@@ -70,7 +72,13 @@ class _Request(BaseModel):
 class CompletionRequest(_Request):
     """Of ``/v1/completions``."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    # The first wrong element is enough: a list of a million would make a million errors.
+    prompt: (
+        str
+        | Annotated[list[int], Field(fail_fast=True)]
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[list[int]], Field(fail_fast=True)]
+    )
     best_of: Literal[1] = 1
     echo: Literal[False] = False
 
@@ -92,7 +100,7 @@ class CompletionRequest(_Request):
 class ChatCompletionRequest(_Request):
     """Of ``/v1/chat/completions``."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @property
@@ -100,8 +108,11 @@ class ChatCompletionRequest(_Request):
         """The messages for a chat template, their content as one string.
 
         Raises:
-            SenteiError: A message holds something else than text.
+            SenteiError: A message holds something else than text, or does not say who speaks.
         """
+        for message in self.messages:
+            if not isinstance(message.get("role"), str):
+                raise SenteiError("messages: role must be a string.")
         return [{**message, "content": _text(message.get("content"))} for message in self.messages]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from serving.lifetime import ENGINE_VARIABLE
+from serving.vllm_options import check_plugins
 from toolchain.checkpoint import dtype_name
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.quantized import open_servable
@@ -30,6 +32,7 @@ _ENVIRONMENT = {
     # vLLM looks at model classes in a fresh interpreter, where a directory `serving` in the working directory must not
     # be taken for ours.
     "PYTHONSAFEPATH": "1",
+    ENGINE_VARIABLE: "1",
 }
 
 
@@ -64,6 +67,7 @@ class VllmEngine:
             SenteiError: Not a good checkpoint, or vLLM cannot load it; its own messages are on stderr.
             MissingDependencyError: vLLM is not installed.
         """
+        check_plugins()
         checkpoint = open_servable(described_by or directory)
         dtype = dtype or checkpoint.dtype
         limit = checkpoint.config.get("max_position_embeddings") or max_model_len

@@ -6,30 +6,23 @@ this module only calls vLLM.
 """
 
 import importlib.metadata
-import os
-import signal
 import sys
-import threading
-import time
 
-# Set to a process id: when that process is no longer the parent, this one ends itself and its whole group.
-PARENT_VARIABLE = "SENTEI_LAUNCHER_PARENT"
+from serving.lifetime import end_with_multiprocessing_parent, end_with_parent
 
 
 def main() -> None:
     """Runs vLLM's command line with this process's arguments."""
     end_with_parent()
+    end_with_multiprocessing_parent()
     answer_for_vllm_cpu()
+    from serving.vllm_options import check_when_parsed
+
+    check_when_parsed()
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv[0] = "vllm"
     vllm_main()
-
-
-def end_with_parent() -> None:
-    """Ties this process's life to that of the one which :data:`PARENT_VARIABLE` names, if it does."""
-    if parent := os.environ.pop(PARENT_VARIABLE, ""):
-        threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
 
 
 def answer_for_vllm_cpu() -> None:
@@ -55,12 +48,7 @@ def is_cpu_build() -> bool:
     return names == ["vllm-cpu"]
 
 
-def _end_with(parent: int) -> None:
-    """Kills the process group once ``parent`` is gone, however it ended."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # one of vLLM's processes: engine, worker, coordinator, API server
+    end_with_multiprocessing_parent(being_spawned=True)

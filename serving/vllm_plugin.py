@@ -3,13 +3,17 @@
 They carry names of our own in ``architectures``, so nothing changes for any other model on the same server.
 """
 
+import os
 from typing import Any
 
+from serving.lifetime import ENGINE_VARIABLE, end_with_multiprocessing_parent
 from toolchain.families import FAMILIES
 
 
 def register() -> None:
     """Registers the classes by name, so that nothing of vLLM's models is imported before one is asked for."""
+    if os.environ.get(ENGINE_VARIABLE):  # a server that others started lives as long as they want
+        end_with_multiprocessing_parent()
     from transformers import CONFIG_MAPPING
     from vllm import ModelRegistry
 

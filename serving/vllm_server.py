@@ -16,9 +16,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
 
+from serving.api_keys import sendable
 from serving.child_process import child_process
 from serving.lora import check_adapters
 from serving.vllm_launcher import is_cpu_build
+from serving.vllm_options import check_plugins, refused_remote_code
 from toolchain.errors import MissingDependencyError, SenteiError
 
 HOST = "127.0.0.1"
@@ -37,7 +39,8 @@ def serve(directory: Path, options: Sequence[str]) -> NoReturn:
         options: vLLM's own. Without ``--host`` the server listens on loopback alone.
 
     Raises:
-        SenteiError: An option that would run code from the checkpoint, or a LoRA adapter that does not fit it.
+        SenteiError: An option that would run code from the checkpoint, a LoRA adapter that does not fit it, or
+            ``VLLM_PLUGINS`` leaves out sentei's plugin.
         MissingDependencyError: vLLM is not installed.
     """
     check_adapters(directory, options)
@@ -122,12 +125,16 @@ def _serve_options(options: Sequence[str]) -> list[str]:
 def checked_options(options: Sequence[str]) -> list[str]:
     """Options of vLLM's engine as the user gave them, with eager mode where nothing can be compiled.
 
+    What they mean in every spelling is checked in the launcher (:mod:`serving.vllm_options`); the plain spelling is
+    refused here, before vLLM is imported.
+
     Raises:
-        SenteiError: One of them would run code from the checkpoint.
+        SenteiError: One of them would run code from the checkpoint, or ``VLLM_PLUGINS`` leaves out sentei's plugin.
     """
+    check_plugins()
     options, given = list(options), _names(options)
     if "--trust-remote-code" in given:
-        raise SenteiError("--trust-remote-code would run code from the checkpoint.", "sentei's checkpoints need none.")
+        raise refused_remote_code("--trust-remote-code")
     if is_cpu_build() and not has_cxx_compiler() and "--enforce-eager" not in given:
         print("No C++ compiler: vLLM runs in eager mode, which is slower. Install g++ to compile.", file=sys.stderr)
         options.append("--enforce-eager")
@@ -187,9 +194,13 @@ def key_for(url: str, api_key: str | None = None) -> str | None:
 
 
 def open_url(url: str, api_key: str | None = None) -> Any:
-    """Opens a URL of a server, without any proxy: most are on this machine."""
+    """Opens a URL of a server, without any proxy: most are on this machine.
+
+    Raises:
+        SenteiError: No header can carry the key.
+    """
     key = key_for(url, api_key)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers: Any = {"Authorization": b"Bearer " + sendable(key).encode("utf-8", "surrogateescape")} if key else {}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     return opener.open(urllib.request.Request(url, headers=headers), timeout=5)
 
@@ -201,10 +212,16 @@ def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
         process.wait(timeout=_STOP_TIMEOUT_S)
 
 
+def refusal(text: str) -> str | None:
+    """Our own sentence in a log: of the launcher, the plugin or the ONNX server."""
+    refused = _REFUSAL.findall(text)
+    return refused[-1] if refused else None
+
+
 def _cause(text: str) -> str:
-    """What ended a server: our own sentence if the plugin refused the checkpoint, else the end of the log."""
-    if refused := _REFUSAL.findall(text):
-        return f": {refused[-1]}"
+    """What ended a server: our own sentence if there is one, else the end of the log."""
+    if refused := refusal(text):
+        return f": {refused}"
     return f". The end of its log:\n{tail(text)}"
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from serving.child_process import child_process
+from serving.child_process import child_process, own_environment
 from toolchain.errors import SenteiError
 
 _TAIL_LINES = 8
@@ -74,9 +74,6 @@ class Worker:
 @contextmanager
 def running_worker(name: str, log: Path) -> Iterator[Worker]:
     """A worker that is ended on the way out, whatever happens inside; it holds nothing that is worth patience."""
-    # -P and the explicit path: a directory `serving` where the user happens to stand must not be taken for ours.
-    paths = [str(Path(__file__).resolve().parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     command = [sys.executable, "-P", "-m", "serving.bench_worker", str(os.getpid())]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    with child_process(command, environment, log, talks=True) as process:
+    with child_process(command, own_environment(), log, talks=True) as process:
         yield Worker(name, process, log)

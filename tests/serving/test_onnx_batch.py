@@ -98,6 +98,28 @@ def test_an_error_ends_every_request_and_the_next_go_well(engine: OnnxEngine, mo
     assert tokens == engine.generate([100], 5)
 
 
+def test_what_fails_in_one_request_ends_that_one_alone(engine: OnnxEngine) -> None:
+    """Its sampler, its text, or the run of its own prompt."""
+
+    def fails(*_: object) -> bool:
+        raise ValueError("Its own fault.")
+
+    class FailingSampler(Sampler):
+        pick = fails  # type: ignore[assignment]
+
+    batch = OnnxBatch(engine, max_num_seqs=4, max_model_len=64)
+    errors: list[Exception] = []
+    tokens: list[int] = []
+    batch.join(request([200, 201], 12, tokens))
+    batch.join(request([100], 5, [], sampler=FailingSampler(), fail=errors.append))
+    batch.join(BatchRequest(prompt=[101], take=fails, fail=errors.append))
+    batch.join(request([100] * 70, 5, [], fail=errors.append))  # does not fit: OnnxEngine.step refuses
+    while not batch.is_empty:
+        batch.step()
+    assert sorted(type(error).__name__ for error in errors) == ["SenteiError", "ValueError", "ValueError"]
+    assert tokens == engine.generate([200, 201], 12)
+
+
 def test_draws_are_a_requests_own(engine: OnnxEngine) -> None:
     """The same seed gives the same answer, whatever else is in the batch."""
 

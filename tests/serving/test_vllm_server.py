@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from serving import vllm_launcher, vllm_server
+from serving import lifetime, vllm_launcher, vllm_server
 from serving.bench_client import bench_serve
 from serving.vllm_server import running_server
+from tests.accidents.processes import descendants, exists, wait_for
 from toolchain.errors import MissingDependencyError, SenteiError
 
 if importlib.util.find_spec("vllm") is None:
@@ -31,14 +32,6 @@ LOAD = (
 )  # fmt: skip
 
 
-def gone(pid):
-    """Whether a process has ended; a zombie nobody has waited for counts as ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 def processes_with(text):
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -50,7 +43,7 @@ def processes_with(text):
     return found
 
 
-def test_serves_a_pruned_checkpoint_and_is_measured(pruned_demo, tmp_path):
+def test_serves_a_pruned_checkpoint_is_measured_and_leaves_nothing_when_killed(pruned_demo, tmp_path):
     log = tmp_path / "server.log"
     with running_server(pruned_demo, options=OPTIONS, log=log) as base_url:
         assert base_url.startswith("http://127.0.0.1:")
@@ -62,7 +55,11 @@ def test_serves_a_pruned_checkpoint_and_is_measured(pruned_demo, tmp_path):
             assert json.load(response)["usage"]["completion_tokens"] == 4
         result = bench_serve(base_url, pruned_demo, options=LOAD, result_file=tmp_path / "result.json")
         command_line = f"--port\0{base_url.rpartition(':')[2]}"
-        assert processes_with(command_line)
+        launcher = int(processes_with(command_line)[0])
+        started = descendants(launcher)
+        assert "EngineCore" in "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in started)
+        os.kill(launcher, signal.SIGKILL)  # as the system does when memory is full
+        wait_for(lambda: not any(map(exists, started)), 15)
     kept = json.loads((tmp_path / "result.json").read_text())
     assert {name: result[name] for name in kept} == kept
     assert result["first_error"] is None
@@ -112,26 +109,23 @@ def test_a_server_that_never_gets_ready_is_stopped(pico_model, tmp_path, monkeyp
 
 def test_the_server_ends_with_whoever_started_it(tmp_path):
     child = (
-        "import os, threading, time; from serving.vllm_launcher import _end_with;"
-        f"threading.Thread(target=_end_with, args=(int(os.environ['{vllm_launcher.PARENT_VARIABLE}']),)).start();"
+        "import os, threading, time; from serving.lifetime import _end_group_with;"
+        f"threading.Thread(target=_end_group_with, args=(int(os.environ['{lifetime.PARENT_VARIABLE}']),)).start();"
         "time.sleep(60)"
     )
     parent = (
         "import os, subprocess, sys, time;"
-        f"env = dict(os.environ, {vllm_launcher.PARENT_VARIABLE}=str(os.getpid()));"
+        f"env = dict(os.environ, {lifetime.PARENT_VARIABLE}=str(os.getpid()));"
         f"print(subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True, env=env).pid, flush=True);"
         "time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     pid = int(process.stdout.readline())
     time.sleep(1)
-    assert not gone(pid)
+    assert exists(pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 10
-    while not gone(pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert gone(pid)
+    wait_for(lambda: not exists(pid), 10)
 
 
 def test_serve_becomes_vllm(pico_model, monkeypatch):

@@ -1,0 +1,28 @@
+"""What several rows share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.accidents.onnx_service import KEY, TEMPLATE, Service
+from tests.conftest import make_pico
+from toolchain.checkpoint import copy_companions
+
+
+@pytest.fixture(scope="session")
+def service(pico_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The ONNX server as a user starts it, with ``VLLM_API_KEY`` set."""
+    from export.onnx_graph import export_onnx
+    from serving.onnx_server import running_server
+
+    source, out = tmp_path_factory.mktemp("source") / "pico", tmp_path_factory.mktemp("onnx") / "pico"
+    make_pico(source, head_dim=16)
+    copy_companions(pico_model, source)
+    (source / "chat_template.jinja").write_text(TEMPLATE)
+    export_onnx(source, out)
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", KEY)
+        with running_server(out, options=["--max-num-seqs", "2"], log=log) as url:
+            yield Service(url, log, out)
