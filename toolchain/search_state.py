@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.output import beside
+from toolchain.output import beside, check_unfinished
 from toolchain.plan import PLAN_FILE, PruningPlan, load_plan
 from toolchain.plan_document import PlanDocument
 
@@ -42,6 +42,14 @@ class SearchState:
     def __init__(self, directory: Path) -> None:
         """``directory`` is created when the first step is saved."""
         self.directory = directory
+
+    def check_ours(self) -> None:
+        """Refuses a directory in which no search lies, nor a sweep's searches.
+
+        Raises:
+            SenteiError: It is somebody else's.
+        """
+        check_unfinished(self.directory, "plan.*", "*/plan.*")
 
     def check_free(self) -> None:
         """Refuses to overwrite an interrupted search, or a sweep's, which are in directories below.

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
+from toolchain.output import writes_directory, writes_file
 
 if TYPE_CHECKING:
     from toolchain.plan import PruningPlan
@@ -38,6 +39,7 @@ def show(
 
 
 @app.command()
+@writes_file
 def curve(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model, a plan.json, or a sweep.")],
     *,
@@ -110,6 +112,7 @@ def why(
 
 
 @app.command()
+@writes_directory
 def cut(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model, or a plan.json.")],
     *,
