@@ -51,12 +51,12 @@ def check_output_directory(out: Path, *, force: bool, inputs: Iterable[Path] = (
             a directory cannot be renamed to: a symbolic link or a mount point.
     """
     _check_words(out)
-    if out.is_symlink() or out.is_mount():
+    resolved = Path(os.path.realpath(out))
+    if out.is_symlink() or resolved.is_mount():  # resolved: pathlib takes every "." for a mount point
         kind = "symbolic link" if out.is_symlink() else "mount point"
         raise SenteiError(f"Output {out} is a {kind}, which cannot be replaced.", "Choose a directory below it.")
     if out.exists() and not out.is_dir():
         raise SenteiError(f"Output {out} is a {kind_of(out)}, not a directory.", _ANOTHER)
-    resolved = out.resolve()
     for path in inputs:
         if path.resolve() == resolved or resolved in path.resolve().parents:
             raise SenteiError(f"Output {out} would replace the input {path}.", "Choose another output directory.")

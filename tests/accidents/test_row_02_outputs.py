@@ -109,7 +109,9 @@ def test_a_refusal_of_the_inputs_leaves_no_empty_directory(tmp_path: Path, comma
 
 
 def test_a_read_only_place_is_refused_before_the_work(tmp_path: Path):
-    script = f'mount -t tmpfs -o ro none "{tmp_path}" && exec "{PROGRAM}" prune none --sparsity 0.25 -o "{tmp_path}/out"'
+    script = (
+        f'mount -t tmpfs -o ro none "{tmp_path}" && exec "{PROGRAM}" prune none --sparsity 0.25 -o "{tmp_path}/out"'
+    )
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=100, check=False
     )
