@@ -12,11 +12,11 @@ from toolchain.errors import SenteiError
 from toolchain.output import (
     beside,
     check_output_directory,
-    check_unfinished,
     claimed_directory,
     replace_directory,
     write_text,
 )
+from toolchain.output_checks import check_unfinished
 
 RESULTS_FILE = "results.json"
 _SETTINGS, _MEASURED = "settings.json", "measured.jsonl"

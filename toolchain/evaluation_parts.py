@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.output import beside, check_unfinished, write_text
+from toolchain.output import beside, write_text
+from toolchain.output_checks import check_unfinished
 
 
 def parts_directory(out: Path) -> Path:

@@ -36,11 +36,11 @@ from toolchain.modeling import bos_of, check_same_vocabulary, load_model, load_t
 from toolchain.output import (
     beside,
     check_output_directory,
-    check_unfinished,
     new_directory,
     write_text,
     writes_directory,
 )
+from toolchain.output_checks import check_unfinished
 from toolchain.passage_hashes import merge_hashes
 from toolchain.plan import PruningPlan, load_plan
 from toolchain.plan_document import HealingRecord

@@ -9,25 +9,17 @@ import functools
 import inspect
 import os
 import shutil
-import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import ParamSpec, TypeVar
 
 from toolchain.errors import SenteiError
-from toolchain.output_lock import take_lock
+from toolchain.output_checks import check_output_directory, check_output_file, is_empty_directory, kind_of
+from toolchain.output_lock import refuse_if_held, take_lock
 
-_KINDS = {
-    stat.S_IFREG: "file",
-    stat.S_IFDIR: "directory",
-    stat.S_IFLNK: "symbolic link",
-    stat.S_IFIFO: "FIFO",
-    stat.S_IFSOCK: "socket",
-}
-_LONGEST_NAME = 255 - len(".unfinished")  # in bytes; the longest of the suffixes of what lies beside an output
 _ANOTHER = "Choose another output."
 
 _P = ParamSpec("_P")
@@ -37,83 +29,12 @@ _R = TypeVar("_R")
 _held: dict[Path, int] = {}
 
 
-def check_output_directory(out: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuses an output that is no directory, or that holds anything, unless forced.
-
-    Args:
-        out: Where the command will write.
-        force: Whether what is there may be replaced.
-        inputs: What the command reads; never replaced, forced or not.
-
-    Raises:
-        SenteiError: ``out`` is anything but a directory, an input or a parent of one, or not empty and ``force`` is
-            off. Even with ``force``, a git checkout and a parent of the working directory are refused, and always what
-            a directory cannot be renamed to: a symbolic link or a mount point.
-    """
-    _check_words(out)
-    resolved = Path(os.path.realpath(out))
-    if out.is_symlink() or resolved.is_mount():  # resolved: pathlib takes every "." for a mount point
-        kind = "symbolic link" if out.is_symlink() else "mount point"
-        raise SenteiError(f"Output {out} is a {kind}, which cannot be replaced.", "Choose a directory below it.")
-    if out.exists() and not out.is_dir():
-        raise SenteiError(f"Output {out} is a {kind_of(out)}, not a directory.", _ANOTHER)
-    for path in inputs:
-        if path.resolve() == resolved or resolved in path.resolve().parents:
-            raise SenteiError(f"Output {out} would replace the input {path}.", "Choose another output directory.")
-    if out.exists() and (Path.cwd().is_relative_to(resolved) or (out / ".git").exists()):
-        raise SenteiError(f"Output {out} is a working directory and is never replaced.", "Choose a directory below it.")
-    if out.name in ("", ".."):
-        raise SenteiError(f"Output {out} does not end in a name.", "Write the name of the directory.")
-    if not force and out.is_dir() and any(out.iterdir()):
-        raise SenteiError(f"Output directory {out} is not empty.", "Choose another, or add --force to replace it.")
-
-
-def check_output_file(out: Path, *, force: bool) -> None:
-    """Refuses a file that exists, unless forced, and always what is no regular file.
-
-    Raises:
-        SenteiError: ``out`` is a directory, a symbolic link, a FIFO or a device, or exists and ``force`` is off.
-    """
-    _check_words(out)
-    if out.name in ("", "..") or (out.is_dir() and not out.is_symlink()):
-        raise SenteiError(f"Output {out} is a directory.", "Give a file name.")
-    if os.path.lexists(out) and kind_of(out) != "file":
-        raise SenteiError(f"Output {out} is a {kind_of(out)}, which is never replaced.", _ANOTHER)
-    if out.exists() and not force:
-        raise SenteiError(f"Output {out} exists.", "Choose another, or add --force to replace it.")
-
-
-def kind_of(path: Path) -> str:
-    """What lies at a path, in a word; a symbolic link counts as itself."""
-    return _KINDS.get(stat.S_IFMT(path.lstat().st_mode), "device")
-
-
 def beside(out: Path, suffix: str) -> Path:
     """``<out>.<suffix>``, where what belongs to an output lies while it is unfinished.
 
     Unlike ``with_name`` it takes ``.`` and ``/``, so that :func:`check_output_directory` is what refuses them.
     """
     return out.parent / f"{out.name}.{suffix}"
-
-
-def check_unfinished(directory: Path, *names: str) -> None:
-    """Refuses to take for an interrupted command's what is somebody else's: it would be deleted in the end.
-
-    Args:
-        directory: Where a command keeps what is to be resumed.
-        names: Patterns, one of which is in each such directory.
-
-    Raises:
-        SenteiError: Something else is there.
-    """
-    if not os.path.lexists(directory) or _is_empty_directory(directory):
-        return
-    if kind_of(directory) != "directory" or not any(any(directory.glob(name)) for name in names):
-        raise SenteiError(
-            f"{directory} is where what is unfinished would lie, and something is there that no interrupted command "
-            "left.",
-            "Choose another output, or move that away.",
-        )
 
 
 @contextmanager
@@ -185,6 +106,9 @@ def held(out: Path) -> Iterator[None]:
     if _held.get(place) == threading.get_ident():
         yield
         return
+    for parent in place.parents:
+        if _held.get(parent) != threading.get_ident():
+            refuse_if_held(beside(parent, "lock"), out)
     with _parents(out):
         try:
             lock = take_lock(beside(place, "lock"), out)
@@ -255,24 +179,6 @@ def _parents(out: Path) -> Iterator[None]:
                 break  # it holds the output, or another command's
 
 
-def _check_words(out: Path) -> None:
-    """Refuses a path that a file system or a report cannot hold."""
-    try:
-        str(out).encode()
-    except UnicodeEncodeError as error:
-        raise SenteiError(f"Output {os.fsencode(out)!r} is not written in UTF-8.", _ANOTHER) from error
-    if (length := len(out.name.encode())) > _LONGEST_NAME:
-        raise SenteiError(
-            f"Output {out.name[:40]}... has a name of {length} bytes, and at most {_LONGEST_NAME} fit: what is "
-            "unfinished lies beside it, under a longer name.",
-            "Choose a shorter one.",
-        )
-    try:
-        out.absolute()
-    except FileNotFoundError as error:
-        raise SenteiError("The working directory does not exist any more.", "Change to another directory.") from error
-
-
 def _unfinished(place: Path) -> tuple[Path, Path]:
     return beside(place, "partial"), beside(place, "replaced")
 
@@ -280,7 +186,7 @@ def _unfinished(place: Path) -> tuple[Path, Path]:
 def _refuse_others(place: Path, out: Path) -> None:
     """Refuses to delete what no command of ours left: it would have left its lock too."""
     for path in filter(os.path.lexists, _unfinished(place)):
-        if not _is_empty_directory(path):
+        if not is_empty_directory(path):
             raise SenteiError(
                 f"Output {out} needs the name {path.name} while it is unfinished, and something is there that no "
                 "interrupted command left.",
@@ -297,10 +203,6 @@ def _put_right(place: Path, out: Path) -> None:
         _delete(path)
         if os.path.lexists(path):
             raise SenteiError(f"Output {out}: {path}, which an interrupted command left, cannot be deleted.", _ANOTHER)
-
-
-def _is_empty_directory(path: Path) -> bool:
-    return kind_of(path) == "directory" and not any(path.iterdir())
 
 
 def _delete(path: Path) -> None:

@@ -12,6 +12,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -77,6 +78,22 @@ def take_lock(path: Path, out: Path) -> Lock:
     raise SenteiError(f"Output {out} cannot be locked: others take and leave {path.name} all the time.", "Try again.")
 
 
+def refuse_if_held(path: Path, out: Path) -> None:
+    """Refuses an output that lies above or below another one, whose lock is this and which is being written.
+
+    Raises:
+        SenteiError: A process holds the lock.
+    """
+    if not path.is_file():
+        return
+    with suppress(OSError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if (holder := _parse(file.read(_MAX_BYTES))) is not None:
+                raise _held(holder, out, what=path.with_suffix("")) from error
+
+
 def _try_lock(path: Path, out: Path) -> Lock | None:
     """``None`` where the process that held the lock deleted its file in the same moment."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -133,13 +150,14 @@ def _parse(content: bytes) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) and found.keys() == _FIELDS else None
 
 
-def _held(holder: Mapping[str, Any] | None, out: Path) -> SenteiError:
+def _held(holder: Mapping[str, Any] | None, out: Path, what: Path | None = None) -> SenteiError:
     who = "another process"
     if holder is not None:
-        who = "process {pid} on {host} ({command}) since {since}".format_map(holder)
-    return SenteiError(
-        f"Output {out} is being written by {who}.", "Wait until that ends, stop it, or choose another output."
-    )
+        # A stranger's file may hold what a terminal takes for commands.
+        words = {name: "".join(filter(str.isprintable, str(value)))[:200] for name, value in holder.items()}
+        who = "process {pid} on {host} ({command}) since {since}".format_map(words)
+    which = f"Output {out} is" if what is None else f"Output {out} meets {what}, which is"
+    return SenteiError(f"{which} being written by {who}.", "Wait until that ends, stop it, or choose another output.")
 
 
 def _foreign(path: Path, out: Path) -> SenteiError:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.output import beside, check_unfinished
+from toolchain.output import beside
+from toolchain.output_checks import check_unfinished
 from toolchain.plan import PLAN_FILE, PruningPlan, load_plan
 from toolchain.plan_document import PlanDocument
 

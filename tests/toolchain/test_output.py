@@ -10,7 +10,6 @@ import pytest
 from toolchain.errors import SenteiError
 from toolchain.output import (
     check_output_directory,
-    check_unfinished,
     claimed_directory,
     claimed_file,
     held_in_place,
@@ -19,6 +18,7 @@ from toolchain.output import (
     write_text,
     writes_directory,
 )
+from toolchain.output_checks import check_unfinished
 
 LOCK = '{"pid": 1, "host": "h", "command": "sentei prune", "since": "2026-01-01 00:00:00+00:00"}\n'
 
@@ -109,6 +109,30 @@ def in_another_thread(claim) -> list[str]:
     thread.start()
     thread.join(20)
     return refusals
+
+
+def test_an_output_above_or_below_another_that_is_being_written_is_refused(tmp_path):
+    with claimed_directory(tmp_path / "a" / "b" / "out", force=False):
+        (tmp_path / "a" / "b" / "out.partial").mkdir()
+        [said] = in_another_thread(lambda: claimed_directory(tmp_path / "a", force=True))
+        assert "a/b/out, which is being written by process" in said
+    with claimed_directory(tmp_path / "a", force=True):
+        [said] = in_another_thread(lambda: claimed_directory(tmp_path / "a" / "b" / "out", force=True))
+        assert f"{tmp_path}/a, which is being written by process" in said
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.search", "out.parts", "out.heal", "out.unfinished", "out.lock"])
+def test_what_is_unfinished_of_another_output_is_no_output(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(SenteiError, match="as what is unfinished of another output does"):
+        check_output_directory(tmp_path / name, force=True)
+
+
+def test_a_lock_of_a_stranger_says_nothing_to_the_terminal(tmp_path):
+    with claimed_directory(tmp_path / "out", force=False):
+        (tmp_path / "out.lock").write_text(LOCK.replace("sentei prune", "\\u001b[2J"))
+        [said] = in_another_thread(lambda: claimed_directory(tmp_path / "out", force=True))
+    assert "\x1b" not in said
 
 
 def test_who_holds_an_output_is_said_in_one_sentence(tmp_path):

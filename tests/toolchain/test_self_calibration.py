@@ -58,6 +58,7 @@ def test_documents_longer_than_the_model_reads(pico_model: Path, tmp_path: Path)
 
 def test_places_where_it_cannot_be_written(pico_model: Path, tmp_path: Path):
     refused(write(pico_model, tmp_path / "out.txt"), ".jsonl")
+    (tmp_path / "file").touch()
     refused(write(pico_model, tmp_path / "file" / "out.jsonl"), "lies below", "which is a file")
 
 
