@@ -18,11 +18,12 @@ from toolchain.checkpoint import (
 )
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.nemotron_nas import ARCHITECTURE, CONFIG_CLASS_FILE, NasForm, config_class_source, nas_form
-from toolchain.output import check_output_directory, new_directory
+from toolchain.output import check_output_directory, new_directory, writes_directory
 
 VERIFICATION_FILE = "verification.json"
 
 
+@writes_directory
 def export_nemotron_nas(
     directory: Path,
     out: Path,

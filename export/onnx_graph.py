@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
-from toolchain.output import check_output_directory, new_directory
+from toolchain.output import check_output_directory, new_directory, writes_directory
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Device = Literal["cpu", "cuda"]
@@ -23,6 +23,7 @@ SUMMARY_FILE = "sentei_export.json"
 _GRAPH_FILES = ("model.onnx", "model.onnx.data")
 
 
+@writes_directory
 def export_onnx(
     directory: Path,
     out: Path,
@@ -109,7 +110,7 @@ def _build(
     copy_companions(checkpoint.directory, out)
     on_progress("Loading the model")
     try:
-        with tempfile.TemporaryDirectory() as temporary, redirect_stdout(_Lines(on_progress)):
+        with tempfile.TemporaryDirectory(dir=out) as temporary, redirect_stdout(_Lines(on_progress)):
             builder = builder_class(config)(
                 config,
                 load_model(checkpoint),

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint, read_config, same_bits, write_config
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.output import check_output_directory, new_directory
+from toolchain.output import check_output_directory, new_directory, writes_directory
 from toolchain.quantized import QuantizedCheckpoint, open_quantized
 from toolchain.rounding import measure_rounding, rounding_checks
 
@@ -47,6 +47,7 @@ def needs_text(scheme: str) -> bool:
     return SCHEMES[scheme]
 
 
+@writes_directory
 def quantize(
     directory: Path,
     out: Path,
@@ -80,7 +81,7 @@ def quantize(
     checkpoint = open_checkpoint(directory)
     group_size = pick_group_size(checkpoint) if scheme == "w4a16" else None
     python = find_python()
-    with new_directory(out, force=force) as partial, tempfile.TemporaryDirectory() as scratch:
+    with new_directory(out, force=force) as partial, tempfile.TemporaryDirectory(dir=partial) as scratch:
         job: dict[str, Any] = {"scheme": scheme, "group_size": group_size, "windows": None}
         job |= {"source": str(directory.resolve()), "out": str(partial.resolve())}
         if windows is not None:

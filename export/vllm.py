@@ -21,7 +21,7 @@ from toolchain.checkpoint import (
 )
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.families import check_vllm_follows
-from toolchain.output import check_output_directory, new_directory
+from toolchain.output import check_output_directory, new_directory, writes_directory
 from toolchain.tensor_parallel import head_counts, ranks_for_heads
 
 VERIFICATION_FILE = "verification.json"
@@ -29,6 +29,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CARRIED = ("plan.json", "README.md")
 
 
+@writes_directory
 def export_vllm(
     directory: Path,
     out: Path,

@@ -22,7 +22,7 @@ from serving.statistics import DEFAULT_PRIMARY, SIDES, check_primary, check_stat
 from serving.worker_process import EngineFailedError
 from serving.workload import SERVERS, Slo, Workload, prompts_at_rate
 from toolchain.errors import MissingDependencyError, SenteiError
-from toolchain.output import write_text
+from toolchain.output import write_text, writes_directory
 
 MIN_REPEATS = 3
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -72,6 +72,7 @@ class Visit:
         return self.repeat, self.load, self.side
 
 
+@writes_directory
 def benchmark(
     original: Path,
     pruned: Path | None,

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from serving.page import check_page, write_page
+from serving.page import write_page
 from serving.report_charts import curve_chart
+from toolchain.output import writes_file
 from toolchain.plan import PruningPlan
 
 
+@writes_file
 def render_curve(plans: Mapping[str, PruningPlan], out: Path, *, force: bool = False) -> None:
     """Renders the page.
 
@@ -20,7 +22,6 @@ def render_curve(plans: Mapping[str, PruningPlan], out: Path, *, force: bool = F
         SenteiError: ``out`` exists.
         MissingDependencyError: jinja2 or plotly is not installed.
     """
-    check_page(out, force=force)
     document = next(iter(plans.values())).document
     searches = []
     for directory, plan in plans.items():

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.output import beside, check_output_directory, replace_directory, write_text
+from toolchain.output import (
+    beside,
+    check_output_directory,
+    claimed_directory,
+    replace_directory,
+    write_text,
+)
+from toolchain.output_checks import check_unfinished
 
 RESULTS_FILE = "results.json"
 _SETTINGS, _MEASURED = "settings.json", "measured.jsonl"
@@ -106,29 +113,32 @@ def open_journal(
     Raises:
         SenteiError: ``out`` is not free, or an unfinished benchmark is there and not resumed, or had other settings.
     """
-    check_output_directory(out, force=force, inputs=inputs)
-    unfinished = unfinished_directory(out)
-    if holds_only_logs(out):
-        shutil.rmtree(unfinished)
-    if unfinished.exists() and not resume:
-        if not force:
-            raise SenteiError(
-                f"{unfinished} holds an unfinished benchmark.", "Go on with --resume, or begin again with --force."
-            )
-        shutil.rmtree(unfinished)
-    if (unfinished / _SETTINGS).is_file():
-        _check_same(unfinished, settings)
-    else:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        write_text(unfinished / _SETTINGS, json.dumps(settings, indent=1))
-    journal = Journal(unfinished)
-    try:
-        yield journal
-    except BaseException:
-        if not len(journal) and not journal.failures:
-            _keep_logs_alone(unfinished)
-        raise
-    replace_directory(unfinished, out)
+    with claimed_directory(out, force=force):
+        check_output_directory(out, force=force, inputs=inputs)
+        unfinished = unfinished_directory(out)
+        check_unfinished(unfinished, f"{_SETTINGS}*", f"{_MEASURED}*", _NOT_STARTED)
+        if holds_only_logs(out):
+            shutil.rmtree(unfinished)
+        if unfinished.exists() and not resume:
+            if not force:
+                raise SenteiError(
+                    f"{unfinished} holds an unfinished benchmark.", "Go on with --resume, or begin again with --force."
+                )
+            shutil.rmtree(unfinished)
+        if (unfinished / _SETTINGS).is_file():
+            _check_same(unfinished, settings)
+        else:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            write_text(unfinished / _SETTINGS, json.dumps(settings, indent=1))
+        journal = Journal(unfinished)
+        try:
+            yield journal
+        except BaseException:
+            if not len(journal) and not journal.failures:
+                _keep_logs_alone(unfinished)
+            raise
+        check_output_directory(out, force=force)
+        replace_directory(unfinished, out)
 
 
 def _keep_logs_alone(unfinished: Path) -> None:

@@ -6,26 +6,14 @@ from typing import Any
 
 from serving.messages import ENGLISH, Say
 from serving.plot import plotly_js
-from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.errors import MissingDependencyError
 from toolchain.output import write_text
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-def check_page(out: Path, *, force: bool) -> None:
-    """Refuses a page that exists, unless forced.
-
-    Raises:
-        SenteiError: ``out`` is a directory, or exists and ``force`` is off.
-    """
-    if out.is_dir():
-        raise SenteiError(f"Output {out} is a directory.", "Give a file name, such as report.html.")
-    if out.exists() and not force:
-        raise SenteiError(f"Output {out} exists.", "Choose another, or add --force to replace it.")
-
-
 def write_page(template: str, out: Path, *, say: Say = ENGLISH, **view: Any) -> None:
-    """Renders a template and writes the page; the directory is created.
+    """Renders a template and writes the page.
 
     Charts, Plotly's own fragments, are marked safe in the templates; everything else is escaped in HTML.
 
@@ -57,5 +45,4 @@ def write_page(template: str, out: Path, *, say: Say = ENGLISH, **view: Any) -> 
     page = environment.get_template(template).render(
         **view, language=say.language, plotly_js=markupsafe.Markup(plotly_js())
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from serving.messages import Language, Say
-from serving.page import check_page, write_page
+from serving.page import write_page
 from serving.report_inputs import read_inputs
 from serving.report_view import build_view
 from toolchain.errors import SenteiError
+from toolchain.output import writes_file
 
 _FORMATS = {".html": "report.html.j2", ".md": "report.md.j2"}
 
 
+@writes_file
 def render_report(
     directories: Sequence[Path], out: Path, *, language: Language = "en", force: bool = False
 ) -> dict[str, Any]:
@@ -34,7 +36,6 @@ def render_report(
     """
     if out.suffix not in _FORMATS:
         raise SenteiError(f"Output {out} is neither HTML nor Markdown.", f"End its name in {' or '.join(_FORMATS)}.")
-    check_page(out, force=force)
     inputs = read_inputs(directories)
     say = Say(language)
     view = build_view(inputs, say)

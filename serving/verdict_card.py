@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from toolchain.output import write_text
+
 CARD = "README.md"
 _HEADING = "## Verification"
 
@@ -17,7 +19,7 @@ def write_into_card(exported: Path, verdict: dict[str, Any]) -> None:
     card = exported / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {exported.resolve().name}\n"
     before, _, _ = text.partition(f"\n{_HEADING}\n")
-    card.write_text(f"{before.rstrip()}\n\n{_section(verdict)}", encoding="utf-8")
+    write_text(card, f"{before.rstrip()}\n\n{_section(verdict)}")
 
 
 def _section(verdict: dict[str, Any]) -> str:

@@ -228,6 +228,8 @@ def read_prompts(file: Path, *, output_len: int | None, tokenizer: Path) -> Prom
     Raises:
         SenteiError: The first line that is not so, or no usable tokenizer.
     """
+    if not file.is_file():
+        raise SenteiError(f"There is no file {file}.", "Give JSONL, with a prompt on each line.")
     try:
         # Not splitlines(), which also breaks at separators that JSON texts may hold.
         lines = file.read_text(encoding="utf-8").split("\n")

@@ -21,7 +21,7 @@ from toolchain.metrics import Metric, PerplexityMetric, measure
 from toolchain.model_card import model_card
 from toolchain.modeling import bos_of, load_tokenizer
 from toolchain.offload import open_walk
-from toolchain.output import check_output_directory, new_directory, write_text
+from toolchain.output import check_output_directory, new_directory, write_text, writes_directory
 from toolchain.plan import PruningPlan
 from toolchain.plan_document import CompensationRecord
 from toolchain.progress import Progress, no_progress
@@ -59,6 +59,7 @@ class Computing:
         return open_walk(checkpoint, dtype=self.dtype, device=self.device, offload=self.offload)
 
 
+@writes_directory
 def apply_plan(
     plan: PruningPlan,
     model_directory: Path,
@@ -185,7 +186,7 @@ def write_planned(
         refitted: dict[str, TensorInfo] = {}
         if plan.document.compensation is not None and (plan.removed_attention or plan.narrows):
             assert computing is not None
-            directory = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=".refit-")))
+            directory = Path(stack.enter_context(TemporaryDirectory(dir=partial, prefix="refit-")))
             plan, refitted = _compensate(checkpoint, plan, computing, directory, progress)
         write_pruned(checkpoint, plan.layout, plan.kept_neurons, partial, refitted=refitted, progress=progress)
         plan.save(partial)

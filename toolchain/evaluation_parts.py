@@ -11,6 +11,7 @@ from typing import Any
 
 from toolchain.errors import SenteiError
 from toolchain.output import beside, write_text
+from toolchain.output_checks import check_unfinished
 
 
 def parts_directory(out: Path) -> Path:
@@ -32,6 +33,7 @@ def unfinished_parts(out: Path, *, force: bool, resume: bool, note: Callable[[st
         SenteiError: An interrupted evaluation is there, and neither was asked for.
     """
     directory = parts_directory(out)
+    check_unfinished(directory, "*-????????????????.json*", "models", "plans")
     if force and not resume:
         shutil.rmtree(directory, ignore_errors=True)
     elif not resume:
@@ -42,7 +44,7 @@ def unfinished_parts(out: Path, *, force: bool, resume: bool, note: Callable[[st
         if directory.exists():
             note(f"{directory} holds what is finished. The same command with --resume goes on.")
         raise
-    shutil.rmtree(directory)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def digest_of(identity: Mapping[str, Any]) -> str:

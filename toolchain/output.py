@@ -1,39 +1,32 @@
-"""Output directories that appear whole or not at all."""
+"""Outputs that appear whole or not at all, that one command at a time writes, and that replace nothing unasked.
 
+What is unfinished lies beside the output, under its name: ``<out>.partial`` until it is renamed, and ``<out>.replaced``
+for the moment in which the new takes the place of the old. What a process that died left of them is put right by the
+next command that writes there.
+"""
+
+import functools
+import inspect
+import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import ParamSpec, TypeVar
 
 from toolchain.errors import SenteiError
+from toolchain.output_checks import check_output_directory, check_output_file, is_empty_directory, kind_of
+from toolchain.output_lock import refuse_if_held, take_lock
 
+_ANOTHER = "Choose another output."
 
-def check_output_directory(out: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuses an output directory that holds anything, unless forced. Called before long work starts.
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-    Args:
-        out: Where the command will write.
-        force: Whether what is there may be replaced.
-        inputs: What the command reads; never replaced, forced or not.
-
-    Raises:
-        SenteiError: ``out`` is a file, an input or a parent of one, or not empty and ``force`` is off. Even with
-            ``force``, a git checkout and a parent of the working directory are refused, and always what a directory
-            cannot be renamed to: a symbolic link or a mount point.
-    """
-    if out.is_file():
-        raise SenteiError(f"Output {out} is a file, not a directory.")
-    if out.is_symlink() or out.is_mount():
-        kind = "symbolic link" if out.is_symlink() else "mount point"
-        raise SenteiError(f"Output {out} is a {kind}, which cannot be replaced.", "Choose a directory below it.")
-    resolved = out.resolve()
-    for path in inputs:
-        if path.resolve() == resolved or resolved in path.resolve().parents:
-            raise SenteiError(f"Output {out} would replace the input {path}.", "Choose another output directory.")
-    if out.exists() and (Path.cwd().is_relative_to(resolved) or (out / ".git").exists()):
-        raise SenteiError(f"Output {out} is a working directory and is never replaced.", "Choose a directory below it.")
-    if not force and out.is_dir() and any(out.iterdir()):
-        raise SenteiError(f"Output directory {out} is not empty.", "Choose another, or add --force to replace it.")
+# Which thread of this process has which output: a command that calls another one may write to the same place.
+_held: dict[Path, int] = {}
 
 
 def beside(out: Path, suffix: str) -> Path:
@@ -45,38 +38,232 @@ def beside(out: Path, suffix: str) -> Path:
 
 
 @contextmanager
+def claimed_directory(out: Path, *, force: bool) -> Iterator[None]:
+    """Keeps an output directory for this thread alone, from before the work until it stands.
+
+    Missing parents are made, and taken away again if nothing was written. What a process that died left is put right:
+    an old output that it had moved aside comes back, what it had not finished is deleted.
+
+    Raises:
+        SenteiError: ``out`` is refused (see :func:`check_output_directory`), nothing can be written there, another
+            process is writing there, or something that is not ours lies where the unfinished output will be.
+    """
+    check_output_directory(out, force=True)
+    with held(out):
+        check_output_directory(out, force=force)
+        yield
+
+
+@contextmanager
+def claimed_file(out: Path, *, force: bool) -> Iterator[None]:
+    """Likewise for a file; see :func:`claimed_directory`.
+
+    Raises:
+        SenteiError: See there and :func:`check_output_file`.
+    """
+    check_output_file(out, force=True)
+    with held(out):
+        check_output_file(out, force=force)
+        yield
+
+
+def writes_directory(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Claims the directory that a function is given as ``out`` while it runs; see :func:`claimed_directory`.
+
+    Its ``force`` says whether what is there may be replaced. A function that is not given ``out`` runs as it is.
+    """
+    return _claims(claimed_directory, function)
+
+
+def writes_file(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Claims the file that a function is given as ``out`` while it runs; see :func:`claimed_file`."""
+    return _claims(claimed_file, function)
+
+
+def _claims(claimed: Callable[..., AbstractContextManager[None]], function: Callable[_P, _R]) -> Callable[_P, _R]:
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        if given.arguments["out"] is None:
+            return function(*args, **kwargs)
+        with claimed(given.arguments["out"], force=given.arguments["force"]):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Holds the lock of an output, of any kind, and puts right what a process that died left there.
+
+    Raises:
+        SenteiError: See :func:`claimed_directory`.
+    """
+    place = Path(os.path.realpath(out.parent)) / out.name
+    if _held.get(place) == threading.get_ident():
+        yield
+        return
+    for parent in place.parents:
+        if _held.get(parent) != threading.get_ident():
+            refuse_if_held(beside(parent, "lock"), out)
+    with _parents(out):
+        try:
+            lock = take_lock(beside(place, "lock"), out)
+        except OSError as error:
+            raise SenteiError(
+                f"Output {out}: nothing can be written in {out.parent} ({error.strerror}).", _ANOTHER
+            ) from error
+        is_ours = lock.is_left_over
+        try:
+            if not is_ours:
+                _refuse_others(place, out)
+            lock.sign()
+            is_ours = True
+            _put_right(place, out)
+            _held[place] = threading.get_ident()
+            yield
+        finally:
+            _held.pop(place, None)
+            # What could not be cleared away stays known as ours, for the next command.
+            lock.release(keep_file=is_ours and any(map(os.path.lexists, _unfinished(place))))
+
+
+@contextmanager
+def held_in_place(directory: Path) -> Iterator[None]:
+    """Holds the lock of an output that stands, while files in it are written again.
+
+    Raises:
+        SenteiError: Nothing can be written in it, or another process is writing it.
+    """
+    if not directory.is_dir():
+        yield  # whoever reads it will say so in better words
+        return
+    try:
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise SenteiError(
+            f"Nothing can be written in {directory} ({error.strerror}).", "Copy it to where you may write."
+        ) from error
+    with ExitStack() as stack:
+        # Who may not write beside it cannot replace it either.
+        if os.access(directory.resolve().parent, os.W_OK):
+            stack.enter_context(held(directory))
+        yield
+
+
+@contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Makes the missing parents of an output, and takes away at the end those that are empty."""
+    places = [out.parent, *out.parent.parents]
+    missing = [each for each in places if not each.exists()]
+    nearest = next(each for each in places if each.exists())
+    if not nearest.is_dir():
+        raise SenteiError(f"Output {out} lies below {nearest}, which is a {kind_of(nearest)}.", _ANOTHER)
+    if missing and ".." in out.parts:
+        raise SenteiError(f"Output {out} leads through {missing[-1]}, which does not exist.", "Write it without '..'.")
+    try:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SenteiError(f"Output {out}: {out.parent} cannot be made ({error.strerror}).", _ANOTHER) from error
+        yield
+    finally:
+        for each in missing:
+            try:
+                each.rmdir()
+            except OSError:
+                break  # it holds the output, or another command's
+
+
+def _unfinished(place: Path) -> tuple[Path, Path]:
+    return beside(place, "partial"), beside(place, "replaced")
+
+
+def _refuse_others(place: Path, out: Path) -> None:
+    """Refuses to delete what no command of ours left: it would have left its lock too."""
+    for path in filter(os.path.lexists, _unfinished(place)):
+        if not is_empty_directory(path):
+            raise SenteiError(
+                f"Output {out} needs the name {path.name} while it is unfinished, and something is there that no "
+                "interrupted command left.",
+                "Choose another output, or move that away.",
+            )
+
+
+def _put_right(place: Path, out: Path) -> None:
+    """Clears away what a process that died left beside an output, whose lock is held."""
+    partial, replaced = _unfinished(place)
+    if os.path.lexists(replaced) and not os.path.lexists(place):
+        replaced.rename(place)  # it died between two renames: what was there before it is whole
+    for path in (partial, replaced):
+        _delete(path)
+        if os.path.lexists(path):
+            raise SenteiError(f"Output {out}: {path}, which an interrupted command left, cannot be deleted.", _ANOTHER)
+
+
+def _delete(path: Path) -> None:
+    """Deletes a directory or a file as far as it can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
 def new_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields ``<out>.partial`` to write into; renames it to ``out`` on success, deletes it on failure.
 
     With ``force`` an existing ``out`` is replaced as a whole, and only after everything was written.
 
     Raises:
-        SenteiError: See :func:`check_output_directory`.
+        SenteiError: See :func:`claimed_directory`; or what was written was removed meanwhile, or something is in its
+            place now that was not there before.
     """
-    check_output_directory(out, force=force)
-    partial = beside(out, "partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    replace_directory(partial, out)
+    with claimed_directory(out, force=force):
+        partial = beside(out, "partial")
+        try:
+            partial.mkdir()
+            yield partial
+            check_output_directory(out, force=force)
+            replace_directory(partial, out)
+        except Exception as error:
+            if not isinstance(error, SenteiError) and not partial.is_dir():
+                raise SenteiError(f"{partial} was removed while it was being written.", "Run it again.") from error
+            raise
+        finally:
+            _delete(partial)
 
 
 def replace_directory(finished: Path, out: Path) -> None:
-    """Renames a finished directory to ``out``; what was there is deleted last."""
+    """Renames a finished directory to ``out``; what was there is deleted last, and comes back if that fails."""
     replaced = beside(out, "replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.rename(replaced)
-    finished.rename(out)
+    try:
+        if out.exists():
+            out.rename(replaced)
+        finished.rename(out)
+    except BaseException:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file beside its place, then renames it, so that a reader never sees half of it."""
+    """Writes a file beside its place, then renames it, so that a reader never sees half of it.
+
+    Raises:
+        SenteiError: ``path`` is no regular file.
+    """
+    check_output_file(path, force=True)
     partial = beside(path, "partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

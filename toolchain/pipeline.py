@@ -29,7 +29,7 @@ from toolchain.metric_choice import choose_metric, question_file
 from toolchain.metrics import Metric
 from toolchain.modeling import bos_of, load_tokenizer
 from toolchain.offload import open_walk
-from toolchain.output import check_output_directory, new_directory
+from toolchain.output import check_output_directory, new_directory, writes_directory
 from toolchain.plan import PruningPlan
 from toolchain.plan_document import (
     SCHEMA_VERSION,
@@ -121,6 +121,7 @@ class Job:
     blank: PlanDocument
 
 
+@writes_directory
 def prune(
     model_directory: Path,
     out: Path,
@@ -157,6 +158,7 @@ def prune(
     started = time.monotonic()
     check_output_directory(out, force=force, inputs=[model_directory, *settings.input_files])
     state = SearchState(search_directory(out))
+    state.check_ours()
     if not (resume or force):
         state.check_free()
     job = prepare(model_directory, settings, model_name)

@@ -6,6 +6,7 @@ from typing import Any
 
 from toolchain.errors import SenteiError
 from toolchain.output import beside
+from toolchain.output_checks import check_unfinished
 from toolchain.plan import PLAN_FILE, PruningPlan, load_plan
 from toolchain.plan_document import CompensationRecord, PlanDocument
 
@@ -42,6 +43,14 @@ class SearchState:
     def __init__(self, directory: Path) -> None:
         """``directory`` is created when the first step is saved."""
         self.directory = directory
+
+    def check_ours(self) -> None:
+        """Refuses a directory in which no search lies, nor a sweep's searches.
+
+        Raises:
+            SenteiError: It is somebody else's.
+        """
+        check_unfinished(self.directory, "plan.*", "*/plan.*")
 
     def check_free(self) -> None:
         """Refuses to overwrite an interrupted search, or a sweep's, which are in directories below.

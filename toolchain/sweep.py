@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.output import check_output_directory, new_directory, write_text
+from toolchain.output import check_output_directory, new_directory, write_text, writes_directory
 from toolchain.pipeline import PruneSettings, prepare, search
 from toolchain.plan import PLAN_FILE, SWEEP_FILE, PruningPlan
 from toolchain.plan_document import PlanDocument
@@ -16,6 +16,7 @@ from toolchain.progress import Progress, no_progress
 from toolchain.search_state import SearchState, interrupted, search_directory
 
 
+@writes_directory
 def sweep(
     model_directory: Path,
     out: Path,
@@ -48,6 +49,7 @@ def sweep(
     """
     check_output_directory(out, force=force, inputs=[model_directory, *settings.input_files])
     unfinished = search_directory(out)
+    SearchState(unfinished).check_ours()
     states = {sparsity: SearchState(unfinished / f"{sparsity:g}") for sparsity in sparsities}
     if unfinished.exists() and not resume:
         if not force:
@@ -76,7 +78,7 @@ def sweep(
             (partial / entry["directory"]).mkdir()
             plan.save(partial / entry["directory"])
         write_text(partial / SWEEP_FILE, json.dumps(result, indent=2) + "\n")
-    shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return result
 
 

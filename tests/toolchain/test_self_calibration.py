@@ -58,7 +58,8 @@ def test_documents_longer_than_the_model_reads(pico_model: Path, tmp_path: Path)
 
 def test_places_where_it_cannot_be_written(pico_model: Path, tmp_path: Path):
     refused(write(pico_model, tmp_path / "out.txt"), ".jsonl")
-    refused(write(pico_model, tmp_path / "nowhere" / "out.jsonl"), "does not exist")
+    (tmp_path / "file").touch()
+    refused(write(pico_model, tmp_path / "file" / "out.jsonl"), "lies below", "which is a file")
 
 
 def test_the_demo_model_writes_text_of_its_own(demo_model: Path, tmp_path: Path):

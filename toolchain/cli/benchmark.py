@@ -11,6 +11,7 @@ from rich.console import Console
 
 from toolchain.cli.console import DeviceOption, ForceOption, JsonOption, Output, OwnDtypeOption, QuietOption, pick_dtype
 from toolchain.errors import CheckFailedError, SenteiError
+from toolchain.output import writes_directory
 
 _LOAD, _SERVER = "Load", "Server"
 N = TypeVar("N", int, float)
@@ -35,6 +36,7 @@ class PresetName(StrEnum):
     classify = "classify"
 
 
+@writes_directory
 def benchmark(
     original: Annotated[
         str, typer.Argument(metavar="ORIGINAL", help="The original: a directory, a hub id, or its ONNX export.")

@@ -17,8 +17,10 @@ from toolchain.cli.console import (
     pick_device,
 )
 from toolchain.errors import SenteiError
+from toolchain.output import write_text, writes_file
 
 
+@writes_file
 def calibration_text(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The original: model directory or hub id.")],
     *,
@@ -39,15 +41,10 @@ def calibration_text(
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint import open_checkpoint, resolve_model
     from toolchain.evaluation_parts import Parts, unfinished_parts
-    from toolchain.output import write_text
     from toolchain.self_calibration import WritingSettings, write_documents
 
     if out.suffix != ".jsonl":
         raise SenteiError(f"{out}: documents are written as JSONL.", "Give a name that ends in .jsonl.")
-    if not out.parent.is_dir():
-        raise SenteiError(f"Directory {out.parent} does not exist.")
-    if out.exists() and not (force and out.is_file()):
-        raise SenteiError(f"{out} exists.", "Choose another name, or add --force to replace it.")
     picked_device, directory = pick_device(device), resolve_model(model)
     settings = WritingSettings(
         num_tokens=tokens,

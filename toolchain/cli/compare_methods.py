@@ -1,7 +1,7 @@
 """``sentei compare-methods``."""
 
+import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -23,11 +23,13 @@ from toolchain.cli.console import (
 )
 from toolchain.cli.prune import EvopressBudget
 from toolchain.errors import SenteiError
+from toolchain.output import writes_directory
 
 _PRUNING, _EVALUATION = "Pruning", "Evaluation"
 _INPUT_LEN, _OUTPUT_LEN, _REPEATS = 128, 32, 3
 
 
+@writes_directory
 def compare_methods(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")],
     *,
@@ -87,7 +89,7 @@ def compare_methods(
     from toolchain.evaluation_run import EvaluationSettings
     from toolchain.lm_eval_tasks import parse_requests
     from toolchain.method_comparison import METHODS, Comparison, compare_methods, save_comparison
-    from toolchain.output import check_output_directory, new_directory
+    from toolchain.output import beside, check_output_directory, new_directory
     from toolchain.pipeline import PruneSettings
     from toolchain.text_sources import parse_sources, parse_text
 
@@ -104,12 +106,13 @@ def compare_methods(
         from serving.workload import make_workloads
 
         workloads = make_workloads(engine="transformers", input_len=_INPUT_LEN, output_len=_OUTPUT_LEN)
-        with TemporaryDirectory() as place:
-            results = benchmark(
-                directory, pruned, engine="transformers", out=Path(place) / "speed", workloads=workloads,
-                repeats=_REPEATS, device=picked_device, dtype=dtype_name(computed_in),
-                on_progress=output.note,
-            )  # fmt: skip
+        # Beside the model, among what is unfinished: what a process that dies leaves is replaced by the next.
+        place = beside(pruned, "speed")
+        results = benchmark(
+            directory, pruned, engine="transformers", out=place, workloads=workloads, repeats=_REPEATS,
+            device=picked_device, dtype=dtype_name(computed_in), force=True, on_progress=output.note,
+        )  # fmt: skip
+        shutil.rmtree(place)
         [measurement] = results["measurements"]
         return {"workload": measurement["workload"], **measurement["metrics"][results["primary_metric"]]}
 

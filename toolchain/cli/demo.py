@@ -9,7 +9,7 @@ import typer
 
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.output import check_output_directory, new_directory
+from toolchain.output import new_directory, writes_directory
 
 _SPARSITY = 0.25
 _SEQ_LEN, _CALIBRATION_WINDOWS, _EVALUATION_WINDOWS, _GENERATIONS = 512, 32, 32, 4
@@ -20,6 +20,7 @@ _LENGTHS = {"input_len": 128, "output_len": 32}
 _VLLM_OPTIONS = ("--max-model-len", "512", "--enforce-eager")
 
 
+@writes_directory
 def demo(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")] = Path("demo"),
@@ -29,7 +30,6 @@ def demo(
 ) -> None:
     """Run the whole job on SmolLM2-135M: prune 25 %, export, verify, benchmark, report."""
     output = Output(as_json=as_json, quiet=quiet)
-    check_output_directory(out, force=force)
     has_vllm = importlib.util.find_spec("vllm") is not None
     output.note(_announcement(out, has_vllm=has_vllm))
     started = time.monotonic()

@@ -19,11 +19,13 @@ from toolchain.cli.console import (
 )
 from toolchain.cli.evaluation_view import show_evaluation
 from toolchain.errors import SenteiError
+from toolchain.output import writes_directory
 
 _DEFAULT_GENERATIONS = 16
 _TEXT, _TASKS = "Text", "Tasks"
 
 
+@writes_directory
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, pruned or not: a directory or a hub id.")],
     *,
@@ -119,5 +121,5 @@ def evaluate(
             document = run(directory, original, settings, Parts(work), progress=output.progress)
             with new_directory(out, force=force) as partial:
                 document.save(partial)
-                shutil.copytree(work, partial / "parts")
+                shutil.copytree(work, partial / "parts", ignore=shutil.ignore_patterns("*.partial"))
     output.result(document.model_dump(), lambda console: show_evaluation(console, document))

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, pick_dtype
 from toolchain.errors import CheckFailedError
+from toolchain.output import held_in_place, writes_directory
 
 app = typer.Typer(help="Make a deployable directory from a checkpoint, pruned or not.", no_args_is_help=True)
 
@@ -44,6 +45,7 @@ class VerifyEngine(StrEnum):
 
 
 @app.command("vllm")
+@writes_directory
 def export_vllm(
     model: ModelArgument,
     *,
@@ -74,6 +76,7 @@ def export_vllm(
 
 
 @app.command("onnx")
+@writes_directory
 def export_onnx(
     model: ModelArgument,
     *,
@@ -100,6 +103,7 @@ def export_onnx(
 
 
 @app.command("nemotron-nas")
+@writes_directory
 def export_nemotron_nas(
     model: ModelArgument,
     *,
@@ -147,7 +151,8 @@ def _verify(output: Output, exported: Path, against: Path, *, engine: VerifyEngi
     from serving.verify import verify as run
 
     output.note(f"Verifying {exported} against {against} ...")
-    verdict: dict[str, Any] = run(exported, against, engine=engine.value, text=text)
+    with held_in_place(exported):
+        verdict: dict[str, Any] = run(exported, against, engine=engine.value, text=text)
     if verdict["not_run"]:
         output.note(verdict["not_run"])
     output.result({"directory": str(exported), **verdict}, lambda console: _show(console, exported, verdict))

@@ -18,6 +18,7 @@ from toolchain.cli.console import (
     pick_dtype,
 )
 from toolchain.errors import SenteiError
+from toolchain.output import writes_directory
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ _LORA_LEARNING_RATE, _FULL_LEARNING_RATE = 1e-3, 2e-4
 _DEFAULT_RANK = 32
 
 
+@writes_directory
 def heal(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model.")],
     *,

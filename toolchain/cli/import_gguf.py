@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, pick_dtype
+from toolchain.output import writes_directory
 
 
+@writes_directory
 def import_(
     gguf: Annotated[Path | None, typer.Argument(metavar="MODEL.gguf", help="Without it: the demo model.")] = None,
     *,

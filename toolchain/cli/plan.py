@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
+from toolchain.output import writes_directory, writes_file
 
 if TYPE_CHECKING:
     from toolchain.plan import PruningPlan
@@ -39,6 +40,7 @@ def show(
 
 
 @app.command()
+@writes_file
 def curve(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model, a plan.json, or a sweep.")],
     *,
@@ -111,6 +113,7 @@ def why(
 
 
 @app.command()
+@writes_directory
 def cut(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model, or a plan.json.")],
     *,

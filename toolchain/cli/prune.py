@@ -24,6 +24,7 @@ from toolchain.cli.console import (
     pick_device,
 )
 from toolchain.errors import SenteiError
+from toolchain.output import writes_directory
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
 
@@ -78,6 +79,7 @@ class SearchKind(StrEnum):
     racing = "racing"
 
 
+@writes_directory
 def prune(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")],
@@ -309,6 +311,7 @@ def _sparsities(sparsity: float | None, sweep: str | None) -> list[float]:
     return [float(start + step * number) for number in range(int((stop - start) / step) + 1)]
 
 
+@writes_directory
 def apply(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json, or the directory that holds it.")],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The original model: directory or hub id.")],

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from toolchain.cli.console import TEXT_METAVAR, ForceOption, JsonOption, Output, QuietOption
 from toolchain.errors import SenteiError
+from toolchain.output import writes_directory
 
 
 class Scheme(StrEnum):
@@ -19,6 +20,7 @@ class Scheme(StrEnum):
     w4a16 = "w4a16"
 
 
+@writes_directory
 def quantize(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model, pruned or not.")],
     *,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
+from toolchain.output import writes_file
 
 
 class ReportLanguage(StrEnum):
@@ -16,6 +17,7 @@ class ReportLanguage(StrEnum):
     ja = "ja"
 
 
+@writes_file
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Where results were written.")],
     *,
