@@ -244,7 +244,7 @@ def _size_on_disk(directory: Path) -> int:
 def weights_sha256(directory: Path) -> str:
     """SHA-256 over the names and bytes of a directory's weight files: safetensors, or an ONNX graph with its data."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in directory.iterdir() if path.suffix in _WEIGHT_FILES):
+    for path in sorted(path for path in directory.iterdir() if path.suffix in _WEIGHT_FILES and path.is_file()):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

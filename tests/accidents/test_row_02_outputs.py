@@ -98,11 +98,9 @@ def test_a_place_where_nothing_can_be_made_is_refused_before_the_work(tmp_path: 
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize("command", [*DIRECTORIES, *FILES], ids=name)
+@pytest.mark.parametrize("command", [*DIRECTORIES[:-1], *FILES], ids=name)  # all but the demo, which has no inputs
 def test_a_refusal_of_the_inputs_leaves_no_empty_directory(tmp_path: Path, command: tuple):
     end = "out.jsonl" if command[0] == "calibration-text" else "out.html"
-    if command == ("demo",):
-        pytest.skip("has no inputs")
     done = sentei(*command, "-o", tmp_path / "a" / "b" / end)
     assert done.returncode == 2, done.stderr
     assert not everything(tmp_path)
