@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.onnx_files import check_files, check_graph, read_settings
-from serving.onnx_genai import cache_length
 from toolchain.checkpoint import dtype_name
 from toolchain.errors import SenteiError
 from toolchain.onnx_libraries import import_onnx_library
@@ -84,7 +83,7 @@ def load_onnx(directory: Path, device: str, dtype: str | None) -> tuple[Decode, 
         # min_length masks the end-of-sequence token: every request gets exactly num_tokens.
         length = input_len + num_tokens
         params.set_search_options(
-            do_sample=False, batch_size=batch_size, min_length=length, max_length=cache_length(settings, length)
+            do_sample=False, batch_size=batch_size, min_length=length, max_length=settings.cache_length(length)
         )
         generator = og.Generator(model, params)
         generator.append_tokens(prompts.astype(np.int32))

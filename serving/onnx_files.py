@@ -47,6 +47,14 @@ class OnnxSettings:
     eos_token_ids: frozenset[int]
     device: str
 
+    def cache_length(self, num_tokens: int) -> int:
+        """The ``max_length`` to give to onnxruntime-genai, which allocates the KV cache for it at once.
+
+        Never the whole context without need. Attention over a window refuses a cache that is shorter than the window,
+        so this may be more than is wanted: count the tokens.
+        """
+        return min(self.context_length, max(num_tokens, self.window))
+
 
 def is_onnx_export(directory: Path) -> bool:
     """Whether a directory is an ONNX export, ours or the vendor's, and no checkpoint."""

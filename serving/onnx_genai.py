@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from serving.onnx_engine import missing_provider
-from serving.onnx_files import OnnxSettings, check_files, damaged, first_line, read_settings
+from serving.onnx_files import check_files, damaged, first_line, read_settings
 from serving.sampling import GREEDY, Sampling
 from toolchain.errors import SenteiError
 from toolchain.onnx_libraries import import_onnx_library
@@ -68,7 +68,7 @@ class GenaiModel:
 
     def _tokens(self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
         options: dict[str, Any] = {
-            "max_length": cache_length(self.settings, len(prompt_ids) + max_new_tokens),
+            "max_length": self.settings.cache_length(len(prompt_ids) + max_new_tokens),
             "num_beams": 1,
             "repetition_penalty": 1.0,
             "do_sample": sampling.temperature > 0,
@@ -96,15 +96,6 @@ class GenaiModel:
 
     def _failed(self, error: Exception) -> SenteiError:
         return SenteiError(f"{self._directory} failed in onnxruntime-genai ({first_line(error)}).")
-
-
-def cache_length(settings: OnnxSettings, num_tokens: int) -> int:
-    """The ``max_length`` to give to onnxruntime-genai, which allocates the KV cache for it at once.
-
-    Never the whole context without need. Attention over a window refuses a cache that is shorter than the window, so
-    this may be more than is wanted: count the tokens.
-    """
-    return min(settings.context_length, max(num_tokens, settings.window))
 
 
 def stream_tokens(

@@ -266,7 +266,7 @@ def test_the_list_of_hashes_names_nothing_outside(strangers: Path, exported: Pat
     summary = json.loads((exported / "sentei_export.json").read_text())
     summary["files"] |= {name: {"bytes": 6, "sha256": "0" * 64}}
     (strangers / "sentei_export.json").write_text(json.dumps(summary))
-    with pytest.raises(SenteiError, match="not inside the directory|cannot be read|does not exist"):
+    with pytest.raises(SenteiError, match=r"not inside the directory|cannot be read|does not exist"):
         check_files(strangers)
 
 
