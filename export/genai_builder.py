@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import toolchain.onnx_libraries  # noqa: F401  (before what loads onnxruntime: it switches telemetry off)
+
+# isort: split
 import onnx_ir as ir
 import torch
 from onnxruntime_genai.models.builders.base import Model
@@ -124,13 +127,17 @@ class PrunedBuilder(Model):
         quantised = precision in ("int8", "int4")
         if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
             config.layer_types = ["sliding_attention"] * config.num_hidden_layers  # Mistral and Phi-3 do not say it
+        options: dict[str, Any] = dict(_INT4_OPTIONS) if precision == "int4" else {}
+        if (getattr(config, "sliding_window", None) or 0) >= config.max_position_embeddings:
+            # The runtimes refuse a cache of less than one window, and a window as long as the context hides nothing.
+            options["windowed_kv_cache"] = False
         super().__init__(
             config,
             _activations(config, precision, device),
             _DTYPES[precision],
             device,
             temporary,
-            dict(_INT4_OPTIONS) if precision == "int4" else {},
+            options,
         )
         self.model_type = config.model_type  # as genai spells it too
         # A tied embedding is stored once. The builder's own option for it cannot be had with an int8 head.

@@ -20,7 +20,7 @@ from toolchain.output import check_output_directory, new_directory, writes_direc
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Device = Literal["cpu", "cuda"]
 SUMMARY_FILE = "sentei_export.json"
-_GRAPH_FILES = ("model.onnx", "model.onnx.data")
+_WRITTEN_LATER = (SUMMARY_FILE, "verification.json", "README.md")
 
 
 @writes_directory
@@ -156,7 +156,17 @@ def _summary(checkpoint: Checkpoint, out: Path, precision: Precision, device: De
         "removed_attention": [index for index, layer in enumerate(layout) if not layer.attention],
         "removed_ffn": [index for index, layer in enumerate(layout) if layer.intermediate_size == 0],
         "intermediate_size": [layer.intermediate_size for layer in layout],
-        "files": {name: {"bytes": (out / name).stat().st_size, "sha256": _sha256(out / name)} for name in _GRAPH_FILES},
+        "files": _hashes(out),
+    }
+
+
+def _hashes(out: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file that stays as it is, by its path inside the export."""
+    paths = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for name, path in sorted(paths.items())
+        if name not in _WRITTEN_LATER
     }
 
 

@@ -5,7 +5,6 @@ cache once a step; prefill does all matrix products once a prompt token.
 """
 
 import hashlib
-import importlib
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -15,9 +14,9 @@ from typing import Any
 
 import torch
 
-from serving.onnx_files import damaged, read_settings
+from serving.onnx_files import check_graph, damaged, read_settings
 from toolchain.checkpoint import Checkpoint, dtype_name
-from toolchain.errors import MissingDependencyError
+from toolchain.onnx_libraries import import_onnx_library
 from toolchain.quantized import QuantizedCheckpoint, open_servable
 
 PREFILL_FORMULA = (
@@ -153,18 +152,13 @@ def onnx_facts(directory: Path) -> ModelFacts:
         MissingDependencyError: onnx is not installed.
     """
     settings = read_settings(directory)
+    graph = check_graph(directory).graph
     try:
-        onnx: Any = importlib.import_module("onnx")
-        protobuf: Any = importlib.import_module("google.protobuf.message")
-    except ImportError as error:
-        raise MissingDependencyError("onnx", "onnx") from error
-    try:
-        graph = onnx.load(directory / settings.filename, load_external_data=False).graph
-    except (OSError, protobuf.DecodeError) as error:
+        counts = _OnnxCounts(import_onnx_library("onnx"), graph)
+        caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
+        kv_itemsize = getattr(torch, _FLOATS[caches[0].type.tensor_type.elem_type]).itemsize if caches else 0
+    except (LookupError, ValueError, TypeError, StopIteration) as error:  # valid ONNX, and no decoder
         raise damaged(directory, error) from error
-    counts = _OnnxCounts(onnx, graph)
-    caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
-    kv_itemsize = getattr(torch, _FLOATS[caches[0].type.tensor_type.elem_type]).itemsize if caches else 0
     num_attending = len(caches) // 2
     return ModelFacts(
         precision=counts.precision,

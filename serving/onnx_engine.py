@@ -7,7 +7,6 @@ the row has tokens, from which the graph makes ``seqlens_k``. So each row's next
 over the padding, and its logits are those at its own last position.
 """
 
-import importlib
 import math
 import re
 from collections.abc import Sequence
@@ -21,9 +20,11 @@ from numpy.typing import NDArray
 
 from serving.engines import top_of
 from serving.onnx_files import check_files, damaged, first_line, read_settings
-from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.errors import SenteiError
+from toolchain.onnx_libraries import import_onnx_library
 
 _CACHE_INPUT = re.compile(r"past_key_values\.\d+\.(key|value)")
+_DECIMAL = re.compile(r"[1-9][0-9]{0,9}")
 _PRESENT = ("past_key_values", "present")  # what the outputs are called
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _BATCH, _DECODED = 4, 8  # of comparisons: prompts at once, and tokens of each that are given one by one
@@ -65,7 +66,7 @@ class OnnxEngine:
             device: cpu or cuda; by default what the export was made for. The CPU runs some of what was made for CUDA.
 
         Raises:
-            SenteiError: Files are missing or damaged, or ONNX Runtime has not the export's device.
+            SenteiError: Files are missing, damaged or not to be trusted, or ONNX Runtime has not the export's device.
             MissingDependencyError: onnxruntime is not installed.
         """
         self.settings = read_settings(directory)
@@ -75,6 +76,9 @@ class OnnxEngine:
         self._session = _open_session(directory / self.settings.filename, self._device)
         # Which layers have a cache is the graph's to say: layers without attention leave gaps in the numbering.
         self._caches = {each.name: each.type for each in self._session.get_inputs() if _CACHE_INPUT.match(each.name)}
+        for name, kind in self._caches.items():
+            if kind not in _ELEMENT_TYPES:
+                raise SenteiError(f"{directory}: {name} is a {kind}; sentei runs caches of floats only.")
 
     @property
     def attending_layers(self) -> list[int]:
@@ -88,7 +92,11 @@ class OnnxEngine:
         Phi-3's long rotary factors are for the whole batch, from the row on that exceeds the original context.
         """
         original = self._session.get_modelmeta().custom_metadata_map.get("sentei.original_context_length")
-        return min(self.settings.context_length, int(original or self.settings.context_length))
+        if original is None:
+            return self.settings.context_length
+        if not _DECIMAL.fullmatch(original):
+            raise SenteiError(f"{self._directory}: the graph's original context is {original[:20]!r}.", "Export again.")
+        return min(self.settings.context_length, int(original))
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """Allocates an empty cache.
@@ -105,7 +113,7 @@ class OnnxEngine:
             raise SenteiError(f"{capacity} tokens are asked for; the model's context holds {settings.context_length}.")
         # Attention over a window wants a buffer that holds one window at least.
         shape = (batch_size, settings.num_key_value_heads, max(capacity, settings.window), settings.head_size)
-        ort: Any = importlib.import_module("onnxruntime")
+        ort = import_onnx_library("onnxruntime")
         buffers = {
             name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), "cpu")
             if kind == "tensor(float)" and self._device == "cpu"
@@ -128,6 +136,9 @@ class OnnxEngine:
         Raises:
             SenteiError: More tokens than the cache holds, or ONNX Runtime refuses.
         """
+        if self.settings.window and len({len(row) for row in rows}) > 1:
+            # Attention with a cache of one window takes no padding, so each row goes alone.
+            return [self.step(cache.rows(index, index + 1), [row])[0] for index, row in enumerate(rows)]
         lengths = np.asarray([len(row) for row in rows], np.int64)
         total = cache.lengths + lengths
         if total.max() > cache.capacity:
@@ -136,17 +147,17 @@ class OnnxEngine:
         for filled, row in zip(ids, rows, strict=True):
             filled[: len(row)] = row
         mask = (np.arange(total.max()) < total[:, None]).astype(np.int64)
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", mask)
-        binding.bind_output("logits", "cpu")
-        for name, buffer in cache.buffers.items():
-            element_type, size = _ELEMENT_TYPES[self._caches[name]]
-            shape = [len(rows), *buffer.shape()[1:]]
-            place = buffer.data_ptr() + cache.first_row * math.prod(shape[1:]) * size
-            for bind, bound in ((binding.bind_input, name), (binding.bind_output, name.replace(*_PRESENT))):
-                bind(bound, self._device, 0, element_type, shape, place)
         try:
+            binding = self._session.io_binding()
+            binding.bind_cpu_input("input_ids", ids)
+            binding.bind_cpu_input("attention_mask", mask)
+            binding.bind_output("logits", "cpu")
+            for name, buffer in cache.buffers.items():
+                element_type, size = _ELEMENT_TYPES[self._caches[name]]
+                shape = [len(rows), *buffer.shape()[1:]]
+                place = buffer.data_ptr() + cache.first_row * math.prod(shape[1:]) * size
+                for bind, bound in ((binding.bind_input, name), (binding.bind_output, name.replace(*_PRESENT))):
+                    bind(bound, self._device, 0, element_type, shape, place)
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise SenteiError(f"{self._directory} failed in ONNX Runtime ({first_line(error)}).") from error
@@ -212,11 +223,7 @@ def missing_provider(device: str) -> SenteiError | None:
     Raises:
         MissingDependencyError: onnxruntime is not installed.
     """
-    try:
-        ort: Any = importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "onnx") from error
-    found = ort.get_available_providers()
+    found = import_onnx_library("onnxruntime").get_available_providers()
     if _PROVIDERS[device] in found:
         return None
     return SenteiError(
@@ -229,7 +236,7 @@ def missing_provider(device: str) -> SenteiError | None:
 def _open_session(graph: Path, device: str) -> Any:
     if missing := missing_provider(device):
         raise missing
-    ort: Any = importlib.import_module("onnxruntime")
+    ort = import_onnx_library("onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong arrives as an exception
     # Between operations the cores are for others: an HTTP server and its clients, or the engine compared with.

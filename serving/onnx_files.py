@@ -1,14 +1,24 @@
 """What an ONNX export's files say of themselves, and whether they are still what was written."""
 
 import hashlib
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from serving.export_members import member
+from serving.genai_config import parse_genai_config
+from serving.onnx_graph_check import load_graph
 from toolchain.errors import SenteiError
+from toolchain.json_files import read_json_object
 
 SUMMARY_FILE = "sentei_export.json"
 _SETTINGS_FILE = "genai_config.json"
+_MAX_SETTINGS_BYTES = 256 * 1024
+# Where it is, onnxruntime-genai takes the directory for a package and reads its settings elsewhere.
+_PACKAGE_FILE = "manifest.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_AGAIN = "Export the model again."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,14 @@ class OnnxSettings:
     eos_token_ids: frozenset[int]
     device: str
 
+    def cache_length(self, num_tokens: int) -> int:
+        """The ``max_length`` to give to onnxruntime-genai, which allocates the KV cache for it at once.
+
+        Never the whole context without need. Attention over a window refuses a cache that is shorter than the window,
+        so this may be more than is wanted: count the tokens.
+        """
+        return min(self.context_length, max(num_tokens, self.window))
+
 
 def is_onnx_export(directory: Path) -> bool:
     """Whether a directory is an ONNX export, ours or the vendor's, and no checkpoint."""
@@ -44,52 +62,56 @@ def is_onnx_export(directory: Path) -> bool:
 
 
 def read_settings(directory: Path) -> OnnxSettings:
-    """Reads ``genai_config.json``.
+    """Reads ``genai_config.json``; see :mod:`serving.genai_config` for what may be in it.
+
+    Call this, and :func:`check_files` or :func:`check_graph`, before a runtime sees the directory.
 
     Raises:
-        SenteiError: It is missing or damaged.
+        SenteiError: It is missing or damaged, or has what sentei does not know.
     """
     path = directory / _SETTINGS_FILE
     if not path.is_file():
         raise SenteiError(f"{directory} has no {_SETTINGS_FILE}.", "Give a directory that sentei export onnx wrote.")
-    try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        decoder = model["decoder"]
-        eos = model["eos_token_id"]
-        providers = {name for each in decoder["session_options"]["provider_options"] for name in each}
-        return OnnxSettings(
-            filename=str(decoder["filename"]),
-            head_size=int(decoder["head_size"]),
-            num_attention_heads=int(decoder["num_attention_heads"]),
-            num_key_value_heads=int(decoder["num_key_value_heads"]),
-            context_length=int(model["context_length"]),
-            window=int(decoder.get("sliding_window", {}).get("window_size", 0)),
-            vocab_size=int(model["vocab_size"]),
-            eos_token_ids=frozenset(eos if isinstance(eos, list) else [eos]),
-            device="cuda" if "cuda" in providers else "cpu",
+    if (directory / _PACKAGE_FILE).exists():
+        raise SenteiError(
+            f"{directory / _PACKAGE_FILE} is not known to sentei and could run code.", "Remove it, or export again."
         )
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise SenteiError(f"{path} is damaged ({type(error).__name__}: {error}).", "Export the model again.") from error
+    member(directory, _SETTINGS_FILE)
+    content = read_json_object(path, hint=_AGAIN, max_bytes=_MAX_SETTINGS_BYTES)
+    model = parse_genai_config(content, str(path)).model
+    decoder, eos = model.decoder, model.eos_token_id
+    return OnnxSettings(
+        filename=decoder.filename,
+        head_size=decoder.head_size,
+        num_attention_heads=decoder.num_attention_heads,
+        num_key_value_heads=decoder.num_key_value_heads,
+        context_length=model.context_length,
+        window=decoder.sliding_window.window_size if decoder.sliding_window else 0,
+        vocab_size=model.vocab_size,
+        eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+        device="cuda" if any(each.cuda for each in decoder.session_options.provider_options) else "cpu",
+    )
+
+
+def check_graph(directory: Path) -> Any:
+    """Checks settings and graph, and reads no weights; see :func:`serving.onnx_graph_check.load_graph`."""
+    return load_graph(directory, read_settings(directory).filename)
 
 
 def check_files(directory: Path) -> None:
-    """Compares graph and weights with the sizes and hashes that ``sentei export`` wrote down, where it did.
+    """Checks everything that is checked before a runtime sees an export.
+
+    These are its settings, its graph, and the sizes and hashes of its files that ``sentei export`` wrote down, where it
+    did.
 
     Raises:
-        SenteiError: A file is missing or not what was written, or the list of them is damaged.
+        SenteiError: A file is missing or not what was written, the list of them is damaged, or settings or graph have
+            what sentei does not know.
+        MissingDependencyError: onnx is not installed.
     """
-    path = directory / SUMMARY_FILE
-    if not path.is_file():
-        return  # the vendor's own export
-    try:
-        listed = json.loads(path.read_bytes())["files"]
-        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SenteiError(f"{path} is damaged ({type(error).__name__}: {error}).", "Export the model again.") from error
-    for name, (size, sha256) in files.items():
-        file = directory / name
-        if not file.is_file():
-            raise SenteiError(f"{file} does not exist.", "Export the model again.")
+    read_settings(directory)
+    for name, (size, sha256) in listed_files(directory).items():
+        file = member(directory, name)
         if file.stat().st_size != size:
             raise SenteiError(
                 f"{file} is damaged: {file.stat().st_size} bytes, not {size}.", "Copy or export the model again."
@@ -101,6 +123,28 @@ def check_files(directory: Path) -> None:
                 f"{file} is damaged: its SHA-256 is {found[:12]}…, not {sha256[:12]}….",
                 "Copy or export the model again.",
             )
+    check_graph(directory)
+
+
+def listed_files(directory: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file that ``sentei export`` wrote; empty for the vendor's own exports.
+
+    Exports of earlier versions list the graph and its weights only.
+
+    Raises:
+        SenteiError: The list is damaged.
+    """
+    path = directory / SUMMARY_FILE
+    if not path.is_file():
+        return {}
+    listed = read_json_object(path, hint=_AGAIN).get("files")
+    files = {}
+    for name, facts in listed.items() if isinstance(listed, dict) else [("files", None)]:
+        size, sha256 = (facts.get("bytes"), facts.get("sha256")) if isinstance(facts, dict) else (None, None)
+        if type(size) is not int or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            raise SenteiError(f"{path} is damaged (size or hash of {name[:100]!a}).", _AGAIN)
+        files[name] = size, sha256
+    return files
 
 
 def damaged(directory: Path, error: Exception) -> SenteiError:

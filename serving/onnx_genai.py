@@ -1,6 +1,5 @@
 """An ONNX export in onnxruntime-genai: tokens one by one, greedily or sampled."""
 
-import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,13 @@ from typing import Any
 import numpy as np
 
 from serving.onnx_engine import missing_provider
-from serving.onnx_files import check_files, damaged, read_settings
+from serving.onnx_files import check_files, damaged, first_line, read_settings
 from serving.sampling import GREEDY, Sampling
-from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.errors import SenteiError
+from toolchain.onnx_libraries import import_onnx_library
+
+# What goes wrong arrives as an exception, and need not be on the terminal too.
+_QUIET = '{"model": {"decoder": {"session_options": {"log_severity_level": 4}}}}'
 
 
 class GenaiModel:
@@ -20,19 +23,19 @@ class GenaiModel:
         """Checks the files' hashes and loads the export.
 
         Raises:
-            SenteiError: Files are missing or damaged, or ONNX Runtime has not the export's device.
+            SenteiError: Files are missing, damaged or not to be trusted, or ONNX Runtime has not the export's device.
             MissingDependencyError: onnxruntime-genai is not installed.
         """
         self.settings = read_settings(directory)
-        try:
-            self._og: Any = importlib.import_module("onnxruntime_genai")
-        except ImportError as error:
-            raise MissingDependencyError("onnxruntime-genai", "onnx") from error
+        self._og: Any = import_onnx_library("onnxruntime_genai")
         if missing := missing_provider(self.settings.device):
             raise missing
         check_files(directory)
+        self._directory = directory
         try:
-            self._model = self._og.Model(str(directory))
+            config = self._og.Config(str(directory))
+            config.overlay(_QUIET)
+            self._model = self._og.Model(config)
         except Exception as error:  # genai raises no class of its own
             raise damaged(directory, error) from error
 
@@ -58,15 +61,14 @@ class GenaiModel:
             sampling: How they are picked.
 
         Raises:
-            SenteiError: See :meth:`check_prompt`.
+            SenteiError: See :meth:`check_prompt`; while tokens are taken, onnxruntime-genai refuses.
         """
         self.check_prompt(prompt_ids)
         return self._tokens(prompt_ids, max_new_tokens, sampling)
 
     def _tokens(self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
-        # The KV cache is allocated for max_length at once, so never the whole context.
         options: dict[str, Any] = {
-            "max_length": min(self.settings.context_length, len(prompt_ids) + max_new_tokens),
+            "max_length": self.settings.cache_length(len(prompt_ids) + max_new_tokens),
             "num_beams": 1,
             "repetition_penalty": 1.0,
             "do_sample": sampling.temperature > 0,
@@ -75,13 +77,25 @@ class GenaiModel:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
             if sampling.seed is not None:
                 options["random_seed"] = sampling.seed
-        params = self._og.GeneratorParams(self._model)
-        params.set_search_options(**options)
-        generator = self._og.Generator(self._model, params)
-        generator.append_tokens(np.asarray([prompt_ids], np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-            yield int(generator.get_next_tokens()[0])
+        try:
+            params = self._og.GeneratorParams(self._model)
+            params.set_search_options(**options)
+            generator = self._og.Generator(self._model, params)
+            generator.append_tokens(np.asarray([prompt_ids], np.int32))
+        except Exception as error:  # genai raises no class of its own
+            raise self._failed(error) from error
+        for _ in range(max_new_tokens):
+            try:
+                if generator.is_done():
+                    return
+                generator.generate_next_token()
+                token = int(generator.get_next_tokens()[0])
+            except Exception as error:
+                raise self._failed(error) from error
+            yield token
+
+    def _failed(self, error: Exception) -> SenteiError:
+        return SenteiError(f"{self._directory} failed in onnxruntime-genai ({first_line(error)}).")
 
 
 def stream_tokens(

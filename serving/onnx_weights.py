@@ -17,8 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolchain.checkpoint import same_bits
-from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.errors import SenteiError
 from toolchain.families import FAMILIES
+from toolchain.onnx_libraries import import_onnx_library
 from toolchain.rounding import RoundedMatrix, measure_rounding
 
 _PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -139,10 +140,7 @@ def _torch_tensor(tensor: Any) -> torch.Tensor:
 
 
 def _load(graph: Path) -> Any:
-    try:
-        onnx: Any = importlib.import_module("onnx")
-    except ImportError as error:
-        raise MissingDependencyError("onnx", "onnx") from error
+    onnx = import_onnx_library("onnx")
     try:
         return onnx.load(str(graph))
     except Exception as error:  # protobuf's, onnx's own and the system's errors have nothing in common

@@ -1,7 +1,6 @@
 """Can this machine serve this directory? Files, packages, devices and free memory are looked at; nothing is loaded."""
 
 import importlib.util
-import json
 import os
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -9,14 +8,16 @@ from typing import Any
 
 import torch
 
+from serving.export_members import member
 from serving.model_facts import checkpoint_facts
 from serving.onnx_engine import missing_provider
-from serving.onnx_files import is_onnx_export, read_settings
+from serving.onnx_files import SUMMARY_FILE, check_graph, is_onnx_export, listed_files, read_settings
 from serving.vllm_launcher import is_cpu_build
 from serving.vllm_server import has_cxx_compiler
 from toolchain.checkpoint import Checkpoint, read_headers
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.families import check_vllm_follows
+from toolchain.json_files import read_json_object
 from toolchain.memory import available_bytes
 from toolchain.nemotron_nas import ARCHITECTURE, CONFIG_CLASS_FILE, is_nemotron_nas
 from toolchain.quantized import QuantizedCheckpoint, open_servable
@@ -149,36 +150,45 @@ def _examine_onnx(directory: Path, findings: dict[str, Any]) -> None:
     for name in ("onnxruntime", "onnxruntime_genai"):
         if importlib.util.find_spec(name) is None:
             problems.append(str(MissingDependencyError(name.replace("_", "-"), "onnx")))
-    settings = _read_json(directory / "genai_config.json")
-    summary = _read_json(directory / "sentei_export.json")
+    settings = read_settings(directory)
+    summary = read_json_object(directory / SUMMARY_FILE, hint="Export the model again.")
     try:
-        decoder, context_length = settings["model"]["decoder"], int(settings["model"]["context_length"])
-        attending = summary["num_hidden_layers"] - len(summary["removed_attention"])
-        kv_values_per_token = 2 * decoder["num_key_value_heads"] * decoder["head_size"] * attending
-        sizes = {str(name): int(entry["bytes"]) for name, entry in summary["files"].items()}
+        attending = int(summary["num_hidden_layers"]) - len(summary["removed_attention"])
     except (KeyError, TypeError, ValueError) as error:
         raise SenteiError(
-            f"{directory}: genai_config.json or sentei_export.json is damaged ({type(error).__name__}: {error}).",
-            "Export the model again.",
+            f"{directory / SUMMARY_FILE} is damaged ({type(error).__name__}: {error}).", "Export the model again."
         ) from error
-    device = read_settings(directory).device
+    sizes = {name: size for name, (size, _) in listed_files(directory).items()}
+    weight_bytes = sum(size for name, size in sizes.items() if name.startswith(settings.filename))
+    device = settings.device
+    kv_values_per_token = 2 * settings.num_key_value_heads * settings.head_size * attending
     kv_bytes_per_token = kv_values_per_token * (4 if device == "cpu" else 2)
     if importlib.util.find_spec("onnxruntime") and (missing := missing_provider(device)):
         problems.append(str(missing))
-    for name, size in sizes.items():
-        if not (directory / name).is_file() or (directory / name).stat().st_size != size:
-            problems.append(f"{directory / name} is missing or not {size} bytes long. Export the model again.")
-    needed = sum(sizes.values()) + kv_bytes_per_token * min(_KV_TOKENS, context_length)
+    changed = [name for name, size in sizes.items() if _size_of(directory, name) != size]
+    problems += [
+        f"{directory / name} is missing or not {sizes[name]} bytes long. Export the model again." for name in changed
+    ]
+    if not changed:
+        check_graph(directory)
+    needed = weight_bytes + kv_bytes_per_token * min(_KV_TOKENS, settings.context_length)
     free = available_bytes(torch.device("cpu"))
     findings["memory"] = {
         "device": "cpu",
-        "weight_bytes": sum(sizes.values()),
+        "weight_bytes": weight_bytes,
         "kv_bytes_per_token": kv_bytes_per_token,
         "needed_bytes": needed,
         "usable_bytes": [free],
     }
     if needed > free:
         problems.append(f"Weights and KV cache take {_gb(needed)}, and {_gb(free)} of memory are free. Free some.")
+
+
+def _size_of(directory: Path, name: str) -> int | None:
+    try:
+        return member(directory, name).stat().st_size
+    except SenteiError:
+        return None
 
 
 def _version(distribution: str) -> str | None:
@@ -210,13 +220,6 @@ def _gpus() -> range:
 def _usable_bytes(gpu: int) -> int:
     free, total = torch.cuda.mem_get_info(gpu)
     return min(free, int(_GPU_SHARE * total))
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SenteiError(f"{path} is missing or damaged ({error}).", "Export the model again.") from error
 
 
 def _gb(size: float) -> str:

@@ -6,6 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+import toolchain.onnx_libraries  # noqa: F401  (switches telemetry off before a test loads onnxruntime)
+
+# isort: split
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from toolchain.checkpoint import copy_companions, open_checkpoint

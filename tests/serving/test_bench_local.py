@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 
@@ -72,13 +73,14 @@ def test_energy_is_that_of_the_device_that_the_worker_runs_on(workers, session, 
 
 
 def write_export(directory, device):
-    """What an export says of itself, and no graph."""
+    """What an export says of itself, and a graph of nothing."""
     directory.mkdir()
     options = [{"cuda": {}}] if device == "cuda" else []
     decoder = {"filename": "model.onnx", "head_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
                "session_options": {"provider_options": options}}  # fmt: skip
     model = {"decoder": decoder, "eos_token_id": 0, "context_length": 64, "vocab_size": 100}
     (directory / "genai_config.json").write_text(json.dumps({"model": model}))
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), directory / "model.onnx")
     return directory
 
 

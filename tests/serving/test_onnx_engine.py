@@ -71,6 +71,7 @@ def test_stops_at_the_end_of_sequence_token(exported: Path, damaged: Path) -> No
     settings = json.loads((damaged / "genai_config.json").read_text())
     settings["model"]["eos_token_id"] = tokens[3]
     (damaged / "genai_config.json").write_text(json.dumps(settings))
+    (damaged / "sentei_export.json").unlink()  # as of an export of the vendor's, whose settings people edit
     assert list(stream_tokens(damaged, IDS, 20)) == tokens[: tokens.index(tokens[3]) + 1]
 
 
@@ -99,8 +100,6 @@ def test_damage_is_told(damaged: Path, file: str, how: str) -> None:
     elif how == "garbage":
         path.write_bytes(b"\xff\x00 not it")
     elif how == "one bit":
-        if file == "genai_config.json":
-            pytest.skip("a text that people may edit")
         middle = len(content) // 2
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     for use in (OnnxEngine, lambda directory: list(stream_tokens(directory, IDS, 3))):

@@ -158,7 +158,7 @@ def test_an_onnx_export(demo_model: Path, tmp_path: Path, good_machine: dict[str
     shutil.rmtree(tmp_path / "onnx")
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "genai_config.json").write_text("{")
-    assert "genai_config.json is missing or damaged" in examine_directory(tmp_path / "onnx")["problems"][0]
+    assert "genai_config.json is not readable JSON" in examine_directory(tmp_path / "onnx")["problems"][0]
 
 
 def test_the_command(pruned_pico: Path, tmp_path: Path, good_machine: dict[str, Any]):

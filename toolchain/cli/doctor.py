@@ -91,9 +91,9 @@ def _installed(distributions: tuple[str, ...]) -> str | None:
 def _onnx_providers() -> list[str]:
     if importlib.util.find_spec("onnxruntime") is None:
         return []
-    import onnxruntime
+    from toolchain.onnx_libraries import import_onnx_library
 
-    return list(onnxruntime.get_available_providers())
+    return list(import_onnx_library("onnxruntime").get_available_providers())
 
 
 def _quantize_python() -> str | None:
