@@ -1,7 +1,6 @@
 """Can this machine serve this directory? Files, packages, devices and free memory are looked at; nothing is loaded."""
 
 import importlib.util
-import json
 import os
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -17,6 +16,7 @@ from serving.vllm_server import has_cxx_compiler
 from toolchain.checkpoint import Checkpoint, read_headers
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.families import check_vllm_follows
+from toolchain.json_files import read_json
 from toolchain.memory import available_bytes
 from toolchain.nemotron_nas import ARCHITECTURE, CONFIG_CLASS_FILE, is_nemotron_nas
 from toolchain.quantized import QuantizedCheckpoint, open_servable
@@ -214,8 +214,8 @@ def _usable_bytes(gpu: int) -> int:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json(path)
+    except SenteiError as error:
         raise SenteiError(f"{path} is missing or damaged ({error}).", "Export the model again.") from error
 
 

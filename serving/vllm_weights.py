@@ -10,9 +10,9 @@ from torch import nn
 from toolchain.compressed import WEIGHT_PARTS, RoundingScheme
 from toolchain.errors import SenteiError
 from toolchain.families import Family
-from toolchain.safetensors_files import check_header_size, shards_in
 from toolchain.layer_tensors import layer_index
 from toolchain.layout import LayerLayout
+from toolchain.safetensors_files import check_header_size, shards_in
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

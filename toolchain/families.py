@@ -158,7 +158,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """Finds the family of a ``config.json``.
 
     Raises:
-        SenteiError: ``architectures`` is no list of names, or the ``model_type`` or the architecture is not supported; says why where there is a reason.
+        SenteiError: ``architectures`` is no list of names, or the ``model_type`` or the architecture is not supported;
+            says why where there is a reason.
     """
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     if not isinstance(architectures, (list, tuple)) or not all(isinstance(each, str) for each in architectures):

@@ -19,10 +19,10 @@ from toolchain.errors import SenteiError
 MAX_BYTES = 6 * 1024 * 1024
 _MAX_DEPTH = 64
 # Sums, squares and products of two such numbers are still floats.
-_MAX_NUMBER = 1e100
+_MAX_NUMBER = 1e150
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # What may be too large, or no number; strings that look like it only cost time.
-_SUSPECT = re.compile(r"\d{90}|[\d.][eE]\+?\d{2,}\s*(?:[,\]}]|\Z)|NaN|Infinity")
+_SUSPECT = re.compile(r"\d{140}|[\d.][eE]\+?\d{2,}\s*(?:[,\]}]|\Z)|NaN|Infinity")
 
 
 def read_json(path: Path, *, hint: str = "", max_bytes: int = MAX_BYTES) -> Any:

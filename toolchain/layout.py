@@ -12,7 +12,7 @@ from toolchain.errors import SenteiError
 
 # Far above every model there is: 126 layers, width 53248, vocabulary 262144. Layers are counted out before any weight
 # is looked at, so their number is bounded by what that takes.
-_MOST_LAYERS, _LARGEST = 1000, 2**24
+MOST_LAYERS, LARGEST = 1000, 2**24
 _DIMENSIONS = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 # What may be null, or left to the family's default.
 _OPTIONAL = ("num_key_value_heads", "head_dim")
@@ -44,7 +44,7 @@ def read_layout(config: Mapping[str, Any]) -> tuple[LayerLayout, ...]:
         SenteiError: ``per_layer_config`` names a layer, key, skip or width that does not exist, or a dimension of the
             model is no number that a model can have.
     """
-    num_hidden_layers = positive(config, "num_hidden_layers", at_most=_MOST_LAYERS)
+    num_hidden_layers = positive(config, "num_hidden_layers", at_most=MOST_LAYERS)
     width = positive(config, "intermediate_size")
     _check_dimensions(config)
     overrides = config.get("per_layer_config") or {}
@@ -59,7 +59,7 @@ def read_layout(config: Mapping[str, Any]) -> tuple[LayerLayout, ...]:
     return tuple(_read_layer(layer, by_layer.get(layer, {}), width) for layer in range(num_hidden_layers))
 
 
-def positive(config: Mapping[str, Any], key: str, *, at_most: int = _LARGEST) -> int:
+def positive(config: Mapping[str, Any], key: str, *, at_most: int = LARGEST) -> int:
     """A dimension out of a ``config.json`` mapping.
 
     Raises:
@@ -120,10 +120,9 @@ def _read_layer(layer: int, override: Mapping[str, Any], global_width: int) -> L
     return LayerLayout(attention="attention" not in skip, intermediate_size=0 if "mlp" in skip else width)
 
 
-
 def _layer_number(key: str, num_hidden_layers: int) -> int:
     # Digits of other scripts are refused: other readers of the same file do not take them for numbers.
-    if key.isascii() and key.isdecimal() and len(key) <= len(str(_MOST_LAYERS)) and int(key) < num_hidden_layers:
+    if key.isascii() and key.isdecimal() and len(key) <= len(str(MOST_LAYERS)) and int(key) < num_hidden_layers:
         return int(key)
     raise SenteiError(
         f"config.json: per_layer_config names layer {key!r}, but num_hidden_layers is {num_hidden_layers}."

@@ -3,13 +3,12 @@
 The prompts are lm-eval's own, so that results compare with published ones.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import SenteiError
-from toolchain.task_accuracy import load_questions, question_lines, split_prompt
+from toolchain.task_accuracy import load_questions, read_questions, split_prompt
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -93,11 +92,7 @@ def _as_dataset(rows: list[dict[str, Any]]) -> "DatasetDict":
 
 def _read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     questions = []
-    for where, line in question_lines(path):
-        try:
-            question = json.loads(line)
-        except ValueError as error:
-            raise SenteiError(f"{where} is not JSON.") from error
+    for where, question in read_questions(path):
         missing = [field for field in fields if not isinstance(question, dict) or field not in question]
         if missing:
             raise SenteiError(f"{where} has no field {missing[0]!r}.", f"Needed: {', '.join(fields)}.")

@@ -1,4 +1,4 @@
-"""What is checked of safetensors files before the library opens them. Standard library only: the vLLM plugin asks too."""
+"""What is checked of safetensors files before the library opens them. Standard library only, for the vLLM plugin."""
 
 from pathlib import Path
 
