@@ -68,10 +68,11 @@ class Journal:
 
     def _take_read(self, where: str, entry: Any) -> None:
         try:
-            if "failure" not in entry:
-                entry["metrics"]["failed"], entry["told"].get("device")
+            for part in ("failure",) if "failure" in entry else ("metrics", "told"):
+                if not isinstance(entry[part], dict):
+                    raise TypeError(f"{part} is no object")
             self._take(entry)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise SenteiError(
                 f"{where} does not have the fields it should ({type(error).__name__}: {error}).", _BEGIN_AGAIN
             ) from error

@@ -156,7 +156,7 @@ def _examine_onnx(directory: Path, findings: dict[str, Any]) -> None:
         attending = summary["num_hidden_layers"] - len(summary["removed_attention"])
         kv_values_per_token = 2 * decoder["num_key_value_heads"] * decoder["head_size"] * attending
         sizes = {str(name): int(entry["bytes"]) for name, entry in summary["files"].items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SenteiError(
             f"{directory}: genai_config.json or sentei_export.json is damaged ({type(error).__name__}: {error}).",
             "Export the model again.",

@@ -6,7 +6,7 @@ from typing import Any
 
 from serving.messages import Language, Say
 from serving.page import check_page, write_page
-from serving.report_inputs import read_inputs
+from serving.report_inputs import blamed_for_fields, read_inputs
 from serving.report_view import build_view
 from toolchain.errors import SenteiError
 
@@ -37,8 +37,10 @@ def render_report(
     check_page(out, force=force)
     inputs = read_inputs(directories)
     say = Say(language)
-    view = build_view(inputs, say)
-    write_page(_FORMATS[out.suffix], out, say=say, **view, missing=inputs.missing)
+    # What no single file could be blamed for.
+    with blamed_for_fields(f"A file in {' or '.join(map(str, directories))}"):
+        view = build_view(inputs, say)
+        write_page(_FORMATS[out.suffix], out, say=say, **view, missing=inputs.missing)
     return {
         "report": str(out),
         "missing": inputs.missing,

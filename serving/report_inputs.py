@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.journal import RESULTS_FILE
-from toolchain.errors import SenteiError, is_out_of_memory
+from toolchain.errors import SenteiError, is_out_of_memory, reason_of
 from toolchain.json_files import read_json_object
 from toolchain.plan import PLAN_FILE, PruningPlan, load_plan
 
@@ -104,14 +104,14 @@ def blamed_for_fields(where: str) -> Iterator[None]:
     """Reports a field that is missing or of the wrong kind with the name of the file; see :func:`fields_of`."""
     try:
         yield
-    except SenteiError:
+    except (SenteiError, OSError):
         raise
     # Wherever arithmetic, a chart or a table first stumbles over what is not there.
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise SenteiError(
-            f"{where} does not have the fields it should ({type(error).__name__}: {error}).",
+            f"{where} does not have the fields it should ({type(error).__name__}: {reason_of(error)}).",
             "Was it edited, or written by another version?",
         ) from error
 

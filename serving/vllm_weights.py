@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from toolchain.compressed import WEIGHT_PARTS, RoundingScheme
-from toolchain.errors import SenteiError
+from toolchain.errors import SenteiError, reason_of
 from toolchain.families import Family
 from toolchain.layer_tensors import layer_index
 from toolchain.layout import LayerLayout
@@ -32,7 +32,9 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(path, framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise SenteiError(f"{path} is corrupt or truncated ({error}).", "Download or copy it again.") from error
+            raise SenteiError(
+                f"{path} is corrupt or truncated ({reason_of(error)}).", "Download or copy it again."
+            ) from error
     return shapes
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from toolchain.errors import SenteiError
+from toolchain.errors import SenteiError, reason_of
 from toolchain.families import Family, family_of
 from toolchain.json_files import read_json_object
 from toolchain.layer_tensors import check_layer_tensors
@@ -57,7 +57,7 @@ class TensorInfo:
             with safe_open(self.file, framework="pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise SenteiError(f"{self.file}: tensor {name} cannot be read ({error}).") from error
+            raise SenteiError(f"{self.file}: tensor {name} cannot be read ({reason_of(error)}).") from error
 
 
 @dataclass(frozen=True)
@@ -327,5 +327,7 @@ def read_headers(directory: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) ->
                         )
                     tensors[name] = TensorInfo(path, tuple(header.get_shape()), dtype)
         except (SafetensorError, OSError) as error:
-            raise SenteiError(f"{path} is corrupt or truncated ({error}).", "Download or copy it again.") from error
+            raise SenteiError(
+                f"{path} is corrupt or truncated ({reason_of(error)}).", "Download or copy it again."
+            ) from error
     return tensors

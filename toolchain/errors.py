@@ -29,6 +29,11 @@ def _shortened(line: str) -> str:
     return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} … {line[-_LONGEST_LINE // 2 :]}"
 
 
+def reason_of(error: BaseException) -> str:
+    """What a library says of what went wrong, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class MissingDependencyError(SenteiError):
     """A library of an optional extra is not installed."""
 

@@ -7,9 +7,11 @@ are numbers and nestings that no file of ours has, and that would end in an over
 Standard library only: the vLLM plugin imports this module.
 """
 
+import gc
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,8 @@ def parse_json(content: str | bytes, where: str, *, hint: str = "") -> Any:
     except UnicodeDecodeError as error:
         raise SenteiError(f"{where} is not UTF-8 text ({error}).", hint) from error
     try:
-        found = json.loads(text, object_pairs_hook=_without_repeated_keys)
+        with _no_collection():
+            found = json.loads(text, object_pairs_hook=_without_repeated_keys)
         if _SURROGATE.search(text):
             json.dumps(found, ensure_ascii=False).encode()
     except RecursionError as error:
@@ -129,6 +132,18 @@ def parse_json(content: str | bytes, where: str, *, hint: str = "") -> Any:
         said = f"{number:.3g}" if isinstance(number, float) else f"a number of {len(str(abs(number)))} digits"
         raise SenteiError(f"{where} is not readable JSON ({field.lstrip('.')[:200] or 'it'} is {said}).", hint)
     return found
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Millions of new lists make Python look through all there are for cycles, again and again; JSON has none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check_regular(path: Path, hint: str) -> None:

@@ -46,7 +46,7 @@ def read_layout(config: Mapping[str, Any]) -> tuple[LayerLayout, ...]:
     """
     num_hidden_layers = positive(config, "num_hidden_layers", at_most=MOST_LAYERS)
     width = positive(config, "intermediate_size")
-    _check_dimensions(config)
+    check_dimensions(config)
     overrides = config.get("per_layer_config") or {}
     if not isinstance(overrides, Mapping):
         raise SenteiError("config.json: per_layer_config must be an object that maps layer indices to overrides.")
@@ -71,6 +71,26 @@ def positive(config: Mapping[str, Any], key: str, *, at_most: int = LARGEST) -> 
     if value > at_most:
         raise SenteiError(f"config.json: {key} is {value}, and no model is known with more than {at_most:,}.")
     return value
+
+
+def check_dimensions(config: Mapping[str, Any]) -> None:
+    """Checks those dimensions that are given; what is computed from a missing one says so itself.
+
+    Raises:
+        SenteiError: One is no number that a model can have.
+    """
+    if "num_hidden_layers" in config:
+        positive(config, "num_hidden_layers", at_most=MOST_LAYERS)
+    for key in _DIMENSIONS:
+        if key in config and not (key in _OPTIONAL and config[key] is None):
+            positive(config, key)
+    if config.get(_LABELS) is not None:
+        positive(config, _LABELS, at_most=_MOST_LABELS)
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise SenteiError(
+            f"config.json: num_attention_heads is {heads}, which num_key_value_heads, {kv_heads}, does not divide."
+        )
 
 
 def write_per_layer_config(layout: Sequence[LayerLayout], config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -127,17 +147,3 @@ def _layer_number(key: str, num_hidden_layers: int) -> int:
     raise SenteiError(
         f"config.json: per_layer_config names layer {key!r}, but num_hidden_layers is {num_hidden_layers}."
     )
-
-
-def _check_dimensions(config: Mapping[str, Any]) -> None:
-    """Checks those dimensions that are given; what is computed from a missing one says so itself."""
-    for key in _DIMENSIONS:
-        if key in config and not (key in _OPTIONAL and config[key] is None):
-            positive(config, key)
-    if config.get(_LABELS) is not None:
-        positive(config, _LABELS, at_most=_MOST_LABELS)
-    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if heads and kv_heads and heads % kv_heads:
-        raise SenteiError(
-            f"config.json: num_attention_heads is {heads}, which num_key_value_heads, {kv_heads}, does not divide."
-        )

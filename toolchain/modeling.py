@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.checkpoint import Checkpoint, open_checkpoint
-from toolchain.errors import SenteiError, is_out_of_memory
+from toolchain.errors import SenteiError, is_out_of_memory, reason_of
 from toolchain.families import Family
 from toolchain.json_files import read_json_object
-from toolchain.layout import LayerLayout, read_layout
+from toolchain.layout import LayerLayout, check_dimensions, read_layout
 
 # Read by AutoTokenizer beside tokenizer.json, each an object.
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
@@ -125,8 +125,8 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises:
         SenteiError: Transformers refuses the config.
     """
+    config: Any = read_transformers_config(checkpoint.directory)
     with said_in_a_sentence(f"{checkpoint.directory}/config.json: Transformers refuses it"):
-        config: Any = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
         config.per_layer_config = None
         with torch.device("meta"):
             model = transformers_class(checkpoint.family)(config)
@@ -140,14 +140,29 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         SenteiError: There is none, or it is damaged.
     """
-    for name in _TOKENIZER_SETTINGS:
-        if (path := directory / name).exists():
-            read_json_object(path)
+    settings = {name: read_json_object(directory / name) for name in _TOKENIZER_SETTINGS if (directory / name).exists()}
+    # Transformers makes a model's config of it, as large as it says, before it looks at the tokenizer.
+    check_dimensions(settings.get("config.json", {}))
     for path in directory.glob("tokenizer.*"):
         if not path.is_file() or path.stat().st_size > _MOST_TOKENIZER_BYTES:
             raise SenteiError(f"{path} is no file, or larger than {_MOST_TOKENIZER_BYTES:,} bytes.")
     with said_in_a_sentence(f"{directory} has no usable tokenizer"):
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception:
+            if "config.json" in settings:
+                read_transformers_config(directory)
+            raise
+
+
+def read_transformers_config(directory: Path) -> PreTrainedConfig:
+    """A directory's config as Transformers has it.
+
+    Raises:
+        SenteiError: Transformers refuses it.
+    """
+    with said_in_a_sentence(f"{directory}/config.json: Transformers refuses it"):
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 @contextmanager
@@ -167,8 +182,7 @@ def said_in_a_sentence(what: str) -> Iterator[None]:
     except BaseException as error:
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SenteiError(f"{what} ({reason}).") from error
+        raise SenteiError(f"{what} ({reason_of(error)}).") from error
 
 
 def bos_of(family: Family, tokenizer: PreTrainedTokenizerBase) -> int | None:

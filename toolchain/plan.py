@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from toolchain.errors import SenteiError
+from toolchain.errors import SenteiError, reason_of
 from toolchain.json_files import read_json, read_json_object
 from toolchain.layout import LayerLayout
 from toolchain.output import write_text
@@ -373,7 +373,7 @@ def _load_arrays(
         tensors = load_file(file)
     # Of a dtype that numpy does not have.
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SenteiError(f"{file} is damaged ({error}).", "Take it from where the plan was made.") from error
+        raise SenteiError(f"{file} is damaged ({reason_of(error)}).", "Copy it again.") from error
     scores = []
     for layer in range(base.num_hidden_layers):
         array = tensors.get(f"importance.{layer}")

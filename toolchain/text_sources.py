@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import embedded_text
-from toolchain.errors import MissingDependencyError, SenteiError, is_out_of_memory
+from toolchain.errors import MissingDependencyError, SenteiError, is_out_of_memory, reason_of
 from toolchain.json_files import read_json_lines
 
 _HUB = "hub:"
@@ -191,7 +191,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise SenteiError(f"{path} is not a parquet file, or damaged ({error}).") from error
+        raise SenteiError(f"{path} is not a parquet file, or damaged ({reason_of(error)}).") from error
 
 
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
