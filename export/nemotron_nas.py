@@ -16,7 +16,8 @@ from toolchain.checkpoint import (
     write_config,
     write_weights,
 )
-from toolchain.errors import CheckFailedError, SenteiError
+from toolchain.errors import CheckFailedError
+from toolchain.json_files import read_json_object
 from toolchain.nemotron_nas import ARCHITECTURE, CONFIG_CLASS_FILE, NasForm, config_class_source, nas_form
 from toolchain.output import check_output_directory, new_directory, writes_directory
 
@@ -82,10 +83,7 @@ def _drop_remote_tokenizer(directory: Path) -> None:
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SenteiError(f"{path.name} is not readable JSON ({error}).") from error
+    settings = read_json_object(path)
     if settings.pop("auto_map", None):
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.json_files import read_json_object
 from toolchain.output import check_output_directory, new_directory, writes_directory
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
@@ -74,8 +75,8 @@ def _refuse_failed(directory: Path) -> None:
     if not path.is_file():
         return
     try:
-        passed = json.loads(path.read_text(encoding="utf-8"))["passed"]
-    except (ValueError, KeyError, TypeError) as error:
+        passed = read_json_object(path)["passed"]
+    except (SenteiError, KeyError) as error:
         raise SenteiError(f"{path} is damaged ({type(error).__name__}: {error}).", "Verify again.") from error
     if passed is not True:
         raise SenteiError(
@@ -132,9 +133,12 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
     plan = checkpoint.directory / "plan.json"
     if plan.is_file():
         try:
-            base = json.loads(plan.read_text(encoding="utf-8"))["base_model"]
-            facts["sentei.base_model"], facts["sentei.base_model_sha256"] = base["name"], base["weights_sha256"]
-        except (ValueError, KeyError, TypeError) as error:
+            base = read_json_object(plan)["base_model"]
+            facts["sentei.base_model"], facts["sentei.base_model_sha256"] = (
+                str(base["name"]),
+                str(base["weights_sha256"]),
+            )
+        except (SenteiError, KeyError, TypeError) as error:
             raise SenteiError(
                 f"{plan} is damaged ({type(error).__name__}: {error}).", "Prune or apply again."
             ) from error

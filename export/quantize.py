@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint, read_config, same_bits, write_config
 from toolchain.errors import CheckFailedError, SenteiError
+from toolchain.json_files import read_json_object
 from toolchain.output import check_output_directory, new_directory, writes_directory
 from toolchain.quantized import QuantizedCheckpoint, open_quantized
 from toolchain.rounding import measure_rounding, rounding_checks
@@ -168,7 +169,7 @@ def _run(python: str, job: Mapping[str, Any], scratch: Path, on_line: Callable[[
         hint = "Signal 9 is often the system's answer to full memory." if code == -9 else ""
         said = "\n".join(last_lines)
         raise SenteiError(f"llm-compressor ({python}) ended with exit code {code}. Its last words:\n{said}\n", hint)
-    return json.loads(done.read_text(encoding="utf-8"))
+    return read_json_object(done)
 
 
 def _dress(checkpoint: Checkpoint, out: Path, scheme: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
+from toolchain.json_files import read_json_lines, read_json_object
 from toolchain.output import (
     beside,
     check_output_directory,
@@ -21,6 +22,7 @@ from toolchain.output_checks import check_unfinished
 RESULTS_FILE = "results.json"
 _SETTINGS, _MEASURED = "settings.json", "measured.jsonl"
 _NOT_STARTED = "not_started.json"  # the settings of what ended before anything was measured
+_BEGIN_AGAIN = "Begin again with --force."
 Key = tuple[int, int, str]  # repeat, number of the load, side
 
 
@@ -33,17 +35,19 @@ class Journal:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Reads what is there; half a line at the end, of a process that was killed, does not count."""
+        """Reads what is there; half a line at the end, of a process that was killed, does not count.
+
+        Raises:
+            SenteiError: A line is damaged.
+        """
         self.directory = directory
         self.failures: list[dict[str, Any]] = []
         self._measured: dict[Key, dict[str, Any]] = {}
         file = directory / _MEASURED
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_text(file, whole)
-        for line in whole.splitlines():
-            self._take(json.loads(line))
+        if file.is_file():
+            _drop_half_line(file)
+            for where, entry in read_json_lines(file, hint=_BEGIN_AGAIN):
+                self._take_read(where, entry)
 
     def get(self, key: Key) -> dict[str, Any] | None:
         """What was measured; ``None`` if nothing was yet."""
@@ -69,6 +73,17 @@ class Journal:
         found = [entry["told"] for (_, _, of), entry in self._measured.items() if of == side]
         return found[-1] if found else {}
 
+    def _take_read(self, where: str, entry: Any) -> None:
+        try:
+            for part in ("failure",) if "failure" in entry else ("metrics", "told"):
+                if not isinstance(entry[part], dict):
+                    raise TypeError(f"{part} is no object")
+            self._take(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SenteiError(
+                f"{where} does not have the fields it should ({type(error).__name__}: {error}).", _BEGIN_AGAIN
+            ) from error
+
     def _append(self, entry: dict[str, Any]) -> None:
         with (self.directory / _MEASURED).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -82,6 +97,12 @@ class Journal:
         else:
             repeat, load, side = entry["key"]
             self._measured[repeat, load, side] = entry
+
+
+def _drop_half_line(file: Path) -> None:
+    with file.open("r+b") as opened:
+        content = opened.read()
+        opened.truncate(content.rfind(b"\n") + 1)
 
 
 def unfinished_directory(out: Path) -> Path:
@@ -150,7 +171,7 @@ def _keep_logs_alone(unfinished: Path) -> None:
 
 
 def _check_same(unfinished: Path, settings: Mapping[str, Any]) -> None:
-    before = json.loads((unfinished / _SETTINGS).read_text(encoding="utf-8"))
+    before = read_json_object(unfinished / _SETTINGS, hint=_BEGIN_AGAIN)
     now = json.loads(json.dumps(settings))
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):

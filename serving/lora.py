@@ -1,6 +1,5 @@
 """Do LoRA adapters fit a pruned checkpoint? vLLM finds out when a request comes, and says it in torch's words."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ from safetensors import SafetensorError, safe_open
 
 from toolchain.checkpoint import Checkpoint, open_checkpoint
 from toolchain.errors import SenteiError
+from toolchain.json_files import parse_json
+from toolchain.safetensors_files import check_header_size
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -47,9 +48,9 @@ def _named(options: Sequence[str]) -> Iterator[tuple[str, Path]]:
             option = value
         if reading and option.startswith("{"):
             try:
-                adapter = json.loads(option)
+                adapter = parse_json(option, "--lora-modules")
                 yield str(adapter["name"]), Path(str(adapter["path"]))
-            except (ValueError, KeyError) as error:
+            except (SenteiError, KeyError) as error:
                 raise SenteiError(f"--lora-modules {option}: not an object with name and path.") from error
         elif reading and "=" in option:
             name, _, path = option.partition("=")
@@ -67,6 +68,8 @@ def _check(checkpoint: Checkpoint, name: str, adapter: Path) -> list[str]:
         if weight is None:
             left_out += [module] if module not in left_out else []
             continue
+        if len(shape) != 2 or len(weight.shape) != 2:
+            raise SenteiError(f"Adapter {name}: {key} has shape {list(shape)}, and is no matrix or not for one.")
         ours, its = (size[dimension] for size, dimension in zip((weight.shape, shape), _SIDES[kind], strict=True))
         if ours != its:
             raise SenteiError(
@@ -78,6 +81,8 @@ def _check(checkpoint: Checkpoint, name: str, adapter: Path) -> list[str]:
 
 
 def _shapes(adapter: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if (adapter / _WEIGHTS).is_file():
+        check_header_size(adapter / _WEIGHTS)
     try:
         with safe_open(adapter / _WEIGHTS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)

@@ -1,13 +1,13 @@
 """Verifies an export in DeciLM's form: the same weights as its checkpoint's, and no code but sentei's own."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from serving.vllm_engine import VllmEngine
-from toolchain.checkpoint import Checkpoint, read_headers, same_bits
+from toolchain.checkpoint import Checkpoint, read_config, read_headers, same_bits
 from toolchain.errors import SenteiError
+from toolchain.json_files import read_json
 from toolchain.nemotron_nas import AUTO_MAP, CONFIG_CLASS_FILE, config_class_source, nas_form
 
 
@@ -18,7 +18,7 @@ def open_nas(directory: Path, source: Checkpoint) -> Checkpoint:
         directory: The export.
         source: The checkpoint it was made from.
     """
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_config(directory)
     return Checkpoint(directory, config, source.family, source.layout, read_headers(directory))
 
 
@@ -63,9 +63,8 @@ def _check_code(directory: Path) -> None:
 
 def _auto_maps(directory: Path) -> Iterator[tuple[str, Any]]:
     for path in sorted(directory.glob("*.json")):
-        try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SenteiError(f"{path} is not readable JSON ({error}).") from error
+        if path.name == "tokenizer.json":  # large, and nobody looks there for code
+            continue
+        said = read_json(path)
         if isinstance(said, Mapping) and "auto_map" in said:
             yield path.name, said["auto_map"]

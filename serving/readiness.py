@@ -154,7 +154,7 @@ def _examine_onnx(directory: Path, findings: dict[str, Any]) -> None:
     summary = read_json_object(directory / SUMMARY_FILE, hint="Export the model again.")
     try:
         attending = int(summary["num_hidden_layers"]) - len(summary["removed_attention"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SenteiError(
             f"{directory / SUMMARY_FILE} is damaged ({type(error).__name__}: {error}).", "Export the model again."
         ) from error

@@ -6,7 +6,7 @@ from typing import Any
 
 from serving.messages import Language, Say
 from serving.page import write_page
-from serving.report_inputs import read_inputs
+from serving.report_inputs import blamed_for_fields, read_inputs
 from serving.report_view import build_view
 from toolchain.errors import SenteiError
 from toolchain.output import writes_file
@@ -38,8 +38,10 @@ def render_report(
         raise SenteiError(f"Output {out} is neither HTML nor Markdown.", f"End its name in {' or '.join(_FORMATS)}.")
     inputs = read_inputs(directories)
     say = Say(language)
-    view = build_view(inputs, say)
-    write_page(_FORMATS[out.suffix], out, say=say, **view, missing=inputs.missing)
+    # What no single file could be blamed for.
+    with blamed_for_fields(f"A file in {' or '.join(map(str, directories))}"):
+        view = build_view(inputs, say)
+        write_page(_FORMATS[out.suffix], out, say=say, **view, missing=inputs.missing)
     return {
         "report": str(out),
         "missing": inputs.missing,

@@ -1,6 +1,5 @@
 """Finds and reads the files a report is made of; what is missing stays missing."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from serving.journal import RESULTS_FILE
-from toolchain.errors import SenteiError
+from toolchain.errors import SenteiError, is_out_of_memory, reason_of
+from toolchain.json_files import read_json_object
 from toolchain.plan import PLAN_FILE, PruningPlan, load_plan
 
 SUMMARY_FILE, EVALUATION_FILE = "pruning_summary.json", "evaluation.json"
@@ -74,7 +74,7 @@ def read_inputs(directories: Sequence[Path]) -> ReportInputs:
                 f"Give directories with one {name}.",
             )
     inputs = ReportInputs(
-        plan=load_plan(plan_files[0]) if plan_files else None,
+        plan=load_plan(plan_files[0], needs_scores=False) if plan_files else None,
         summary=checked(summaries[0]) if summaries else None,
         evaluations=tuple(checked(source) for source in _distinct(_find(directories, EVALUATION_FILE))),
         verifications=tuple(checked(source) for source in _find(directories, VERIFICATION_FILE)),
@@ -104,9 +104,14 @@ def blamed_for_fields(where: str) -> Iterator[None]:
     """Reports a field that is missing or of the wrong kind with the name of the file; see :func:`fields_of`."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (SenteiError, OSError):
+        raise
+    # Wherever arithmetic, a chart or a table first stumbles over what is not there.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise SenteiError(
-            f"{where} does not have the fields it should ({type(error).__name__}: {error}).",
+            f"{where} does not have the fields it should ({type(error).__name__}: {reason_of(error)}).",
             "Was it edited, or written by another version?",
         ) from error
 
@@ -126,13 +131,7 @@ def read_object(path: Path) -> Mapping[str, Any]:
     Raises:
         SenteiError: The file cannot be read, or holds something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise SenteiError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise SenteiError(f"{path} does not hold an object.")
-    return content
+    return read_json_object(path)
 
 
 def _distinct(sources: Sequence[Source]) -> list[Source]:

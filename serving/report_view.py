@@ -91,8 +91,9 @@ def _quality(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> d
             ]  # fmt: skip
             for entry in content["evaluations"]:
                 evaluated.setdefault(str(entry["text"]), {})[entry["model"]] = {
-                    name: entry[name]
-                    for name in ("perplexity", "standard_error", "num_windows", "seq_len", "num_tokens")
+                    "perplexity": _positive(entry["perplexity"]),
+                    "standard_error": None if entry["standard_error"] is None else float(entry["standard_error"]),
+                    **{name: int(entry[name]) for name in ("num_windows", "seq_len", "num_tokens")},
                 }
     bars: list[tuple[str, float, float | None]] = []
     texts = [_evaluated(text, sides) for text, sides in evaluated.items() if {"original", "pruned"} <= set(sides)]
@@ -120,6 +121,12 @@ def _quality(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> d
         "calibration": {name: f"{value:.4g}" for name, value in (calibration or {}).items()},
         "chart": charts.perplexity_chart(bars, say),
     }
+
+
+def _positive(perplexity: Any) -> float:
+    if not (isinstance(perplexity, (int, float)) and perplexity > 0):
+        raise ValueError(f"perplexity is {perplexity!r}")
+    return float(perplexity)
 
 
 def _evaluated(text: str, sides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from serving.onnx_files import is_onnx_export
 from serving.verdict_card import write_into_card
 from toolchain.checkpoint import Checkpoint, dtype_name, open_checkpoint, same_bits
 from toolchain.errors import SenteiError
+from toolchain.json_files import read_json_object
 from toolchain.modeling import bos_of, load_tokenizer
 from toolchain.nemotron_nas import is_nemotron_nas
 from toolchain.output import write_text
@@ -357,10 +358,10 @@ def _precision(exported: Path, engine: str, source: Checkpoint) -> str:
         return dtype_name(_open(exported, source).dtype)
     path = exported / "sentei_export.json"
     try:
-        precision = json.loads(path.read_text(encoding="utf-8"))["precision"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        precision = read_json_object(path)["precision"]
+    except (SenteiError, KeyError) as error:
         raise SenteiError(f"{path} is missing or damaged, so the precision is unknown.", "Export again.") from error
-    if precision not in _ONNX_PRECISIONS:
+    if not isinstance(precision, str) or precision not in _ONNX_PRECISIONS:
         raise SenteiError(f"{path}: precision {precision!r} is not known.", f"Known: {', '.join(_ONNX_PRECISIONS)}.")
     return _ONNX_PRECISIONS[precision]
 

@@ -1,29 +1,40 @@
 """What vLLM's loaders let pass: tensors that are missing, left over or too large. Checked before and while loading."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from toolchain.compressed import WEIGHT_PARTS, RoundingScheme
-from toolchain.errors import SenteiError
+from toolchain.errors import SenteiError, reason_of
 from toolchain.families import Family
+from toolchain.layer_tensors import layer_index
 from toolchain.layout import LayerLayout
+from toolchain.safetensors_files import check_header_size, shards_in
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors by name, from the headers of a directory's safetensors; empty if it has none complete."""
+    """Shapes of all tensors by name, from the headers of a directory's safetensors; empty if it has none complete.
+
+    Raises:
+        SenteiError: The index or a file is damaged.
+    """
     index = directory / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    names = shards_in(index) if index.is_file() else ["model.safetensors"]
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(names):
-        if not (directory / name).is_file():
+    for name in names:
+        if not (path := directory / name).is_file():
             return {}
-        with safe_open(directory / name, framework="pt") as file:
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        check_header_size(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise SenteiError(
+                f"{path} is corrupt or truncated ({reason_of(error)}).", "Download or copy it again."
+            ) from error
     return shapes
 
 
@@ -64,7 +75,7 @@ class CompleteWeights(nn.Module):
         if not name.startswith(f"{self.family.layers}."):
             return
         number, _, rest = name.removeprefix(f"{self.family.layers}.").partition(".")
-        if int(number) >= len(self.layout):
+        if (index := layer_index(number, len(self.layout))) is None:
             raise SenteiError(
                 f"The checkpoint holds more layers than num_hidden_layers = {len(self.layout)} says: it has {name}."
             )
@@ -72,7 +83,7 @@ class CompleteWeights(nn.Module):
         if (side := self.family.neuron_side(f"{module}.bias" if part == "bias" else f"{module}.weight")) is None:
             return
         dimension, entries = side
-        width = self.layout[int(number)].intermediate_size
+        width = self.layout[index].intermediate_size
         wanted = self._sizes(part, tensor, dimension, entries * width)
         if wanted and (tensor.dim() <= dimension or tensor.shape[dimension] not in wanted):
             raise SenteiError(f"{name} has shape {list(tensor.shape)}, but config.json says intermediate_size {width}.")

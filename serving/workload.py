@@ -10,11 +10,14 @@ from statistics import fmean
 from typing import Any
 
 from toolchain.errors import SenteiError
+from toolchain.json_files import read_json_lines
 
 # Engines that answer requests as they come.
 SERVERS = ("vllm", "onnx-server")
 # Added to the seed: a warm-up with a repeat's own prompts would leave them in a prefix cache.
 WARMUP_SEED = 1_000_003
+_PROMPT_HINT = 'Write {"prompt": "...", "output_tokens": 128}; --output-len stands in for output_tokens.'
+_MOST_TOKENS = 2**31
 _RATE_SECONDS, _RATE_MIN_PROMPTS = 30, 20
 
 
@@ -228,14 +231,7 @@ def read_prompts(file: Path, *, output_len: int | None, tokenizer: Path) -> Prom
     Raises:
         SenteiError: The first line that is not so, or no usable tokenizer.
     """
-    if not file.is_file():
-        raise SenteiError(f"There is no file {file}.", "Give JSONL, with a prompt on each line.")
-    try:
-        # Not splitlines(), which also breaks at separators that JSON texts may hold.
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SenteiError(f"{file} cannot be read ({error}).") from error
-    prompts = [_read_prompt(f"{file} line {n}", line, output_len) for n, line in enumerate(lines, 1) if line.strip()]
+    prompts = [_read_prompt(where, entry, output_len) for where, entry in read_json_lines(file, hint=_PROMPT_HINT)]
     if not prompts:
         raise SenteiError(f"{file} holds no prompts.")
     from toolchain.modeling import load_tokenizer
@@ -250,15 +246,11 @@ def read_prompts(file: Path, *, output_len: int | None, tokenizer: Path) -> Prom
     )
 
 
-def _read_prompt(where: str, line: str, output_len: int | None) -> tuple[str, int]:
+def _read_prompt(where: str, entry: Any, output_len: int | None) -> tuple[str, int]:
     try:
-        entry = json.loads(line)
         prompt, tokens = entry["prompt"], output_len or entry["output_tokens"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise SenteiError(
-            f"{where} is not a prompt ({error}).",
-            'Write {"prompt": "...", "output_tokens": 128}; --output-len stands in for output_tokens.',
-        ) from error
-    if not isinstance(prompt, str) or not prompt or not isinstance(tokens, int) or tokens < 1:
+    except (TypeError, KeyError) as error:
+        raise SenteiError(f"{where} is not a prompt ({error}).", _PROMPT_HINT) from error
+    if not isinstance(prompt, str) or not prompt or type(tokens) is not int or not 0 < tokens <= _MOST_TOKENS:
         raise SenteiError(f"{where}: prompt must be a text and output_tokens a number above 0.")
     return prompt, tokens

@@ -13,15 +13,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from toolchain.errors import SenteiError
+from toolchain.errors import SenteiError, reason_of
 from toolchain.families import Family, family_of
+from toolchain.json_files import read_json_object
 from toolchain.layer_tensors import check_layer_tensors
 from toolchain.layout import LayerLayout, read_layout
+from toolchain.safetensors_files import check_header_size, shards_in
 from toolchain.safetensors_stream import DTYPES, write_safetensors
 
 MAX_SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# Beside a model's weights Transformers adds the adapter to them without a word, and other loaders do not.
+_ADAPTER = "adapter_config.json"
 # Rotary frequencies, which checkpoints of Llama 2's time hold for each layer: no model reads them.
 _COMPUTED = ".rotary_emb.inv_freq"
 _COMPANIONS = (
@@ -53,7 +57,7 @@ class TensorInfo:
             with safe_open(self.file, framework="pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise SenteiError(f"{self.file}: tensor {name} cannot be read ({error}).") from error
+            raise SenteiError(f"{self.file}: tensor {name} cannot be read ({reason_of(error)}).") from error
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,14 @@ class Checkpoint:
         for name in sorted(self.tensors):
             info = self.tensors[name]
             digest.update(f"{name} {info.dtype} {list(info.shape)}\n".encode())
-            digest.update(self.read(name).contiguous().view(torch.uint8).numpy().data)
+            digest.update(self.read(name).reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether dtype, shape and raw bytes are equal: a NaN is equal to the same NaN, and 0 is not equal to -0."""
-    return one.dtype == other.dtype and torch.equal(
-        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
+        one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
     )
 
 
@@ -188,6 +192,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     tensors = read_headers(directory)
     checkpoint = Checkpoint(directory, config, family, layout, tensors)
     check_layer_tensors(str(directory), family, layout, checkpoint.shapes)
+    if not any(info.shape for info in tensors.values()):
+        raise SenteiError(f"{directory} holds no weights but single numbers.")
     return checkpoint
 
 
@@ -248,7 +254,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Reads ``config.json`` and nothing else.
 
     Raises:
-        SenteiError: There is none, or it is damaged.
+        SenteiError: There is none, it is damaged, or a LoRA adapter lies beside it.
     """
     if not directory.is_dir():
         raise SenteiError(f"Model directory {directory} does not exist.")
@@ -256,25 +262,29 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "has no config.json" if any(directory.iterdir()) else "is empty"
         raise SenteiError(f"Model directory {directory} {what}.", "Give a directory in Hugging Face format.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise SenteiError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise SenteiError(f"{path} does not hold an object.")
-    return config
+    check_no_adapter(directory)
+    return read_json_object(path)
+
+
+def check_no_adapter(directory: Path) -> None:
+    """Refuses a model directory with a LoRA adapter in it: what its weights are would depend on who loads them.
+
+    Raises:
+        SenteiError: There is one.
+    """
+    adapter = directory / _ADAPTER
+    if adapter.exists() or adapter.is_symlink():
+        raise SenteiError(
+            f"{adapter} lies beside a model's weights, and Transformers would add that adapter to them.",
+            f"Merge the adapter first (merge_and_unload of PEFT), or move {_ADAPTER} into a directory of its own.",
+        )
 
 
 def _shard_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise SenteiError(f"{index} is not a valid safetensors index ({error}).") from error
+        names = shards_in(index)
         for name in names:
-            if Path(name).name != name:
-                raise SenteiError(f"{index} points outside its directory ({name!r}).")
             if not (directory / name).is_file():
                 raise SenteiError(f"{directory}: shard {name} is missing.", "Download or copy the model again.")
         return [directory / name for name in names]
@@ -301,6 +311,7 @@ def read_headers(directory: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) ->
     """
     tensors: dict[str, TensorInfo] = {}
     for path in _shard_files(directory):
+        check_header_size(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
@@ -316,5 +327,7 @@ def read_headers(directory: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) ->
                         )
                     tensors[name] = TensorInfo(path, tuple(header.get_shape()), dtype)
         except (SafetensorError, OSError) as error:
-            raise SenteiError(f"{path} is corrupt or truncated ({error}).", "Download or copy it again.") from error
+            raise SenteiError(
+                f"{path} is corrupt or truncated ({reason_of(error)}).", "Download or copy it again."
+            ) from error
     return tensors

@@ -24,6 +24,7 @@ from toolchain.errors import SenteiError
 from toolchain.families import Family
 from toolchain.layer_walk import LayerWalk
 from toolchain.metrics import PerplexityMetric, finite
+from toolchain.not_finite import not_finite
 from toolchain.plan_document import RefitRecord
 from toolchain.sub_blocks import Part
 
@@ -111,10 +112,7 @@ def compensate(
                 wanted = _wanted(says[name], states[name], seen, factor, family)
                 moments = _moments(projection, seen, wanted)
                 if not all(bool(torch.isfinite(each.energy)) for each in moments):
-                    raise SenteiError(
-                        f"Layer {index}: activations hold NaN or Inf in {pruned.model.dtype}.",
-                        "Compute in another --dtype (float32).",
-                    )
+                    raise not_finite(f"Layer {index}: activations hold NaN or Inf", pruned.model, pruned.model.dtype)
                 full_name = f"{family.layers}.{index}.{name}.weight"
                 result = refit(projection.weight, *moments, dtypes[full_name])
                 if result.weight is not None:

@@ -14,6 +14,8 @@ METHOD = "compressed-tensors"
 # What a linear layer of the format is made of; without `weight_shape`, which only repeats what the others tell.
 WEIGHT_PARTS = ("weight", "weight_packed", "weight_scale", "weight_zero_point")
 
+_MOST = 2**16
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingScheme:
@@ -68,6 +70,8 @@ def rounding_schemes(config: Mapping[str, Any]) -> tuple[RoundingScheme, ...]:
         SenteiError: The quantisation config is damaged.
     """
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise SenteiError("config.json: quantization_config is damaged (it is no object).")
     if quantization.get("quant_method") != METHOD:
         return ()
     try:
@@ -75,17 +79,21 @@ def rounding_schemes(config: Mapping[str, Any]) -> tuple[RoundingScheme, ...]:
         if any(group["weights"]["strategy"] not in ("channel", "group") for group in groups):
             return ()
         return tuple(_scheme(group, group.get("format") or quantization.get("format")) for group in groups)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SenteiError(f"config.json: quantization_config is damaged ({type(error).__name__}: {error}).") from error
 
 
 def _scheme(group: Mapping[str, Any], layout: str | None) -> RoundingScheme:
     weights, inputs = group["weights"], group.get("input_activations")
+    numbers = [weights["num_bits"], weights["group_size"] if weights["strategy"] == "group" else 1]
+    numbers += [inputs["num_bits"]] if inputs else []
+    if not all(type(number) is int and 0 < number <= _MOST for number in numbers):
+        raise TypeError(f"num_bits and group_size must be whole numbers from 1 to {_MOST}")
     return RoundingScheme(
         num_bits=weights["num_bits"],
         is_float=weights["type"] == "float",
         group_size=weights["group_size"] if weights["strategy"] == "group" else None,
         packed=layout == "pack-quantized",
-        symmetric=weights["symmetric"],
+        symmetric=weights["symmetric"] is True,
         input_bits=inputs["num_bits"] if inputs else None,
     )

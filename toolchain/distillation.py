@@ -5,7 +5,6 @@ arXiv 1503.02531, at temperature 1). Transformers' Trainer runs the steps and ke
 2106.09685) to every linear module of the decoder blocks.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from toolchain.checkpoint import Checkpoint
-from toolchain.errors import MissingDependencyError
+from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.json_files import read_json_object
 from toolchain.modeling import load_model
 
 try:
@@ -101,9 +101,12 @@ def last_checkpoint(directory: Path) -> Path | None:
     whole = []
     for checkpoint in directory.glob("checkpoint-*"):
         try:
-            step = json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))["global_step"]
-            whole.append((int(step), checkpoint))
-        except (OSError, ValueError, KeyError):
+            step = read_json_object(checkpoint / _STATE_FILE).get("global_step")
+        except SenteiError:
+            step = None
+        if isinstance(step, int):
+            whole.append((step, checkpoint))
+        else:
             shutil.rmtree(checkpoint)
     return max(whole)[1] if whole else None
 

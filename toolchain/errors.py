@@ -4,6 +4,8 @@ Raised anywhere below ``toolchain.cli``, caught once in ``toolchain.cli.app.main
 plugin raises these inside somebody else's server.
 """
 
+_LONGEST_LINE = 1000
+
 
 class SenteiError(Exception):
     """Bad input. The command ends with exit code 2.
@@ -16,9 +18,20 @@ class SenteiError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, hint: str = "") -> None:
+        message = "\n".join(map(_shortened, message.split("\n")))
         super().__init__(f"{message} {hint}".strip())
         self.message = message
         self.hint = hint
+
+
+def _shortened(line: str) -> str:
+    """A message quotes values of files, which can be as long as the files."""
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE // 2]} … {line[-_LONGEST_LINE // 2 :]}"
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library says of what went wrong, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class MissingDependencyError(SenteiError):

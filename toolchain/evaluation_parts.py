@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
+from toolchain.json_files import read_json_object
 from toolchain.output import beside, write_text
 from toolchain.output_checks import check_unfinished
+
+# Of tasks with many thousands of questions.
+_MOST_BYTES = 256 * 1024 * 1024
 
 
 def parts_directory(out: Path) -> Path:
@@ -87,12 +91,19 @@ class Parts:
             name: For people; part of the file's name.
             identity: All that the result depends on, as JSON.
             compute: Makes the result, as JSON.
+
+        Raises:
+            SenteiError: The part on disk is damaged.
         """
         path = self._path(name, identity)
         if path is None:
             return compute()
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))["result"]
+            hint = "Remove that file: it is computed again."
+            result = read_json_object(path, hint=hint, max_bytes=_MOST_BYTES).get("result")
+            if not isinstance(result, dict):
+                raise SenteiError(f"{path} does not have the fields it should (result).", hint)
+            return result
         result = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"identity": identity, "result": result}, ensure_ascii=False) + "\n")

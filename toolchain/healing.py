@@ -31,6 +31,7 @@ from toolchain.checkpoint import (
     write_weights,
 )
 from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
+from toolchain.json_files import read_json_object
 from toolchain.metrics import perplexity_of
 from toolchain.modeling import bos_of, check_same_vocabulary, load_model, load_tokenizer
 from toolchain.output import (
@@ -190,7 +191,7 @@ def _unfinished(directory: Path, inputs: dict[str, Any], *, resume: bool) -> Ite
 
     file, inputs = directory / _INPUTS_FILE, json.loads(json.dumps(inputs))
     if resume and file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json_object(file, hint="Use --force to start over.")
         for key, value in inputs.items():
             if before.get(key) != value:
                 raise SenteiError(

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from toolchain.errors import SenteiError
 from toolchain.layer_walk import LayerWalk
+from toolchain.not_finite import not_finite
 
 
 @torch.inference_mode()
@@ -45,10 +45,7 @@ def neuron_importance(
                 for norms in observed:
                     totals[index] = totals[index] + norms
                 if not bool(torch.isfinite(torch.as_tensor(totals[index])).all()):
-                    raise SenteiError(
-                        f"Layer {index}: FFN activations hold NaN or Inf in {walk.model.dtype}.",
-                        "Compute in another --dtype (float32).",
-                    )
+                    raise not_finite(f"Layer {index}: FFN activations hold NaN or Inf", walk.model, walk.model.dtype)
         for _ in block:
             on_window()
     return tuple((torch.as_tensor(total) / len(windows)).float().cpu().numpy() for total in totals)

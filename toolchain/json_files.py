@@ -1,20 +1,30 @@
 """The one way in which JSON is read: within bounds, and with one sentence for whatever is wrong with it.
 
 Files may come from strangers. What Python's parser would let pass and other readers of the same file would take in
-another way is refused: keys that are given twice, ``NaN`` and ``Infinity``, half a character of a surrogate pair.
+another way is refused: keys that are given twice, ``NaN`` and ``Infinity``, half a character of a surrogate pair. So
+are numbers and nestings that no file of ours has, and that would end in an overflow further on.
+
+Standard library only: the vLLM plugin imports this module.
 """
 
+import gc
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from toolchain.errors import SenteiError
 
-# A list of empty lists takes 21 times its file's size in memory: 350 MB at most.
-MAX_BYTES = 16 * 1024 * 1024
+# A list of empty lists takes 28 times its file's size in memory, 180 MB at most, and a second of time.
+MAX_BYTES = 6 * 1024 * 1024
+_MAX_DEPTH = 64
+# Sums, squares and products of two such numbers are still floats.
+_MAX_NUMBER = 1e150
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# What may be too large, or no number; strings that look like it only cost time.
+_SUSPECT = re.compile(r"\d{140}|[\d.][eE]\+?\d{2,}\s*(?:[,\]}]|\Z)|NaN|Infinity")
 
 
 def read_json(path: Path, *, hint: str = "", max_bytes: int = MAX_BYTES) -> Any:
@@ -28,15 +38,7 @@ def read_json(path: Path, *, hint: str = "", max_bytes: int = MAX_BYTES) -> Any:
     Raises:
         SenteiError: It is missing, no regular file, too large, not UTF-8, no JSON, or too deeply nested.
     """
-    if not path.is_file():
-        raise SenteiError(f"There is no file {path}.", hint)
-    try:
-        if (size := path.stat().st_size) > max_bytes:
-            raise SenteiError(f"{path} has {size:,} bytes, and at most {max_bytes:,} are read.", hint)
-        content = path.read_bytes()
-    except OSError as error:
-        raise SenteiError(f"{path} cannot be read ({error.strerror}).", hint) from error
-    return parse_json(content, str(path), hint=hint)
+    return parse_json(read_bytes(path, hint=hint, max_bytes=max_bytes), str(path), hint=hint)
 
 
 def read_json_object(path: Path, *, hint: str = "", max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -51,6 +53,51 @@ def read_json_object(path: Path, *, hint: str = "", max_bytes: int = MAX_BYTES) 
     return content
 
 
+def read_json_lines(path: Path, *, hint: str = "", max_bytes: int = MAX_BYTES) -> Iterator[tuple[str, Any]]:
+    """Reads a file with one JSON value per line, line by line; blank lines are left out.
+
+    Args:
+        path: The file; of any size.
+        hint: What to do where it cannot be read.
+        max_bytes: A longer line is refused.
+
+    Yields:
+        Words that name the line, and its value.
+
+    Raises:
+        SenteiError: The file is missing, no regular file or cannot be read, or a line is too long or not readable
+            JSON; see :func:`parse_json`.
+    """
+    _check_regular(path, hint)
+    number = 0
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(max_bytes + 1):
+                number += 1
+                where = f"{path} line {number}"
+                if len(line) > max_bytes:
+                    raise SenteiError(f"{where} is longer than {max_bytes:,} bytes.", hint)
+                if line.strip():
+                    yield where, parse_json(line, where, hint=hint)
+    except OSError as error:
+        raise SenteiError(f"{path} cannot be read ({error.strerror}).", hint) from error
+
+
+def read_bytes(path: Path, *, hint: str = "", max_bytes: int = MAX_BYTES) -> bytes:
+    """Reads a regular file that is not too large.
+
+    Raises:
+        SenteiError: It is missing, no regular file, too large, or cannot be read.
+    """
+    _check_regular(path, hint)
+    try:
+        if (size := path.stat().st_size) > max_bytes:
+            raise SenteiError(f"{path} has {size:,} bytes, and at most {max_bytes:,} are read.", hint)
+        return path.read_bytes()
+    except OSError as error:
+        raise SenteiError(f"{path} cannot be read ({error.strerror}).", hint) from error
+
+
 def parse_json(content: str | bytes, where: str, *, hint: str = "") -> Any:
     """Parses JSON.
 
@@ -60,11 +107,16 @@ def parse_json(content: str | bytes, where: str, *, hint: str = "") -> Any:
         hint: What to do where it cannot be parsed.
 
     Raises:
-        SenteiError: It is no JSON, too deeply nested, or ambiguous; see the module.
+        SenteiError: It is no JSON, too deeply nested, ambiguous, or has a number that is none or too large; see the
+            module.
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        found = json.loads(text, object_pairs_hook=_without_repeated_keys, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise SenteiError(f"{where} is not UTF-8 text ({error}).", hint) from error
+    try:
+        with _no_collection():
+            found = json.loads(text, object_pairs_hook=_without_repeated_keys)
         if _SURROGATE.search(text):
             json.dumps(found, ensure_ascii=False).encode()
     except RecursionError as error:
@@ -73,16 +125,67 @@ def parse_json(content: str | bytes, where: str, *, hint: str = "") -> Any:
         raise SenteiError(f"{where} is not readable JSON (it holds half a character).", hint) from error
     except ValueError as error:
         raise SenteiError(f"{where} is not readable JSON ({error}).", hint) from error
+    if text.count("[") + text.count("{") > _MAX_DEPTH:
+        _check_depth(found, where, hint)
+    if _SUSPECT.search(text) and (unusual := _unusual_number(found)):
+        field, number = unusual
+        said = f"{number:.3g}" if isinstance(number, float) else f"a number of {len(str(abs(number)))} digits"
+        raise SenteiError(f"{where} is not readable JSON ({field.lstrip('.')[:200] or 'it'} is {said}).", hint)
     return found
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Millions of new lists make Python look through all there are for cycles, again and again; JSON has none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _check_regular(path: Path, hint: str) -> None:
+    try:
+        if path.is_file():
+            return
+        what = "is no regular file" if path.exists() else "does not exist"
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+    raise SenteiError(f"{path} {what}.", hint)
 
 
 def _without_repeated_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {repeated[:80]!r} is there twice")
     return found
 
 
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
+def _check_depth(found: Any, where: str, hint: str) -> None:
+    level = [found]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise SenteiError(f"{where} is not readable JSON (it is too deeply nested).", hint)
+
+
+def _unusual_number(node: Any) -> tuple[str, float] | None:
+    """The field of the first number that is none or too large, and that number."""
+    if isinstance(node, (dict, list)):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(value, (dict, list, float, int)) and (found := _unusual_number(value)):
+                return f".{key}{found[0]}", found[1]
+    elif isinstance(node, (float, int)) and not -_MAX_NUMBER <= node <= _MAX_NUMBER:
+        return "", node
+    return None

@@ -50,10 +50,19 @@ def _by_layer(where: str, family: Family, num_layers: int, shapes: Mapping[str, 
         if not name.startswith(f"{family.layers}."):
             continue
         number, _, tensor = name.removeprefix(f"{family.layers}.").partition(".")
-        if not number.isdecimal() or int(number) >= num_layers:
+        if (index := layer_index(number, num_layers)) is None:
             raise SenteiError(f"{where} holds more layers than num_hidden_layers = {num_layers} says: it has {name}.")
-        layers[int(number)][tensor] = shape
+        layers[index][tensor] = shape
     return layers
+
+
+def layer_index(number: str, num_layers: int) -> int | None:
+    """The layer that a part of a tensor's name stands for; ``None`` where it stands for none.
+
+    Only what Transformers and vLLM write themselves is a number: not ``05``, and not the digits of other scripts.
+    """
+    known = number.isascii() and number.isdecimal() and len(number) <= len(str(num_layers))
+    return int(number) if known and str(int(number)) == number and int(number) < num_layers else None
 
 
 def _check_parts(where: str, family: Family, tensors: Mapping[str, Shape], wanted: LayerLayout) -> None:

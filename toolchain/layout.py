@@ -10,6 +10,14 @@ from typing import Any
 
 from toolchain.errors import SenteiError
 
+# Far above every model there is: 126 layers, width 53248, vocabulary 262144. Layers are counted out before any weight
+# is looked at, so their number is bounded by what that takes.
+MOST_LAYERS, LARGEST = 1000, 2**24
+_DIMENSIONS = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+# What may be null, or left to the family's default.
+_OPTIONAL = ("num_key_value_heads", "head_dim")
+# Transformers names that many labels, one after the other, for whatever model it is.
+_LABELS, _MOST_LABELS = "num_labels", 100_000
 _SKIPPABLE = {"attention", "mlp"}
 # In skipped layers `attention_dropout` differs from the global value when no width does: reading the global one then
 # raises in stock Transformers, which would otherwise load such a checkpoint with random attention weights.
@@ -33,22 +41,56 @@ def read_layout(config: Mapping[str, Any]) -> tuple[LayerLayout, ...]:
     """Reads every layer's shape from a ``config.json`` mapping, pruned or not.
 
     Raises:
-        SenteiError: ``per_layer_config`` names a layer, key, skip or width that does not exist.
+        SenteiError: ``per_layer_config`` names a layer, key, skip or width that does not exist, or a dimension of the
+            model is no number that a model can have.
     """
-    num_hidden_layers, width = _positive(config, "num_hidden_layers"), _positive(config, "intermediate_size")
+    num_hidden_layers = positive(config, "num_hidden_layers", at_most=MOST_LAYERS)
+    width = positive(config, "intermediate_size")
+    check_dimensions(config)
     overrides = config.get("per_layer_config") or {}
     if not isinstance(overrides, Mapping):
         raise SenteiError("config.json: per_layer_config must be an object that maps layer indices to overrides.")
     by_layer: dict[int, Mapping[str, Any]] = {}
     for key, override in overrides.items():
-        if not str(key).isdecimal() or not 0 <= int(key) < num_hidden_layers:
-            raise SenteiError(
-                f"config.json: per_layer_config names layer {key!r}, but num_hidden_layers is {num_hidden_layers}."
-            )
-        if int(key) in by_layer:
-            raise SenteiError(f"config.json: per_layer_config names layer {int(key)} twice.")
-        by_layer[int(key)] = override
+        layer = _layer_number(str(key), num_hidden_layers)
+        if layer in by_layer:
+            raise SenteiError(f"config.json: per_layer_config names layer {layer} twice.")
+        by_layer[layer] = override
     return tuple(_read_layer(layer, by_layer.get(layer, {}), width) for layer in range(num_hidden_layers))
+
+
+def positive(config: Mapping[str, Any], key: str, *, at_most: int = LARGEST) -> int:
+    """A dimension out of a ``config.json`` mapping.
+
+    Raises:
+        SenteiError: It is missing, no whole number above 0, or larger than any model's.
+    """
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SenteiError(f"config.json: {key} is {value!r}, not a positive whole number.")
+    if value > at_most:
+        raise SenteiError(f"config.json: {key} is {value}, and no model is known with more than {at_most:,}.")
+    return value
+
+
+def check_dimensions(config: Mapping[str, Any]) -> None:
+    """Checks those dimensions that are given; what is computed from a missing one says so itself.
+
+    Raises:
+        SenteiError: One is no number that a model can have.
+    """
+    if "num_hidden_layers" in config:
+        positive(config, "num_hidden_layers", at_most=MOST_LAYERS)
+    for key in _DIMENSIONS:
+        if key in config and not (key in _OPTIONAL and config[key] is None):
+            positive(config, key)
+    if config.get(_LABELS) is not None:
+        positive(config, _LABELS, at_most=_MOST_LABELS)
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise SenteiError(
+            f"config.json: num_attention_heads is {heads}, which num_key_value_heads, {kv_heads}, does not divide."
+        )
 
 
 def write_per_layer_config(layout: Sequence[LayerLayout], config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -88,7 +130,7 @@ def _read_layer(layer: int, override: Mapping[str, Any], global_width: int) -> L
     if unknown := sorted(set(override) - _ALLOWED_KEYS):
         raise SenteiError(f"{where} has {unknown}; known are {sorted(_ALLOWED_KEYS)}.")
     skip = override.get("skip", [])
-    if not isinstance(skip, (list, tuple, set)) or not set(skip) <= _SKIPPABLE:
+    if not isinstance(skip, (list, tuple, set)) or not all(isinstance(s, str) and s in _SKIPPABLE for s in skip):
         raise SenteiError(f"{where} skips {skip!r}; what can be skipped is {sorted(_SKIPPABLE)}.")
     width = override.get("intermediate_size", global_width)
     if not isinstance(width, int) or isinstance(width, bool) or not 0 <= width <= global_width:
@@ -98,8 +140,10 @@ def _read_layer(layer: int, override: Mapping[str, Any], global_width: int) -> L
     return LayerLayout(attention="attention" not in skip, intermediate_size=0 if "mlp" in skip else width)
 
 
-def _positive(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SenteiError(f"config.json: {key} is {value!r}, not a positive whole number.")
-    return value
+def _layer_number(key: str, num_hidden_layers: int) -> int:
+    # Digits of other scripts are refused: other readers of the same file do not take them for numbers.
+    if key.isascii() and key.isdecimal() and len(key) <= len(str(MOST_LAYERS)) and int(key) < num_hidden_layers:
+        return int(key)
+    raise SenteiError(
+        f"config.json: per_layer_config names layer {key!r}, but num_hidden_layers is {num_hidden_layers}."
+    )

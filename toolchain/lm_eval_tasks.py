@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.local_tasks import TASK_FILES
+from toolchain.modeling import said_in_a_sentence
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -133,7 +134,10 @@ def load_task(request: TaskRequest) -> LoadedTask:
         manager = TaskManager(
             include_path=str(TASK_FILES), include_defaults=False, metadata={"file": str(request.file)}
         )
-        return LoadedTask(label=request.label, parts=manager.load([request.name])["tasks"], manager=manager)
+        # Arrow's own errors and lm-eval's have no common class.
+        with said_in_a_sentence(f"{request.file} cannot be read as questions of {request.name}"):
+            parts = manager.load([request.name])["tasks"]
+        return LoadedTask(label=request.label, parts=parts, manager=manager)
     manager = TaskManager()
     if request.name not in manager.all_tasks:
         raise SenteiError(f"--task {request.name}: lm-eval has no such task.", "lm_eval ls tasks lists them.")

@@ -3,13 +3,12 @@
 The prompts are lm-eval's own, so that results compare with published ones.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import SenteiError
-from toolchain.task_accuracy import load_questions, question_lines, split_prompt
+from toolchain.errors import SenteiError, reason_of
+from toolchain.task_accuracy import load_questions, read_questions, split_prompt
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -88,18 +87,29 @@ def score_user_question(question: Mapping[str, Any], results: Sequence[tuple[flo
 def _as_dataset(rows: list[dict[str, Any]]) -> "DatasetDict":
     from datasets import Dataset, DatasetDict
 
-    return DatasetDict({"test": Dataset.from_list(rows)})
+    try:
+        return DatasetDict({"test": Dataset.from_list(rows)})
+    # Arrow's words for a column of several kinds, or a number of more than 64 bits.
+    except (ValueError, TypeError, OverflowError, KeyError) as error:
+        raise SenteiError(f"Questions differ in what their fields hold ({reason_of(error)}).") from error
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a task can make something of a field: text, a number, texts, or ARC's texts with their labels."""
+    if isinstance(value, dict):
+        return all(isinstance(each, list) and _is_text(each) for each in value.values())
+    if isinstance(value, list):
+        return all(isinstance(each, str) for each in value)
+    return isinstance(value, str) or type(value) is int
 
 
 def _read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     questions = []
-    for where, line in question_lines(path):
-        try:
-            question = json.loads(line)
-        except ValueError as error:
-            raise SenteiError(f"{where} is not JSON.") from error
+    for where, question in read_questions(path):
         missing = [field for field in fields if not isinstance(question, dict) or field not in question]
         if missing:
             raise SenteiError(f"{where} has no field {missing[0]!r}.", f"Needed: {', '.join(fields)}.")
+        if odd := [field for field in fields if not _is_text(question[field])]:
+            raise SenteiError(f"{where}: field {odd[0]!r} holds neither text, a number, nor a list of texts.")
         questions.append(question)
     return questions

@@ -15,6 +15,7 @@ from toolchain.errors import SenteiError
 from toolchain.evaluation_document import EvaluationDocument, TextOverlap, overlap_warning
 from toolchain.evaluation_parts import Parts, digest_of
 from toolchain.evaluation_run import EvaluationSettings, evaluate
+from toolchain.json_files import read_json_object
 from toolchain.output import write_text
 from toolchain.paired_tests import check_statistics
 from toolchain.pipeline import IMPROVEMENTS, METHOD, PruneSettings, allocation_of, prune
@@ -132,7 +133,7 @@ def _row(
             directory.parent.mkdir(parents=True, exist_ok=True)
             resume = search_directory(directory).exists()
             prune(asked.model, directory, settings, model_name=asked.name, resume=resume, progress=titled)
-        summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
+        summary = read_json_object(directory / SUMMARY_FILE)
         evaluated = evaluate(directory, asked.model, asked.evaluation, parts, progress=titled)
         speed = asked.measure_speed(directory) if asked.measure_speed else None
         kept.mkdir(parents=True, exist_ok=True)

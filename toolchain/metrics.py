@@ -7,10 +7,10 @@ from typing import Protocol
 
 import torch
 
-from toolchain.errors import SenteiError
 from toolchain.function_metric import FunctionMetric
 from toolchain.layer_walk import LayerWalk, attention_removed
 from toolchain.modeling import decoder_layers
+from toolchain.not_finite import not_finite
 
 
 class StateMetric(Protocol):
@@ -148,5 +148,5 @@ def finite(value: float, name: str, walk: LayerWalk) -> float:
         SenteiError: NaN or Inf.
     """
     if not math.isfinite(value):
-        raise SenteiError(f"The {name} is {value} in {walk.model.dtype}.", "Compute in another --dtype (float32).")
+        raise not_finite(f"The {name} is {value}", walk.model, walk.model.dtype)
     return value

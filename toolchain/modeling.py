@@ -1,20 +1,27 @@
 """Checkpoints as Transformers models: the loader that knows ``per_layer_config``."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.checkpoint import Checkpoint, open_checkpoint
-from toolchain.errors import SenteiError
+from toolchain.errors import SenteiError, is_out_of_memory, reason_of
 from toolchain.families import Family
-from toolchain.layout import LayerLayout, read_layout
+from toolchain.json_files import read_json_object
+from toolchain.layout import LayerLayout, check_dimensions, read_layout
+
+# Read by AutoTokenizer beside tokenizer.json, each an object.
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+# Twice the largest known, Gemma 3's.
+_MOST_TOKENIZER_BYTES = 64_000_000
 
 # What models call their KV cache, in arguments and outputs; Transformers 5.24 has renamed it.
 CACHE_ARGUMENT = next(
@@ -71,14 +78,15 @@ def load_model(
     model_class = transformers_class(checkpoint.family)
     if checkpoint.is_pruned:
         model_class = pruned_class(model_class, checkpoint.family)
-    model, info = model_class.from_pretrained(
-        checkpoint.directory,
-        dtype=dtype or checkpoint.dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    with said_in_a_sentence(f"{checkpoint.directory} cannot be loaded by Transformers"):
+        model, info = model_class.from_pretrained(
+            checkpoint.directory,
+            dtype=dtype or checkpoint.dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
             names = sorted(str(name) for name in info[problem])
@@ -117,16 +125,12 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises:
         SenteiError: Transformers refuses the config.
     """
-    try:
-        config: Any = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True, trust_remote_code=False)
+    config: Any = read_transformers_config(checkpoint.directory)
+    with said_in_a_sentence(f"{checkpoint.directory}/config.json: Transformers refuses it"):
         config.per_layer_config = None
         with torch.device("meta"):
             model = transformers_class(checkpoint.family)(config)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise SenteiError(f"{checkpoint.directory}/config.json: Transformers refuses it ({reason}).") from error
-    with torch.device("meta"):
-        shape_layers(model, checkpoint.family, checkpoint.layout)
+            shape_layers(model, checkpoint.family, checkpoint.layout)
     return model
 
 
@@ -136,10 +140,49 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         SenteiError: There is none, or it is damaged.
     """
+    settings = {name: read_json_object(directory / name) for name in _TOKENIZER_SETTINGS if (directory / name).exists()}
+    # Transformers makes a model's config of it, as large as it says, before it looks at the tokenizer.
+    check_dimensions(settings.get("config.json", {}))
+    for path in directory.glob("tokenizer.*"):
+        if not path.is_file() or path.stat().st_size > _MOST_TOKENIZER_BYTES:
+            raise SenteiError(f"{path} is no file, or larger than {_MOST_TOKENIZER_BYTES:,} bytes.")
+    with said_in_a_sentence(f"{directory} has no usable tokenizer"):
+        try:
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception:
+            if "config.json" in settings:
+                read_transformers_config(directory)
+            raise
+
+
+def read_transformers_config(directory: Path) -> PreTrainedConfig:
+    """A directory's config as Transformers has it.
+
+    Raises:
+        SenteiError: Transformers refuses it.
+    """
+    with said_in_a_sentence(f"{directory}/config.json: Transformers refuses it"):
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def said_in_a_sentence(what: str) -> Iterator[None]:
+    """Turns whatever a library raises over a file into one sentence; its own reason follows ``what`` in brackets.
+
+    Transformers and the libraries below it raise almost anything over what they do not expect in a file, down to a
+    panic of Rust, which is no ``Exception``. That memory ran out is left to whoever says what to do about it.
+
+    Raises:
+        SenteiError: Something was raised inside.
+    """
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise SenteiError(f"{directory} has no usable tokenizer ({str(error).splitlines()[0]}).") from error
+        yield
+    except (SenteiError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if is_out_of_memory(error):
+            raise
+        raise SenteiError(f"{what} ({reason_of(error)}).") from error
 
 
 def bos_of(family: Family, tokenizer: PreTrainedTokenizerBase) -> int | None:

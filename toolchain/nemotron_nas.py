@@ -7,7 +7,6 @@ so that is written only where llama.cpp then computes the same. Where it is miss
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from toolchain.checkpoint import Checkpoint, TensorInfo, dtype_name
 from toolchain.errors import SenteiError
 from toolchain.families import FAMILIES, NEMOTRON_NAS
+from toolchain.json_files import read_json_object
 from toolchain.layout import LayerLayout
 from toolchain.modeling import check_complete
 
@@ -77,10 +77,9 @@ def config_class_source() -> bytes:
 def is_nemotron_nas(directory: Path) -> bool:
     """Whether a directory holds a model in this form."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(directory / "config.json").get("model_type") == NEMOTRON_NAS
+    except SenteiError:
         return False
-    return isinstance(config, dict) and config.get("model_type") == NEMOTRON_NAS
 
 
 def nas_form(checkpoint: Checkpoint) -> NasForm:

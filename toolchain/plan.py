@@ -8,6 +8,7 @@ it is known again (see :mod:`toolchain.passage_hashes`). A plan is never mutated
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from toolchain.errors import SenteiError
+from toolchain.errors import SenteiError, reason_of
+from toolchain.json_files import read_json, read_json_object
 from toolchain.layout import LayerLayout
 from toolchain.output import write_text
 from toolchain.plan_document import (
@@ -30,9 +32,11 @@ from toolchain.plan_document import (
     Rung,
     document_to_json,
 )
+from toolchain.safetensors_files import check_header_size
 
 PLAN_FILE, SCORES_FILE, SWEEP_FILE = "plan.json", "plan.safetensors", "sweep.json"
 _HASHES = "text_hashes."
+_LONGEST_NAME = 200
 # What text was read for.
 ReadIn = Literal["calibration", "healing"]
 
@@ -60,7 +64,8 @@ class PruningPlan:
 
     Attributes:
         document: ``plan.json``.
-        importance: One float32 array ``[intermediate_size of the base model]`` a layer; higher is kept.
+        importance: One float32 array ``[intermediate_size of the base model]`` per layer; higher is kept. Empty where
+            the scores do not lie beside the document, as in exports.
         text_hashes: Of the text read in ``calibration`` and ``healing``, as far as known; see
             :func:`toolchain.passage_hashes.hash_passages`.
     """
@@ -86,7 +91,8 @@ class PruningPlan:
 
     @property
     def kept_neurons(self) -> tuple[NDArray[np.int64], ...]:
-        """Indices of the kept neurons of each layer, ascending."""
+        """Indices of the kept neurons of each layer, ascending; only of a plan with its scores."""
+        assert self.importance, "the plan was loaded without its scores"
         return tuple(
             top_neurons(scores, layer.intermediate_size)
             if layer.kept_neurons is None
@@ -177,13 +183,18 @@ class PruningPlan:
         return self.changed(changes)
 
     def summary(self) -> dict[str, Any]:
-        """The plan for machines: what ``sentei plan show --json`` prints."""
+        """The plan for machines: what ``sentei plan show --json`` prints; without scores, kept neurons are null."""
+        kept: Sequence[Any] = (
+            [each.tolist() for each in self.kept_neurons]
+            if self.importance
+            else [layer.kept_neurons for layer in self.document.layers]
+        )
         return {
             **self.document.model_dump(exclude={"layers", "stage_1", "trace", "block_steps"}),
             "metric_after_stage_1": self.document.metric_after_stage_1,
             "layers": [
-                {**layer.model_dump(), "kept_neurons": kept.tolist()}
-                for layer, kept in zip(self.document.layers, self.kept_neurons, strict=True)
+                {**layer.model_dump(), "kept_neurons": neurons}
+                for layer, neurons in zip(self.document.layers, kept, strict=True)
             ],
             "removed_attention": list(self.removed_attention),
             "stage_1": [rung.model_dump() for rung in self.document.stage_1],
@@ -239,22 +250,34 @@ def top_neurons(scores: NDArray[np.float32], width: int) -> NDArray[np.int64]:
     return np.sort(np.argsort(-scores, kind="stable")[:width]).astype(np.int64)
 
 
-def load_plan(path: Path) -> PruningPlan:
+def load_plan(path: Path, *, needs_scores: bool = True) -> PruningPlan:
     """Loads and checks a plan.
 
     Args:
         path: ``plan.json``, or the directory that holds it.
+        needs_scores: Whether a plan without its scores, such as an export carries, is refused.
 
     Raises:
-        SenteiError: Missing, unreadable, of another schema version, or inconsistent.
+        SenteiError: Missing, unreadable, of another schema version, inconsistent, or without scores that are needed.
     """
     file = path / PLAN_FILE if path.is_dir() else path
     if not file.is_file():
         raise SenteiError(f"There is no plan at {file}.", "Give plan.json, or a directory that sentei prune wrote.")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SenteiError(f"{file} is not valid JSON ({error}).") from error
+    document = _read_document(file)
+    scores = file.with_name(SCORES_FILE)
+    if scores.is_file():
+        return PruningPlan(document, *_load_arrays(scores, document))
+    if needs_scores:
+        raise SenteiError(
+            f"{scores} is missing: it says which neurons are kept, and lies beside {PLAN_FILE} where sentei prune or "
+            "apply wrote it; exports do not carry it.",
+            "Give the directory of the pruned model.",
+        )
+    return PruningPlan(document, ())
+
+
+def _read_document(file: Path) -> PlanDocument:
+    raw = read_json(file)
     version = raw.get("schema_version") if isinstance(raw, Mapping) else None
     if version != SCHEMA_VERSION:
         raise SenteiError(
@@ -269,12 +292,14 @@ def load_plan(path: Path) -> PruningPlan:
         where = ".".join(str(part) for part in first["loc"])
         raise SenteiError(f"{file}: {where}: {first['msg']}.") from error
     _check_layers(file, document)
-    scores, hashes = _load_arrays(file.with_name(SCORES_FILE), document)
-    return PruningPlan(document, scores, hashes)
+    _check_steps(file, document)
+    return document
 
 
 def load_sweep(directory: Path) -> dict[str, PruningPlan] | None:
     """The plans of a sweep by directory, from the least sparsity on; ``None`` if ``directory`` holds no sweep.
+
+    They may be without scores, see :func:`load_plan`.
 
     Raises:
         SenteiError: A plan of the sweep is missing or damaged.
@@ -283,12 +308,14 @@ def load_sweep(directory: Path) -> dict[str, PruningPlan] | None:
     if not file.is_file():
         return None
     try:
-        names = [str(entry["directory"]) for entry in json.loads(file.read_text(encoding="utf-8"))["plans"]]
-    except (ValueError, KeyError, TypeError) as error:
+        names = [str(entry["directory"]) for entry in read_json_object(file)["plans"]]
+    except (KeyError, TypeError) as error:
         raise SenteiError(f"{file} does not have the fields it should ({type(error).__name__}: {error}).") from error
-    if outside := [name for name in names if Path(name).name != name]:
+    if outside := [name for name in names if Path(name).name != name or name == ".." or len(name) > _LONGEST_NAME]:
         raise SenteiError(f"{file}: {outside[0]!r} is not a directory beside it.")
-    return {str(directory / name): load_plan(directory / name) for name in names}
+    if not names:
+        raise SenteiError(f"{file} names no plans.")
+    return {str(directory / name): load_plan(directory / name, needs_scores=False) for name in names}
 
 
 def _check_layers(file: Path, document: PlanDocument) -> None:
@@ -309,11 +336,31 @@ def _check_layers(file: Path, document: PlanDocument) -> None:
 def _check_kept(where: str, kept: Sequence[int], width: int, base_width: int) -> None:
     if outside := [neuron for neuron in kept if not 0 <= neuron < base_width]:
         raise SenteiError(f"{where}: kept_neurons names neuron {outside[0]}; allowed are 0 to {base_width - 1}.")
-    if len(set(kept)) != len(kept):
-        repeated = next(neuron for neuron in kept if list(kept).count(neuron) > 1)
-        raise SenteiError(f"{where}: kept_neurons names neuron {repeated} more than once.")
+    if repeated := [one for one, following in pairwise(sorted(kept)) if one == following]:
+        raise SenteiError(f"{where}: kept_neurons names neuron {repeated[0]} more than once.")
     if len(kept) != width:
         raise SenteiError(f"{where}: kept_neurons has {len(kept)} entries, but intermediate_size is {width}.")
+
+
+def _check_steps(file: Path, document: PlanDocument) -> None:
+    """Checks that every step of the search is about layers and widths that there are."""
+    base = document.base_model
+    layers = range(base.num_hidden_layers)
+    for rung in document.stage_1:
+        if len(rung.intermediate_size) != len(layers) or not _within(rung.intermediate_size, base.intermediate_size):
+            raise SenteiError(
+                f"{file}: stage_1 must list {len(layers)} widths from 0 to {base.intermediate_size} in each step."
+            )
+    named = [step.removed for step in document.trace]
+    named += [layer for step in document.block_steps for layer in (*step.attention, *step.ffn)]
+    if not _within(named, len(layers) - 1):
+        raise SenteiError(f"{file}: trace or block_steps name a layer that is not among 0 to {len(layers) - 1}.")
+    if len({step.removed for step in document.trace}) != len(document.trace):
+        raise SenteiError(f"{file}: trace removes the attention of a layer twice.")
+
+
+def _within(numbers: Sequence[int], highest: int) -> bool:
+    return all(0 <= number <= highest for number in numbers)
 
 
 def _load_arrays(
@@ -321,10 +368,12 @@ def _load_arrays(
 ) -> tuple[tuple[NDArray[np.float32], ...], dict[ReadIn, NDArray[np.uint64]]]:
     """Importance by layer, and hashes by what the text was for."""
     base = document.base_model
+    check_header_size(file)
     try:
         tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise SenteiError(f"{file} is missing or damaged ({error}).", "It belongs beside plan.json.") from error
+    # Of a dtype that numpy does not have.
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SenteiError(f"{file} is damaged ({reason_of(error)}).", "Copy it again.") from error
     scores = []
     for layer in range(base.num_hidden_layers):
         array = tensors.get(f"importance.{layer}")

@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from toolchain.layout import LARGEST, MOST_LAYERS
+
 SCHEMA_VERSION = 1
 
 
@@ -17,8 +19,8 @@ class BaseModelRecord(_Record):
 
     name: str
     model_type: str
-    num_hidden_layers: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1, le=MOST_LAYERS)
+    intermediate_size: int = Field(ge=1, le=LARGEST)
     num_block_parameters: int = Field(ge=1)
     weights_sha256: str
 

@@ -1,6 +1,6 @@
 """Quantised model directories (compressed-tensors format), read back as what they stand for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class QuantizedCheckpoint:
     def dtype(self) -> torch.dtype:
         """What to compute in: that of the norms, but 16 bits, since kernels for rounded matrices know nothing wider."""
         prefix = f"{self.family.layers}."
-        stored = next(i.dtype for name, i in self.tensors.items() if name.startswith(prefix) and "norm" in name)
+        norms = (i.dtype for name, i in self.tensors.items() if name.startswith(prefix) and "norm" in name)
+        stored = next(norms, torch.bfloat16)
         return stored if stored.itemsize == 2 else torch.bfloat16
 
     @property
@@ -171,7 +172,11 @@ def _shape(directory: Path, scheme: RoundingScheme, tensors: Mapping[str, Tensor
     name = f"{module}.{'weight_shape' if scheme.packed else 'weight'}"
     if name not in tensors:
         raise SenteiError(f"{directory}: there is no tensor {name}.")
-    shape = tensors[name].read(name).tolist() if scheme.packed else tensors[name].shape
-    if len(shape) != 2:
+    info = tensors[name]
+    shape: Sequence[Any] = info.shape
+    if scheme.packed:
+        # Two numbers, which is why it may be read before anything is known.
+        shape = info.read(name).tolist() if info.shape == (2,) and not info.dtype.is_floating_point else ()
+    if len(shape) != 2 or min(shape) < 1:
         raise SenteiError(f"{directory}: {name} does not describe a matrix.")
     return int(shape[0]), int(shape[1])

@@ -19,6 +19,7 @@ from toolchain.sub_blocks import SubBlock
 
 # Behind means: the mean difference from the leader is more than this many of its standard errors.
 _STANDARD_ERRORS = 2.0
+_HIGHEST = 1e150
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,17 @@ def run_heats(
         for place, layer in enumerate(order):
             if place >= places or _is_behind(values[layer], leader):
                 dropped[layer] = Dropped(
-                    num_tokens=num_tokens, metric=metric.combine(values[layer]), best=metric.combine(leader)
+                    num_tokens=num_tokens,
+                    metric=_written(metric.combine(values[layer])),
+                    best=_written(metric.combine(leader)),
                 )
         racing = [layer for layer in racing if layer not in dropped]
     return racing, dropped
+
+
+def _written(metric: float) -> float:
+    """JSON has no infinity, and plans are read with bounds; a perplexity of few tokens can be beyond both."""
+    return metric if metric < _HIGHEST else _HIGHEST
 
 
 def _values(

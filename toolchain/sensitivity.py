@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from toolchain.errors import SenteiError
 from toolchain.importance import norms_of
 from toolchain.layer_walk import LayerWalk
+from toolchain.not_finite import not_finite
 
 # Logits of so many tokens, with their gradients, exist at a time.
 _HEAD_TOKENS = 256
@@ -80,10 +80,7 @@ def neuron_sensitivity(
             contributions = (activations.detach().float() * by_neuron.float()).flatten(0, -2)
             squared = contributions.square().sum(0).double()
             if not bool(torch.isfinite(squared).all()):
-                raise SenteiError(
-                    f"Layer {index}: gradients hold NaN or Inf in {walk.model.dtype}.",
-                    "Compute in another --dtype (float32).",
-                )
+                raise not_finite(f"Layer {index}: gradients hold NaN or Inf", walk.model, walk.model.dtype)
             slopes[index] = slopes[index] + contributions.sum(0).abs().double().cpu()
             fisher[index] = fisher[index] + squared.cpu()
             norms[index] = norms[index] + norms_of(activations.detach()).cpu()

@@ -4,13 +4,14 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from toolchain.errors import SenteiError
+from toolchain.json_files import read_json_lines
 from toolchain.layer_walk import LayerWalk
-from toolchain.text_sources import UTF8, utf8_expected
 
 # Scripts that put no space between words start here: CJK radicals; Latin, Greek, Arabic and the like lie below.
 _FIRST_WITHOUT_SPACES = "\u2e80"
@@ -106,31 +107,27 @@ def load_questions(path: Path) -> list[Question]:
     Raises:
         SenteiError: Missing or empty file, or a line that is not such a question.
     """
-    return [_question(where, line) for where, line in question_lines(path)]
+    return [_question(where, raw) for where, raw in read_questions(path)]
 
 
-def question_lines(path: Path) -> list[tuple[str, str]]:
+def read_questions(path: Path) -> list[tuple[str, Any]]:
     """The lines of a file of questions that are not blank, each behind the words that name its place.
 
     Raises:
-        SenteiError: There is no such file, nothing in it, or it is not UTF-8.
+        SenteiError: There is no such file, nothing in it, or a line is not JSON.
     """
     if not path.is_file():
         raise SenteiError(f"File of questions {path} does not exist.")
-    # Not splitlines(), which also breaks at separators that JSON texts may hold.
-    with utf8_expected(path):
-        lines = path.read_text(encoding=UTF8).split("\n")
-    found = [(f"{path} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    found = list(read_json_lines(path))
     if not found:
         raise SenteiError(f"{path} holds no question.")
     return found
 
 
-def _question(where: str, line: str) -> Question:
+def _question(where: str, raw: Any) -> Question:
     try:
-        raw = json.loads(line)
         prompt, choices, answer, subject = raw["prompt"], raw["choices"], raw["answer"], raw.get("subject")
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise SenteiError(f"{where} is not a JSON object with prompt, choices and answer.") from error
     if not isinstance(prompt, str) or not prompt:
         raise SenteiError(f"{where}: prompt must be a text.")

@@ -1,6 +1,5 @@
 """Where text comes from: files, directories, data sets of the Hugging Face hub, or what ships with Python."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import embedded_text
-from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.errors import MissingDependencyError, SenteiError, is_out_of_memory, reason_of
+from toolchain.json_files import read_json_lines
 
 _HUB = "hub:"
 # With or without the mark that some editors put in front.
+_ROW_HINT = 'Each line must be a JSON object with a field "text".'
+_PARQUET_ROWS = 1000
 UTF8 = "utf-8-sig"
 
 
@@ -160,33 +162,36 @@ def _read_txt(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with utf8_expected(path), path.open(encoding=UTF8) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise SenteiError(f'{path} line {number} is not a JSON object with a field "text".') from error
-            if not isinstance(text, str):
-                raise SenteiError(f'{path} line {number}: field "text" is not a string.')
-            yield text
+    for where, row in read_json_lines(path, hint=_ROW_HINT):
+        if not isinstance(row, dict) or "text" not in row:
+            raise SenteiError(f'{where} is not a JSON object with a field "text".')
+        if not isinstance(row["text"], str):
+            raise SenteiError(f'{where}: field "text" is not a string.')
+        yield row["text"]
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
     try:
-        from pyarrow import ArrowInvalid
+        from pyarrow import types
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise MissingDependencyError("pyarrow, which reads parquet,", "eval") from error
     try:
         file = ParquetFile(path)
-    except ArrowInvalid as error:
-        raise SenteiError(f"{path} is not a parquet file ({error}).") from error
-    if "text" not in file.schema_arrow.names:
-        raise SenteiError(f'{path} has no column "text"; it has {", ".join(file.schema_arrow.names)}.')
-    for batch in file.iter_batches(columns=["text"]):
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        schema = file.schema_arrow
+        if "text" not in schema.names:
+            raise SenteiError(f'{path} has no column "text"; it has {", ".join(schema.names)}.')
+        if not (types.is_string(kind := schema.field("text").type) or types.is_large_string(kind)):
+            raise SenteiError(f'{path}: column "text" holds {kind}, not texts.')
+        for batch in file.iter_batches(columns=["text"], batch_size=_PARQUET_ROWS):
+            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except (SenteiError, GeneratorExit):
+        raise
+    # Arrow's own errors, those of each compression, and of texts that are not UTF-8 have no common class.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise SenteiError(f"{path} is not a parquet file, or damaged ({reason_of(error)}).") from error
 
 
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

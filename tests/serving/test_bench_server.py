@@ -251,7 +251,7 @@ def test_own_prompts_are_asked_as_they_stand(pico_model, asked, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1 is not a prompt"),
+        ("{", "line 1 is not readable JSON"),
         ('{"prompt": "x"}', "output_tokens"),
         ('{"prompt": 3, "output_tokens": 1}', "a text"),
         ("", "holds no prompts"),

@@ -115,7 +115,7 @@ def test_other_shapes(good: Path, family: Family, tmp_path: Path):
 
 
 def test_a_config_that_transformers_refuses(good: Path, tmp_path: Path):
-    refused(good, tmp_path, "config.json: Transformers refuses it", config={"hidden_size": "wide"})
+    refused(good, tmp_path, "config.json: Transformers refuses it", config={"rms_norm_eps": "small"})
 
 
 def test_the_good_one_loads(good: Path):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from toolchain.calibration import load_mixture, load_windows, split_by_weight
 from toolchain.embedded_text import SOURCE
 from toolchain.errors import SenteiError
-from toolchain.task_accuracy import question_lines
+from toolchain.task_accuracy import read_questions
 from toolchain.text_sources import HubDataset, TextSource, parse_sources, parse_text, read_documents, text_name
 
 WORDS = {f"{kind}{number}": place for place, (kind, number) in enumerate((k, n) for k in "ej" for n in range(100))}
@@ -186,6 +186,6 @@ def test_questions_in_another_encoding_are_one_sentence(tmp_path: Path):
     path = tmp_path / "questions.jsonl"
     path.write_bytes('{"prompt": "größer"}'.encode("latin-1"))
     with pytest.raises(SenteiError, match="is not UTF-8 text"):
-        question_lines(path)
+        read_questions(path)
     path.write_text("{}\n", encoding="utf-8-sig")
-    assert question_lines(path) == [(f"{path} line 1", "{}")]
+    assert read_questions(path) == [(f"{path} line 1", {})]

@@ -15,7 +15,7 @@ def test_the_file_is_not_replaced_by_what_is_made_of_it(tmp_path: Path, monkeypa
     file = tmp_path / "model" / "model.gguf"
     file.parent.mkdir()
     file.write_bytes(b"GGUF, and so on")
-    monkeypatch.setattr(gguf_import, "_model_class", lambda gguf: pytest.fail("went on"))
+    monkeypatch.setattr(gguf_import, "_model_class", lambda gguf, header: pytest.fail("went on"))
     with pytest.raises(SenteiError, match="would replace the input"):
         import_gguf(file, file.parent, force=force)
     assert file.is_file()

@@ -105,7 +105,7 @@ def test_long_prompts_lose_their_beginning(demo_model: Path):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("{", "line 1 is not a JSON object"),
+        ("{", "line 1 is not readable JSON"),
         ('{"prompt": "a", "choices": ["b", "c"]}', "line 1 is not a JSON object with prompt, choices and answer"),
         ('{"prompt": "", "choices": ["b", "c"], "answer": 0}', "prompt must be a text"),
         ('{"prompt": "a", "choices": ["b"], "answer": 0}', "two texts or more"),

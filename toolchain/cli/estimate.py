@@ -33,7 +33,7 @@ def estimate(
     from toolchain.checkpoint import dtype_name, open_checkpoint, resolve_model
     from toolchain.plan import load_plan
 
-    loaded, directory = load_plan(plan), resolve_model(model)
+    loaded, directory = load_plan(plan, needs_scores=False), resolve_model(model)
     computed = dtype_name(open_checkpoint(directory).dtype) if dtype == "auto" else dtype
     chosen = pick_device(device)
     output.note("Measuring this device, a few seconds ...")

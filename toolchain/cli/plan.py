@@ -35,7 +35,7 @@ def show(
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.plan import load_plan
 
-    plan = load_plan(directory)
+    plan = load_plan(directory, needs_scores=False)
     output.result(plan.summary(), lambda console: _show(console, plan))
 
 
@@ -53,7 +53,7 @@ def curve(
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.plan import load_plan, load_sweep
 
-    plans = load_sweep(directory) or {str(directory): load_plan(directory)}
+    plans = load_sweep(directory) or {str(directory): load_plan(directory, needs_scores=False)}
     if out is not None:
         from serving.curve_page import render_curve
 

@@ -1,0 +1,307 @@
+"""Every file that the product reads: a good one, how it is spoiled, and what is then asked of it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFWriter
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from serving.compare_runs import compare_results
+from serving.journal import Journal, open_journal
+from serving.lora import check_adapters
+from serving.onnx_files import check_files, read_settings
+from serving.readiness import examine_directory
+from serving.report import render_report
+from serving.vllm_weights import stored_shapes
+from serving.workload import read_prompts
+from tests.conftest import make_pico, prune_by_hand
+from tests.quantized import write_quantized
+from tests.readers.spoiling import spoiled_bytes, spoiled_json
+from tests.serving.test_report import write_evaluation, write_plan, write_summary, write_sweep, write_verification
+from toolchain import gguf_import
+from toolchain.checkpoint import open_checkpoint
+from toolchain.evaluation_parts import Parts
+from toolchain.gguf_header import read_gguf_header
+from toolchain.healing import _unfinished
+from toolchain.local_tasks import load_hellaswag, load_user_questions
+from toolchain.modeling import load_model, load_tokenizer
+from toolchain.nemotron_nas import is_nemotron_nas
+from toolchain.plan import load_plan, load_sweep
+from toolchain.plan_views import difference, reasons
+from toolchain.quantized import open_servable
+from toolchain.search_state import SearchState
+from toolchain.text_sources import read_documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """One file.
+
+    Attributes:
+        make: Writes good files into an empty directory.
+        file: The one of them that is spoiled.
+        read: What the product does with the directory.
+        spoiled: Strategy over the good bytes.
+        slow: How many times fewer inputs it gets.
+    """
+
+    make: Callable[[Path], object]
+    file: str
+    read: Callable[[Path], object]
+    spoiled: Callable[[bytes], Any] = spoiled_json
+    slow: int = 1
+
+
+def _model(directory: Path, **overrides: object) -> None:
+    make_pico(directory, vocab_size=64, num_hidden_layers=2, **overrides)
+    _tokenizer(directory)
+
+
+def _pruned(directory: Path) -> None:
+    _model(directory / "source")
+    prune_by_hand(directory / "source", directory, removed_attention={1}, width=(48, 31).__getitem__)
+    _tokenizer(directory)
+
+
+def _sharded(directory: Path) -> None:
+    _model(directory)
+    names = open_checkpoint(directory).tensors
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _quantized(directory: Path) -> None:
+    _model(directory / "source", hidden_size=64, head_dim=32, intermediate_size=64)
+    write_quantized(directory / "source", directory, "w4a16")
+
+
+def _tokenizer(directory: Path) -> None:
+    words = {word: number for number, word in enumerate(["<s>", "</s>", "?", "a", "b", "c"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="?")
+    wrapped.save_pretrained(directory)
+    (directory / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+
+
+def _sweep(directory: Path) -> None:
+    for name in ("one", "other"):
+        (directory / name).mkdir()
+        write_plan(directory / name)
+    (directory / "sweep.json").write_text(json.dumps({"plans": [{"directory": "one"}, {"directory": "other"}]}))
+
+
+def _results(directory: Path) -> None:
+    for write in (write_plan, write_summary, write_evaluation, write_verification, write_sweep):
+        write(directory)
+
+
+def _onnx(directory: Path) -> None:
+    from export.onnx_graph import export_onnx
+
+    _model(directory / "source", head_dim=16)
+    export_onnx(directory / "source", directory / "export")
+
+
+def _gguf(directory: Path) -> None:
+    writer = GGUFWriter(directory / "model.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(16)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(8)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(4)
+    writer.add_token_list(["a", "b", "c", "d"])
+    writer.add_tensor("token_embd.weight", np.zeros((4, 8), np.float32))
+    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((64, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _adapter(directory: Path) -> None:
+    _model(directory / "model")
+    shapes = {"lora_A": (2, 32), "lora_B": (32, 2)}
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    weights = {f"{module}.{kind}.weight": torch.zeros(shape) for kind, shape in shapes.items()}
+    save_file(weights, directory / "adapter_model.safetensors")
+
+
+def _journal(directory: Path) -> None:
+    journal = Journal(directory)
+    journal.record((0, 0, "original"), {"output_throughput": 1.5, "failed": 0}, {"device": "cpu"})
+    journal.record_failure((0, 0, "pruned"), num_requests=3, error="hung")
+    (directory / "out.unfinished").mkdir()
+    (directory / "out.unfinished" / "settings.json").write_text(json.dumps({"repeats": 3}))
+
+
+def _reopen(directory: Path) -> None:
+    shutil.rmtree(directory / "out", ignore_errors=True)
+    with open_journal(directory / "out", {"repeats": 3}, force=False, resume=True, inputs=()):
+        (directory / "out.unfinished" / "keep.log").write_text("x")
+
+
+def _training(directory: Path) -> None:
+    checkpoint = directory / "heal" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
+    (directory / "heal" / "inputs.json").write_text(json.dumps({"steps": 3, "text": "a", "sources": []}))
+
+
+def _go_on(directory: Path) -> None:
+    with _unfinished(directory / "heal", {"steps": 3, "text": "a", "sources": []}, resume=True):
+        _training_again(directory)
+
+
+def _training_again(directory: Path) -> None:
+    state = directory / "heal" / "checkpoint-1" / "trainer_state.json"
+    if not state.exists():
+        state.parent.mkdir(parents=True, exist_ok=True)
+        state.write_text(json.dumps({"global_step": 1}))
+
+
+def _part(directory: Path) -> None:
+    Parts(directory).get("piqa", {"seed": 0}, lambda: {"scores": [0.5, 1.0]})
+    next(directory.glob("*.json")).rename(directory / "part.json")
+
+
+def _read_part(directory: Path) -> object:
+    parts = Parts(directory)
+    path = parts._path("piqa", {"seed": 0})
+    assert path is not None
+    (directory / "part.json").replace(path)
+    try:
+        return parts.get("piqa", {"seed": 0}, dict)
+    finally:
+        path.replace(directory / "part.json")
+
+
+def _views(directory: Path) -> list[object]:
+    plan = load_plan(directory)
+    cut = [plan.cut(step).summary() for step in range(len(plan.steps))]
+    every = [reasons(plan, layer) for layer in range(len(plan.layout))]
+    return [plan.summary(), plan.steps, plan.removed_attention, difference(plan, plan.cut(0)), *cut, *every]
+
+
+def _curve(directory: Path) -> object:
+    from serving.curve_page import render_curve
+
+    plans = load_sweep(directory)
+    assert plans
+    render_curve(plans, directory / "curve.html", force=True)
+    return [plan.steps for plan in plans.values()]
+
+
+def _report(directory: Path) -> object:
+    return render_report([directory], directory / "out" / "report.md", force=True)
+
+
+def _open(directory: Path) -> object:
+    checkpoint = open_servable(directory)
+    examine_directory(directory)
+    is_nemotron_nas(directory)
+    return checkpoint.shapes, stored_shapes(directory), load_model(directory)
+
+
+def _read_onnx(directory: Path) -> object:
+    export = directory / "export"
+    examine_directory(export)
+    return read_settings(export), check_files(export)
+
+
+def _open_quantized(directory: Path) -> object:
+    opened = open_servable(directory)
+    examine_directory(directory)
+    return opened.shapes, opened.dtype, [opened.matrix(name) for name in getattr(opened, "matrices", ())]
+
+
+def _write_lines(name: str, *rows: object) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _parquet(directory: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["one text", "and another"]}), directory / "text.parquet")
+
+
+def _documents(name: str) -> Callable[[Path], object]:
+    return lambda directory: list(read_documents(directory / name))
+
+
+def _prompts(directory: Path) -> None:
+    _tokenizer(directory)
+    _write_lines("prompts.jsonl", {"prompt": "a b", "output_tokens": 3})(directory)
+
+
+_QUESTION = {"prompt": "a", "choices": ["b", "c"], "answer": 1, "subject": "s"}
+_HELLASWAG = {"ind": 1, "context": "Cooking: A. B", "endings": ["a", "b"], "label": "0"}
+
+READERS: dict[str, Reader] = {
+    "config": Reader(make=_model, file="config.json", read=_open, slow=2),
+    "config of a pruned model": Reader(make=_pruned, file="config.json", read=_open, slow=2),
+    "index": Reader(make=_sharded, file="model.safetensors.index.json", read=_open, slow=2),
+    "safetensors": Reader(make=_model, file="model.safetensors", read=_open, spoiled=spoiled_bytes, slow=2),
+    "generation config": Reader(make=_model, file="generation_config.json", read=load_model, slow=2),
+    "quantised config": Reader(make=_quantized, file="config.json", read=_open_quantized),
+    "quantised weights": Reader(
+        make=_quantized, file="model.safetensors", read=_open_quantized, spoiled=spoiled_bytes
+    ),
+    "tokenizer.json": Reader(make=_tokenizer, file="tokenizer.json", read=load_tokenizer),
+    "tokenizer_config.json": Reader(make=_tokenizer, file="tokenizer_config.json", read=load_tokenizer),
+    "special tokens": Reader(make=_tokenizer, file="special_tokens_map.json", read=load_tokenizer),
+    "plan": Reader(make=write_plan, file="plan.json", read=_views),
+    "scores": Reader(make=write_plan, file="plan.safetensors", read=_views, spoiled=spoiled_bytes),
+    "interrupted search": Reader(
+        make=write_plan, file="plan.json", read=lambda d: SearchState(d).worth_keeping
+    ),
+    "sweep": Reader(make=_sweep, file="sweep.json", read=_curve, slow=2),
+    "plan of a sweep": Reader(make=_sweep, file="one/plan.json", read=_curve, slow=2),
+    **{
+        f"report of {name}": Reader(make=_results, file=name, read=_report, slow=2)
+        for name in ("plan.json", "pruning_summary.json", "evaluation.json", "verification.json", "results.json")
+    },
+    "comparison": Reader(make=_results, file="results.json", read=lambda d: compare_results(d, d)),
+    "genai config": Reader(make=_onnx, file="export/genai_config.json", read=_read_onnx),
+    "export record": Reader(make=_onnx, file="export/sentei_export.json", read=_read_onnx),
+    "GGUF": Reader(
+        make=_gguf, file="model.gguf", spoiled=spoiled_bytes,
+        read=lambda d: gguf_import._model_class(d / "model.gguf", read_gguf_header(d / "model.gguf")),
+    ),
+    "JSONL text": Reader(
+        make=_write_lines("text.jsonl", {"text": "one"}, {"text": "two"}), file="text.jsonl",
+        read=_documents("text.jsonl"), spoiled=spoiled_bytes,
+    ),
+    "a line of text": Reader(make=_write_lines("text.jsonl", {"text": "one"}), file="text.jsonl",
+                             read=_documents("text.jsonl")),
+    "plain text": Reader(make=_write_lines("text.txt", "one"), file="text.txt", read=_documents("text.txt"),
+                         spoiled=spoiled_bytes),
+    "parquet": Reader(make=_parquet, file="text.parquet", read=_documents("text.parquet"), spoiled=spoiled_bytes),
+    "questions": Reader(make=_write_lines("q.jsonl", _QUESTION), file="q.jsonl",
+                        read=lambda d: load_user_questions(file=str(d / "q.jsonl"))),
+    "questions of lm-eval": Reader(make=_write_lines("q.jsonl", _HELLASWAG), file="q.jsonl",
+                                   read=lambda d: load_hellaswag(file=str(d / "q.jsonl"), fields=["endings", "label"])),
+    "prompts": Reader(make=_prompts, file="prompts.jsonl",
+                      read=lambda d: read_prompts(d / "prompts.jsonl", output_len=None, tokenizer=d)),
+    "adapter": Reader(make=_adapter, file="adapter_model.safetensors", spoiled=spoiled_bytes,
+                      read=lambda d: check_adapters(d / "model", ["--lora-modules", f"a={d}"])),
+    "journal": Reader(make=_journal, file="measured.jsonl", read=Journal, spoiled=spoiled_bytes),
+    "settings of a benchmark": Reader(make=_journal, file="out.unfinished/settings.json", read=_reopen),
+    "inputs of a healing": Reader(make=_training, file="heal/inputs.json", read=_go_on),
+    "state of a training": Reader(make=_training, file="heal/checkpoint-1/trainer_state.json", read=_go_on),
+    "part of an evaluation": Reader(make=_part, file="part.json", read=_read_part),
+}  # fmt: skip
