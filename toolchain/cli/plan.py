@@ -8,12 +8,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
 
 if TYPE_CHECKING:
     from toolchain.plan import PruningPlan
 
-app = typer.Typer(help="Look at a pruning plan.", no_args_is_help=True)
+app = CheckedTyper(help="Look at a pruning plan.", no_args_is_help=True)
 _BAR_WIDTH = 24
 
 

@@ -77,8 +77,9 @@ def generate(
         picked = pick_device(device)
         dtype_ = compute_dtype(dtype, picked, open_checkpoint(directory).dtype)
         pieces = stream_text(
-            directory, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, dtype=dtype_, device=picked
-        )
+            directory, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, dtype=dtype_, device=picked,
+            note=output.note,
+        )  # fmt: skip
     parts = []
     for piece in pieces:
         parts.append(piece)
