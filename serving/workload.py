@@ -15,6 +15,8 @@ from toolchain.errors import SenteiError
 SERVERS = ("vllm", "onnx-server")
 # Added to the seed: a warm-up with a repeat's own prompts would leave them in a prefix cache.
 WARMUP_SEED = 1_000_003
+# Prompts of a repeat, which are held in memory.
+_MOST_PROMPTS = 1_000_000
 _RATE_SECONDS, _RATE_MIN_PROMPTS = 30, 20
 
 
@@ -210,6 +212,10 @@ def _check(workload: Workload) -> None:
     for name in ("input_len", "output_len", "num_prompts"):
         if getattr(workload, name) < 1:
             raise SenteiError(f"{name} is {getattr(workload, name)}; it must be at least 1.")
+    if workload.num_prompts > _MOST_PROMPTS:
+        raise SenteiError(
+            f"num_prompts is {workload.num_prompts}, more than {_MOST_PROMPTS}.", "Give fewer, or a lower load."
+        )
     if workload.concurrency and workload.num_prompts < workload.concurrency:
         raise SenteiError(
             f"num_prompts is {workload.num_prompts}, fewer than the {workload.concurrency} requests in flight.",

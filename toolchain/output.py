@@ -23,7 +23,7 @@ def check_output_directory(out: Path, *, force: bool, inputs: Iterable[Path] = (
     """
     if out.is_file():
         raise SenteiError(f"Output {out} is a file, not a directory.")
-    if out.is_symlink() or out.is_mount():
+    if out.is_symlink() or out.absolute().is_mount():
         kind = "symbolic link" if out.is_symlink() else "mount point"
         raise SenteiError(f"Output {out} is a {kind}, which cannot be replaced.", "Choose a directory below it.")
     resolved = out.resolve()

@@ -54,7 +54,7 @@ def _check_words(words: Sequence[str], with_value: Container[str]) -> None:
         except UnicodeEncodeError as error:
             shown = word.encode("utf-8", "backslashreplace").decode()
             raise SenteiError(
-                f"{shown!r} is not UTF-8 text.", "Type it in UTF-8; a file of such a name has to be renamed."
+                f"'{shown}' is not UTF-8 text.", "Type it in UTF-8; a file of such a name has to be renamed."
             ) from error
 
 
