@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from serving.onnx_files import check_files, check_graph, read_settings
 from toolchain.checkpoint import dtype_name
+from toolchain.devices import parse_device
 from toolchain.errors import SenteiError
 from toolchain.onnx_libraries import import_onnx_library
 
@@ -97,11 +98,12 @@ def load_onnx(directory: Path, device: str, dtype: str | None) -> tuple[Decode, 
 
 
 def resolve_device(device: str, *, cuda_available: bool) -> str:
-    """``auto`` becomes ``cuda`` where the engine can use it, else ``cpu``.
+    """The device's one name; ``auto`` becomes ``cuda`` where the engine can use it, else ``cpu``.
 
     Raises:
-        SenteiError: CUDA is asked for, and the engine cannot use it.
+        SenteiError: No device, or CUDA is asked for and the engine cannot use it.
     """
+    device = parse_device(device)
     if device == "auto":
         return "cuda" if cuda_available else "cpu"
     if device.startswith("cuda") and not cuda_available:

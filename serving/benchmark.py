@@ -21,6 +21,7 @@ from serving.results_table import as_csv, as_markdown
 from serving.statistics import DEFAULT_PRIMARY, SIDES, check_primary, check_statistics
 from serving.worker_process import EngineFailedError
 from serving.workload import SERVERS, Slo, Workload, prompts_at_rate
+from toolchain.devices import parse_device
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.output import write_text, writes_directory
 
@@ -303,6 +304,7 @@ def _check_settings(
 def _check_engine_settings(
     engine: str, device: str, dtype: str | None, engine_options: Sequence[str], *, urls: Sequence[str]
 ) -> None:
+    parse_device(device)
     is_onnx, is_local = engine.startswith("onnx"), engine in ("transformers", "onnx")
     if dtype is not None and (dtype not in _DTYPES or is_onnx):
         allowed = "leave it out: an ONNX export has its precision built in" if is_onnx else ", ".join(_DTYPES)

@@ -1,6 +1,6 @@
 """Text from a checkpoint or an ONNX export, piece by piece, to try a model by hand."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 from serving.chat_template import ChatTemplate
 from serving.onnx_files import is_onnx_export
 from serving.sampling import GREEDY, Sampling
+from toolchain.checkpoint import Checkpoint, open_checkpoint
+from toolchain.context_length import check_context, context_length
 from toolchain.errors import SenteiError
 from toolchain.modeling import load_model, load_tokenizer
 
@@ -27,6 +29,7 @@ def stream_text(
     chat: bool = False,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[str]:
     """Continues a prompt until the end-of-sequence token or ``max_new_tokens``.
 
@@ -38,9 +41,11 @@ def stream_text(
         chat: Whether to put the prompt into the chat template.
         dtype: For checkpoints, what is computed in.
         device: For checkpoints, where.
+        note: Told where the model reads so much only by its rope scaling.
 
     Raises:
-        SenteiError: No such model, an empty prompt, or no chat template, or one that takes too much.
+        SenteiError: No such model, an empty prompt, one that the model's context has no room for, or a chat template
+            that is missing or takes too much.
     """
     tokenizer = load_tokenizer(directory)
     ids = _prompt_ids(tokenizer, prompt, chat=chat)
@@ -48,8 +53,25 @@ def stream_text(
         from serving.onnx_genai import stream_tokens
 
         return _decode(tokenizer, stream_tokens(directory, ids, max_new_tokens, sampling))
-    model = load_model(directory, dtype=dtype, device=device)
+    checkpoint = open_checkpoint(directory)
+    _check_room(checkpoint, len(ids), max_new_tokens, note)
+    model = load_model(checkpoint, dtype=dtype, device=device)
     return _from_transformers(model, tokenizer, ids, max_new_tokens, sampling)
+
+
+def _check_room(
+    checkpoint: Checkpoint, num_prompt_tokens: int, max_new_tokens: int, note: Callable[[str], None]
+) -> None:
+    """Checks that prompt and answer fit into the model's context, before its weights are read."""
+    left = context_length(checkpoint.config).extended - num_prompt_tokens
+    check_context(
+        checkpoint.directory,
+        checkpoint.config,
+        num_prompt_tokens + max_new_tokens,
+        asked=f"The prompt has {num_prompt_tokens} tokens, and --max-new-tokens is {max_new_tokens}",
+        hint=f"Give at most --max-new-tokens {left}." if left > 0 else "Shorten the prompt.",
+        note=note,
+    )
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> list[int]:
@@ -97,7 +119,19 @@ def _from_transformers(
         arguments |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-    thread = Thread(target=model.generate, args=(inputs,), kwargs=arguments, daemon=True)
+    failed: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            model.generate(inputs, **arguments)
+        except BaseException as error:
+            # Otherwise the reader of the stream would wait for ever.
+            failed.append(error)
+            streamer.text_queue.put(streamer.stop_signal)
+
+    thread = Thread(target=generate, daemon=True)
     thread.start()
     yield from streamer
     thread.join()
+    if failed:
+        raise failed[0]

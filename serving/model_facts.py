@@ -16,6 +16,7 @@ import torch
 
 from serving.onnx_files import check_graph, damaged, read_settings
 from toolchain.checkpoint import Checkpoint, dtype_name
+from toolchain.context_length import context_length
 from toolchain.onnx_libraries import import_onnx_library
 from toolchain.quantized import QuantizedCheckpoint, open_servable
 
@@ -117,7 +118,7 @@ def facts_of(checkpoint: Checkpoint | QuantizedCheckpoint, dtype: str | None, *,
         size_on_disk_bytes=size_on_disk_bytes,
         kv_bytes_per_token=2 * kv_width * itemsize * num_attending,
         vocab_size=checkpoint.config["vocab_size"],
-        max_len=checkpoint.config["max_position_embeddings"],
+        max_len=context_length(checkpoint.config).extended,
         decode_weight_bytes=sum(
             info.nbytes if name in as_stored else itemsize * math.prod(info.shape)
             for name, info in checkpoint.tensors.items()

@@ -18,6 +18,8 @@ SERVERS = ("vllm", "onnx-server")
 WARMUP_SEED = 1_000_003
 _PROMPT_HINT = 'Write {"prompt": "...", "output_tokens": 128}; --output-len stands in for output_tokens.'
 _MOST_TOKENS = 2**31
+# Prompts of a repeat, which are held in memory.
+_MOST_PROMPTS = 1_000_000
 _RATE_SECONDS, _RATE_MIN_PROMPTS = 30, 20
 
 
@@ -213,6 +215,10 @@ def _check(workload: Workload) -> None:
     for name in ("input_len", "output_len", "num_prompts"):
         if getattr(workload, name) < 1:
             raise SenteiError(f"{name} is {getattr(workload, name)}; it must be at least 1.")
+    if workload.num_prompts > _MOST_PROMPTS:
+        raise SenteiError(
+            f"num_prompts is {workload.num_prompts}, more than {_MOST_PROMPTS}.", "Give fewer, or a lower load."
+        )
     if workload.concurrency and workload.num_prompts < workload.concurrency:
         raise SenteiError(
             f"num_prompts is {workload.num_prompts}, fewer than the {workload.concurrency} requests in flight.",

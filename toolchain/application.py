@@ -15,6 +15,7 @@ from toolchain import embedded_text
 from toolchain.calibration import load_mixture
 from toolchain.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from toolchain.compensation import compensate
+from toolchain.context_length import check_context
 from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
 from toolchain.layer_walk import LayerWalk
 from toolchain.metrics import Metric, PerplexityMetric, measure
@@ -110,6 +111,10 @@ def _windows_of(plan: PruningPlan, checkpoint: Checkpoint, calibration: Sequence
             f"This plan compensates: it re-fits weights on calibration text, which was {record.source}.",
             f"Give that text with --calibration ({record.num_samples} windows of {record.seq_len} tokens are taken).",
         )
+    check_context(
+        checkpoint.directory, checkpoint.config, record.seq_len, asked=f"The plan's windows of {record.seq_len} tokens",
+        hint="Prune again with shorter ones.",
+    )  # fmt: skip
     tokenizer = load_tokenizer(checkpoint.directory)
     windows = load_mixture(
         calibration,

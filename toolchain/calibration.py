@@ -145,7 +145,7 @@ def split_by_weight(weights: Sequence[float], count: int) -> list[int]:
 
 def _within(weights: Sequence[float], available: Sequence[int], most: int) -> list[int]:
     """The largest split that no text is too short for, and with something of each."""
-    for count in range(most, 0, -1):
+    for count in range(min(most, sum(available)), 0, -1):
         shares = split_by_weight(weights, count)
         if all(1 <= share <= limit for share, limit in zip(shares, available, strict=True)):
             return shares

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from toolchain import generation_damage as damage
 from toolchain.calibration import TokenWindows, begin_with, load_windows
 from toolchain.checkpoint import Checkpoint, dtype_name, model_name, open_checkpoint
+from toolchain.context_length import check_window
 from toolchain.errors import SenteiError
 from toolchain.evaluation import summarise_losses, token_losses
 from toolchain.evaluation_comparison import (
@@ -136,6 +137,9 @@ def evaluate(
     _check(settings, against)
     checkpoints = [open_checkpoint(each) for each in (against, directory) if each is not None]
     sides: list[Side] = ["original", "pruned"] if against else ["pruned" if checkpoints[0].is_pruned else "original"]
+    if settings.texts:
+        for each in checkpoints:
+            check_window(each.directory, each.config, settings.seq_len)
     if against is not None:
         check_same_vocabulary(checkpoints[1], checkpoints[0])
     models = [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]

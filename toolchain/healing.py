@@ -30,6 +30,7 @@ from toolchain.checkpoint import (
     write_config,
     write_weights,
 )
+from toolchain.context_length import check_window
 from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
 from toolchain.json_files import read_json_object
 from toolchain.metrics import perplexity_of
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from toolchain.distillation import Student
 
 _MOST_HELD_OUT = 8
+# Weeks of training; their order is held in memory.
+_MOST_WINDOWS = 10_000_000
 _INPUTS_FILE = "inputs.json"
 
 
@@ -134,6 +137,13 @@ def heal(
     _check_settings(settings)
     source, teacher = open_checkpoint(directory), open_checkpoint(teacher_directory)
     _check_pair(source, teacher)
+    if settings.lora_rank is not None and settings.lora_rank > source.config["hidden_size"]:
+        raise SenteiError(
+            f"--lora-rank {settings.lora_rank} exceeds the model's hidden_size, {source.config['hidden_size']}.",
+            "Give a lower one, or --full, which trains all weights.",
+        )
+    for each in (source, teacher):
+        check_window(each.directory, each.config, settings.seq_len)
     plan = load_plan(directory)
     tokenizer = load_tokenizer(directory)
     windows = load_mixture(
@@ -226,6 +236,12 @@ def _check_settings(settings: HealSettings) -> None:
     ):
         if value is not None and not 0 < value < math.inf:
             raise SenteiError(f"{name} {value} makes no sense.", "Give a number above 0.")
+    if (num_windows := settings.steps * settings.batch_size) > _MOST_WINDOWS:
+        raise SenteiError(
+            f"--steps {settings.steps} of --batch-size {settings.batch_size} read {num_windows} windows, more than "
+            f"{_MOST_WINDOWS}.",
+            "Give fewer steps or a smaller batch.",
+        )
     if settings.dtype not in (torch.float32, torch.bfloat16):
         raise SenteiError(
             f"Healing does not compute in {dtype_name(settings.dtype)}, in which small gradients vanish.",

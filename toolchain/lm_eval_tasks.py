@@ -88,7 +88,7 @@ def parse_task(asked: str) -> TaskRequest:
     """Reads ``NAME=FILE``, or ``NAME`` for a task of the hub.
 
     Raises:
-        SenteiError: A file for a task without a local definition.
+        SenteiError: A file for a task without a local definition, or an empty one.
     """
     name, separator, file = asked.partition("=")
     if separator and name not in local_task_names():
@@ -96,6 +96,8 @@ def parse_task(asked: str) -> TaskRequest:
             f"--task {asked}: {name!r} cannot be read from a file.",
             f"Use one of {', '.join(local_task_names())}, or --questions FILE for questions of your own.",
         )
+    if separator and not file.strip():
+        raise SenteiError(f"--task {asked}: the file is empty.", f"Write --task {name}=FILE.jsonl.")
     return TaskRequest(name=name, file=Path(file) if separator else None)
 
 

@@ -38,7 +38,7 @@ def choose_metric(
         return AccuracyMetric(
             load_questions(questions), tokenizer, source=questions.name, seq_len=ids.shape[1], bos=bos
         )
-    if not rest:
+    if not kind or not rest:
         raise SenteiError(f"--metric {name!r} is not known.", _HINT)
     return FunctionMetric(name, load_function(name), tokenizer)
 

@@ -22,6 +22,7 @@ from toolchain.application import Computing, write_planned
 from toolchain.block_removal import BLOCK_METHODS, EVOPRESS, num_blocks_to_remove, remove_blocks
 from toolchain.calibration import TokenWindows, load_mixture
 from toolchain.checkpoint import Checkpoint, dtype_name, open_checkpoint
+from toolchain.context_length import check_window
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.function_metric import FunctionMetric
 from toolchain.limits import LimitSettings, limit_asked
@@ -193,6 +194,7 @@ def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> 
         SenteiError: Bad input.
     """
     checkpoint = open_checkpoint(model_directory)
+    check_window(model_directory, checkpoint.config, settings.seq_len)
     allocation = allocation_of(checkpoint, settings)
     if allocation is None:
         search_kind = settings.evopress_budget if settings.method == EVOPRESS else "exact"

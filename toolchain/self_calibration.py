@@ -15,6 +15,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.checkpoint import open_checkpoint
+from toolchain.context_length import context_length
 from toolchain.errors import SenteiError
 from toolchain.evaluation_parts import Parts
 from toolchain.modeling import load_model, load_tokenizer
@@ -67,8 +68,8 @@ def write_documents(
         if not 0 < value < math.inf:
             raise SenteiError(f"{name} {value:g} makes no sense.", "Give a number above 0.")
     checkpoint, tokenizer = open_checkpoint(directory), load_tokenizer(directory)
-    longest = checkpoint.config.get("max_position_embeddings")
-    if longest is not None and settings.max_new_tokens >= longest:
+    longest = context_length(checkpoint.config).extended
+    if settings.max_new_tokens >= longest:
         raise SenteiError(
             f"--max-new-tokens {settings.max_new_tokens} is too long: the model reads {longest} tokens in all.",
             f"Give at most {longest - 1}.",

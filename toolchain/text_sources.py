@@ -49,8 +49,11 @@ def parse_text(given: str) -> Text:
     """What a person means by ``PATH`` or ``hub:NAME[:CONFIG[:SPLIT]]``.
 
     Raises:
-        SenteiError: It begins with ``hub:`` and goes on in another way.
+        SenteiError: It is empty, or begins with ``hub:`` and goes on in another way.
     """
+    if not given.strip():
+        # As a path it would be the working directory, with every text file below it.
+        raise SenteiError("A text is empty.", "Give a file, a directory, or hub:NAME.")
     if not given.startswith(_HUB):
         return Path(given)
     name, *more = given.removeprefix(_HUB).split(":")
@@ -91,6 +94,8 @@ def _split_weight(given: str) -> tuple[float | None, Text]:
         return None, parse_text(given)
     if not 0 < weight < math.inf:
         raise SenteiError(f"{given}: weight {before} makes no sense.", "Give a number above 0, as in 0.5:text.txt.")
+    if not text.strip():
+        raise SenteiError(f"{given!r} is a weight without a text.", "Write it as in 0.5:text.txt.")
     return weight, parse_text(text)
 
 

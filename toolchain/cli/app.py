@@ -30,6 +30,8 @@ from toolchain.cli import (
     report,
     serve,
 )
+from toolchain.cli.arguments import CheckedTyper
+from toolchain.cli.terminal import prepare_streams
 from toolchain.errors import SenteiError, is_out_of_memory
 
 _INTERRUPTED = 130
@@ -38,7 +40,7 @@ _LONGEST_REASON = 300
 # Libraries that would tell their makers who uses them. A value that the user has set stays.
 _NO_NETWORK = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 
-app = typer.Typer(
+app = CheckedTyper(
     name="sentei",
     help="Prune a large language model, export it, and measure what it gained on your own server.",
     no_args_is_help=True,
@@ -82,6 +84,7 @@ def main() -> None:
     Exit code 0, 1 (a check failed, or a fault of sentei's own), 2 (bad input) or 130 (Ctrl-C, or SIGTERM, which ends
     a command in the same way).
     """
+    prepare_streams()
     os.environ.update({name: os.environ.get(name, "1") for name in _NO_NETWORK})
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:

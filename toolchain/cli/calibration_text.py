@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from toolchain.cli.console import (
+    MAX_SEED,
     DeviceOption,
     DtypeOption,
     ForceOption,
@@ -19,6 +20,9 @@ from toolchain.cli.console import (
 from toolchain.errors import SenteiError
 from toolchain.output import write_text, writes_file
 
+# More would be refused memory on any machine.
+_LARGEST_BATCH = 65_536
+
 
 @writes_file
 def calibration_text(
@@ -27,9 +31,11 @@ def calibration_text(
     out: Annotated[Path, typer.Option("--out", "-o", help="JSONL file to write, for --calibration.")],
     tokens: Annotated[int, typer.Option(help="To write in all, at least: windows times their length.")] = 32 * 2048,
     max_new_tokens: Annotated[int, typer.Option(help="Of a document; most end earlier.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Documents written together.")] = 16,
+    batch_size: Annotated[int, typer.Option(max=_LARGEST_BATCH, help="Documents written together.")] = 16,
     temperature: Annotated[float, typer.Option(help="1 draws from the model's own distribution.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed and batch size write the same text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="The same seed and batch size write the same text.")
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

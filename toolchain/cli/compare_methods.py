@@ -11,6 +11,7 @@ from rich.table import Table
 from toolchain.cli.console import (
     COMPUTING,
     MAX_SEED,
+    SEQ_LEN,
     TEXT_METAVAR,
     DeviceInPanelOption,
     DtypeInPanelOption,
@@ -20,8 +21,9 @@ from toolchain.cli.console import (
     QuietOption,
     compute_dtype,
     pick_device,
+    window_length,
 )
-from toolchain.cli.prune import EvopressBudget
+from toolchain.cli.prune import MAX_SPARSITIES, EvopressBudget, check_sparsities
 from toolchain.errors import SenteiError
 from toolchain.output import writes_directory
 
@@ -74,7 +76,12 @@ def compare_methods(
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure speed too, in Transformers.", rich_help_panel=_EVALUATION)
     ] = False,
-    seq_len: Annotated[int, typer.Option(help="Tokens a window, of every text.", rich_help_panel=COMPUTING)] = 2048,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens a window, of every text (2048, or all that the model reads).", rich_help_panel=COMPUTING
+        ),
+    ] = None,
     device: DeviceInPanelOption = "auto",
     dtype: DtypeInPanelOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted comparison.")] = False,
@@ -93,12 +100,14 @@ def compare_methods(
     from toolchain.pipeline import PruneSettings
     from toolchain.text_sources import parse_sources, parse_text
 
-    chosen = methods.split(",") if methods else list(METHODS)
+    chosen = list(dict.fromkeys(methods.split(","))) if methods else list(METHODS)
     if unknown := [name for name in chosen if name not in METHODS]:
         raise SenteiError(f"--methods: {unknown[0]!r} is not known.", f"Known are {', '.join(METHODS)}.")
     sparsities = _sparsities(sparsity)
     picked_device, directory = pick_device(device), resolve_model(model)
-    computed_in = compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype)
+    checkpoint = open_checkpoint(directory)
+    computed_in = compute_dtype(dtype, picked_device, checkpoint.dtype)
+    length = window_length(output, checkpoint, seq_len, SEQ_LEN)
     requests = parse_requests(task or [], questions or [])
 
     def measure_speed(pruned: Path) -> dict[str, Any]:
@@ -125,7 +134,7 @@ def compare_methods(
             sparsity=sparsities[0],
             calibration=parse_sources(calibration or []),
             num_samples=samples,
-            seq_len=seq_len,
+            seq_len=length,
             align=align,
             attention_removals=None,
             device=picked_device,
@@ -136,7 +145,7 @@ def compare_methods(
         evaluation=EvaluationSettings(
             texts=tuple(map(parse_text, text or ())),
             num_windows=windows,
-            seq_len=seq_len,
+            seq_len=length,
             tasks=tuple(requests),
             limit=limit,
             device=picked_device,
@@ -155,9 +164,14 @@ def compare_methods(
 
 def _sparsities(given: str) -> list[float]:
     try:
-        return sorted({float(each) for each in given.split(",")})
+        sparsities = sorted({float(each) for each in given.split(",")})
     except ValueError as error:
         raise SenteiError(f"--sparsity {given!r} is not understood.", "Write 0.25, or 0.25,0.375,0.5.") from error
+    if outside := [each for each in sparsities if not 0 < each < 1]:
+        raise SenteiError(f"--sparsity {outside[0]:g} is outside (0, 1).", "Write 0.25, or 0.25,0.375,0.5.")
+    if len(sparsities) > MAX_SPARSITIES:
+        raise SenteiError(f"--sparsity asks for more than {MAX_SPARSITIES} sizes.", "Give fewer.")
+    return check_sparsities("--sparsity", sparsities)
 
 
 def _show(console: Console, out: Path, document: dict[str, Any]) -> None:

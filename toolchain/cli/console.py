@@ -10,10 +10,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from toolchain.cli.terminal import takes_unicode
+from toolchain.devices import parse_device
 from toolchain.errors import SenteiError
 
 if TYPE_CHECKING:
     import torch
+
+    from toolchain.checkpoint import Checkpoint
+    from toolchain.quantized import QuantizedCheckpoint
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -44,6 +49,8 @@ DtypeInPanelOption = Annotated[
 # A text, alone or in a mixture; see toolchain.text_sources.
 TEXT_METAVAR = "[WEIGHT:]TEXT"
 
+# Tokens of a window, unless the model reads fewer.
+SEQ_LEN = 2048
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -60,7 +67,7 @@ class Output:
     def result(self, result: dict[str, Any], show: Callable[[Console], None]) -> None:
         """Prints a command's result, once: as JSON, or by ``show`` for people."""
         if self.as_json:
-            typer.echo(json.dumps(result, ensure_ascii=False))
+            typer.echo(json.dumps(result, ensure_ascii=not takes_unicode()))
         else:
             show(self.stdout)
 
@@ -94,19 +101,17 @@ def pick_device(device: str) -> str:
     """
     import torch
 
-    if device == "auto":
+    picked = parse_device(device)
+    if picked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise SenteiError(f"--device {device!r} is not a device.", "Use auto, cpu or cuda.") from error
-    if kind not in ("cpu", "cuda"):
-        raise SenteiError(f"--device {device!r} is not supported.", "Use auto, cpu or cuda.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise SenteiError(
-            f"--device {device}: torch {torch.__version__} sees no CUDA device here.", "Use --device cpu."
-        )
-    return device
+    if picked.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise SenteiError(
+                f"--device {device}: torch {torch.__version__} sees no CUDA device here.", "Use --device cpu."
+            )
+        if int(picked.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise SenteiError(f"--device {device}: there is no such GPU.", f"Here are {torch.cuda.device_count()}.")
+    return picked
 
 
 def pick_dtype(dtype: str, *, auto: "torch.dtype | None") -> "torch.dtype | None":
@@ -131,6 +136,25 @@ def compute_dtype(dtype: str, device: str, stored: "torch.dtype") -> "torch.dtyp
     picked = pick_dtype(dtype, auto=torch.float32 if device == "cpu" else stored)
     assert picked is not None
     return picked
+
+
+def window_length(
+    output: Output, checkpoint: "Checkpoint | QuantizedCheckpoint", given: int | None, default: int
+) -> int:
+    """Tokens of a window: what ``--seq-len`` says, or the default, shortened to the model's context and said so.
+
+    Raises:
+        SenteiError: More than the model reads.
+    """
+    from toolchain.context_length import check_window, context_length
+
+    if given is not None:
+        check_window(checkpoint.directory, checkpoint.config, given, note=output.note)
+        return given
+    longest = context_length(checkpoint.config).stated
+    if longest < default:
+        output.note(f"Windows have {longest} tokens: {checkpoint.directory} reads no more.")
+    return min(default, longest)
 
 
 def _silence_libraries() -> None:

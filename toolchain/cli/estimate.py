@@ -31,11 +31,15 @@ def estimate(
     from serving.device_probe import probe_device
     from serving.estimate import estimate as run
     from toolchain.checkpoint import dtype_name, open_checkpoint, resolve_model
+    from toolchain.context_length import check_context
     from toolchain.plan import load_plan
 
     loaded, directory = load_plan(plan, needs_scores=False), resolve_model(model)
     computed = dtype_name(open_checkpoint(directory).dtype) if dtype == "auto" else dtype
     chosen = pick_device(device)
+    asked = f"--input-len {input_len} and --output-len {output_len}"
+    config = open_checkpoint(directory).config
+    check_context(directory, config, input_len + output_len, asked=asked, hint="Give less.", note=output.note)
     output.note("Measuring this device, a few seconds ...")
     result = run(
         directory,

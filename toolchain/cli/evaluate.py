@@ -8,6 +8,7 @@ import typer
 
 from toolchain.cli.console import (
     COMPUTING,
+    SEQ_LEN,
     DeviceInPanelOption,
     DtypeInPanelOption,
     ForceOption,
@@ -16,6 +17,7 @@ from toolchain.cli.console import (
     QuietOption,
     compute_dtype,
     pick_device,
+    window_length,
 )
 from toolchain.cli.evaluation_view import show_evaluation
 from toolchain.errors import SenteiError
@@ -48,7 +50,12 @@ def evaluate(
     windows: Annotated[
         int | None, typer.Option(help="How many windows of each; without it, all.", rich_help_panel=_TEXT)
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens a window; they do not overlap.", rich_help_panel=_TEXT)] = 2048,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens a window (2048, or all that the model reads); they do not overlap.", rich_help_panel=_TEXT
+        ),
+    ] = None,
     generations: Annotated[
         int | None,
         typer.Option(
@@ -100,16 +107,16 @@ def evaluate(
     if resume and out is None:
         raise SenteiError("--resume needs --out: finished parts are kept beside it.")
     directory, original = resolve_model(model), None if against is None else resolve_model(against)
-    picked_device = pick_device(device)
+    picked_device, checkpoint = pick_device(device), open_checkpoint(directory)
     settings = EvaluationSettings(
         texts=tuple(map(parse_text, text or ())),
         num_windows=windows,
-        seq_len=seq_len,
+        seq_len=window_length(output, checkpoint, seq_len, SEQ_LEN),
         tasks=tuple(requests),
         limit=limit,
         num_generations=generations,
         device=picked_device,
-        dtype=compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype),
+        dtype=compute_dtype(dtype, picked_device, checkpoint.dtype),
         offload=offload,
     )
     if out is None:

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, pick_dtype
 from toolchain.errors import CheckFailedError
 from toolchain.output import held_in_place, writes_directory
 
-app = typer.Typer(help="Make a deployable directory from a checkpoint, pruned or not.", no_args_is_help=True)
+app = CheckedTyper(help="Make a deployable directory from a checkpoint, pruned or not.", no_args_is_help=True)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model, pruned or not: a directory or a hub id.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]

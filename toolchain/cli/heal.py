@@ -16,6 +16,7 @@ from toolchain.cli.console import (
     QuietOption,
     pick_device,
     pick_dtype,
+    window_length,
 )
 from toolchain.errors import SenteiError
 from toolchain.output import writes_directory
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 _LORA_LEARNING_RATE, _FULL_LEARNING_RATE = 1e-3, 2e-4
-_DEFAULT_RANK = 32
+_DEFAULT_RANK, _SEQ_LEN = 32, 512
 
 
 @writes_directory
@@ -43,7 +44,9 @@ def heal(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")],
     steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Windows an update.")] = 8,
-    seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    seq_len: Annotated[
+        int | None, typer.Option(help=f"Tokens a window ({_SEQ_LEN}, or all that the model reads).")
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help=f"By default {_LORA_LEARNING_RATE:g}, with --full {_FULL_LEARNING_RATE:g}.")
     ] = None,
@@ -63,7 +66,7 @@ def heal(
 ) -> None:
     """Train a pruned model to say again what the original says; same shapes, same format."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.checkpoint import resolve_model
+    from toolchain.checkpoint import open_checkpoint, resolve_model
     from toolchain.healing import HealSettings, healing_directory
     from toolchain.healing import heal as run
     from toolchain.text_sources import parse_sources
@@ -75,7 +78,7 @@ def heal(
         data=parse_sources(data),
         steps=steps,
         batch_size=batch_size,
-        seq_len=seq_len,
+        seq_len=window_length(output, open_checkpoint(directory), seq_len, _SEQ_LEN),
         learning_rate=learning_rate
         if learning_rate is not None
         else (_FULL_LEARNING_RATE if full else _LORA_LEARNING_RATE),

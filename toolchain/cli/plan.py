@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
 from toolchain.output import writes_directory, writes_file
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from toolchain.plan import PruningPlan
     from toolchain.plan_document import CompensationRecord
 
-app = typer.Typer(help="Look at a pruning plan.", no_args_is_help=True)
+app = CheckedTyper(help="Look at a pruning plan.", no_args_is_help=True)
 _BAR_WIDTH = 24
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from toolchain.cli.console import (
     COMPUTING,
     MAX_SEED,
+    SEQ_LEN,
     TEXT_METAVAR,
     DeviceInPanelOption,
     DtypeInPanelOption,
@@ -22,6 +23,7 @@ from toolchain.cli.console import (
     QuietOption,
     compute_dtype,
     pick_device,
+    window_length,
 )
 from toolchain.errors import SenteiError
 from toolchain.output import writes_directory
@@ -29,6 +31,8 @@ from toolchain.output import writes_directory
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
 
 
+# More plans than anybody looks at; each takes a search.
+MAX_SPARSITIES = 100
 _TARGET, _TEXT, _SEARCH, _LIMIT = "Target", "Calibration", "Search", "Limit"
 
 
@@ -164,7 +168,9 @@ def prune(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.", rich_help_panel=_TEXT)] = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=_TEXT)] = 2048,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a window (2048, or all that the model reads).", rich_help_panel=_TEXT)
+    ] = None,
     metric: Annotated[
         str,
         typer.Option(
@@ -222,6 +228,7 @@ def prune(
     sparsities = _sparsities(sparsity, sweep)
     picked_device = pick_device(device)
     directory = resolve_model(model)
+    checkpoint = open_checkpoint(directory)
     improvements: dict[str, Any] = {} if method else dict(pipeline.IMPROVEMENTS)
     if widths is not None:
         improvements["widths"] = widths.value
@@ -232,13 +239,13 @@ def prune(
         method=(method or Method.two_ssp).value,
         calibration=parse_sources(calibration or []),
         num_samples=samples,
-        seq_len=seq_len,
+        seq_len=window_length(output, checkpoint, seq_len, SEQ_LEN),
         align=align,
         tensor_parallel=tensor_parallel,
         attention_removals=attention_removals,
         allocation=allocation.value,
         device=picked_device,
-        dtype=compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype),
+        dtype=compute_dtype(dtype, picked_device, checkpoint.dtype),
         seed=seed,
         protected=parse_protected(protect or []),
         search=search.value,
@@ -304,11 +311,30 @@ def _sparsities(sparsity: float | None, sweep: str | None) -> list[float]:
     assert sweep is not None
     try:
         start, stop, step = (Decimal(part) for part in sweep.split(":"))
+        if not all(part.is_finite() for part in (start, stop, step)):
+            raise ValueError("not a finite number")
     except (InvalidOperation, ValueError) as error:
         raise SenteiError(f"--sweep {sweep!r} is not understood.", "Write FROM:TO:STEP, as in 0.1:0.5:0.05.") from error
-    if not (0 < start <= stop < 1 and step > 0):
+    if not (0 < start <= stop < 1 and 0 < step <= 1):
         raise SenteiError(f"--sweep {sweep} does not go upwards inside (0, 1).", "Write it as in 0.1:0.5:0.05.")
-    return [float(start + step * number) for number in range(int((stop - start) / step) + 1)]
+    # Multiplied, not divided: the quotient may be too large for a number.
+    if stop - start >= step * MAX_SPARSITIES:
+        raise SenteiError(f"--sweep {sweep} asks for more than {MAX_SPARSITIES} plans.", "Give a larger step.")
+    return check_sparsities(
+        "--sweep", [float(start + step * number) for number in range(int((stop - start) / step) + 1)]
+    )
+
+
+def check_sparsities(option: str, sparsities: list[float]) -> list[float]:
+    """Refuses sparsities that differ less than the names of their plans.
+
+    Raises:
+        SenteiError: Two would have one name.
+    """
+    names = [f"{sparsity:g}" for sparsity in sparsities]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise SenteiError(f"{option}: two of its plans would be called {repeated[0]}.", "Give numbers further apart.")
+    return sparsities
 
 
 @writes_directory

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from toolchain.cli.console import TEXT_METAVAR, ForceOption, JsonOption, Output, QuietOption
+from toolchain.cli.console import (
+    SEQ_LEN,
+    TEXT_METAVAR,
+    ForceOption,
+    JsonOption,
+    Output,
+    QuietOption,
+    window_length,
+)
 from toolchain.errors import SenteiError
 from toolchain.output import writes_directory
 
@@ -33,7 +41,9 @@ def quantize(
         typer.Option(metavar=TEXT_METAVAR, help="Text for w4a16, as for sentei prune. Without it: Python's manual."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows, for w4a16.")] = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens a window, for w4a16.")] = 2048,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a window, for w4a16 (2048, or all that the model reads).")
+    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -58,7 +68,8 @@ def quantize(
             output.note("No --calibration: taking the Python language reference. Text like your users' is better.")
         tokenizer = load_tokenizer(directory)
         bos = bos_of(checkpoint.family, tokenizer)
-        windows = load_mixture(sources, tokenizer, num_samples=samples, seq_len=seq_len, bos=bos).ids
+        length = window_length(output, checkpoint, seq_len, SEQ_LEN)
+        windows = load_mixture(sources, tokenizer, num_samples=samples, seq_len=length, bos=bos).ids
     elif calibration:
         raise SenteiError(f"--scheme {scheme.value} rounds without looking at text.", "Leave --calibration out.")
     result = run(directory, out, scheme=scheme.value, windows=windows, force=force, on_line=output.note)

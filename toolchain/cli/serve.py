@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from toolchain.cli.console import DeviceOption, DtypeOption, JsonOption, Output, QuietOption, compute_dtype, pick_device
+from toolchain.cli.console import (
+    MAX_SEED,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    Output,
+    QuietOption,
+    compute_dtype,
+    pick_device,
+)
 from toolchain.errors import MissingDependencyError, SenteiError
 
 
@@ -53,7 +62,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that have this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw among this many tokens; 0 is all.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Of the draws.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -77,8 +86,9 @@ def generate(
         picked = pick_device(device)
         dtype_ = compute_dtype(dtype, picked, open_checkpoint(directory).dtype)
         pieces = stream_text(
-            directory, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, dtype=dtype_, device=picked
-        )
+            directory, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, dtype=dtype_, device=picked,
+            note=output.note,
+        )  # fmt: skip
     parts = []
     for piece in pieces:
         parts.append(piece)

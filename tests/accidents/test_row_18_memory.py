@@ -1,0 +1,48 @@
+"""Where memory ends, the command says so, whichever thread it ended in."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from tests.command_line import refused, sentei
+
+_LIMITED = """
+import resource, sys
+limit = int(sys.argv.pop(1)) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+from toolchain.cli.app import main
+main()
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_the_thread_that_generates_ends(pico_model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    # The main thread waited for its tokens for ever.
+    monkeypatch.setattr(LlamaForCausalLM, "generate", fail)
+    refused(sentei("generate", pico_model, "--prompt", "hi"), "Memory ran out")
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mebibytes", [1000, 1500, 2000])
+@pytest.mark.parametrize("command", ["evaluate", "generate", "prune"])
+def test_real_limits(demo_model: Path, text: Path, tmp_path: Path, command: str, mebibytes: int):
+    out = tmp_path / "out"
+    more = {
+        "evaluate": ["--text", text, "--seq-len", 64],
+        "generate": ["--prompt", "hi"],
+        "prune": ["-o", out, "--sparsity", 0.25, "--calibration", text, "--samples", 2, "--seq-len", 64],
+    }[command]
+    line = [sys.executable, "-c", _LIMITED, mebibytes, command, demo_model, *more]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=500, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "Memory ran out" in done.stderr
+    assert not list(tmp_path.iterdir())
