@@ -83,7 +83,13 @@ def main() -> None:
     a command in the same way).
     """
     os.environ.update({name: os.environ.get(name, "1") for name in _NO_NETWORK})
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    interrupted: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         app()
     except SystemExit as end:
@@ -91,17 +97,17 @@ def main() -> None:
             typer.echo("Interrupted.", err=True)
         raise
     except Exception as error:
+        if interrupted:  # a library that was interrupted in its C++ code says something else
+            typer.echo("Interrupted.", err=True)
+            sys.exit(_INTERRUPTED)
         if os.environ.get("SENTEI_TRACEBACK"):
             raise
         sentence, exit_code = _told(error)
         typer.echo(f"Error: {sentence}", err=True)
         sys.exit(exit_code)
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(_signal: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _told(error: Exception) -> tuple[str, int]:
