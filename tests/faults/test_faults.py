@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.jobs import JOBS, Job, make_inputs, older_output, tree
+from tests.faults.jobs import JOBS, Job, older_output, tree
 from tests.faults.place import Place, is_bound_by_permissions, plain_place, small_disk, unshare
 from tests.faults.running import Ended, Running, running
 from tests.faults.table import Observed
@@ -137,14 +137,6 @@ def _cells() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands read."""
-    directory = tmp_path_factory.mktemp("inputs")
-    make_inputs(directory)
-    return directory
-
-
-@pytest.fixture(scope="session")
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, int]]:
     """What a command writes when nothing goes wrong, and how much address space it takes; run once each."""
     known: dict[str, tuple[Any, int]] = {}
@@ -240,9 +232,41 @@ def test_a_fault(
         stage=stage,
         exit_code=ended.exit_code,
         said=_in_short(ended, scene),
-        left=", ".join(f"`{name.replace('out', 'OUT', 1)}`" for name in left) or "nothing",
+        left=_named(left),
         next_run=next_run,
     )
+    record_property("reliability", observed.as_json())
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("command", JOBS)
+@pytest.mark.acceptance
+def test_a_memory_limit(
+    command: str, share: float, inputs: Path, undisturbed: Callable[[str], tuple[Any, int]], tmp_path: Path,
+    record_property: RecordProperty,
+) -> None:  # fmt: skip
+    """As by ``ulimit -v``. At 0.3 of its need a command cannot load its libraries, at 0.9 it may lack a tensor."""
+    job = JOBS[command]
+    expected, peak_bytes = undisturbed(command)
+    fault = Fault(cause=_remove_output, endings={0: "", 2: "[Mm]emory"}, over_older=True)
+    scene = Scene(job=job, inputs=inputs, place=plain_place(tmp_path / "place"), scratch=tmp_path)
+    older_output(scene.out)
+    older = tree(scene.place.seen)
+    with scene.started("--force", memory_bytes=int(share * peak_bytes)) as run:
+        ended = run.wait()
+        assert run.wait_for_relatives() == []
+    _check_ending(ended, fault)
+    left = [name for name in scene.place.names() if name != "out"]
+    next_run = ""
+    if ended.exit_code:
+        assert older.items() <= tree(scene.place.seen).items()
+        next_run = _run_again(scene, fault, ended)
+    assert scene.place.names() == ["out"]
+    assert scene.essence() == expected
+    observed = Observed(
+        fault="memory limit", command=command, stage=f"{share:.0%} of its need", exit_code=ended.exit_code,
+        said=_in_short(ended, scene), left=_named(left), next_run=next_run,
+    )  # fmt: skip
     record_property("reliability", observed.as_json())
 
 
@@ -252,6 +276,10 @@ def _check_ending(ended: Ended, fault: Fault) -> None:
     assert re.search(fault.endings[ended.exit_code], ended.said), ended.stderr
     assert ended.stderr.count("Error:") <= 1, ended.stderr
     assert "report this" not in ended.stderr
+
+
+def _named(left: list[str]) -> str:
+    return ", ".join(f"`{name.replace('out', 'OUT', 1)}`" for name in left) or "nothing"
 
 
 def _in_short(ended: Ended, scene: Scene) -> str:
