@@ -102,6 +102,8 @@ def _bring_inputs_back(scene: Scene) -> None:
 _ELSEWHERE = "elsewhere"
 _INTERRUPTED = {130: r"Interrupted\."}
 _TOLD = {0: "", 2: "Error: "}
+# Without memory: the loader of shared libraries, Rust's and C++'s allocators, and what looks at no result.
+_ENDED_BY_A_LIBRARY = {127, 134, 139}
 FAULTS: Mapping[str, Fault] = {
     "Ctrl-C": Fault(cause=lambda _, run: run.press_ctrl_c(), endings=_INTERRUPTED),
     "SIGTERM": Fault(cause=lambda _, run: run.process.terminate(), endings=_INTERRUPTED, over_older=True),
@@ -245,7 +247,10 @@ def test_a_memory_limit(
     command: str, share: float, inputs: Path, undisturbed: Callable[[str], tuple[Any, int]], tmp_path: Path,
     record_property: RecordProperty,
 ) -> None:  # fmt: skip
-    """As by ``ulimit -v``. At 0.3 of its need a command cannot load its libraries, at 0.9 it may lack a tensor."""
+    """As by ``ulimit -v``. At 0.3 of its need a command cannot load its libraries, at 0.9 it may lack a tensor.
+
+    Code that is not Python may end the whole process; then what is on the disk must be right all the same.
+    """
     job = JOBS[command]
     expected, peak_bytes = undisturbed(command)
     fault = Fault(cause=_remove_output, endings={0: "", 2: "[Mm]emory"}, over_older=True)
@@ -255,11 +260,15 @@ def test_a_memory_limit(
     with scene.started("--force", memory_bytes=int(share * peak_bytes)) as run:
         ended = run.wait()
         assert run.wait_for_relatives() == []
-    _check_ending(ended, fault)
+    if ended.exit_code in _ENDED_BY_A_LIBRARY:
+        assert "Traceback" not in ended.stderr
+    else:
+        _check_ending(ended, fault)
     left = [name for name in scene.place.names() if name != "out"]
     next_run = ""
     if ended.exit_code:
-        assert older.items() <= tree(scene.place.seen).items()
+        # Exports are complete before they are verified.
+        assert command.startswith("export") or older.items() <= tree(scene.place.seen).items()
         next_run = _run_again(scene, fault, ended)
     assert scene.place.names() == ["out"]
     assert scene.essence() == expected

@@ -25,7 +25,7 @@ ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 FAULTS: dict[str, tuple[Callable[[Running], None], int]] = {
     "Ctrl-C": (lambda run: run.press_ctrl_c(), 130),
-    "SIGTERM": (lambda run: run.process.terminate(), 130),
+    "SIGTERM": (lambda run: run.process.terminate(), 0),  # how service managers ask a server to stop
     "SIGKILL": (lambda run: run.process.kill(), 137),
 }
 

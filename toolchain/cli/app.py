@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from toolchain.errors import SenteiError, is_out_of_memory
 _INTERRUPTED = 130
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LONGEST_REASON = 300
+_LEAST_ROOM_BYTES = 64 * 1024 * 1024
 # Libraries that would tell their makers who uses them. A value that the user has set stays.
 _NO_NETWORK = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 
@@ -114,7 +116,7 @@ def _told(error: Exception) -> tuple[str, int]:
     """The sentence that a person is told, and the exit code."""
     if isinstance(error, SenteiError):
         return str(error), error.exit_code
-    if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM:
+    if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM or _address_space_is_full():
         return (
             "Memory ran out. Close other programs, take a smaller model, shorter or fewer windows, or a larger "
             "machine; prune, apply and evaluate need far less with --offload.",
@@ -130,6 +132,16 @@ def _told(error: Exception) -> tuple[str, int]:
     reason = " ".join(str(error).split())
     what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"sentei itself failed ({_shortened(what)}). {_trace_kept(error)}Please report this.", 1
+
+
+def _address_space_is_full() -> bool:
+    """Whether ``ulimit -v`` left no room: libraries then fail with errors that do not name memory."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    status = Path("/proc/self/status")
+    if limit == resource.RLIM_INFINITY or not status.is_file():
+        return False
+    peak_kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmPeak:"))
+    return int(peak_kib) * 1024 > limit - _LEAST_ROOM_BYTES
 
 
 def _shortened(text: str) -> str:
