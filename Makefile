@@ -29,7 +29,7 @@ compatibility: $(VENV)/.test quantize-env
 
 # Writes docs/reliability.md from what the tests observe; about an hour on two cores.
 reliability: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -m 'acceptance or not acceptance' --reliability docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/faults -m 'acceptance or not acceptance' --reliability docs/reliability.md
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

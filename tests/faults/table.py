@@ -12,6 +12,9 @@ import pytest
 
 _OPTION = "--reliability"
 _HEADERS = ("command", "exit code", "what it says", "what is left", "what the next run does")
+_FAULTS = (
+    "Ctrl-C", "SIGTERM", "SIGKILL", "disk full", "output removed", "output read-only", "input removed", "memory limit",
+)  # fmt: skip
 _INTRODUCTION = """\
 # What happens when something goes wrong
 
@@ -50,7 +53,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if file := config.getoption(_OPTION):
+    # Where pytest-xdist shares the tests out, this process alone sees all of them.
+    if (file := config.getoption(_OPTION)) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Table(file))
 
 
@@ -75,6 +79,7 @@ class _Table:
 
     def _text(self) -> str:
         parts = [_INTRODUCTION]
+        self._observed.sort(key=lambda each: (_FAULTS.index(each.fault), each.command))
         for fault in dict.fromkeys(each.fault for each in self._observed):
             parts.append(f"## {fault}\n")
             parts.append("| " + " | ".join(_HEADERS) + " |\n" + "|---" * len(_HEADERS) + "|")
