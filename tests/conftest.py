@@ -17,7 +17,7 @@ from toolchain.gguf_import import demo_gguf, import_gguf
 from toolchain.layout import LayerLayout
 from toolchain.surgery import write_pruned
 
-pytest_plugins = ["tests.compatibility"]
+pytest_plugins = ["tests.compatibility", "tests.faults.table"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -47,8 +47,15 @@ class CheckFailedError(SenteiError):
     exit_code = 1
 
 
-# How libraries say that an allocation failed: torch on a CPU, safetensors' mmap, C++, and threads without a stack.
-_ALLOCATION_FAILURES = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "can't start new thread")
+# How libraries say that an allocation failed: torch on a CPU, safetensors' mmap, C++, threads without a stack, and
+# the loader of shared libraries.
+_ALLOCATION_FAILURES = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+    "failed to map segment",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -37,6 +38,7 @@ from toolchain.errors import SenteiError, is_out_of_memory
 _INTERRUPTED = 130
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LONGEST_REASON = 300
+_LEAST_ROOM_BYTES = 64 * 1024 * 1024
 # Libraries that would tell their makers who uses them. A value that the user has set stays.
 _NO_NETWORK = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
 
@@ -86,7 +88,13 @@ def main() -> None:
     """
     prepare_streams()
     os.environ.update({name: os.environ.get(name, "1") for name in _NO_NETWORK})
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    interrupted: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         app()
     except SystemExit as end:
@@ -94,24 +102,24 @@ def main() -> None:
             typer.echo("Interrupted.", err=True)
         raise
     except Exception as error:
+        if interrupted:  # a library that was interrupted in its C++ code says something else
+            typer.echo("Interrupted.", err=True)
+            sys.exit(_INTERRUPTED)
         if os.environ.get("SENTEI_TRACEBACK"):
             raise
         sentence, exit_code = _told(error)
         typer.echo(f"Error: {sentence}", err=True)
         sys.exit(exit_code)
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(_signal: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _told(error: Exception) -> tuple[str, int]:
     """The sentence that a person is told, and the exit code."""
     if isinstance(error, SenteiError):
         return str(error), error.exit_code
-    if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM:
+    if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM or _address_space_is_full():
         return (
             "Memory ran out. Close other programs, take a smaller model, shorter or fewer windows, or a larger "
             "machine; prune, apply and evaluate need far less with --offload.",
@@ -127,6 +135,16 @@ def _told(error: Exception) -> tuple[str, int]:
     reason = " ".join(str(error).split())
     what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"sentei itself failed ({_shortened(what)}). {_trace_kept(error)}Please report this.", 1
+
+
+def _address_space_is_full() -> bool:
+    """Whether ``ulimit -v`` left no room: libraries then fail with errors that do not name memory."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    status = Path("/proc/self/status")
+    if limit == resource.RLIM_INFINITY or not status.is_file():
+        return False
+    peak_kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmPeak:"))
+    return int(peak_kib) * 1024 > limit - _LEAST_ROOM_BYTES
 
 
 def _shortened(text: str) -> str:
