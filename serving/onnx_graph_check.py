@@ -48,7 +48,8 @@ def load_graph(directory: Path, filename: str) -> Any:
         raise SenteiError(f"{path} is damaged ({type(error).__name__}).", "Export the model again.") from error
     _refuse_code(model, path)
     for location in {entry.value for tensor in _tensors(model.graph) for entry in _locations(tensor)}:
-        if not re.match(BARE_NAME, location):
+        # What is not UTF-8 is bytes here.
+        if not isinstance(location, str) or not re.fullmatch(BARE_NAME, location):
             raise SenteiError(f"{path}: weights in {_shown(location)} are not beside the graph.", _UNTRUSTED)
         member(directory, location)
     return model
@@ -97,5 +98,5 @@ def _locations(tensor: Any) -> Iterator[Any]:
     return (entry for entry in tensor.external_data if entry.key == "location")
 
 
-def _shown(name: str) -> str:
+def _shown(name: str | bytes) -> str:
     return ascii(name[:_LONGEST_NAME])
