@@ -19,6 +19,7 @@ _MAX_GRAPH_BYTES = 64 * 1024 * 1024
 _DOMAINS = ("", "ai.onnx", "com.microsoft")  # ONNX Runtime's own; operators of others come from a library
 _SESSION_OPTIONS = "ort_config"  # the key under which ONNX Runtime looks for them in a graph
 _LONGEST_NAME = 100
+_UNTRUSTED = "Export the model again from its checkpoint."
 
 
 def load_graph(directory: Path, filename: str) -> Any:
@@ -53,9 +54,6 @@ def load_graph(directory: Path, filename: str) -> Any:
             raise SenteiError(f"{path}: weights in {_shown(location)} are not beside the graph.", _UNTRUSTED)
         member(directory, location)
     return model
-
-
-_UNTRUSTED = "Export the model again from its checkpoint."
 
 
 def _refuse_code(model: Any, path: Path) -> None:
