@@ -200,6 +200,7 @@ def _never_end(export: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["model"]["eos_token_id"] = []
     path.write_text(json.dumps(settings), encoding="utf-8")
+    (export / "sentei_export.json").unlink(missing_ok=True)  # its list of hashes no longer holds
 
 
 def _prompt(model: Path, input_len: int) -> list[int]:

@@ -19,6 +19,7 @@ _MAX_GRAPH_BYTES = 64 * 1024 * 1024
 _DOMAINS = ("", "ai.onnx", "com.microsoft")  # ONNX Runtime's own; operators of others come from a library
 _SESSION_OPTIONS = "ort_config"  # the key under which ONNX Runtime looks for them in a graph
 _LONGEST_NAME = 100
+_UNTRUSTED = "Export the model again from its checkpoint."
 
 
 def load_graph(directory: Path, filename: str) -> Any:
@@ -48,13 +49,11 @@ def load_graph(directory: Path, filename: str) -> Any:
         raise SenteiError(f"{path} is damaged ({type(error).__name__}).", "Export the model again.") from error
     _refuse_code(model, path)
     for location in {entry.value for tensor in _tensors(model.graph) for entry in _locations(tensor)}:
-        if not re.match(BARE_NAME, location):
+        # What is not UTF-8 is bytes here.
+        if not isinstance(location, str) or not re.fullmatch(BARE_NAME, location):
             raise SenteiError(f"{path}: weights in {_shown(location)} are not beside the graph.", _UNTRUSTED)
         member(directory, location)
     return model
-
-
-_UNTRUSTED = "Export the model again from its checkpoint."
 
 
 def _refuse_code(model: Any, path: Path) -> None:
@@ -97,5 +96,5 @@ def _locations(tensor: Any) -> Iterator[Any]:
     return (entry for entry in tensor.external_data if entry.key == "location")
 
 
-def _shown(name: str) -> str:
+def _shown(name: str | bytes) -> str:
     return ascii(name[:_LONGEST_NAME])

@@ -201,6 +201,7 @@ def with_hidden_location(model: onnx.ModelProto) -> None:
         (with_location("/etc/hostname"), "not beside the graph"),
         (with_location("*/_ORT_MEM_ADDR_/*"), "not beside the graph"),
         (with_location(".."), "not beside the graph"),
+        (with_location("model.onnx.data\n"), "not beside the graph"),
         (with_location("nowhere"), "does not exist"),
         (with_hidden_location, "not beside the graph"),
         (lambda model: setattr(model.graph.node[0], "domain", "evil"), "'evil.* is not ONNX Runtime's own"),
@@ -293,6 +294,12 @@ def test_a_graph_that_is_no_decoder(strangers: Path) -> None:
     for use in (onnx_facts, lambda directory: OnnxEngine(directory).generate([5, 6], 2), GenaiModel):
         with pytest.raises(SenteiError, match=str(strangers)):
             use(strangers)
+
+
+def test_a_location_that_is_no_text(strangers: Path) -> None:
+    path = strangers / "model.onnx"
+    path.write_bytes(path.read_bytes().replace(b"model.onnx.data", b"model.onnx.dat\xff"))
+    refuses(lambda: OnnxEngine(strangers), "not beside the graph")
 
 
 def test_a_context_that_is_no_number(strangers: Path) -> None:
