@@ -347,7 +347,7 @@ def test_an_existing_report_is_kept_unless_forced(everything, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_said(everything, tmp_path):
     (tmp_path / "file").write_text("mine")
-    refused(sentei("report", everything, "-o", tmp_path / "file" / "report.html"), "file cannot be read or written")
+    refused(sentei("report", everything, "-o", tmp_path / "file" / "report.html"), "file, which is a file")
 
 
 def test_copies_are_shown_once(everything, tmp_path):
