@@ -17,6 +17,7 @@ import torch
 from serving.onnx_files import check_graph, damaged, read_settings
 from toolchain.checkpoint import Checkpoint, dtype_name
 from toolchain.context_length import context_length
+from toolchain.layout import positive
 from toolchain.onnx_libraries import import_onnx_library
 from toolchain.quantized import QuantizedCheckpoint, open_servable
 
@@ -117,7 +118,7 @@ def facts_of(checkpoint: Checkpoint | QuantizedCheckpoint, dtype: str | None, *,
         weight_bytes=checkpoint.weight_bytes,
         size_on_disk_bytes=size_on_disk_bytes,
         kv_bytes_per_token=2 * kv_width * itemsize * num_attending,
-        vocab_size=checkpoint.config["vocab_size"],
+        vocab_size=positive(checkpoint.config, "vocab_size"),
         max_len=context_length(checkpoint.config).extended,
         decode_weight_bytes=sum(
             info.nbytes if name in as_stored else itemsize * math.prod(info.shape)
@@ -140,8 +141,8 @@ def _head_and_embedding(checkpoint: Checkpoint | QuantizedCheckpoint) -> tuple[s
 
 
 def _attention_widths(config: Mapping[str, Any]) -> tuple[int, int]:
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    heads = positive(config, "num_attention_heads")
+    head_dim = config.get("head_dim") or positive(config, "hidden_size") // heads
     return heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
 
 

@@ -8,9 +8,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from toolchain.errors import SenteiError
+from toolchain.layout import positive
 
 # Rope scalings whose max_position_embeddings may be the length before scaling; vLLM multiplies it by the factor too.
 # With "llama3" and "longrope" it is always the length after scaling.
+_MOST_TOKENS = 2**31
 _EXTENDED_BY_FACTOR = ("dynamic", "linear", "yarn")
 
 
@@ -28,10 +30,15 @@ class ContextLength:
 
 
 def context_length(config: Mapping[str, Any]) -> ContextLength:
-    """Reads the context length from ``config.json``, in Transformers 4's words or in 5's."""
-    stated = config.get("max_position_embeddings")
-    if stated is None:
+    """Reads the context length from ``config.json``, in Transformers 4's words or in 5's.
+
+    Raises:
+        SenteiError: ``max_position_embeddings`` is no number of tokens.
+    """
+    if config.get("max_position_embeddings") is None:
         stated = AutoConfig.for_model(config["model_type"]).max_position_embeddings
+    else:
+        stated = positive(config, "max_position_embeddings", at_most=_MOST_TOKENS)
     reached = [stated, *(_reached(rope, stated) for rope in _rope_settings(config))]
     return ContextLength(stated, max(reached))
 
@@ -90,4 +97,5 @@ def _reached(rope: Mapping[str, Any], stated: int) -> int:
     kind = rope.get("rope_type", rope.get("type"))
     if kind not in _EXTENDED_BY_FACTOR or not isinstance(factor, int | float):
         return stated
-    return int((rope.get("original_max_position_embeddings") or stated) * factor)
+    before = rope.get("original_max_position_embeddings")
+    return int(min((before if isinstance(before, int) and before > 0 else stated) * factor, _MOST_TOKENS))

@@ -13,9 +13,12 @@ from toolchain.errors import SenteiError
 # Far above every model there is: 126 layers, width 53248, vocabulary 262144. Layers are counted out before any weight
 # is looked at, so their number is bounded by what that takes.
 MOST_LAYERS, LARGEST = 1000, 2**24
-_DIMENSIONS = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_DIMENSIONS = {
+    "hidden_size": LARGEST, "vocab_size": LARGEST, "num_attention_heads": 2**12, "num_key_value_heads": 2**12,
+    "head_dim": LARGEST, "max_position_embeddings": 2**31,
+}  # fmt: skip
 # What may be null, or left to the family's default.
-_OPTIONAL = ("num_key_value_heads", "head_dim")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # Transformers names that many labels, one after the other, for whatever model it is.
 _LABELS, _MOST_LABELS = "num_labels", 100_000
 _SKIPPABLE = {"attention", "mlp"}
@@ -81,9 +84,9 @@ def check_dimensions(config: Mapping[str, Any]) -> None:
     """
     if "num_hidden_layers" in config:
         positive(config, "num_hidden_layers", at_most=MOST_LAYERS)
-    for key in _DIMENSIONS:
+    for key, most in _DIMENSIONS.items():
         if key in config and not (key in _OPTIONAL and config[key] is None):
-            positive(config, key)
+            positive(config, key, at_most=most)
     if config.get(_LABELS) is not None:
         positive(config, _LABELS, at_most=_MOST_LABELS)
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")

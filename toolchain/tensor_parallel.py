@@ -2,12 +2,13 @@
 
 from toolchain.checkpoint import Checkpoint
 from toolchain.errors import SenteiError
+from toolchain.layout import positive
 from toolchain.quantized import QuantizedCheckpoint
 
 
 def head_counts(checkpoint: Checkpoint | QuantizedCheckpoint) -> tuple[int, int]:
     """Attention heads and key-value heads of each layer."""
-    heads: int = checkpoint.config["num_attention_heads"]
+    heads = positive(checkpoint.config, "num_attention_heads")
     return heads, checkpoint.config.get("num_key_value_heads") or heads
 
 

@@ -131,3 +131,15 @@ def test_times_of_another_kind(tmp_path: Path, value: Any):
         done = sentei(*command)
         assert "Traceback" not in done.stderr
         assert done.returncode in (0, 2), done.stderr
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "max_position_embeddings", "num_attention_heads", "hidden_size"])
+def test_a_dimension_that_is_missing(model: Path, key: str):
+    # Transformers has defaults for them; what is computed without Transformers has none.
+    config = json.loads((model / "config.json").read_text())
+    del config[key]
+    (model / "config.json").write_text(json.dumps(config))
+    from serving.readiness import examine_directory
+
+    found = examine_directory(model)
+    assert any(key in problem for problem in found["problems"])
