@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import PLAIN, PROGRAM, refused, sentei
+from tests.command_line import PLAIN, refused, sentei
 from toolchain.calibration import _within
 
 NOT_FINITE = [
@@ -43,7 +43,7 @@ def run(line: str, value: object, model: Path, text: Path, out: Path) -> subproc
 @pytest.mark.parametrize("line", NOT_FINITE)
 def test_numbers_that_are_not_finite(pico_model: Path, text: Path, tmp_path: Path, line: str):
     for value in ("nan", "inf", "-inf", "1e400"):
-        refused(run(line, value, pico_model, text, tmp_path), f"{line.split()[-1]} ", "is not a finite number")
+        refused(run(line, value, pico_model, text, tmp_path), line.split()[-1])
     assert not list(tmp_path.iterdir())
 
 
@@ -144,19 +144,27 @@ def test_what_a_metric_prints_is_not_in_the_result(pico_model: Path, text: Path,
     assert "noise from a metric" in done.stderr
 
 
-def test_a_terminal_without_unicode(pico_model: Path, text: Path, tmp_path: Path):
+SHOWS = """
+import sys
+from toolchain.cli.terminal import prepare_streams
+prepare_streams()
+from toolchain.cli.console import Output
+text = "→ 剪定🌳é"
+Output(as_json="--json" in sys.argv, quiet=True).result({"text": text}, lambda console: console.print(text))
+"""
+
+
+def test_a_terminal_without_unicode():
     """What such a terminal cannot show is escaped, and JSON stays JSON."""
-    named = tmp_path / "剪定🌳.txt"
-    named.write_text(text.read_text())
-    line = [PROGRAM, "evaluate", pico_model, "--text", named, "--seq-len", 32, "--windows", 1, "--quiet"]
-    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "20"}
-    for more in ([], ["--json"]):
-        done = subprocess.run(
-            list(map(str, [*line, *more])), env=ascii_only, capture_output=True, timeout=200, check=False
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown, told = (
+        subprocess.run(
+            [sys.executable, "-c", SHOWS, *more], env=ascii_only, capture_output=True, timeout=100, check=True
         )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == b""
-    assert json.loads(done.stdout.decode("ascii"))["evaluations"][0]["text"] == named.name
+        for more in ([], ["--json"])
+    )
+    assert shown.stdout.decode("ascii").startswith("\\u2192 ")
+    assert json.loads(told.stdout.decode("ascii")) == {"text": "→ 剪定🌳é"}
 
 
 def test_a_closed_stdout(tmp_path: Path):
