@@ -10,6 +10,7 @@ from rich.table import Table
 
 from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
+from toolchain.errors import SenteiError
 from toolchain.output import writes_directory, writes_file
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def curve(
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.plan import load_plan, load_sweep
 
+    if out is not None and out.suffix != ".html":
+        raise SenteiError(f"{out}: the curve is written as HTML.", "Give a name that ends in .html.")
     plans = load_sweep(directory) or {str(directory): load_plan(directory, needs_scores=False)}
     if out is not None:
         from serving.curve_page import render_curve
