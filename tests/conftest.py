@@ -1,5 +1,6 @@
 """Models every test can share: the real trained demo model, and pico models for speed."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from toolchain.layout import LayerLayout
 from toolchain.surgery import write_pruned
 
 pytest_plugins = ["tests.compatibility", "tests.faults.table"]
+
+
+# Where pytest was started in the background these are ignored, and what it starts would ignore them as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
