@@ -32,7 +32,7 @@ from toolchain.cli import (
     serve,
 )
 from toolchain.cli.arguments import CheckedTyper
-from toolchain.cli.terminal import prepare_streams
+from toolchain.cli.terminal import prepare_streams, printable
 from toolchain.errors import SenteiError, is_out_of_memory
 
 _INTERRUPTED = 130
@@ -116,7 +116,7 @@ def main() -> None:
         if os.environ.get("SENTEI_TRACEBACK"):
             raise
         sentence, exit_code = _told(error)
-        typer.echo(f"Error: {sentence}", err=True)
+        typer.echo(f"Error: {printable(sentence)}", err=True)
         sys.exit(exit_code)
     finally:
         for number, handler in before.items():

@@ -186,20 +186,19 @@ def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
         console.print(
             f"{out}, {results['engine']}, {load['input_len']} tokens in, {load['output_len']} out, {', '.join(how)}: "
             "original → pruned, gain (95 % interval)",
-            markup=False,
         )
         failed = {side: count for side, count in measurement["failed_requests"].items() if count}
         for side, count in failed.items():
-            console.print(f"  {side}: {count} requests failed, so nothing is claimed.", markup=False)
+            console.print(f"  {side}: {count} requests failed, so nothing is claimed.")
         if not failed:
             _show_metrics(console, measurement["metrics"])
     if cost := results["measurements"][0]["cost"]:
         each = cost["per_million_output_tokens"]
         shown = " → ".join(f"{value:.4g}" for value in each.values() if value)
-        console.print(f"A million output tokens cost {shown}.", markup=False)
+        console.print(f"A million output tokens cost {shown}.")
     if goodput := results["goodput"]:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in goodput["slo_ms"].items())
-        console.print(f"Highest load at which {goodput['attainment']:.0%} of requests meet {limits}:", markup=False)
+        console.print(f"Highest load at which {goodput['attainment']:.0%} of requests meet {limits}:")
         _show_metrics(console, goodput["metrics"])
         _show_unmet(console, goodput["metrics"]["max_request_rate"])
 
@@ -212,21 +211,20 @@ def _show_unmet(console: Console, rate: dict[str, Any]) -> None:
     for side, found in values.items():
         unmet = sum(not value for value in found)
         said = f"not met in {unmet} of {len(found)} repeats" if unmet else f"{rate[side]['median']:.4g} {rate['unit']}"
-        console.print(f"  {side}: {said}", markup=False)
+        console.print(f"  {side}: {said}")
 
 
 def _show_metrics(console: Console, metrics: dict[str, Any]) -> None:
     for name, metric in metrics.items():
         gain, median = metric["gain"], metric["original"]["median"]
         if gain is None and not metric["pruned"]["values"] and median is not None:
-            console.print(f"  {name:<24} {median:>9.4g} {metric['unit']}", markup=False)
+            console.print(f"  {name:<24} {median:>9.4g} {metric['unit']}")
         if gain is None:
             continue
         console.print(
             f"  {name:<24} {metric['original']['median']:>9.4g} → {metric['pruned']['median']:>9.4g} "
             f"{metric['unit']:<10} {gain['value']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f}), "
             f"{metric['verdict']}{' (exploratory)' if metric['role'] == 'exploratory' else ''}",
-            markup=False,
         )
 
 

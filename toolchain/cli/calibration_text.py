@@ -68,6 +68,5 @@ def calibration_text(
         {"file": str(out), "num_documents": len(documents)},
         lambda console: console.print(
             f"{out}: {len(documents)} documents\nRead some; then sentei prune {model} --calibration {out} ...",
-            markup=False,
         ),
     )

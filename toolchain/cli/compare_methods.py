@@ -184,5 +184,5 @@ def _show(console: Console, out: Path, document: dict[str, Any]) -> None:
     for row in rows:
         shown.add_row(*row)
     console.print(shown, soft_wrap=False)
-    console.print(notes(document), markup=False)
-    console.print(f"{out}: comparison.json, comparison.md and every plan; sentei apply writes a model.", markup=False)
+    console.print(notes(document))
+    console.print(f"{out}: comparison.json, comparison.md and every plan; sentei apply writes a model.")

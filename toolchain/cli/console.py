@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-from toolchain.cli.terminal import takes_unicode
+from toolchain.cli.terminal import printable, takes_unicode
 from toolchain.devices import parse_device
 from toolchain.errors import SenteiError
 
@@ -51,7 +52,15 @@ TEXT_METAVAR = "[WEIGHT:]TEXT"
 
 # Tokens of a window, unless the model reads fewer.
 SEQ_LEN = 2048
+_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
 _DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _PlainConsole(Console):
+    """Shows texts as they are: names of files and of models may hold what rich or a terminal takes for commands."""
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str(printable(text), **settings)
 
 
 class Output:
@@ -60,8 +69,8 @@ class Output:
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self.stdout = Console(highlight=False, soft_wrap=True)
-        self.stderr = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
+        self.stdout = _PlainConsole(**_PLAIN)
+        self.stderr = _PlainConsole(stderr=True, quiet=quiet, **_PLAIN)
         _silence_libraries()
 
     def result(self, result: dict[str, Any], show: Callable[[Console], None]) -> None:
@@ -73,7 +82,7 @@ class Output:
 
     def note(self, text: str) -> None:
         """Tells what is going on."""
-        self.stderr.print(text, markup=False)
+        self.stderr.print(text)
 
     def progress(self, description: str, total: int) -> AbstractContextManager[Callable[[], None]]:
         """A :class:`toolchain.progress.Progress` that draws a bar on stderr."""
@@ -82,7 +91,7 @@ class Output:
     @contextmanager
     def _bar(self, description: str, total: int) -> Iterator[Callable[[], None]]:
         columns = (
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -52,7 +52,7 @@ def demo(
         "output_throughput_gain": benchmarks,
         "duration_s": round(time.monotonic() - started, 1),
     }
-    output.result(result, lambda console: console.print(_closing(out, result), markup=False))
+    output.result(result, lambda console: console.print(_closing(out, result)))
 
 
 def _announcement(out: Path, *, has_vllm: bool) -> str:

@@ -157,4 +157,4 @@ def _show_readiness(console: Console, readiness: dict[str, Any]) -> None:
     console.print(table, soft_wrap=False)
     for kind in ("problem", "note"):
         for sentence in readiness[f"{kind}s"]:
-            console.print(f"{kind}: {sentence}", markup=False)
+            console.print(f"{kind}: {sentence}")

@@ -60,12 +60,10 @@ def _show(console: Console, result: dict[str, Any]) -> None:
     console.print(
         f"{peaks['device']}, {peaks['dtype']}: {peaks['flops_per_s'] / 1e9:,.0f} GFLOP/s, "
         f"{peaks['bytes_per_s'] / 1e9:,.1f} GB/s read, measured just now",
-        markup=False,
     )
     console.print(
         f"{load['input_len']} tokens in, {load['output_len']} out, {load['concurrency']} at a time: the best that this "
         "device allows (roofline); no server reaches it, but both models miss it alike",
-        markup=False,
     )
     table = Table(box=None)
     for header in ("", "original", "planned", "", "gain"):
@@ -79,7 +77,6 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         console.print(
             f"  {phase}: {planned['flops_per_token'] / 1e9:.3g} GFLOP and {planned['bytes_per_token'] / 1e6:.3g} MB a "
             f"token, {planned['flops_per_byte']:.3g} FLOP a byte: bound by {planned['bound']}",
-            markup=False,
         )
     for limit in result["limits"]:
-        console.print(f"  {limit['text']}", markup=False)
+        console.print(f"  {limit['text']}")

@@ -21,7 +21,7 @@ def show_evaluation(console: Console, document: "EvaluationDocument") -> None:
         _where(document),
     ):
         if block:
-            console.print("\n".join(line.rstrip() for line in block), markup=False)
+            console.print("\n".join(line.rstrip() for line in block))
 
 
 def _texts(document: "EvaluationDocument") -> list[str]:

@@ -164,7 +164,8 @@ def _verify(output: Output, exported: Path, against: Path, *, engine: VerifyEngi
 
 
 def _show(console: Console, exported: Path, verdict: dict[str, Any]) -> None:
-    console.print(f"{exported}: {'verified' if verdict['passed'] else '[red]FAILED[/red]'} ({verdict['engine']})")
+    passed, style = ("verified", None) if verdict["passed"] else ("FAILED", "red")
+    console.print(f"{exported}: {passed} ({verdict['engine']})", style=style)
     for key, value in verdict.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and key != "schema_version":
             console.print(f"  {key:<36} {value:.6g}")

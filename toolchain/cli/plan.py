@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
+from toolchain.cli.terminal import printable
 from toolchain.errors import SenteiError
 from toolchain.output import writes_directory, writes_file
 
@@ -77,7 +79,7 @@ def curve(
         for name, plan in plans.items():
             _show_curve(console, name, plan)
         if out is not None:
-            console.print(f"{out} draws it.", markup=False)
+            console.print(f"{out} draws it.")
 
     output.result({"curves": curves} if len(curves) > 1 else curves[0], show)
 
@@ -142,7 +144,6 @@ def cut(
         lambda console: console.print(
             f"{out}: step {last.number}, {last.label}, {plan.document.metric} {last.metric:.4g}\n"
             f"sentei apply {out} MODEL -o DIR writes the model.",
-            markup=False,
         ),
     )
 
@@ -175,7 +176,7 @@ def _show_curve(console: Console, name: str, plan: "PruningPlan") -> None:
 
 def _show_difference(console: Console, found: dict[str, Any]) -> None:
     for name, (before, after) in found["settings"].items():
-        console.print(f"{name}: {before} → {after}", markup=False)
+        console.print(f"{name}: {before} → {after}")
     sizes, metrics = found["num_block_parameters"], found["metric"]
     console.print(f"decoder-block parameters: {sizes[0]:,} → {sizes[1]:,}")
     console.print(f"metric after the last step: {metrics[0]:.4g} → {metrics[1]:.4g}")
@@ -208,7 +209,7 @@ def _show_reasons(console: Console, found: dict[str, Any]) -> None:
         console.print(table, soft_wrap=False)
     elif found["blocks"] is not None:
         for candidate, score in found["blocks"].items():
-            console.print(f"  {candidate}: {score:.4g} in the method's first look", markup=False)
+            console.print(f"  {candidate}: {score:.4g} in the method's first look")
     elif not attention["protected"]:
         console.print("  The search removed no attention, or never came to this layer.")
     console.print(
@@ -235,14 +236,14 @@ def _show(console: Console, plan: "PruningPlan") -> None:
         share = layer.intermediate_size / full
         bar = "█" * round(share * _BAR_WIDTH)
         if layer.attention == "keep":
-            attention = "keep (protected)" if layer.layer in document.protected.attention else "keep"
-        elif layer.layer in steps:
-            attention = (
-                f"[red]remove[/red] (step {steps[layer.layer][0]}, {document.metric} {steps[layer.layer][1]:.4g})"
-            )
+            attention = Text("keep (protected)" if layer.layer in document.protected.attention else "keep")
         else:
             by_hand = not document.block_steps or layer.layer not in document.block_steps[-1].attention
-            attention = "[red]remove[/red]" + (" (by hand)" if by_hand else "")
+            why = " (by hand)" if by_hand else ""
+            if layer.layer in steps:
+                number, metric = steps[layer.layer]
+                why = printable(f" (step {number}, {document.metric} {metric:.4g})")
+            attention = Text.assemble(("remove", "red"), why)
         if layer.layer in document.protected.ffn:
             bar += " protected"
         table.add_row(str(layer.layer), attention, f"{layer.intermediate_size:>6} {share:>4.0%} {bar}")
@@ -261,10 +262,9 @@ def _show(console: Console, plan: "PruningPlan") -> None:
     console.print(
         f"calibration: {'; '.join(sources_of(calibration))}; "
         f"{calibration.num_samples} windows of {calibration.seq_len} tokens",
-        markup=False,
     )
     if document.compensation is not None:
-        console.print(f"compensation: {_done_by(document.compensation)}", markup=False)
+        console.print(f"compensation: {_done_by(document.compensation)}")
     for healing in document.healing:
         console.print(
             f"healed: {healing.steps} steps towards {healing.teacher}, perplexity {healing.perplexity_before:.4g} → "

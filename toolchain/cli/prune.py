@@ -424,4 +424,4 @@ def show_sweep(console: Console, out: Path, result: dict[str, Any]) -> None:
             str(point["num_attention_removals"]),
         )
     console.print(table)
-    console.print(f"sentei plan curve {out} draws them; sentei apply PLAN MODEL -o DIR writes a model.", markup=False)
+    console.print(f"sentei plan curve {out} draws them; sentei apply PLAN MODEL -o DIR writes a model.")

@@ -84,4 +84,4 @@ def _show(console: Console, out: Path, source: Path, result: dict[str, Any]) -> 
     )
     console.print(f"  rounded      {result['num_matrices']} matrices, each compared with its source")
     console.print(f"  untouched    {result['num_other_tensors']} tensors, bit by bit")
-    console.print(f"sentei verify {out} --against {source} runs it in vLLM.", markup=False)
+    console.print(f"sentei verify {out} --against {source} runs it in vLLM.")

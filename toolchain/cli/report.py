@@ -32,4 +32,4 @@ def report(
     from serving.report import render_report
 
     summary = render_report(directories, out, language=lang.value, force=force)
-    output.result({**summary, "report": str(out)}, lambda console: console.print(f"Report: {out}", markup=False))
+    output.result({**summary, "report": str(out)}, lambda console: console.print(f"Report: {out}"))

@@ -1,8 +1,12 @@
 """The three standard streams, whatever started the program."""
 
 import os
+import re
 import sys
 from io import TextIOWrapper
+
+# All but tab and new line.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def prepare_streams() -> None:
@@ -27,3 +31,8 @@ def prepare_streams() -> None:
 def takes_unicode() -> bool:
     """Whether stdout can show any character."""
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+
+
+def printable(text: str) -> str:
+    """Escapes what a terminal takes for commands: it may come from a stranger's file."""
+    return _CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
