@@ -21,9 +21,8 @@ from toolchain.surgery import write_pruned
 pytest_plugins = ["tests.compatibility", "tests.faults.table"]
 
 
-# Where pytest was started in the background these are ignored, and what it starts would ignore them as well.
+# Where pytest was started in the background Ctrl-C is ignored, and what it starts would ignore it as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,13 +38,9 @@ def start(seconds: float, prepare: Callable[[], object]) -> subprocess.Popen[str
     return process
 
 
-def nothing() -> None:
-    pass
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_comes_several_times_does_not_break_off_the_clearing_away(number: signal.Signals) -> None:
-    process = start(60, nothing)
+    process = start(60, lambda: signal.signal(number, signal.SIG_DFL))
     for _ in range(3):
         process.send_signal(number)
         time.sleep(0.05)
