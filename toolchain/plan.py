@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from toolchain.errors import SenteiError, reason_of
 from toolchain.json_files import read_json, read_json_object
@@ -207,7 +207,8 @@ class PruningPlan:
         scores: dict[str, NDArray[Any]] = {f"importance.{layer}": each for layer, each in enumerate(self.importance)}
         scores |= {f"{_HASHES}{name}": each for name, each in self.text_hashes.items()}
         partial = directory / f"{SCORES_FILE}.partial"
-        save_file(scores, partial)
+        # Not by the library's save_file, which makes files that their owner alone may read.
+        partial.write_bytes(save(scores))
         partial.replace(directory / SCORES_FILE)
         write_text(directory / PLAN_FILE, document_to_json(self.document))
 

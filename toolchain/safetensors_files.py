@@ -41,3 +41,9 @@ def check_header_size(path: Path) -> None:
         raise SenteiError(
             f"{path} is corrupt or truncated (its header would have {length:,} bytes).", "Download or copy it again."
         )
+
+
+def let_others_read(directory: Path) -> None:
+    """Gives weights the permissions of the config beside them: the library lets their owner alone read them."""
+    for file in directory.glob("*.safetensors"):
+        file.chmod((directory / "config.json").stat().st_mode & 0o777)

@@ -1,11 +1,12 @@
 """Where text comes from: files, directories, data sets of the Hugging Face hub, or what ships with Python."""
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from toolchain import embedded_text
 from toolchain.errors import MissingDependencyError, SenteiError, is_out_of_memory, reason_of
@@ -133,11 +134,12 @@ def text_files(path: Path) -> list[Path]:
     """The file itself, or the text files in a directory and below, by name.
 
     Raises:
-        SenteiError: There is none.
+        SenteiError: There is none, or a directory cannot be read, so that some would be missing.
     """
     known = ", ".join(_READERS)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in _READERS)
+        below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_refuse_folder) for name in names)
+        files = sorted(file for file in below if file.is_file() and file.suffix.lower() in _READERS)
         if not files:
             raise SenteiError(f"Directory {path} holds no text file.", f"Known endings: {known}.")
         return files
@@ -146,6 +148,12 @@ def text_files(path: Path) -> list[Path]:
     if path.suffix.lower() not in _READERS:
         raise SenteiError(f"{path}: unknown kind of text file.", f"Known endings: {known}.")
     return [path]
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise SenteiError(
+        f"Directory {error.filename} of texts cannot be read ({error.strerror}).", "Make it readable, or leave it out."
+    ) from error
 
 
 @contextmanager
