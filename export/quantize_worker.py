@@ -77,4 +77,9 @@ def _quantize(model: Any, recipe: Any, calibration: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    except Exception as error:
+        if os.environ.get("SENTEI_TRACEBACK"):
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")  # the last words that a user is told
