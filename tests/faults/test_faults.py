@@ -158,11 +158,13 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @contextmanager
 def _scene(fault: Fault, job: Job, inputs: Path, scratch: Path) -> Iterator[Scene]:
-    if fault.cause is _remove_inputs:
-        inputs = Path(shutil.copytree(inputs, scratch / "inputs"))
     directory = scratch / "place"
     with small_disk(directory) if fault.needs_disk else nullcontext(plain_place(directory)) as place:
-        yield Scene(job=job, inputs=inputs, place=place, scratch=scratch)
+        scene = Scene(job=job, inputs=inputs, place=place, scratch=scratch)
+        try:
+            yield scene
+        finally:
+            _bring_inputs_back(scene)
 
 
 def _disturb(scene: Scene, fault: Fault, stage: str) -> Ended:
