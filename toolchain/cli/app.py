@@ -119,10 +119,14 @@ def main() -> None:
 
 def _told(error: Exception) -> tuple[str, int]:
     """The sentence that a person is told, and the exit code."""
-    if isinstance(error, SenteiError):
-        return str(error), error.exit_code
     number = _errno_of(error)
+    if _is_library_without_memory(error.__cause__):
+        number = errno.ENOMEM
+    elif isinstance(error, SenteiError):
+        return str(error), error.exit_code
     if is_out_of_memory(error) or number == errno.ENOMEM or _address_space_is_full():
+        # What libraries do at exit fails too then, and Python would print a traceback for each.
+        sys.unraisablehook = lambda _: None
         return (
             "Memory ran out. Close other programs, take a smaller model, shorter or fewer windows, or a larger "
             "machine; prune, apply and evaluate need far less with --offload.",
@@ -138,6 +142,11 @@ def _told(error: Exception) -> tuple[str, int]:
     reason = " ".join(str(error).split())
     what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"sentei itself failed ({_shortened(what)}). {_trace_kept(error)}Please report this.", 1
+
+
+def _is_library_without_memory(cause: BaseException | None) -> bool:
+    """Whether a library that is there could not be loaded; what caught the ImportError takes it for missing."""
+    return isinstance(cause, ImportError) and is_out_of_memory(cause)
 
 
 def _errno_of(error: Exception) -> int | None:
