@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint
-from toolchain.errors import MissingDependencyError, SenteiError, is_out_of_memory
+from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.json_files import read_json_object
 from toolchain.output import check_output_directory, new_directory, writes_directory
 
@@ -95,8 +95,6 @@ def _build(
         except ModuleNotFoundError as error:
             raise MissingDependencyError(str(error.name), "onnx") from error
         except ImportError as error:
-            if is_out_of_memory(error):
-                raise
             raise SenteiError(
                 f"ONNX export cannot start ({error}).", "Install again: pip install 'sentei[onnx]'"
             ) from error
