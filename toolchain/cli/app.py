@@ -7,10 +7,10 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
 import typer
 
@@ -37,6 +37,9 @@ from toolchain.cli.terminal import prepare_streams
 from toolchain.errors import SenteiError, is_out_of_memory
 
 _INTERRUPTED = 130
+# Ctrl-C that is pressed again within these seconds says nothing new, and would break off the clearing away.
+_SAME_WISH_S = 2.0
+_ENDS_A_COMMAND = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _LONGEST_REASON = 300
@@ -85,26 +88,32 @@ app.command("demo")(demo.demo)
 def main() -> None:
     """Runs the command line.
 
-    Exit code 0, 1 (a check failed, or a fault of sentei's own), 2 (bad input) or 130 (Ctrl-C, or SIGTERM, which ends
-    a command in the same way).
+    Exit code 0, 1 (a check failed, or a fault of sentei's own), 2 (bad input) or 130 (Ctrl-C, or SIGTERM or a terminal
+    that closes, which end a command in the same way).
     """
     prepare_streams()
     os.environ.update({name: os.environ.get(name, "1") for name in _NO_NETWORK})
-    interrupted: list[int] = []
+    interrupted: list[float] = []
 
-    def interrupt(number: int, _frame: object) -> NoReturn:
-        interrupted.append(number)
+    def interrupt(_number: int, _frame: object) -> None:
+        if interrupted and time.monotonic() - interrupted[-1] < _SAME_WISH_S:
+            return
+        interrupted.append(time.monotonic())
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What is ignored stays ignored: nohup lets a job outlive its terminal, and Ctrl-C is not for what a script runs in
+    # the background.
+    heard = [number for number in _ENDS_A_COMMAND if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         app()
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # Typer ends silently on Ctrl-C
             typer.echo("Interrupted.", err=True)
         raise
-    except Exception as error:
-        if interrupted:  # a library that was interrupted in its C++ code says something else
+    except (Exception, KeyboardInterrupt) as error:
+        # A library that was interrupted in its C++ code says something else.
+        if interrupted or isinstance(error, KeyboardInterrupt):
             typer.echo("Interrupted.", err=True)
             sys.exit(_INTERRUPTED)
         if os.environ.get("SENTEI_TRACEBACK"):

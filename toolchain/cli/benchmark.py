@@ -11,7 +11,7 @@ from rich.console import Console
 
 from toolchain.cli.console import DeviceOption, ForceOption, JsonOption, Output, OwnDtypeOption, QuietOption, pick_dtype
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.output import writes_directory
+from toolchain.output import check_output_directory, writes_directory
 
 _LOAD, _SERVER = "Load", "Server"
 N = TypeVar("N", int, float)
@@ -118,6 +118,8 @@ def benchmark(
     preset = PRESETS[workload.value] if workload else None
     if prompts and (preset or input_len):
         raise SenteiError("--prompts brings its own lengths.", "Leave out --workload and --input-len.")
+    if prompts:
+        check_output_directory(out, force=force, inputs=[prompts])
     rates = _numbers("--request-rate", request_rate, float)
     in_flight = _numbers("--concurrency", concurrency, int)
     if not in_flight and not rates:

@@ -26,7 +26,7 @@ from toolchain.cli.console import (
     window_length,
 )
 from toolchain.errors import SenteiError
-from toolchain.output import writes_directory
+from toolchain.output import check_output_directory, writes_directory
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
 
@@ -364,6 +364,10 @@ def apply(
     from toolchain.text_sources import parse_sources
 
     loaded = load_plan(plan)
+    place = plan if plan.is_dir() else plan.parent
+    if out.resolve() != place.resolve():
+        # The plan's own directory gets the plan again; one above it would lose the plan, and perhaps others.
+        check_output_directory(out, force=force, inputs=[place])
     summary = apply_plan(
         loaded, resolve_model(model), out, calibration=parse_sources(calibration or []),
         device=pick_device(device), offload=offload, force=force, progress=output.progress,
