@@ -32,8 +32,8 @@ from unittest import mock
 from toolchain.cli import app
 
 def work() -> None:
-    print("working", flush=True)
     try:
+        print("working", flush=True)
         time.sleep(60)
     finally:
         print("clearing away", flush=True)
