@@ -149,6 +149,7 @@ def _run(python: str, job: Mapping[str, Any], scratch: Path, on_line: Callable[[
     environment = {**os.environ, "PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
         [python, "-P", "-m", "export.quantize_worker", str(job_file)],
+        stdin=subprocess.PIPE,  # by which the worker knows that this process has not died
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",

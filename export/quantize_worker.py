@@ -5,7 +5,10 @@ there. :mod:`export.quantize` starts it, and checks what it writes.
 """
 
 import json
+import os
+import signal
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,17 @@ from safetensors.torch import load_file
 from toolchain.modeling import load_model
 
 _MAX_SHARD = "5GB"
+
+
+def end_with_parent() -> None:
+    """Ties this process to the one that holds the other end of its stdin, however that one ends."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def main(job_file: Path) -> None:
@@ -62,4 +76,10 @@ def _quantize(model: Any, recipe: Any, calibration: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    end_with_parent()
+    try:
+        main(Path(sys.argv[1]))
+    except Exception as error:
+        if os.environ.get("SENTEI_TRACEBACK"):
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")  # the last words that a user is told

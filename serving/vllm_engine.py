@@ -64,10 +64,12 @@ class VllmEngine:
                 servers read.
 
         Raises:
-            SenteiError: Not a good checkpoint, or vLLM cannot load it; its own messages are on stderr.
+            SenteiError: Not a good checkpoint, ``VLLM_PLUGINS`` leaves out sentei's plugin, or vLLM cannot load it; its
+                own messages are on stderr.
             MissingDependencyError: vLLM is not installed.
         """
-        check_plugins()
+        if described_by is None:  # the other form is read by vLLM's own class
+            check_plugins()
         checkpoint = open_servable(described_by or directory)
         dtype = dtype or checkpoint.dtype
         limit = checkpoint.config.get("max_position_embeddings") or max_model_len

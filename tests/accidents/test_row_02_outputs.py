@@ -120,8 +120,8 @@ def test_a_read_only_place_is_refused_before_the_work(tmp_path: Path):
     ("out", "says"),
     [
         ("x" * 250, "at most 244 fit"),
-        (b"caf\xe9", "is not written in UTF-8"),
-        (b"caf\xe9/out", "is not written in UTF-8"),
+        (b"caf\xe9", "UTF-8"),
+        (b"caf\xe9/out", "UTF-8"),
         ("gone/../out", "which does not exist"),
         ("there/inner/..", "does not end in a name"),
         ("..", "is a working directory"),

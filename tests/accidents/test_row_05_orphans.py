@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -92,3 +93,25 @@ def test_a_killed_server_leaves_nothing(pico_model: Path, tmp_path: Path, when: 
         wait_for(lambda: not any(map(exists, started)), 15)
     finally:
         server.kill()
+
+
+def test_the_process_that_quantises_ends_with_a_killed_command(tmp_path: Path):
+    # In place of llm-compressor's Python: one that takes long, and ends with its parent as the real worker does.
+    python = tmp_path / "python"
+    long_work = (
+        "import os, time; from pathlib import Path; from export.quantize_worker import end_with_parent; "
+        f"end_with_parent(); Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(300)"
+    )
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c {shlex.quote(long_work)}\n")
+    python.chmod(0o755)
+    arguments = f"{str(python)!r}, {{}}, Path({str(tmp_path)!r}), print"
+    command = f"from pathlib import Path; from export.quantize import _run; _run({arguments})"
+    parent = subprocess.Popen([sys.executable, "-c", command])
+    try:
+        wait_for(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text(), 120)
+        child = int((tmp_path / "pid").read_text())
+        assert exists(child)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not exists(child), 15)

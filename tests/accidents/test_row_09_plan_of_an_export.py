@@ -31,7 +31,9 @@ def ok(*command: object) -> str:
 def test_show_and_curve_of_an_export(directories: tuple[Path, Path]):
     pruned, export = directories
     assert ok("plan", "show", export) == ok("plan", "show", pruned)
-    assert ok("plan", "curve", export).replace(str(export), str(pruned)) == ok("plan", "curve", pruned)
+    # Long paths are wrapped.
+    drawn = ["".join(ok("plan", "curve", each).split()).replace(str(each), "DIR") for each in directories]
+    assert drawn[0] == drawn[1]
     known, unknown = (json.loads(ok("plan", "show", each, "--json")) for each in directories)
     assert all(layer["kept_neurons"] for layer in known["layers"])
     # Which ones are kept only the scores say: nothing is made up.

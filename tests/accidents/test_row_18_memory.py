@@ -8,6 +8,9 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from tests.command_line import refused, sentei
+from toolchain import onnx_libraries
+from toolchain.cli.app import _told
+from toolchain.errors import MissingDependencyError
 
 _LIMITED = """
 import resource, sys
@@ -46,3 +49,14 @@ def test_real_limits(demo_model: Path, text: Path, tmp_path: Path, command: str,
     assert done.returncode == 2, done.stderr
     assert "Memory ran out" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_library_that_does_not_fit_is_not_called_missing(monkeypatch: pytest.MonkeyPatch):
+    def no_room(name: str) -> None:
+        raise ImportError(f"{name}.so: failed to map segment from shared object")
+
+    monkeypatch.setattr(onnx_libraries.importlib, "import_module", no_room)
+    with pytest.raises(MissingDependencyError) as missing:
+        onnx_libraries.import_onnx_library("onnxruntime")
+    sentence, exit_code = _told(missing.value)
+    assert sentence.startswith("Memory ran out") and exit_code == 2

@@ -30,9 +30,12 @@ job_file = Path(sys.argv[4])
 job = json.loads(job_file.read_text())
 print("rounding", flush=True)
 time.sleep(2)
-write_quantized(Path(job["source"]), Path(job["out"]), job["scheme"])
-time.sleep(1)
-job_file.with_suffix(".done").write_text(json.dumps({{"llmcompressor": "none"}}))
+try:
+    write_quantized(Path(job["source"]), Path(job["out"]), job["scheme"])
+    time.sleep(1)
+    job_file.with_suffix(".done").write_text(json.dumps({{"llmcompressor": "none"}}))
+except Exception as error:
+    sys.exit(f"{{type(error).__name__}}: {{error}}")
 """
 
 

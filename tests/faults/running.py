@@ -38,8 +38,9 @@ class Ended:
     @property
     def said(self) -> str:
         """What it told the user about its end; empty if it said nothing."""
-        lines = [line for line in self.stderr.splitlines() if line.startswith(("Error:", "Interrupted"))]
-        return lines[-1] if lines else ""
+        lines = self.stderr.splitlines()
+        starts = [number for number, line in enumerate(lines) if line.startswith(("Error:", "Interrupted"))]
+        return " ".join(lines[starts[-1] :]) if starts else ""
 
 
 class Running:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.command_line import refused, sentei
 from tests.families import make_family_pico
+from tests.serving.test_report import write_plan
 from toolchain.application import apply_plan
 from toolchain.errors import SenteiError
 from toolchain.text_sources import TextSource
@@ -100,3 +101,18 @@ def test_an_output_without_a_name_of_its_own_is_refused_in_one_sentence(model: P
 def test_numbers_below_zero_are_refused(model: Path, tmp_path: Path, command: tuple, option: str):
     words = [model if word == "MODEL" else word for word in command]
     refused(sentei(*words, "-o", tmp_path / "out", option, -1), option, "Invalid value")
+
+
+def test_prompts_and_plans_in_the_output_stay(model: Path, tmp_path: Path):
+    out, plan = tmp_path / "out", tmp_path / "out" / "plans" / "0.3"
+    plan.mkdir(parents=True)
+    write_plan(plan)
+    (out / "prompts.jsonl").write_text('{"prompt": "Bread is", "output_tokens": 4}\n')
+    before = sorted(tmp_path.rglob("*"))
+    for words in (
+        ("benchmark", model, model, "--engine", "vllm", "--prompts", out / "prompts.jsonl"),
+        ("apply", plan, model),
+        ("apply", plan / "plan.json", model),
+    ):
+        refused(sentei(*words, "-o", out, "--force"), f"Output {out} would replace the input {out}")
+    assert sorted(tmp_path.rglob("*")) == before

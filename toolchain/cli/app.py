@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import signal
 import sys
@@ -36,10 +37,11 @@ from toolchain.cli.terminal import prepare_streams, printable
 from toolchain.errors import SenteiError, is_out_of_memory
 
 _INTERRUPTED = 130
-# Ctrl-C pressed again in these seconds says nothing new, and would break off the clearing away.
-_ONE_WISH_S = 2.0
+# Ctrl-C that is pressed again within these seconds says nothing new, and would break off the clearing away.
+_SAME_WISH_S = 2.0
 _ENDS_A_COMMAND = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _LONGEST_REASON = 300
 _LEAST_ROOM_BYTES = 64 * 1024 * 1024
 # Libraries that would tell their makers who uses them. A value that the user has set stays.
@@ -94,12 +96,13 @@ def main() -> None:
     interrupted: list[float] = []
 
     def interrupt(_number: int, _frame: object) -> None:
-        if interrupted and time.monotonic() - interrupted[-1] < _ONE_WISH_S:
+        if interrupted and time.monotonic() - interrupted[-1] < _SAME_WISH_S:
             return
         interrupted.append(time.monotonic())
         raise KeyboardInterrupt
 
-    # What is ignored stays so: nohup means that a job outlives its terminal, & in a script that Ctrl-C is for others.
+    # What is ignored stays ignored: nohup lets a job outlive its terminal, and Ctrl-C is not for what a script runs in
+    # the background.
     heard = [number for number in _ENDS_A_COMMAND if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in heard}
     try:
@@ -125,24 +128,41 @@ def main() -> None:
 
 def _told(error: Exception) -> tuple[str, int]:
     """The sentence that a person is told, and the exit code."""
-    if isinstance(error, SenteiError):
+    number = _errno_of(error)
+    if _is_library_without_memory(error.__cause__):
+        number = errno.ENOMEM
+    elif isinstance(error, SenteiError):
         return str(error), error.exit_code
-    if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM or _address_space_is_full():
+    if is_out_of_memory(error) or number == errno.ENOMEM or _address_space_is_full():
+        # What libraries do at exit fails too then, and Python would print a traceback for each.
+        sys.unraisablehook = lambda _: None
         return (
             "Memory ran out. Close other programs, take a smaller model, shorter or fewer windows, or a larger "
             "machine; prune, apply and evaluate need far less with --offload.",
             2,
         )
-    if isinstance(error, OSError):
-        if error.errno in _DISK_ERRORS or "No space left" in str(error):
-            return f"No space left on the disk ({error}). Free some and run the command again.", 2
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return f"{error.filename or error}: permission denied. Choose a place you may write to.", 2
-        if error.filename:
-            return f"{error.filename} cannot be read or written ({error.strerror}). Give another path.", 2
+    if number in _DISK_ERRORS or "No space left" in str(error):
+        return f"No space left on the disk ({error}). Free some and run the command again.", 2
+    where = getattr(error, "filename", None)
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{where or error}: permission denied. Choose a place you may write to.", 2
+    if number is not None and (where or not isinstance(error, OSError)):
+        return f"{where or 'A file'} cannot be read or written ({os.strerror(number)}). Give another path.", 2
     reason = " ".join(str(error).split())
     what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"sentei itself failed ({_shortened(what)}). {_trace_kept(error)}Please report this.", 1
+
+
+def _is_library_without_memory(cause: BaseException | None) -> bool:
+    """Whether a library that is there could not be loaded; what caught the ImportError takes it for missing."""
+    return isinstance(cause, ImportError) and is_out_of_memory(cause)
+
+
+def _errno_of(error: Exception) -> int | None:
+    """The system's number for what went wrong; safetensors and tokenizers, which are Rust, have it in their words."""
+    if found := _RUST_ERROR.search(str(error)):
+        return int(found[1])
+    return error.errno if isinstance(error, OSError) else None
 
 
 def _address_space_is_full() -> bool:

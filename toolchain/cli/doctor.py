@@ -130,9 +130,7 @@ def _show(console: Console, findings: dict[str, Any]) -> None:
         table.add_row(name, value)
     console.print(table, soft_wrap=False)
     for missing in findings["missing"]:
-        console.print(
-            f"missing: {missing['package']}; pip install 'sentei[{missing['extra']}]' brings it", markup=False
-        )
+        console.print(f"missing: {missing['package']}; pip install 'sentei[{missing['extra']}]' brings it")
 
 
 def _show_readiness(console: Console, readiness: dict[str, Any]) -> None:

@@ -366,7 +366,7 @@ def apply(
     loaded = load_plan(plan)
     place = plan if plan.is_dir() else plan.parent
     if out.resolve() != place.resolve():
-        # The plan's own directory gets the plan again; one above it would lose it, and others perhaps.
+        # The plan's own directory gets the plan again; one above it would lose the plan, and perhaps others.
         check_output_directory(out, force=force, inputs=[place])
     summary = apply_plan(
         loaded, resolve_model(model), out, calibration=parse_sources(calibration or []),
