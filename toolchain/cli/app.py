@@ -32,8 +32,8 @@ from toolchain.cli import (
     serve,
 )
 from toolchain.cli.arguments import CheckedTyper
-from toolchain.cli.terminal import prepare_streams
-from toolchain.errors import SenteiError, is_out_of_memory
+from toolchain.cli.terminal import prepare_streams, without_control_characters
+from toolchain.errors import SenteiError, is_out_of_memory, is_panic
 
 _INTERRUPTED = 130
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -101,21 +101,23 @@ def main() -> None:
         if end.code == _INTERRUPTED:  # Typer ends silently on Ctrl-C
             typer.echo("Interrupted.", err=True)
         raise
-    except Exception as error:
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of Rust in a library is no Exception
         if interrupted:  # a library that was interrupted in its C++ code says something else
             typer.echo("Interrupted.", err=True)
             sys.exit(_INTERRUPTED)
         if os.environ.get("SENTEI_TRACEBACK"):
             raise
         sentence, exit_code = _told(error)
-        typer.echo(f"Error: {sentence}", err=True)
+        typer.echo(f"Error: {without_control_characters(sentence)}", err=True)
         sys.exit(exit_code)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _told(error: Exception) -> tuple[str, int]:
+def _told(error: BaseException) -> tuple[str, int]:
     """The sentence that a person is told, and the exit code."""
     if isinstance(error, SenteiError):
         return str(error), error.exit_code
@@ -133,6 +135,8 @@ def _told(error: Exception) -> tuple[str, int]:
         if error.filename:
             return f"{error.filename} cannot be read or written ({error.strerror}). Give another path.", 2
     reason = " ".join(str(error).split())
+    if is_panic(error):
+        return f"The model's tokenizer gave up on a text ({_shortened(reason)}). Take its files from where it came.", 2
     what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"sentei itself failed ({_shortened(what)}). {_trace_kept(error)}Please report this.", 1
 
@@ -151,7 +155,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
 
 
-def _trace_kept(error: Exception) -> str:
+def _trace_kept(error: BaseException) -> str:
     """Writes the whole trace to a file that only this user may read, and says where it is."""
     trace = "".join(traceback.format_exception(error))
     try:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-from toolchain.cli.terminal import takes_unicode
+from toolchain.cli.terminal import takes_unicode, without_control_characters
 from toolchain.devices import parse_device
 from toolchain.errors import SenteiError
 
@@ -54,14 +55,26 @@ SEQ_LEN = 2048
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+# Names and texts are printed as they are: "[v2]" is no style, and ":key:" no picture.
+_AS_IT_IS: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
+
+
+class PlainConsole(Console):
+    """Prints texts that come from files of strangers, which must not move the cursor."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """See rich; without control characters."""
+        return super().render_str(without_control_characters(text), **options)
+
+
 class Output:
     """Results go to stdout; everything else, progress included, to stderr."""
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self.stdout = Console(highlight=False, soft_wrap=True)
-        self.stderr = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=True)
+        self.stdout = PlainConsole(**_AS_IT_IS)
+        self.stderr = PlainConsole(stderr=True, quiet=quiet, **_AS_IT_IS)
         _silence_libraries()
 
     def result(self, result: dict[str, Any], show: Callable[[Console], None]) -> None:
@@ -82,7 +95,7 @@ class Output:
     @contextmanager
     def _bar(self, description: str, total: int) -> Iterator[Callable[[], None]]:
         columns = (
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -1,8 +1,11 @@
 """The three standard streams, whatever started the program."""
 
 import os
+import re
 import sys
 from io import TextIOWrapper
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def prepare_streams() -> None:
@@ -27,3 +30,8 @@ def prepare_streams() -> None:
 def takes_unicode() -> bool:
     """Whether stdout can show any character."""
     return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+
+
+def without_control_characters(text: str) -> str:
+    """The text with "?" for each control character but tabs and line breaks: it moves no cursor."""
+    return _CONTROL.sub("?", text)
