@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, pick_dtype
@@ -164,7 +165,8 @@ def _verify(output: Output, exported: Path, against: Path, *, engine: VerifyEngi
 
 
 def _show(console: Console, exported: Path, verdict: dict[str, Any]) -> None:
-    console.print(f"{exported}: {'verified' if verdict['passed'] else '[red]FAILED[/red]'} ({verdict['engine']})")
+    outcome = Text("verified") if verdict["passed"] else Text("FAILED", style="red")
+    console.print(Text.assemble(console.render_str(f"{exported}: "), outcome, f" ({verdict['engine']})"))
     for key, value in verdict.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and key != "schema_version":
             console.print(f"  {key:<36} {value:.6g}")

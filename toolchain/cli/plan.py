@@ -234,15 +234,14 @@ def _show(console: Console, plan: "PruningPlan") -> None:
         if layer.attention == "keep":
             attention = "keep (protected)" if layer.layer in document.protected.attention else "keep"
         elif layer.layer in steps:
-            attention = (
-                f"[red]remove[/red] (step {steps[layer.layer][0]}, {document.metric} {steps[layer.layer][1]:.4g})"
-            )
+            attention = f"remove (step {steps[layer.layer][0]}, {document.metric} {steps[layer.layer][1]:.4g})"
         else:
             by_hand = not document.block_steps or layer.layer not in document.block_steps[-1].attention
-            attention = "[red]remove[/red]" + (" (by hand)" if by_hand else "")
+            attention = "remove" + (" (by hand)" if by_hand else "")
         if layer.layer in document.protected.ffn:
             bar += " protected"
-        table.add_row(str(layer.layer), attention, f"{layer.intermediate_size:>6} {share:>4.0%} {bar}")
+        shown = console.render_str(attention, style="red" if layer.attention == "remove" else "")
+        table.add_row(str(layer.layer), shown, f"{layer.intermediate_size:>6} {share:>4.0%} {bar}")
     console.print(table, soft_wrap=False)
     console.print(
         f"{document.metric} on {document.metric_source or 'the calibration text'}: "
