@@ -1,6 +1,7 @@
 """What several rows share."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ def service(pico_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     (source / "chat_template.jinja").write_text(TEMPLATE)
     export_onnx(source, out)
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_API_KEY", KEY)
-        with running_server(out, options=["--max-num-seqs", "2"], log=log) as url:
-            yield Service(url, log, out)
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # until it runs: the servers of other tests ask for no key
+            patch.setenv("VLLM_API_KEY", KEY)
+            url = stack.enter_context(running_server(out, options=["--max-num-seqs", "2"], log=log))
+        yield Service(url, log, out)
