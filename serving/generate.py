@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from serving.chat_template import ChatTemplate
 from serving.onnx_files import is_onnx_export
-from serving.sampling import GREEDY, Sampling
+from serving.sampling import GREEDY, NOT_A_NUMBER, Sampling
 from toolchain.checkpoint import Checkpoint, open_checkpoint
 from toolchain.context_length import check_context, context_length
 from toolchain.errors import SenteiError
@@ -100,6 +100,13 @@ def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterat
             printed = text
 
 
+def _refuse_nan(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor that changes nothing; of NaN Transformers would take the first token, without a word."""
+    if scores.isnan().any():
+        raise SenteiError(NOT_A_NUMBER)
+    return scores
+
+
 def _from_transformers(
     model: "PreTrainedModel",
     tokenizer: PreTrainedTokenizerBase,
@@ -112,10 +119,11 @@ def _from_transformers(
     arguments = {
         "attention_mask": torch.ones_like(inputs),
         "max_new_tokens": max_new_tokens,
-        "do_sample": sampling.temperature > 0,
+        "do_sample": sampling.draws,
+        "logits_processor": [_refuse_nan],
         "streamer": streamer,
     }
-    if sampling.temperature > 0:
+    if sampling.draws:
         arguments |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)

@@ -18,6 +18,7 @@ from toolchain.json_files import parse_json
 _BODY_TIMEOUT_S = 60.0
 # Of a body that is too long, so much is read and forgotten: most clients do not listen before they have sent all.
 _SWALLOWED_BYTES = 64 * 2**20
+_KINDS = ("str", "function-after")
 _GUARDED = "/v1"  # as in vLLM: /health and /metrics answer everybody
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
@@ -115,9 +116,16 @@ def _parse(content: bytes, body_type: type[BodyT]) -> BodyT:
     try:
         return body_type.model_validate(parse_json(content, "The request"))
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "body"
-        raise SenteiError(f"{place}: {first['msg']}.") from error
+        # Of a field that takes several kinds, the kind that fits best is the one that went wrong furthest inside.
+        found = error.errors(include_input=False, include_url=False)
+        worst = max(found, key=lambda each: (len(each["loc"]), each["type"] not in ("string_type", "list_type")))
+        place = ".".join(str(part) for part in worst["loc"] if not _is_kind(part)) or "body"
+        raise SenteiError(f"{place}: {worst['msg']}.") from error
+
+
+def _is_kind(part: int | str) -> bool:
+    """Whether a part of an error's place names a type of ours, not something in the request."""
+    return isinstance(part, str) and (part in _KINDS or "[" in part)
 
 
 async def _refused(_: Request, error: Exception) -> Response:

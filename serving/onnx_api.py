@@ -29,7 +29,7 @@ from serving.onnx_batch import BatchRequest, OnnxBatch
 from serving.onnx_engine import OnnxEngine
 from serving.openai_protocol import ChatCompletionRequest, CompletionRequest, Reply
 from serving.sampling import Sampler
-from toolchain.errors import SenteiError
+from toolchain.errors import SenteiError, is_panic
 from toolchain.modeling import load_tokenizer
 
 _LOG = logging.getLogger("uvicorn.error")
@@ -150,7 +150,12 @@ class OnnxApi:
                 "Shorten the prompt.",
             )
         # Not backend_tokenizer.encode: that keeps Python's lock.
-        encoded = await asyncio.to_thread(self._tokenizer, text, add_special_tokens=add_special_tokens)
+        try:
+            encoded = await asyncio.to_thread(self._tokenizer, text, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise SenteiError("The model's tokenizer gave up on the prompt.") from error
         return encoded["input_ids"]
 
     async def _answer(

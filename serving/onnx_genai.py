@@ -15,6 +15,8 @@ from toolchain.onnx_libraries import import_onnx_library
 # What goes wrong arrives as an exception, and need not be on the terminal too.
 _QUIET = '{"model": {"decoder": {"session_options": {"log_severity_level": 4}}}}'
 
+_MOST_SEED = 2**31 - 1
+
 
 class GenaiModel:
     """A loaded export. One thread at a time may use it."""
@@ -64,6 +66,10 @@ class GenaiModel:
             SenteiError: See :meth:`check_prompt`; while tokens are taken, onnxruntime-genai refuses.
         """
         self.check_prompt(prompt_ids)
+        if sampling.seed is not None and sampling.seed > _MOST_SEED:
+            raise SenteiError(
+                f"Seed {sampling.seed} is more than onnxruntime-genai takes.", f"Give at most {_MOST_SEED}."
+            )
         return self._tokens(prompt_ids, max_new_tokens, sampling)
 
     def _tokens(self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
@@ -71,10 +77,11 @@ class GenaiModel:
             "max_length": self.settings.cache_length(len(prompt_ids) + max_new_tokens),
             "num_beams": 1,
             "repetition_penalty": 1.0,
-            "do_sample": sampling.temperature > 0,
+            "do_sample": sampling.draws,
         }
-        if sampling.temperature > 0:
-            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        if sampling.draws:
+            top_k = min(sampling.top_k, self.settings.vocab_size)
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": top_k}
             if sampling.seed is not None:
                 options["random_seed"] = sampling.seed
         try:

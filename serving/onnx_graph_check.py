@@ -17,6 +17,7 @@ from toolchain.onnx_libraries import import_onnx_library
 # The builder's graphs have less than 2 MB: their weights are in another file.
 _MAX_GRAPH_BYTES = 64 * 1024 * 1024
 _DOMAINS = ("", "ai.onnx", "com.microsoft")  # ONNX Runtime's own; operators of others come from a library
+_LOOPS = ("Loop", "Scan", "SequenceMap")  # no decoder needs them
 _SESSION_OPTIONS = "ort_config"  # the key under which ONNX Runtime looks for them in a graph
 _LONGEST_NAME = 100
 _UNTRUSTED = "Export the model again from its checkpoint."
@@ -62,6 +63,8 @@ def _refuse_code(model: Any, path: Path) -> None:
     if _SESSION_OPTIONS in {each.key for each in model.metadata_props}:
         raise SenteiError(f"{path} brings session options ({_SESSION_OPTIONS}), which could run code.", _UNTRUSTED)
     for node in (node for graph in _graphs(model.graph) for node in graph.node):
+        if node.op_type in _LOOPS:
+            raise SenteiError(f"{path}: operator {node.op_type} could run for ever.", _UNTRUSTED)
         if node.domain not in _DOMAINS:
             raise SenteiError(
                 f"{path}: operator {_shown(f'{node.domain}.{node.op_type}')} is not ONNX Runtime's own; a library "

@@ -16,6 +16,7 @@ from typing import NoReturn
 import uvicorn
 
 from serving.api_keys import KEY_VARIABLE, api_keys, warn_if_open
+from serving.http_connections import MOST_HEADER_BYTES, BoundedConnection
 from serving.lifetime import end_with_parent
 from serving.onnx_api import OnnxApi
 from serving.vllm_server import HOST, START_TIMEOUT_S, free_port, running_process
@@ -48,7 +49,14 @@ def serve(directory: Path, options: Sequence[str]) -> None:
         listener = _bind(given.host, given.port)  # before the model is loaded: an address that is taken is told at once
         api = OnnxApi(directory, max_num_seqs=given.max_num_seqs, max_model_len=given.max_model_len)
         # An answer under way does not keep the server from stopping.
-        config = uvicorn.Config(api.app(keys), access_log=False, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            api.app(keys),
+            http=BoundedConnection,
+            ws="none",
+            h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+            access_log=False,
+            timeout_graceful_shutdown=1,
+        )
         uvicorn.Server(config).run(sockets=[listener])  # at its end it raises the signal that it was stopped by
     finally:
         signal.signal(signal.SIGTERM, before)

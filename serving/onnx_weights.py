@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from serving.onnx_graph_check import load_graph
 from toolchain.checkpoint import same_bits
 from toolchain.errors import SenteiError
 from toolchain.families import FAMILIES
@@ -140,9 +141,20 @@ def _torch_tensor(tensor: Any) -> torch.Tensor:
 
 
 def _load(graph: Path) -> Any:
-    onnx = import_onnx_library("onnx")
+    import_onnx_library("onnx")
+    external: Any = importlib.import_module("onnx.external_data_helper")
+    proto = load_graph(graph.parent, graph.name)
+    weights: Path | None = None
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                # Checked above. onnx refuses links, as which the hub's cache keeps a snapshot's files.
+                weights = (graph.parent / entry.value).resolve()
+                entry.value = weights.name
     try:
-        return onnx.load(str(graph))
+        if weights is not None:
+            external.load_external_data_for_model(proto, str(weights.parent))
+        return proto
     except Exception as error:  # protobuf's, onnx's own and the system's errors have nothing in common
         raise SenteiError(f"{graph} cannot be read ({type(error).__name__}).", "Export the model again.") from error
 
@@ -221,6 +233,8 @@ def _rows(model: PreTrainedModel, name: str, graph: Path) -> list[tuple[str, sli
 
 def _submodule(model: PreTrainedModel, name: str, graph: Path) -> nn.Module:
     try:
-        return model.get_submodule(name)
+        module = model.get_submodule(name)
+        module.get_parameter("weight")  # what is removed leaves a module without one
+        return module
     except AttributeError as error:
         raise SenteiError(f"{graph} has a weight {name}, which the checkpoint has not.") from error

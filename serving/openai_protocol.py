@@ -120,8 +120,10 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     try:
+        if any(part.get("type", "text") != "text" for part in content):
+            raise TypeError("a part that is no text")
         return "".join(part["text"] for part in content)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise SenteiError("messages: content must be a string, or a list of parts of type text.") from error
 
 

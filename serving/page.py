@@ -1,6 +1,7 @@
 """Self-contained HTML pages: templates, and Plotly once in each page."""
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ from serving.plot import plotly_js
 from toolchain.errors import MissingDependencyError
 from toolchain.output import write_text
 
+# What begins a cell, a tag, a link or a picture.
+_MARKDOWN = re.compile(r"[|<\[\]]")
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
+def _as_markdown_text(text: object) -> str:
+    """A name in Markdown: on one line, in one cell of a table, and neither HTML nor a link nor a picture."""
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(str(text).split()))
 
 
 def write_page(template: str, out: Path, *, say: Say = ENGLISH, **view: Any) -> None:
@@ -41,7 +49,7 @@ def write_page(template: str, out: Path, *, say: Say = ENGLISH, **view: Any) -> 
     )
     environment.policies["ext.i18n.trimmed"] = True
     environment.install_gettext_callables(say, say)
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    environment.filters["cell"] = _as_markdown_text
     page = environment.get_template(template).render(
         **view, language=say.language, plotly_js=markupsafe.Markup(plotly_js())
     )

@@ -1,5 +1,6 @@
 """How the next token of an answer is picked."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,9 @@ from numpy.typing import NDArray
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from toolchain.errors import SenteiError
+
+# Below, logits would overflow; vLLM takes the likeliest token, too.
+_SMALLEST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +43,14 @@ class Sampling:
         if self.top_k < 0:
             raise SenteiError(f"top_k {self.top_k} is negative; 0 is all tokens.")
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn, and not the likeliest taken."""
+        return self.temperature >= _SMALLEST_TEMPERATURE
+
 
 GREEDY = Sampling()
-# Below, logits would overflow; vLLM takes the likeliest token, too.
-_SMALLEST_TEMPERATURE = 1e-5
+NOT_A_NUMBER = "The model computes NaN in place of a next token: its weights or its config.json are damaged."
 
 
 class Sampler:
@@ -50,7 +58,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling = GREEDY) -> None:
         """Starts the random numbers."""
-        self._draws = sampling.temperature >= _SMALLEST_TEMPERATURE
+        self._draws = sampling.draws
         if not self._draws:
             return
         self._warpers = [TemperatureLogitsWarper(sampling.temperature)]
@@ -65,7 +73,13 @@ class Sampler:
             self._random.manual_seed(sampling.seed)
 
     def pick(self, logits: NDArray[np.float32]) -> int:
-        """The next token, from logits float32 ``[vocab_size]``."""
+        """The next token, from logits float32 ``[vocab_size]``.
+
+        Raises:
+            SenteiError: A logit is no number.
+        """
+        if math.isnan(logits.max()):
+            raise SenteiError(NOT_A_NUMBER)
         if not self._draws:
             return int(logits.argmax())
         scores = torch.from_numpy(logits)[None]

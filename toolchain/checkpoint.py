@@ -188,6 +188,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """
     config = read_config(directory)
     family = family_of(config)
+    if config.get("quantization_config"):
+        raise SenteiError(
+            f"{directory}/config.json has a quantization_config; quantised checkpoints are not supported.",
+            f"Give the unquantised model ({', '.join(DTYPES)}).",
+        )
     layout = read_layout(config)
     tensors = read_headers(directory)
     checkpoint = Checkpoint(directory, config, family, layout, tensors)

@@ -64,3 +64,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return any(said in str(error) for said in _ALLOCATION_FAILURES)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic of a library in Rust, which is no ``Exception``.
+
+    Of those that sentei uses, tokenizers panics over what is in files: over patterns that it cannot follow in a text.
+    """
+    return type(error).__module__ == "pyo3_runtime"

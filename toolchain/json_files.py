@@ -20,6 +20,8 @@ from toolchain.errors import SenteiError
 # A list of empty lists takes 28 times its file's size in memory, 180 MB at most, and a second of time.
 MAX_BYTES = 6 * 1024 * 1024
 _MAX_DEPTH = 64
+# What a long line may have of the marks that begin or end something: a text's own quotes and commas are among them.
+_PARTS, _MOST_PARTS = (b"[", b"{", b",", b'"'), 4_000_000
 # Sums, squares and products of two such numbers are still floats.
 _MAX_NUMBER = 1e150
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -59,7 +61,7 @@ def read_json_lines(path: Path, *, hint: str = "", max_bytes: int = MAX_BYTES) -
     Args:
         path: The file; of any size.
         hint: What to do where it cannot be read.
-        max_bytes: A longer line is refused.
+        max_bytes: A longer line is refused; so is one longer than :data:`MAX_BYTES` that holds many things.
 
     Yields:
         Words that name the line, and its value.
@@ -76,7 +78,9 @@ def read_json_lines(path: Path, *, hint: str = "", max_bytes: int = MAX_BYTES) -
                 number += 1
                 where = f"{path} line {number}"
                 if len(line) > max_bytes:
-                    raise SenteiError(f"{where} is longer than {max_bytes:,} bytes.", hint)
+                    raise SenteiError(f"{where} is longer than {max_bytes:,} bytes.", "Split it into several.")
+                if len(line) > MAX_BYTES and sum(map(line.count, _PARTS)) > _MOST_PARTS:
+                    raise SenteiError(f"{where} is longer than {MAX_BYTES:,} bytes and is not one long text.", hint)
                 if line.strip():
                     yield where, parse_json(line, where, hint=hint)
     except OSError as error:

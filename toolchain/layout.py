@@ -15,10 +15,10 @@ from toolchain.errors import SenteiError
 MOST_LAYERS, LARGEST = 1000, 2**24
 _DIMENSIONS = {
     "hidden_size": LARGEST, "vocab_size": LARGEST, "num_attention_heads": 2**12, "num_key_value_heads": 2**12,
-    "head_dim": LARGEST, "max_position_embeddings": 2**31,
+    "head_dim": LARGEST, "max_position_embeddings": 2**31, "sliding_window": 2**31,
 }  # fmt: skip
 # What may be null, or left to the family's default.
-_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 # Transformers names that many labels, one after the other, for whatever model it is.
 _LABELS, _MOST_LABELS = "num_labels", 100_000
 _SKIPPABLE = {"attention", "mlp"}

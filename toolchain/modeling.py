@@ -10,7 +10,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Cache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from toolchain.checkpoint import Checkpoint, open_checkpoint
 from toolchain.errors import SenteiError, is_out_of_memory, reason_of
@@ -22,6 +30,15 @@ from toolchain.layout import LayerLayout, check_dimensions, read_layout
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 # Twice the largest known, Gemma 3's.
 _MOST_TOKENIZER_BYTES = 64_000_000
+# What else a tokenizer reads, and reads whole.
+_TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "merges.txt", "*chat_template*", "additional_chat_templates/*")
+_GENERATION_SETTINGS = "generation_config.json"
+_TOKEN_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_MOST_TOKEN_ID = 2**31
+# With the ranges in which they say anything.
+_SAMPLING_SETTINGS = {
+    "temperature": (0, 100), "top_p": (0, 1), "top_k": (0, 2**31), "min_p": (0, 1), "repetition_penalty": (1e-3, 1e3),
+}  # fmt: skip
 
 # What models call their KV cache, in arguments and outputs; Transformers 5.24 has renamed it.
 CACHE_ARGUMENT = next(
@@ -78,9 +95,12 @@ def load_model(
     model_class = transformers_class(checkpoint.family)
     if checkpoint.is_pruned:
         model_class = pruned_class(model_class, checkpoint.family)
+    config = read_transformers_config(checkpoint.directory)
     with said_in_a_sentence(f"{checkpoint.directory} cannot be loaded by Transformers"):
         model, info = model_class.from_pretrained(
             checkpoint.directory,
+            config=config,
+            generation_config=read_generation_config(checkpoint.directory, config),
             dtype=dtype or checkpoint.dtype,
             use_safetensors=True,
             local_files_only=True,
@@ -143,8 +163,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     settings = {name: read_json_object(directory / name) for name in _TOKENIZER_SETTINGS if (directory / name).exists()}
     # Transformers makes a model's config of it, as large as it says, before it looks at the tokenizer.
     check_dimensions(settings.get("config.json", {}))
-    for path in directory.glob("tokenizer.*"):
-        if not path.is_file() or path.stat().st_size > _MOST_TOKENIZER_BYTES:
+    for path in (path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)):
+        is_folder = path.is_dir() and "chat_template" in path.name
+        if not is_folder and (not path.is_file() or path.stat().st_size > _MOST_TOKENIZER_BYTES):
             raise SenteiError(f"{path} is no file, or larger than {_MOST_TOKENIZER_BYTES:,} bytes.")
     with said_in_a_sentence(f"{directory} has no usable tokenizer"):
         try:
@@ -156,13 +177,52 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def read_transformers_config(directory: Path) -> PreTrainedConfig:
-    """A directory's config as Transformers has it.
+    """A directory's config as Transformers has it, without what it says of how the model is run.
+
+    An implementation of attention may be named by a repository of the hub, whose code Transformers would then fetch and
+    run. The other settings change what comes out of a model's ``forward``, on which the callers rely.
 
     Raises:
         SenteiError: Transformers refuses it.
     """
     with said_in_a_sentence(f"{directory}/config.json: Transformers refuses it"):
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config._attn_implementation = None
+        config._experts_implementation = None
+        config.output_attentions = config.output_hidden_states = config.is_encoder_decoder = False
+        config.return_dict = True
+        return config
+
+
+def read_generation_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """What ``generation_config.json`` says of tokens and sampling; nothing else is followed.
+
+    Args:
+        directory: The model's.
+        config: Has the tokens where there is no such file.
+
+    Raises:
+        SenteiError: It is damaged, or a value is none that a model can have.
+    """
+    path = directory / _GENERATION_SETTINGS
+    has_file = path.exists()
+    found = read_json_object(path) if has_file else vars(config)
+    path = path if has_file else directory / "config.json"
+    tokens = {name: found[name] for name in _TOKEN_SETTINGS if found.get(name) is not None}
+    for name, value in tokens.items():
+        if not all(type(each) is int and 0 <= each < _MOST_TOKEN_ID for each in _as_list(value)):
+            raise SenteiError(f"{path}: {name} is {value!r}, not a token's number or a list of them.")
+    sampling = {name: found[name] for name in _SAMPLING_SETTINGS if has_file and found.get(name) is not None}
+    for name, value in sampling.items():
+        low, high = _SAMPLING_SETTINGS[name]
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise SenteiError(f"{path}: {name} is {value!r}, not a number from {low:g} to {high:g}.")
+    with said_in_a_sentence(f"{path} cannot be used"):
+        return GenerationConfig(**tokens, **sampling)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 @contextmanager

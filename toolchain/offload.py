@@ -22,6 +22,7 @@ from toolchain.modeling import (
     check_complete,
     decoder_layers,
     load_model,
+    read_generation_config,
     remove_attention,
     remove_ffn,
     transformers_class,
@@ -141,6 +142,7 @@ def _without_layers(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> 
     model = transformers_class(checkpoint.family).from_pretrained(
         checkpoint.directory,
         config=outside,
+        generation_config=read_generation_config(checkpoint.directory, outside),
         dtype=dtype,
         use_safetensors=True,
         local_files_only=True,

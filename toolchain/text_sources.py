@@ -16,6 +16,8 @@ _HUB = "hub:"
 # With or without the mark that some editors put in front.
 _ROW_HINT = 'Each line must be a JSON object with a field "text".'
 _PARQUET_ROWS = 1000
+# A row may be a whole book, or all of a company's minutes.
+_LONGEST_ROW = 64 * 1024 * 1024
 UTF8 = "utf-8-sig"
 
 
@@ -175,7 +177,7 @@ def _read_txt(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    for where, row in read_json_lines(path, hint=_ROW_HINT):
+    for where, row in read_json_lines(path, hint=_ROW_HINT, max_bytes=_LONGEST_ROW):
         if not isinstance(row, dict) or "text" not in row:
             raise SenteiError(f'{where} is not a JSON object with a field "text".')
         if not isinstance(row["text"], str):
@@ -194,7 +196,9 @@ def _read_parquet(path: Path) -> Iterator[str]:
         schema = file.schema_arrow
         if "text" not in schema.names:
             raise SenteiError(f'{path} has no column "text"; it has {", ".join(schema.names)}.')
-        if not (types.is_string(kind := schema.field("text").type) or types.is_large_string(kind)):
+        kind = schema.field("text").type
+        values = kind.value_type if types.is_dictionary(kind) else kind  # as pandas writes categories
+        if not (types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)):
             raise SenteiError(f'{path}: column "text" holds {kind}, not texts.')
         for batch in file.iter_batches(columns=["text"], batch_size=_PARQUET_ROWS):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)

@@ -16,7 +16,7 @@ BODY = {"prompt": "The", "max_tokens": 1}
 
 def test_the_key_of_the_environment_is_asked_for(service: Service):
     assert service.ask("/v1/completions", BODY)[0] == 200
-    for wrong in (None, "", "open", f"{KEY} ", "none"):
+    for wrong in (None, "", "open", f"{KEY}x", "none"):
         status, message = service.refusal("/v1/completions", BODY, key=wrong)
         assert status == 401 and "Authorization: Bearer" in message and KEY not in message
     assert service.refusal("/v1/models", None, key=None)[0] == 401

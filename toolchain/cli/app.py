@@ -34,7 +34,7 @@ from toolchain.cli import (
 )
 from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.terminal import prepare_streams, printable
-from toolchain.errors import SenteiError, is_out_of_memory
+from toolchain.errors import SenteiError, is_out_of_memory, is_panic
 
 _INTERRUPTED = 130
 # Ctrl-C that is pressed again within these seconds says nothing new, and would break off the clearing away.
@@ -111,7 +111,10 @@ def main() -> None:
         if end.code == _INTERRUPTED:  # Typer ends silently on Ctrl-C
             typer.echo("Interrupted.", err=True)
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
+        # A panic of Rust in a library is no Exception.
+        if not isinstance(error, Exception | KeyboardInterrupt) and not is_panic(error):
+            raise
         # A library that was interrupted in its C++ code says something else.
         if interrupted or isinstance(error, KeyboardInterrupt):
             typer.echo("Interrupted.", err=True)
@@ -126,7 +129,7 @@ def main() -> None:
             signal.signal(number, handler)
 
 
-def _told(error: Exception) -> tuple[str, int]:
+def _told(error: BaseException) -> tuple[str, int]:
     """The sentence that a person is told, and the exit code."""
     number = _errno_of(error)
     if _is_library_without_memory(error.__cause__):
@@ -149,6 +152,8 @@ def _told(error: Exception) -> tuple[str, int]:
     if number is not None and (where or not isinstance(error, OSError)):
         return f"{where or 'A file'} cannot be read or written ({os.strerror(number)}). Give another path.", 2
     reason = " ".join(str(error).split())
+    if is_panic(error):
+        return f"The model's tokenizer gave up on a text ({_shortened(reason)}). Take its files from where it came.", 2
     what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"sentei itself failed ({_shortened(what)}). {_trace_kept(error)}Please report this.", 1
 
@@ -158,7 +163,7 @@ def _is_library_without_memory(cause: BaseException | None) -> bool:
     return isinstance(cause, ImportError) and is_out_of_memory(cause)
 
 
-def _errno_of(error: Exception) -> int | None:
+def _errno_of(error: BaseException) -> int | None:
     """The system's number for what went wrong; safetensors and tokenizers, which are Rust, have it in their words."""
     if found := _RUST_ERROR.search(str(error)):
         return int(found[1])
@@ -179,7 +184,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
 
 
-def _trace_kept(error: Exception) -> str:
+def _trace_kept(error: BaseException) -> str:
     """Writes the whole trace to a file that only this user may read, and says where it is."""
     trace = "".join(traceback.format_exception(error))
     try:

@@ -56,10 +56,11 @@ _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-class _PlainConsole(Console):
+class PlainConsole(Console):
     """Shows texts as they are: names of files and of models may hold what rich or a terminal takes for commands."""
 
-    def render_str(self, text: str, **settings: Any) -> Text:
+    def render_str(self, text: str, **settings: Any) -> Text:  # type: ignore[override]
+        """See rich; control characters are escaped."""
         return super().render_str(printable(text), **settings)
 
 
@@ -69,8 +70,8 @@ class Output:
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self.stdout = _PlainConsole(**_PLAIN)
-        self.stderr = _PlainConsole(stderr=True, quiet=quiet, **_PLAIN)
+        self.stdout = PlainConsole(**_PLAIN)
+        self.stderr = PlainConsole(stderr=True, quiet=quiet, **_PLAIN)
         _silence_libraries()
 
     def result(self, result: dict[str, Any], show: Callable[[Console], None]) -> None:

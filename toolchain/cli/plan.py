@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
-from toolchain.cli.terminal import printable
 from toolchain.errors import SenteiError
 from toolchain.output import writes_directory, writes_file
 
@@ -236,17 +234,16 @@ def _show(console: Console, plan: "PruningPlan") -> None:
         share = layer.intermediate_size / full
         bar = "█" * round(share * _BAR_WIDTH)
         if layer.attention == "keep":
-            attention = Text("keep (protected)" if layer.layer in document.protected.attention else "keep")
+            attention = "keep (protected)" if layer.layer in document.protected.attention else "keep"
+        elif layer.layer in steps:
+            attention = f"remove (step {steps[layer.layer][0]}, {document.metric} {steps[layer.layer][1]:.4g})"
         else:
             by_hand = not document.block_steps or layer.layer not in document.block_steps[-1].attention
-            why = " (by hand)" if by_hand else ""
-            if layer.layer in steps:
-                number, metric = steps[layer.layer]
-                why = printable(f" (step {number}, {document.metric} {metric:.4g})")
-            attention = Text.assemble(("remove", "red"), why)
+            attention = "remove" + (" (by hand)" if by_hand else "")
         if layer.layer in document.protected.ffn:
             bar += " protected"
-        table.add_row(str(layer.layer), attention, f"{layer.intermediate_size:>6} {share:>4.0%} {bar}")
+        shown = console.render_str(attention, style="red" if layer.attention == "remove" else "")
+        table.add_row(str(layer.layer), shown, f"{layer.intermediate_size:>6} {share:>4.0%} {bar}")
     console.print(table, soft_wrap=False)
     console.print(
         f"{document.metric} on {document.metric_source or 'the calibration text'}: "

@@ -81,6 +81,11 @@ def generate(
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     is_onnx = is_onnx_export(directory)
     if is_onnx:
+        if (device, dtype) != ("auto", "auto"):
+            raise SenteiError(
+                "An ONNX export runs where and in what it was made for; --device and --dtype are for checkpoints.",
+                "Leave them out.",
+            )
         pieces = stream_text(directory, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat)
     else:
         picked = pick_device(device)
