@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from serving.lifetime import ENGINE_VARIABLE
-from serving.vllm_options import check_plugins
+from serving.vllm_options import check_plugins, check_socket_place
 from toolchain.checkpoint import dtype_name
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.quantized import open_servable
@@ -70,6 +70,7 @@ class VllmEngine:
         """
         if described_by is None:  # the other form is read by vLLM's own class
             check_plugins()
+        check_socket_place()
         checkpoint = open_servable(described_by or directory)
         dtype = dtype or checkpoint.dtype
         limit = checkpoint.config.get("max_position_embeddings") or max_model_len

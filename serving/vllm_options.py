@@ -13,6 +13,7 @@ that sentei does not start.
 import dataclasses
 import os
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,12 +22,28 @@ from typing import Any
 from serving.api_keys import api_keys, warn_if_open
 from toolchain.errors import SenteiError
 
+# Of a socket's path, 107 bytes on Linux, less a slash and the name that vLLM gives it.
+_LONGEST_SOCKET_PLACE = 107 - 1 - 36
 _PLUGIN_FILES = ("tool_parser_plugin", "reasoning_parser_plugin")
 
 
 def refused_remote_code(option: str) -> SenteiError:
     """The error for an option that would run code from the checkpoint."""
     return SenteiError(f"{option} would run code from the checkpoint.", "sentei's checkpoints need none.")
+
+
+def check_socket_place() -> None:
+    """Checks that vLLM's processes can open the sockets by which they talk to each other.
+
+    Raises:
+        SenteiError: The directory for temporary files, where these are, has too long a path.
+    """
+    place = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
+    if len(os.fsencode(place)) > _LONGEST_SOCKET_PLACE:
+        raise SenteiError(
+            f"vLLM cannot open sockets in {place}: its path is longer than {_LONGEST_SOCKET_PLACE} bytes.",
+            "Set TMPDIR to a directory with a shorter path, such as /tmp.",
+        )
 
 
 def check_plugins() -> None:

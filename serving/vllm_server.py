@@ -20,7 +20,7 @@ from serving.api_keys import sendable
 from serving.child_process import child_process
 from serving.lora import check_adapters
 from serving.vllm_launcher import is_cpu_build
-from serving.vllm_options import check_plugins, refused_remote_code
+from serving.vllm_options import check_plugins, check_socket_place, refused_remote_code
 from toolchain.errors import MissingDependencyError, SenteiError
 
 HOST = "127.0.0.1"
@@ -129,9 +129,11 @@ def checked_options(options: Sequence[str]) -> list[str]:
     refused here, before vLLM is imported.
 
     Raises:
-        SenteiError: One of them would run code from the checkpoint, or ``VLLM_PLUGINS`` leaves out sentei's plugin.
+        SenteiError: One of them would run code from the checkpoint, ``VLLM_PLUGINS`` leaves out sentei's plugin, or the
+            path of the directory for temporary files is too long for sockets.
     """
     check_plugins()
+    check_socket_place()
     options, given = list(options), _names(options)
     if "--trust-remote-code" in given:
         raise refused_remote_code("--trust-remote-code")

@@ -160,6 +160,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         SenteiError: There is none, or it is damaged.
     """
+    _check_there(directory)
     settings = {name: read_json_object(directory / name) for name in _TOKENIZER_SETTINGS if (directory / name).exists()}
     # Transformers makes a model's config of it, as large as it says, before it looks at the tokenizer.
     check_dimensions(settings.get("config.json", {}))
@@ -185,6 +186,7 @@ def read_transformers_config(directory: Path) -> PreTrainedConfig:
     Raises:
         SenteiError: Transformers refuses it.
     """
+    _check_there(directory)
     with said_in_a_sentence(f"{directory}/config.json: Transformers refuses it"):
         config: Any = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         config._attn_implementation = None
@@ -192,6 +194,12 @@ def read_transformers_config(directory: Path) -> PreTrainedConfig:
         config.output_attentions = config.output_hidden_states = config.is_encoder_decoder = False
         config.return_dict = True
         return config
+
+
+def _check_there(directory: Path) -> None:
+    """Transformers would take the path of a directory that is gone for a name on the hub."""
+    if not directory.is_dir():
+        raise SenteiError(f"Model directory {directory} does not exist any more.")
 
 
 def read_generation_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:

@@ -134,7 +134,7 @@ def running(
     for name in ("home", "tmp"):
         (scratch / name).mkdir(parents=True, exist_ok=True)
     variables = {
-        **os.environ, **(environment or {}), _MARK: mark, "HOME": str(scratch / "home"), "TMPDIR": str(scratch / "tmp"),
+        **os.environ, "HOME": str(scratch / "home"), "TMPDIR": str(scratch / "tmp"), **(environment or {}), _MARK: mark,
         # Progress bars show which stage it is in, and rich draws them only on what it takes for a terminal.
         "FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "200",
     }  # fmt: skip

@@ -296,6 +296,6 @@ def _named(left: list[str]) -> str:
 def _in_short(ended: Ended, scene: Scene) -> str:
     """The first sentence, without the test's own directories."""
     text = ended.said
-    for directory, name in ((scene.place.path, ""), (scene.inputs, "")):
-        text = text.replace(f"{directory}/", name)
+    for directory in (scene.place.path, scene.inputs):
+        text = text.replace(f"{directory}/", "").replace(str(directory), "the directory above it")
     return text.replace("|", "\\|").partition(". ")[0]

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -65,7 +66,8 @@ def _serving(engine: str, inputs: Path, scratch: Path, port: int) -> Iterator[tu
     directory, options = ENGINES[engine]
     words = ("serve", inputs / directory, "--", *options, "--port", port)
     place, url = plain_place(scratch / f"place-{len(list(scratch.iterdir()))}"), f"http://127.0.0.1:{port}"
-    with running(words, place, scratch) as run:
+    # vLLM's sockets are there, whose path may not be as long as pytest's directories are.
+    with TemporaryDirectory() as short, running(words, place, scratch, environment={"TMPDIR": short}) as run:
         run.wait_until(lambda: _answers(url), timeout_s=240)
         yield run, url
 

@@ -149,6 +149,8 @@ def _told(error: BaseException) -> tuple[str, int]:
     where = getattr(error, "filename", None)
     if number in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{where or error}: permission denied. Choose a place you may write to.", 2
+    if number == errno.ENOENT and not where:  # safetensors does not say which
+        return f"A file was removed while it was in use ({os.strerror(number)}). Run the command again.", 2
     if number is not None and (where or not isinstance(error, OSError)):
         return f"{where or 'A file'} cannot be read or written ({os.strerror(number)}). Give another path.", 2
     reason = " ".join(str(error).split())
