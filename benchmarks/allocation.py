@@ -20,19 +20,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from serving.environment import describe_environment
-from toolchain.application import remove_planned
-from toolchain.calibration import load_windows
-from toolchain.checkpoint import open_checkpoint
-from toolchain.evaluation import perplexity
-from toolchain.gguf_import import demo_gguf, import_gguf
-from toolchain.layer_walk import LayerWalk
-from toolchain.modeling import load_model, load_tokenizer
-from toolchain.output import write_text
-from toolchain.pipeline import PruneSettings
-from toolchain.plan import PruningPlan, load_sweep
-from toolchain.sweep import sweep
-from toolchain.text_sources import TextSource
+from serving.benchmark.environment import describe_environment
+from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.metrics.perplexity import perplexity
+from toolchain.model.gguf import demo_gguf, import_gguf
+from toolchain.model.layer_walk import LayerWalk
+from toolchain.model.loading import load_model, load_tokenizer
+from toolchain.outputs import write_text
+from toolchain.plan.plan import PruningPlan, load_sweep
+from toolchain.prune.apply import remove_planned
+from toolchain.prune.pipeline import PruneSettings
+from toolchain.prune.sweep import sweep
+from toolchain.text.sources import TextSource
+from toolchain.text.windows import load_windows
 
 
 def main(

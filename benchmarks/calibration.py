@@ -21,19 +21,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from serving.environment import describe_environment
-from toolchain.calibration import load_windows
-from toolchain.checkpoint import open_checkpoint
+from serving.benchmark.environment import describe_environment
+from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
-from toolchain.evaluation import perplexity
-from toolchain.gguf_import import demo_gguf, import_gguf
-from toolchain.method_comparison import METHODS
-from toolchain.modeling import bos_of, load_tokenizer
-from toolchain.offload import open_walk
-from toolchain.output import write_text
-from toolchain.pipeline import PruneSettings, prune
-from toolchain.plan import PruningPlan, load_plan
-from toolchain.text_sources import TextSource, parse_sources, parse_text
+from toolchain.evaluate.method_comparison import METHODS
+from toolchain.metrics.perplexity import perplexity
+from toolchain.model.disk_layers import open_walk
+from toolchain.model.gguf import demo_gguf, import_gguf
+from toolchain.model.loading import bos_of, load_tokenizer
+from toolchain.outputs import write_text
+from toolchain.plan.plan import PruningPlan, load_plan
+from toolchain.prune.pipeline import PruneSettings, prune
+from toolchain.text.sources import TextSource, parse_sources, parse_text
+from toolchain.text.windows import load_windows
 
 
 def main(

@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 import typer
 
-from serving.bench_client import bench_serve
-from serving.environment import describe_environment
-from serving.statistics import ratio_interval
-from serving.vllm_server import running_server
-from toolchain.output import write_text
+from serving.benchmark.environment import describe_environment
+from serving.benchmark.sessions.vllm_client import bench_serve
+from serving.benchmark.statistics import ratio_interval
+from serving.server.vllm import running_server
+from toolchain.outputs import write_text
 
 _INPUT_LEN, _OUTPUT_LEN = 64, 32
 _METRICS = ("ttft_ms", "tpot_ms", "e2el_per_token_ms")

@@ -20,9 +20,9 @@ from typing import Annotated, Any
 import typer
 from random_checkpoint import generate
 
-from serving.environment import describe_environment
-from toolchain.checkpoint import open_checkpoint
-from toolchain.output import write_text
+from serving.benchmark.environment import describe_environment
+from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.outputs import write_text
 
 _SHAPE = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8,

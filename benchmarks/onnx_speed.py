@@ -26,17 +26,17 @@ import torch
 import typer
 
 from export.onnx_graph import Precision, export_onnx
-from serving.environment import describe_environment
-from serving.model_facts import ModelFacts, onnx_facts
-from serving.onnx_genai import GenaiModel
-from serving.statistics import ratio_interval
-from toolchain.embedded_text import documents, write_halves
+from serving.benchmark.environment import describe_environment
+from serving.benchmark.statistics import ratio_interval
+from serving.engines.genai import GenaiModel
+from serving.forecast.model_facts import ModelFacts, onnx_facts
 from toolchain.errors import SenteiError
-from toolchain.gguf_import import demo_gguf, import_gguf
-from toolchain.modeling import load_tokenizer
-from toolchain.output import write_text
-from toolchain.pipeline import PruneSettings, prune
-from toolchain.text_sources import TextSource
+from toolchain.model.gguf import demo_gguf, import_gguf
+from toolchain.model.loading import load_tokenizer
+from toolchain.outputs import write_text
+from toolchain.prune.pipeline import PruneSettings, prune
+from toolchain.text.embedded import documents, write_halves
+from toolchain.text.sources import TextSource
 
 _GOALS = {"fp32": 0.95, "int4": 0.90}  # of efficiency
 _VENDOR_GOAL = 0.98  # of the vendor's tokens/s

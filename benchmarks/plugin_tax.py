@@ -26,15 +26,15 @@ from typing import Annotated, Any
 
 import typer
 
-from serving.environment import describe_environment
-from serving.statistics import ratio_interval
-from serving.vllm_engine import VllmEngine
-from serving.vllm_server import has_cxx_compiler
-from toolchain.checkpoint import open_checkpoint, write_config
-from toolchain.embedded_text import documents
-from toolchain.gguf_import import demo_gguf, import_gguf
-from toolchain.modeling import load_tokenizer
-from toolchain.output import write_text
+from serving.benchmark.environment import describe_environment
+from serving.benchmark.statistics import ratio_interval
+from serving.engines.vllm import VllmEngine
+from serving.server.vllm import has_cxx_compiler
+from toolchain.checkpoint.directory import open_checkpoint, write_config
+from toolchain.model.gguf import demo_gguf, import_gguf
+from toolchain.model.loading import load_tokenizer
+from toolchain.outputs import write_text
+from toolchain.text.embedded import documents
 
 # How much slower the plugin's class may be.
 _LIMIT = 0.02

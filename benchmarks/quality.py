@@ -30,17 +30,17 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from serving.environment import describe_environment
-from toolchain.calibration import load_windows
-from toolchain.checkpoint import open_checkpoint
-from toolchain.evaluation import perplexity
-from toolchain.evaluation_parts import digest_of
-from toolchain.gguf_import import demo_gguf, import_gguf
-from toolchain.layer_walk import LayerWalk
-from toolchain.lm_eval_tasks import TaskRequest, load_task, run_task
-from toolchain.modeling import bos_of, load_model, load_tokenizer
-from toolchain.output import write_text
-from toolchain.paired_tests import mcnemar
+from serving.benchmark.environment import describe_environment
+from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.evaluate.lm_eval_tasks import TaskRequest, load_task, run_task
+from toolchain.evaluate.significance import mcnemar
+from toolchain.metrics.perplexity import perplexity
+from toolchain.model.gguf import demo_gguf, import_gguf
+from toolchain.model.layer_walk import LayerWalk
+from toolchain.model.loading import bos_of, load_model, load_tokenizer
+from toolchain.outputs import write_text
+from toolchain.parts_cache import digest_of
+from toolchain.text.windows import load_windows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,15 +18,15 @@ import torch
 import typer
 
 from export.quantize import SCHEMES, needs_text, quantize
-from serving.compressed_weights import replace_with_rounded
-from serving.environment import describe_environment
-from toolchain.calibration import load_windows
-from toolchain.checkpoint import open_checkpoint
-from toolchain.evaluation import perplexity
-from toolchain.layer_walk import LayerWalk
-from toolchain.modeling import bos_of, load_model, load_tokenizer
-from toolchain.output import write_text
-from toolchain.quantized import open_quantized
+from serving.benchmark.environment import describe_environment
+from serving.verify.quantized_weights import replace_with_rounded
+from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.checkpoint.quantized import open_quantized
+from toolchain.metrics.perplexity import perplexity
+from toolchain.model.layer_walk import LayerWalk
+from toolchain.model.loading import bos_of, load_model, load_tokenizer
+from toolchain.outputs import write_text
+from toolchain.text.windows import load_windows
 
 
 def main(

@@ -18,11 +18,11 @@ import torch
 import typer
 from transformers import LlamaConfig
 
-from toolchain.allocation import allocate, block_parameters
-from toolchain.checkpoint import copy_companions, open_checkpoint, write_config, write_weights
-from toolchain.gguf_import import demo_gguf, import_gguf
-from toolchain.layout import LayerLayout
-from toolchain.surgery import write_pruned
+from toolchain.architecture.layout import LayerLayout
+from toolchain.checkpoint.directory import copy_companions, open_checkpoint, write_config, write_weights
+from toolchain.model.gguf import demo_gguf, import_gguf
+from toolchain.model.slicing import write_pruned
+from toolchain.prune.budget.allocation import allocate, block_parameters
 
 SHAPES: Mapping[str, Mapping[str, object]] = {
     "llama-3-8b": {

@@ -34,21 +34,21 @@ import typer
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from serving.environment import describe_environment
-from toolchain.allocation import allocate, block_parameters
-from toolchain.attention_search import Tried, removals
-from toolchain.calibration import load_windows
-from toolchain.checkpoint import open_checkpoint
-from toolchain.families import FAMILIES
-from toolchain.gguf_import import demo_gguf, import_gguf
-from toolchain.importance import neuron_importance
-from toolchain.layer_walk import LayerWalk, attention_removed
+from serving.benchmark.environment import describe_environment
+from toolchain.architecture.families import FAMILIES
+from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.memory import keep_freed_memory
-from toolchain.metrics import PerplexityMetric
-from toolchain.modeling import decoder_layers, load_model, load_tokenizer, remove_attention
-from toolchain.output import write_text
-from toolchain.plan import top_neurons
-from toolchain.surgery import narrow_ffn
+from toolchain.metrics.token_metrics import PerplexityMetric
+from toolchain.model.gguf import demo_gguf, import_gguf
+from toolchain.model.layer_walk import LayerWalk, attention_removed
+from toolchain.model.loading import decoder_layers, load_model, load_tokenizer, remove_attention
+from toolchain.model.slicing import narrow_ffn
+from toolchain.outputs import write_text
+from toolchain.plan.plan import top_neurons
+from toolchain.prune.budget.allocation import allocate, block_parameters
+from toolchain.prune.search.attention import Tried, removals
+from toolchain.prune.search.importance import neuron_importance
+from toolchain.text.windows import load_windows
 
 LLAMA = FAMILIES["llama"]
 # TinyLlama's shape: the head is 6 % of it.

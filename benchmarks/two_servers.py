@@ -17,11 +17,11 @@ from typing import Annotated, Any
 
 import typer
 
-from serving.benchmark import schedule
-from serving.environment import describe_environment
-from serving.statistics import SIDES, ratio_interval
-from serving.vllm_server import running_server
-from toolchain.output import write_text
+from serving.benchmark.environment import describe_environment
+from serving.benchmark.run import schedule
+from serving.benchmark.statistics import SIDES, ratio_interval
+from serving.server.vllm import running_server
+from toolchain.outputs import write_text
 
 
 def main(

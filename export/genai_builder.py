@@ -28,10 +28,10 @@ from onnxruntime_genai.models.builders.qwen import Qwen3Model, QwenModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from toolchain.architecture.families import FAMILIES, Family
+from toolchain.architecture.layout import LayerLayout
 from toolchain.errors import SenteiError
-from toolchain.families import FAMILIES, Family
-from toolchain.layout import LayerLayout
-from toolchain.modeling import RemovedAttention, RemovedFFN
+from toolchain.model.loading import RemovedAttention, RemovedFFN
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Device = Literal["cpu", "cuda"]

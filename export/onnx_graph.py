@@ -13,10 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint
+from toolchain.checkpoint.directory import Checkpoint, copy_companions, open_checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.json_files import read_json_object
-from toolchain.output import check_output_directory, new_directory, writes_directory
+from toolchain.outputs import check_output_directory, new_directory, writes_directory
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Device = Literal["cpu", "cuda"]
@@ -100,7 +100,7 @@ def _build(
             ) from error
     from transformers import AutoConfig
 
-    from toolchain.modeling import load_model, load_tokenizer
+    from toolchain.model.loading import load_model, load_tokenizer
 
     plain = {key: value for key, value in checkpoint.config.items() if key != "per_layer_config"}
     config = AutoConfig.for_model(**plain)

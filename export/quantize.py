@@ -20,12 +20,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from toolchain.checkpoint import Checkpoint, copy_companions, open_checkpoint, read_config, same_bits, write_config
+from toolchain.checkpoint.directory import (
+    Checkpoint,
+    copy_companions,
+    open_checkpoint,
+    read_config,
+    same_bits,
+    write_config,
+)
+from toolchain.checkpoint.quantized import QuantizedCheckpoint, open_quantized
+from toolchain.checkpoint.rounding_error import measure_rounding, rounding_checks
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.json_files import read_json_object
-from toolchain.output import check_output_directory, new_directory, writes_directory
-from toolchain.quantized import QuantizedCheckpoint, open_quantized
-from toolchain.rounding import measure_rounding, rounding_checks
+from toolchain.outputs import check_output_directory, new_directory, writes_directory
 from toolchain.safetensors_files import let_others_read
 
 VERIFICATION_FILE = "verification.json"

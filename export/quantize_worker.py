@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from toolchain.modeling import load_model
+from toolchain.model.loading import load_model
 
 _MAX_SHARD = "5GB"
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from toolchain.checkpoint import (
+from toolchain.architecture.families import check_vllm_follows
+from toolchain.checkpoint.directory import (
     MAX_SHARD_BYTES,
     Checkpoint,
     copy_companions,
@@ -19,10 +20,9 @@ from toolchain.checkpoint import (
     write_config,
     write_weights,
 )
+from toolchain.checkpoint.tensor_parallel import head_counts, ranks_for_heads
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.families import check_vllm_follows
-from toolchain.output import check_output_directory, new_directory, writes_directory
-from toolchain.tensor_parallel import head_counts, ranks_for_heads
+from toolchain.outputs import check_output_directory, new_directory, writes_directory
 
 VERIFICATION_FILE = "verification.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

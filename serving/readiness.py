@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 
-from serving.export_members import member
-from serving.model_facts import checkpoint_facts
-from serving.onnx_engine import missing_provider
-from serving.onnx_files import SUMMARY_FILE, check_graph, is_onnx_export, listed_files, read_settings
-from serving.vllm_launcher import is_cpu_build
-from serving.vllm_server import has_cxx_compiler
-from toolchain.checkpoint import Checkpoint, read_headers
+from serving.engines.onnxruntime import missing_provider
+from serving.forecast.model_facts import checkpoint_facts
+from serving.onnx_export.files import SUMMARY_FILE, check_graph, is_onnx_export, listed_files, read_settings
+from serving.onnx_export.members import member
+from serving.server.vllm import has_cxx_compiler
+from serving.server.vllm_launcher import is_cpu_build
+from toolchain.architecture.families import check_vllm_follows
+from toolchain.checkpoint.directory import Checkpoint, read_headers
+from toolchain.checkpoint.quantized import QuantizedCheckpoint, open_servable
+from toolchain.checkpoint.tensor_parallel import possible_ranks
 from toolchain.errors import MissingDependencyError, SenteiError
-from toolchain.families import check_vllm_follows
 from toolchain.json_files import read_json_object
 from toolchain.memory import available_bytes
-from toolchain.nemotron_nas import ARCHITECTURE, CONFIG_CLASS_FILE, is_nemotron_nas
-from toolchain.quantized import QuantizedCheckpoint, open_servable
-from toolchain.tensor_parallel import possible_ranks
+from toolchain.model.decilm import ARCHITECTURE, CONFIG_CLASS_FILE, is_nemotron_nas
 
 # README says which of these the plugin was run with, and which were read.
 OLDEST_VLLM, NEWEST_VLLM = (0, 25), (0, 33)
-_PLUGIN = "serving.vllm_plugin:register"
+_PLUGIN = "serving.vllm_plugin.registration:register"
 # Below this a server is of no use: one prompt and answer of moderate length.
 _KV_TOKENS = 2048
 # vLLM's default --gpu-memory-utilization.
@@ -63,7 +63,7 @@ def examine_directory(directory: Path) -> dict[str, Any]:
 def plugin_registered() -> bool:
     """Whether vLLM will find the plugin: its entry point is there, and its module is too."""
     found = [entry.value for entry in entry_points(group="vllm.general_plugins")]
-    return _PLUGIN in found and importlib.util.find_spec("serving.vllm_plugin") is not None
+    return _PLUGIN in found and importlib.util.find_spec("serving.vllm_plugin.registration") is not None
 
 
 def _examine_checkpoint(checkpoint: Checkpoint | QuantizedCheckpoint, findings: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.families import FAMILIES
+from toolchain.architecture.families import FAMILIES
 
 COLUMNS = (
     "prune",

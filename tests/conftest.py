@@ -13,10 +13,10 @@ import toolchain.onnx_libraries  # noqa: F401  (switches telemetry off before a 
 # isort: split
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from toolchain.checkpoint import copy_companions, open_checkpoint
-from toolchain.gguf_import import demo_gguf, import_gguf
-from toolchain.layout import LayerLayout
-from toolchain.surgery import write_pruned
+from toolchain.architecture.layout import LayerLayout
+from toolchain.checkpoint.directory import copy_companions, open_checkpoint
+from toolchain.model.gguf import demo_gguf, import_gguf
+from toolchain.model.slicing import write_pruned
 
 pytest_plugins = ["tests.compatibility", "tests.faults.table"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from toolchain.checkpoint import copy_companions, open_checkpoint, write_config, write_weights
+from toolchain.checkpoint.directory import copy_companions, open_checkpoint, write_config, write_weights
 
 _COMMON = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,

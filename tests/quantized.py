@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from toolchain.checkpoint import copy_companions, open_checkpoint, write_config
+from toolchain.checkpoint.directory import copy_companions, open_checkpoint, write_config
 
 GROUP_SIZE = 32
 _8_BITS = {"num_bits": 8, "group_size": None, "symmetric": True, "actorder": None, "block_structure": None}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.compatibility import COLUMNS
-from toolchain.families import FAMILIES
+from toolchain.architecture.families import FAMILIES
 
 PAGE = Path(__file__).parents[1] / "docs/compatibility.md"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from toolchain.checkpoint import open_checkpoint
-from toolchain.modeling import load_model
+from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.model.loading import load_model
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "random_checkpoint.py"
 

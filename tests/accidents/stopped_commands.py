@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-_LIBRARIES = ["torch", "transformers", "toolchain.cli.app", "toolchain.pipeline", "toolchain.evaluation_run"]
+_LIBRARIES = ["torch", "transformers", "toolchain.cli.app", "toolchain.prune.pipeline", "toolchain.evaluate.run"]
 _PATIENCE_S = 120
 
 
@@ -52,7 +52,7 @@ def stopped(place: Path, *words: object, at: str, call: int = 1) -> Iterator[Sto
     Args:
         place: An empty directory for what it says.
         words: After ``sentei``.
-        at: Where it rests, as in ``toolchain.application:compensate``.
+        at: Where it rests, as in ``toolchain.prune.apply:compensate``.
         call: Before which call of that function.
     """
     context = multiprocessing.get_context("forkserver")

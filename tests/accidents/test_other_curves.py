@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.command_line import refused, sentei
-from tests.serving.test_report import write_plan
+from tests.serving.report.test_render import write_plan
 
 
 def test_a_curve_does_not_replace_what_is_not_a_page(tmp_path: Path) -> None:

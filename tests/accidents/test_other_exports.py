@@ -9,7 +9,7 @@ import pytest
 from tests.accidents.onnx_service import Service
 from tests.command_line import refused, sentei
 from tests.conftest import make_pico, prune_by_hand
-from toolchain.checkpoint import copy_companions
+from toolchain.checkpoint.directory import copy_companions
 
 
 @pytest.fixture(scope="module")

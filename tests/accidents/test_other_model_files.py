@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.command_line import refused, sentei
-from toolchain.modeling import load_model
+from toolchain.model.loading import load_model
 
 GENERATION = "generation_config.json"
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from serving.vllm_engine import VllmEngine
-from serving.vllm_options import check_socket_place
+from serving.engines.vllm import VllmEngine
+from serving.engines.vllm_environment import check_socket_place
 from tests.command_line import refused, sentei
 from toolchain.errors import SenteiError
-from toolchain.modeling import load_tokenizer, read_transformers_config
+from toolchain.model.loading import load_tokenizer, read_transformers_config
 
 _LONG = "x" * 70
 

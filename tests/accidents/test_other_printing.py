@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from serving.report import render_report
+from serving.report.render import render_report
 from tests.command_line import sentei
-from tests.serving.test_report import write_evaluation, write_plan, write_summary
+from tests.serving.report.test_render import write_evaluation, write_plan, write_summary
 
 NAMES = ["llama[v2]", "a[/bold]", "[link=http://evil]here", "hub:key:train", "x\x1b]0;title\x07\x1b[2J", "\u009b2J"]
 

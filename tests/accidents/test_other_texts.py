@@ -7,7 +7,7 @@ import pytest
 
 from toolchain.errors import SenteiError
 from toolchain.json_files import MAX_BYTES
-from toolchain.text_sources import read_documents
+from toolchain.text.sources import read_documents
 
 BOOK = 'The gardener, in winter, prunes "the trees" [all of them]. ' * 200_000
 

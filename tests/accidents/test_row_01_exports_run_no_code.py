@@ -13,18 +13,18 @@ import onnx
 import pytest
 
 from export.onnx_graph import export_onnx
-from serving.bench_worker import load_onnx
-from serving.generate import stream_text
-from serving.model_facts import onnx_facts
-from serving.onnx_engine import OnnxEngine
-from serving.onnx_files import check_files, read_settings
-from serving.onnx_genai import GenaiModel
-from serving.onnx_server import OnnxApi
+from serving.benchmark.sessions.worker import load_onnx
+from serving.engines.genai import GenaiModel
+from serving.engines.generate import stream_text
+from serving.engines.onnxruntime import OnnxEngine
+from serving.forecast.model_facts import onnx_facts
+from serving.onnx_export.files import check_files, read_settings
 from serving.readiness import examine_directory
-from serving.verify import verify
+from serving.server.onnx import OnnxApi
+from serving.verify.verify import verify
 from tests.command_line import sentei
 from tests.conftest import make_pico
-from toolchain.checkpoint import copy_companions
+from toolchain.checkpoint.directory import copy_companions
 from toolchain.errors import SenteiError
 
 LIBRARY = """

@@ -12,7 +12,7 @@ import pytest
 from export.onnx_graph import export_onnx
 from tests.command_line import PROGRAM
 from tests.conftest import make_pico
-from toolchain.checkpoint import copy_companions
+from toolchain.checkpoint.directory import copy_companions
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("toolchain", "export", "serving")
@@ -54,7 +54,7 @@ def test_one_door_to_the_library(package: str) -> None:
     "program, users",
     [
         ("import export.genai_builder", None),
-        ("import serving.bench_worker as worker; worker.load_onnx(worker.Path('x'), 'cpu', None)", None),
+        ("import serving.benchmark.sessions.worker as worker; worker.load_onnx(worker.Path('x'), 'cpu', None)", None),
         ("import toolchain.onnx_libraries as door; door.import_onnx_library('onnxruntime')", "0"),
     ],
 )

@@ -36,7 +36,7 @@ def test_the_second_command_is_told_and_the_first_ends_well(pico_model: Path, te
         1,
         *PLAIN,
     )
-    with stopped(said, *prune, "-o", out, at="toolchain.application:write_pruned") as first:
+    with stopped(said, *prune, "-o", out, at="toolchain.prune.apply:write_pruned") as first:
         before = everything(work)
         assert {work / "out.lock", work / "out.partial", work / "out.search"} < set(before)
         holder = f"is being written by process {first.pid} on {socket.gethostname()} (sentei prune) since 20"
@@ -72,7 +72,7 @@ def test_a_report_is_written_by_one_command_at_a_time(pruned_pico: Path, tmp_pat
     work.mkdir()
     said.mkdir()
     out = work / "report.html"
-    with stopped(said, "report", pruned_pico, "-o", out, at="serving.report:build_view") as first:
+    with stopped(said, "report", pruned_pico, "-o", out, at="serving.report.render:build_view") as first:
         refused(sentei("report", pruned_pico, "-o", out, "--force"), f"written by process {first.pid}")
         refused(sentei("plan", "curve", pruned_pico, "-o", out, "--force"), f"written by process {first.pid}")
         assert first.go_on() == 0, first.stderr
@@ -85,7 +85,7 @@ def test_an_export_is_not_replaced_while_it_is_verified(pico_model: Path, tmp_pa
     said.mkdir()
     assert sentei("export", "vllm", pico_model, "-o", work / "export").returncode == 0
     verify = ("verify", work / "export", "--against", pico_model, "--engine", "transformers")
-    with stopped(said, *verify, at="serving.verify:_prompts") as first:
+    with stopped(said, *verify, at="serving.verify.verify:_prompts") as first:
         before = everything(work)
         holder = f"written by process {first.pid}"
         refused(sentei("export", "vllm", pico_model, "-o", work / "export", "--force"), holder)

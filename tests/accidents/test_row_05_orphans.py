@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.vllm_server import free_port, is_healthy
+from serving.server.vllm import free_port, is_healthy
 from tests.accidents.processes import descendants, exists, wait_for
 from tests.command_line import PROGRAM
 
@@ -56,7 +56,7 @@ def test_children_end_with_a_killed_parent_and_its_group_does_not(method: str, t
 
 
 def test_the_plugin_ties_only_engines_that_sentei_started(monkeypatch: pytest.MonkeyPatch):
-    from serving import vllm_plugin
+    from serving.vllm_plugin import registration as vllm_plugin
 
     called = []
     stand_in = type(sys)("vllm")
@@ -75,7 +75,7 @@ def test_the_plugin_ties_only_engines_that_sentei_started(monkeypatch: pytest.Mo
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize("when", ["starting", "serving"])
 def test_a_killed_server_leaves_nothing(pico_model: Path, tmp_path: Path, when: str):
-    """``tests/serving/test_vllm_server.py`` does the same by default to a server that it has anyway."""
+    """``tests/serving/server/test_vllm.py`` does the same by default to a server that it has anyway."""
     port = free_port()
     options = ["--port", str(port), "--max-model-len", "64", "--enforce-eager", "--kv-cache-memory-bytes", "100M"]
     with (tmp_path / "log").open("wb") as log:

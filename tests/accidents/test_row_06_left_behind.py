@@ -40,7 +40,7 @@ def prune(model: Path, text: Path, *more: object) -> tuple:
     )
 
 
-@pytest.mark.parametrize("at", ["toolchain.compensation:_saved", "toolchain.application:write_pruned"])
+@pytest.mark.parametrize("at", ["toolchain.prune.compensation:_saved", "toolchain.prune.apply:write_pruned"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_prune_leaves_only_what_the_next_one_uses(
     pico_model: Path, text: Path, work: Path, at: str, number: signal.Signals
@@ -120,7 +120,7 @@ def test_a_terminated_healing_says_how_to_go_on(pico_model: Path, text: Path, wo
     assert sentei(*prune(pico_model, text, *PLAIN), "-o", pruned).returncode == 0
     command = ("heal", pruned, "--against", pico_model, "--data", text, "--steps", 2, "--batch-size", 1)
     command = (*command, "--seq-len", 32, "--dtype", "float32", "-o", work / "out")
-    with stopped(work.parent / "said", *command, at="toolchain.healing:_write_weights") as running:
+    with stopped(work.parent / "said", *command, at="toolchain.heal.heal:_write_weights") as running:
         assert running.kill(signal.SIGTERM) == 130
     assert names(work) == ["out.heal"]
     assert "out.heal holds the healing so far. The same command with --resume" in running.stderr.replace("\n", " ")
@@ -129,7 +129,7 @@ def test_a_terminated_healing_says_how_to_go_on(pico_model: Path, text: Path, wo
 def test_a_terminated_comparison_says_how_to_go_on(pico_model: Path, text: Path, work: Path):
     command = ("compare-methods", pico_model, "--methods", "shortgpt", "--sparsity", 0.3, "--calibration", text)
     command = (*command, "--text", text, "--samples", 2, "--windows", 2, "--seq-len", 32, "-o", work / "out")
-    with stopped(work.parent / "said", *command, at="toolchain.method_comparison:prune") as running:
+    with stopped(work.parent / "said", *command, at="toolchain.evaluate.method_comparison:prune") as running:
         assert running.kill(signal.SIGTERM) == 130
     assert names(work) == ["out.parts"]
     assert "The same command with --resume goes on." in running.stderr

@@ -9,10 +9,10 @@ import pytest
 from tests.command_line import PLAIN, refused, sentei
 from tests.conftest import prune_by_hand
 from tests.quantized import write_quantized
-from toolchain.checkpoint import copy_companions
+from toolchain.checkpoint.directory import copy_companions
+from toolchain.checkpoint.quantized import open_servable
 from toolchain.errors import SenteiError
-from toolchain.gguf_import import demo_gguf, import_gguf
-from toolchain.quantized import open_servable
+from toolchain.model.gguf import demo_gguf, import_gguf
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import refused, sentei
-from tests.serving.test_report import write_plan, write_results, write_verification
+from tests.serving.report.test_render import write_plan, write_results, write_verification
 
 
 @pytest.fixture

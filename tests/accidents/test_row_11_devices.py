@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from serving.bench_worker import resolve_device
+from serving.benchmark.sessions.worker import resolve_device
 from tests.command_line import refused, sentei
 from toolchain.cli.console import pick_device
 from toolchain.errors import SenteiError

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from serving import onnx_api
+from serving.server import onnx_api
 from tests.accidents.onnx_service import Service
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from serving.workload import read_prompts
+from serving.benchmark.workload import read_prompts
 from tests.command_line import PLAIN, refused, sentei
 from toolchain.errors import SenteiError
-from toolchain.text_sources import read_documents
+from toolchain.text.sources import read_documents
 
 HALF = r"\ud83d"
 

@@ -12,9 +12,9 @@ import pytest
 
 from tests.command_line import refused, sentei
 from toolchain.errors import SenteiError
-from toolchain.gguf_header import read_gguf_header
 from toolchain.json_files import parse_json
-from toolchain.modeling import load_tokenizer
+from toolchain.model.gguf_header import read_gguf_header
+from toolchain.model.loading import load_tokenizer
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_gguf_header_that_claims_more_than_there_is(tmp_path: Path, content: b
 
 
 def test_the_demo_models_header_is_read():
-    from toolchain.gguf_import import demo_gguf
+    from toolchain.model.gguf import demo_gguf
 
     assert read_gguf_header(demo_gguf()).num_elements > 134_000_000
 
@@ -142,7 +142,7 @@ def _removed(raw: dict) -> None:
     [(_layers, "num_hidden_layers"), (_widths, "neuron 0 more than once"), (_rung, "stage_1"), (_removed, "trace")],
 )
 def test_a_plan_about_what_is_not_there(tmp_path: Path, change: Callable[[dict], None], part: str):
-    from tests.serving.test_report import write_plan
+    from tests.serving.report.test_render import write_plan
 
     write_plan(tmp_path)
     raw = json.loads((tmp_path / "plan.json").read_text())

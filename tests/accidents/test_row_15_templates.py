@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from serving import chat_template
-from serving.chat_template import ChatTemplate
+from serving.engines import chat_template
+from serving.engines.chat_template import ChatTemplate
 from tests.accidents.onnx_service import FILL, LOOP, TEMPLATE, Service
 from tests.command_line import refused, sentei
 from toolchain.errors import SenteiError
-from toolchain.modeling import load_tokenizer
+from toolchain.model.loading import load_tokenizer
 
 CHAT = "/v1/chat/completions"
 

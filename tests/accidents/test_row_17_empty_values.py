@@ -6,7 +6,7 @@ import pytest
 
 from tests.command_line import refused, sentei
 from toolchain.errors import SenteiError
-from toolchain.text_sources import parse_sources, parse_text
+from toolchain.text.sources import parse_sources, parse_text
 
 EMPTY = [
     ("prune {model} -o {out} --sparsity 0.25 --calibration", "--calibration is empty"),

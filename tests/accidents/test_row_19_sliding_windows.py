@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from export.onnx_graph import export_onnx
-from serving.bench_worker import load_onnx
-from serving.engines import TransformersEngine
-from serving.onnx_batch import BatchRequest, OnnxBatch
-from serving.onnx_engine import OnnxEngine
-from serving.onnx_genai import GenaiModel
-from serving.verify import verify
+from serving.benchmark.sessions.worker import load_onnx
+from serving.engines.genai import GenaiModel
+from serving.engines.onnxruntime import OnnxEngine
+from serving.engines.transformers import TransformersEngine
+from serving.server.continuous_batch import BatchRequest, OnnxBatch
+from serving.verify.verify import verify
 from tests.families import VARIANTS, make_family_pico
-from toolchain.checkpoint import copy_companions
+from toolchain.checkpoint.directory import copy_companions
 
 SLIDING = {
     "gemma3_text": "alternating", "mistral": "sliding-tied", "phi3": "sliding-tied", "qwen2": "alternating",

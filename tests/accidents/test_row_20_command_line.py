@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import PLAIN, refused, sentei
-from toolchain.calibration import _within
+from toolchain.text.windows import _within
 
 NOT_FINITE = [
     "prune {model} -o {out} --sparsity",

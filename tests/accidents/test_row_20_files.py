@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.command_line import PLAIN, refused, sentei
 from tests.conftest import prune_by_hand
-from tests.serving.test_report import write_plan, write_results
+from tests.serving.report.test_render import write_plan, write_results
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ import torch
 
 from benchmarks.onnx_speed import build_with_vendor
 from export.onnx_graph import Precision, export_onnx
-from serving.engines import TransformersEngine
-from serving.onnx_engine import OnnxEngine
-from serving.onnx_files import check_files
-from serving.onnx_genai import stream_tokens
+from serving.engines.genai import stream_tokens
+from serving.engines.onnxruntime import OnnxEngine
+from serving.engines.transformers import TransformersEngine
+from serving.onnx_export.files import check_files
 from tests.conftest import make_pico, prune_by_hand
-from toolchain.checkpoint import copy_companions, open_checkpoint
+from toolchain.architecture.layout import LayerLayout
+from toolchain.checkpoint.directory import copy_companions, open_checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
-from toolchain.layout import LayerLayout
-from toolchain.modeling import load_tokenizer
-from toolchain.surgery import write_pruned
+from toolchain.model.loading import load_tokenizer
+from toolchain.model.slicing import write_pruned
 
 TEXT = (
     "The history of bread is long. People first baked flat cakes of ground grain on hot stones, and later learned to "
@@ -368,7 +368,7 @@ def test_unsupported_models(
 def test_pairs_of_precision_and_device(
     pico16: Path, precision: str, device: str, instead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolchain.modeling.load_model", None)  # refused before weights are loaded
+    monkeypatch.setattr("toolchain.model.loading.load_model", None)  # refused before weights are loaded
     with pytest.raises(SenteiError, match=f"no {precision} .* on {device}; it has {instead}"):
         export_onnx(pico16, tmp_path / "out", precision=precision, device=device)  # type: ignore[arg-type]
     assert not list(tmp_path.glob("out*"))

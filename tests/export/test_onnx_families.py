@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from export.onnx_graph import Precision, export_onnx
-from serving import onnx_weights
-from serving.engines import TransformersEngine
-from serving.onnx_batch import BatchRequest, OnnxBatch
-from serving.onnx_engine import OnnxEngine
-from serving.onnx_genai import stream_tokens
+from serving.engines.genai import stream_tokens
+from serving.engines.onnxruntime import OnnxEngine
+from serving.engines.transformers import TransformersEngine
+from serving.server.continuous_batch import BatchRequest, OnnxBatch
+from serving.verify import onnx_weights
 from tests.conftest import prune_by_hand
 from tests.families import EVERY_VARIANT, VARIANTS, make_family_pico
-from toolchain.checkpoint import copy_companions
+from toolchain.checkpoint.directory import copy_companions
+from toolchain.checkpoint.rounding_error import rounding_checks
 from toolchain.errors import SenteiError
-from toolchain.rounding import rounding_checks
 
 # Heads of 16, which ONNX Runtime's attention needs, or of 32 where the family's head_dim is its own.
 WIDE = {"hidden_size": 64, "vocab_size": 49152, "initializer_range": 0.1}

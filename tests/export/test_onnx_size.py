@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from serving.engines import TransformersEngine
-from serving.onnx_engine import OnnxEngine
-from serving.onnx_genai import stream_tokens
-from toolchain.checkpoint import copy_companions, open_checkpoint
+from serving.engines.genai import stream_tokens
+from serving.engines.onnxruntime import OnnxEngine
+from serving.engines.transformers import TransformersEngine
+from toolchain.checkpoint.directory import copy_companions, open_checkpoint
 
 IDS = list(range(100, 116))
 # Of the exporting process, by what the weights take in float32; docs/decisions/onnx-size.md has what was measured.

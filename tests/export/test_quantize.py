@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from export import quantize as module
 from export.quantize import PYTHON_VARIABLE, pick_group_size, quantize
-from serving.verify import verify
+from serving.verify.verify import verify
 from tests.command_line import refused, sentei
 from tests.conftest import prune_by_hand
 from tests.quantized import SCHEMES, write_quantized
-from toolchain.checkpoint import open_checkpoint
+from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.checkpoint.quantized import open_quantized
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.quantized import open_quantized
 
 # Stands in for llm-compressor's environment: does the job with the tests' own arithmetic.
 STAND_IN = """#!{python}

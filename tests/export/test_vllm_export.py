@@ -8,9 +8,9 @@ import torch
 from export.vllm import export_vllm
 from tests.conftest import make_pico, prune_by_hand
 from tests.families import VARIANTS, make_family_pico
-from toolchain.checkpoint import open_checkpoint
+from toolchain.architecture.families import FAMILIES
+from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.families import FAMILIES
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from tests.command_line import PROGRAM
 from tests.faults.network import NoNetwork, namespaces_work, network_namespace, no_network, python_hook
-from toolchain.gguf_import import demo_gguf
+from toolchain.model.gguf import demo_gguf
 
 # What would keep a library from the network for another reason than ours.
 _SET_BY_TESTS = ("HF_HUB_OFFLINE", "HF_HOME", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS")

@@ -16,31 +16,37 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from serving.compare_runs import compare_results
-from serving.journal import Journal, open_journal
-from serving.lora import check_adapters
-from serving.onnx_files import check_files, read_settings
+from serving.benchmark.compare_runs import compare_results
+from serving.benchmark.journal import Journal, open_journal
+from serving.benchmark.workload import read_prompts
+from serving.onnx_export.files import check_files, read_settings
 from serving.readiness import examine_directory
-from serving.report import render_report
-from serving.vllm_weights import stored_shapes
-from serving.workload import read_prompts
+from serving.report.render import render_report
+from serving.server.lora_check import check_adapters
+from serving.vllm_plugin.weights import stored_shapes
 from tests.conftest import make_pico, prune_by_hand
 from tests.quantized import write_quantized
 from tests.readers.spoiling import spoiled_bytes, spoiled_json
-from tests.serving.test_report import write_evaluation, write_plan, write_summary, write_sweep, write_verification
-from toolchain import gguf_import
-from toolchain.checkpoint import open_checkpoint
-from toolchain.evaluation_parts import Parts
-from toolchain.gguf_header import read_gguf_header
-from toolchain.healing import _unfinished
-from toolchain.local_tasks import load_hellaswag, load_user_questions
-from toolchain.modeling import load_model, load_tokenizer
-from toolchain.nemotron_nas import is_nemotron_nas
-from toolchain.plan import load_plan, load_sweep
-from toolchain.plan_views import difference, reasons
-from toolchain.quantized import open_servable
-from toolchain.search_state import SearchState
-from toolchain.text_sources import read_documents
+from tests.serving.report.test_render import (
+    write_evaluation,
+    write_plan,
+    write_summary,
+    write_sweep,
+    write_verification,
+)
+from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.checkpoint.quantized import open_servable
+from toolchain.evaluate.local_tasks import load_hellaswag, load_user_questions
+from toolchain.heal.heal import _unfinished
+from toolchain.model import gguf as gguf_import
+from toolchain.model.decilm import is_nemotron_nas
+from toolchain.model.gguf_header import read_gguf_header
+from toolchain.model.loading import load_model, load_tokenizer
+from toolchain.parts_cache import Parts
+from toolchain.plan.plan import load_plan, load_sweep
+from toolchain.plan.views import difference, reasons
+from toolchain.prune.unfinished import SearchState
+from toolchain.text.sources import read_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +203,7 @@ def _views(directory: Path) -> list[object]:
 
 
 def _curve(directory: Path) -> object:
-    from serving.curve_page import render_curve
+    from serving.report.curve import render_curve
 
     plans = load_sweep(directory)
     assert plans

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from export.nemotron_nas import export_nemotron_nas
+from export.decilm import export_nemotron_nas
 from serving import readiness
 from serving.readiness import examine_directory
 from tests.command_line import refused, sentei
 from tests.conftest import make_pico, prune_by_hand
 from tests.families import make_family_pico
 from tests.quantized import SCHEMES, write_quantized
-from toolchain.checkpoint import copy_companions, open_checkpoint
+from toolchain.checkpoint.directory import copy_companions, open_checkpoint
 
 
 @pytest.fixture

@@ -29,9 +29,9 @@ def main(jobs_file: Path) -> None:
 def _answers(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from serving.nemotron_nas import start_vllm
-    from serving.vllm_engine import VllmEngine
-    from toolchain.checkpoint import open_checkpoint
+    from serving.engines.vllm import VllmEngine
+    from serving.verify.decilm import start_vllm
+    from toolchain.checkpoint.directory import open_checkpoint
 
     dtype = getattr(torch, job["dtype"]) if "dtype" in job else None
     options = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": KV_CACHE_BYTES, "enable_lora": "adapters" in job}

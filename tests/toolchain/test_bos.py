@@ -9,26 +9,27 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from export import quantize
-from serving.verify import _prompts
+from serving.verify.verify import _prompts
 from tests.command_line import refused, sentei
 from tests.conftest import prune_by_hand
 from tests.families import make_family_pico
-from toolchain import evaluation_run, healing
-from toolchain import generation_damage as damage
-from toolchain.calibration import begin_with, load_mixture, load_windows
-from toolchain.checkpoint import copy_companions, open_checkpoint
-from toolchain.embedded_text import documents
+from toolchain.architecture.families import FAMILIES
+from toolchain.checkpoint.directory import copy_companions, open_checkpoint
 from toolchain.errors import SenteiError
-from toolchain.families import FAMILIES
-from toolchain.layer_walk import LayerWalk
-from toolchain.lm_eval_tasks import TaskRequest, load_task, run_task
-from toolchain.metrics import measure
-from toolchain.modeling import bos_of, load_model, load_tokenizer
-from toolchain.passages import number_passages, worst_passages
-from toolchain.plan import load_plan
-from toolchain.task_accuracy import AccuracyMetric, Question, load_questions
-from toolchain.text_overlap import find_overlap
-from toolchain.text_sources import TextSource
+from toolchain.evaluate import run as evaluation_run
+from toolchain.evaluate import writing as damage
+from toolchain.evaluate.lm_eval_tasks import TaskRequest, load_task, run_task
+from toolchain.evaluate.text_overlap import find_overlap
+from toolchain.heal import heal as healing
+from toolchain.metrics.accuracy import AccuracyMetric, Question, load_questions
+from toolchain.metrics.token_metrics import measure
+from toolchain.model.layer_walk import LayerWalk
+from toolchain.model.loading import bos_of, load_model, load_tokenizer
+from toolchain.plan.plan import load_plan
+from toolchain.text.embedded import documents
+from toolchain.text.passages import number_passages, worst_passages
+from toolchain.text.sources import TextSource
+from toolchain.text.windows import begin_with, load_mixture, load_windows
 
 GEMMA = FAMILIES["gemma3_text"]
 TEXT_LEN = 15

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from toolchain.cli.console import DeviceOption, ForceOption, JsonOption, Output, OwnDtypeOption, QuietOption, pick_dtype
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.output import check_output_directory, writes_directory
+from toolchain.outputs import check_output_directory, writes_directory
 
 _LOAD, _SERVER = "Load", "Server"
 N = TypeVar("N", int, float)
@@ -28,7 +28,7 @@ class BenchmarkEngine(StrEnum):
 
 
 class PresetName(StrEnum):
-    """Loads that have a name; see :data:`serving.workload.PRESETS`."""
+    """Loads that have a name; see :data:`serving.benchmark.workload.PRESETS`."""
 
     chat = "chat"
     rag = "rag"
@@ -110,9 +110,9 @@ def benchmark(
     """Measure original against pruned, alternating, on this machine."""
     output = Output(as_json=as_json, quiet=quiet)
     pick_dtype(dtype, auto=None)
-    from serving.benchmark import benchmark as run
-    from serving.workload import PRESETS, make_workloads, parse_slo, read_prompts
-    from toolchain.checkpoint import resolve_model
+    from serving.benchmark.run import benchmark as run
+    from serving.benchmark.workload import PRESETS, make_workloads, parse_slo, read_prompts
+    from toolchain.checkpoint.directory import resolve_model
 
     directory = resolve_model(original)
     preset = PRESETS[workload.value] if workload else None
@@ -168,7 +168,7 @@ def benchmark(
 
 def _note_what_stays(output: Output, out: Path, error: BaseException) -> None:
     """An error of ours says itself that --resume goes on, but not where the log of a failed start is."""
-    from serving.journal import holds_only_logs, unfinished_directory
+    from serving.benchmark.journal import holds_only_logs, unfinished_directory
 
     unfinished = unfinished_directory(out)
     if holds_only_logs(out):

@@ -18,7 +18,7 @@ from toolchain.cli.console import (
     pick_device,
 )
 from toolchain.errors import SenteiError
-from toolchain.output import write_text, writes_file
+from toolchain.outputs import write_text, writes_file
 
 # More would be refused memory on any machine.
 _LARGEST_BATCH = 65_536
@@ -45,9 +45,9 @@ def calibration_text(
 ) -> None:
     """Let the model write its own calibration text, where yours may not be used (self-calibration)."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.checkpoint import open_checkpoint, resolve_model
-    from toolchain.evaluation_parts import Parts, unfinished_parts
-    from toolchain.self_calibration import WritingSettings, write_documents
+    from toolchain.checkpoint.directory import open_checkpoint, resolve_model
+    from toolchain.parts_cache import Parts, unfinished_parts
+    from toolchain.text.self_written import WritingSettings, write_documents
 
     if out.suffix != ".jsonl":
         raise SenteiError(f"{out}: documents are written as JSONL.", "Give a name that ends in .jsonl.")

@@ -18,7 +18,7 @@ def compare(
 ) -> None:
     """Set two benchmarks side by side, or say why they cannot be compared."""
     output = Output(as_json=as_json, quiet=quiet)
-    from serving.compare_runs import compare_results
+    from serving.benchmark.compare_runs import compare_results
 
     result = compare_results(one, other)
     output.result(result, lambda console: _show(console, result))

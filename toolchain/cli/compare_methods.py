@@ -25,7 +25,7 @@ from toolchain.cli.console import (
 )
 from toolchain.cli.prune import MAX_SPARSITIES, EvopressBudget, check_sparsities
 from toolchain.errors import SenteiError
-from toolchain.output import writes_directory
+from toolchain.outputs import writes_directory
 
 _PRUNING, _EVALUATION = "Pruning", "Evaluation"
 _INPUT_LEN, _OUTPUT_LEN, _REPEATS = 128, 32, 3
@@ -91,14 +91,14 @@ def compare_methods(
 ) -> None:
     """Prune by every method to several sparsities, evaluate what is left, and put it in one table."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.checkpoint import dtype_name, model_name, open_checkpoint, resolve_model
-    from toolchain.evaluation_parts import unfinished_parts
-    from toolchain.evaluation_run import EvaluationSettings
-    from toolchain.lm_eval_tasks import parse_requests
-    from toolchain.method_comparison import METHODS, Comparison, compare_methods, save_comparison
-    from toolchain.output import beside, check_output_directory, new_directory
-    from toolchain.pipeline import PruneSettings
-    from toolchain.text_sources import parse_sources, parse_text
+    from toolchain.checkpoint.directory import dtype_name, model_name, open_checkpoint, resolve_model
+    from toolchain.evaluate.lm_eval_tasks import parse_requests
+    from toolchain.evaluate.method_comparison import METHODS, Comparison, compare_methods, save_comparison
+    from toolchain.evaluate.run import EvaluationSettings
+    from toolchain.outputs import beside, check_output_directory, new_directory
+    from toolchain.parts_cache import unfinished_parts
+    from toolchain.prune.pipeline import PruneSettings
+    from toolchain.text.sources import parse_sources, parse_text
 
     chosen = list(dict.fromkeys(methods.split(","))) if methods else list(METHODS)
     if unknown := [name for name in chosen if name not in METHODS]:
@@ -111,8 +111,8 @@ def compare_methods(
     requests = parse_requests(task or [], questions or [])
 
     def measure_speed(pruned: Path) -> dict[str, Any]:
-        from serving.benchmark import benchmark
-        from serving.workload import make_workloads
+        from serving.benchmark.run import benchmark
+        from serving.benchmark.workload import make_workloads
 
         workloads = make_workloads(engine="transformers", input_len=_INPUT_LEN, output_len=_OUTPUT_LEN)
         # Beside the model, among what is unfinished: what a process that dies leaves is replaced by the next.
@@ -175,7 +175,7 @@ def _sparsities(given: str) -> list[float]:
 
 
 def _show(console: Console, out: Path, document: dict[str, Any]) -> None:
-    from toolchain.method_comparison import notes, table
+    from toolchain.evaluate.method_comparison import notes, table
 
     headers, rows = table(document)
     shown = Table(title=document["model"], title_justify="left", box=None)

@@ -18,8 +18,8 @@ from toolchain.errors import SenteiError
 if TYPE_CHECKING:
     import torch
 
-    from toolchain.checkpoint import Checkpoint
-    from toolchain.quantized import QuantizedCheckpoint
+    from toolchain.checkpoint.directory import Checkpoint
+    from toolchain.checkpoint.quantized import QuantizedCheckpoint
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -47,7 +47,7 @@ DtypeInPanelOption = Annotated[
     ),
 ]
 
-# A text, alone or in a mixture; see toolchain.text_sources.
+# A text, alone or in a mixture; see toolchain.text.sources.
 TEXT_METAVAR = "[WEIGHT:]TEXT"
 
 # Tokens of a window, unless the model reads fewer.
@@ -156,7 +156,7 @@ def window_length(
     Raises:
         SenteiError: More than the model reads.
     """
-    from toolchain.context_length import check_window, context_length
+    from toolchain.architecture.context_length import check_window, context_length
 
     if given is not None:
         check_window(checkpoint.directory, checkpoint.config, given, note=output.note)

@@ -9,7 +9,7 @@ import typer
 
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.output import new_directory, writes_directory
+from toolchain.outputs import new_directory, writes_directory
 
 _SPARSITY = 0.25
 _SEQ_LEN, _CALIBRATION_WINDOWS, _EVALUATION_WINDOWS, _GENERATIONS = 512, 32, 32, 4
@@ -38,7 +38,7 @@ def demo(
         evaluations = _evaluate(partial, output)
         verdicts = _export(partial, output)
         benchmarks = _benchmark(partial, output, has_vllm=has_vllm)
-        from serving.report import render_report
+        from serving.report.render import render_report
 
         parts = ["pruned", "evaluation", "onnx", "vllm", *(f"benchmark-{name}" for name in benchmarks)]
         render_report([partial / part for part in parts if (partial / part).exists()], partial / "report.html")
@@ -92,10 +92,10 @@ def _closing(out: Path, result: dict[str, Any]) -> str:
 def _prune(directory: Path, output: Output) -> dict[str, Any]:
     import torch
 
-    from toolchain.embedded_text import write_halves
-    from toolchain.gguf_import import demo_gguf, import_gguf
-    from toolchain.pipeline import IMPROVEMENTS, PruneSettings, prune
-    from toolchain.text_sources import TextSource
+    from toolchain.model.gguf import demo_gguf, import_gguf
+    from toolchain.prune.pipeline import IMPROVEMENTS, PruneSettings, prune
+    from toolchain.text.embedded import write_halves
+    from toolchain.text.sources import TextSource
 
     output.note("Importing the model ...")
     import_gguf(demo_gguf(), directory / "original")
@@ -125,8 +125,8 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
 def _evaluate(directory: Path, output: Output) -> dict[str, float]:
     import torch
 
-    from toolchain.evaluation_parts import Parts
-    from toolchain.evaluation_run import EvaluationSettings, evaluate
+    from toolchain.evaluate.run import EvaluationSettings, evaluate
+    from toolchain.parts_cache import Parts
 
     settings = EvaluationSettings(
         texts=(directory / "text" / "evaluation.txt",),
@@ -145,7 +145,7 @@ def _evaluate(directory: Path, output: Output) -> dict[str, float]:
 def _export(directory: Path, output: Output) -> dict[str, bool]:
     from export.onnx_graph import export_onnx
     from export.vllm import export_vllm
-    from serving.verify import verify
+    from serving.verify.verify import verify
 
     exports = {"onnx-original": "original", "onnx": "pruned", "vllm": "pruned"}
     verdicts = {}
@@ -164,8 +164,8 @@ def _export(directory: Path, output: Output) -> dict[str, bool]:
 
 
 def _benchmark(directory: Path, output: Output, *, has_vllm: bool) -> dict[str, dict[str, float]]:
-    from serving.benchmark import benchmark
-    from serving.workload import make_workloads
+    from serving.benchmark.run import benchmark
+    from serving.benchmark.workload import make_workloads
 
     pairs: dict[str, tuple[str, str]] = {"onnx": ("onnx-original", "onnx")}
     if has_vllm:

@@ -28,11 +28,11 @@ def estimate(
     """Say what a plan promises on this device, before anything is pruned."""
     output = Output(as_json=as_json, quiet=quiet)
     pick_dtype(dtype, auto=None)
-    from serving.device_probe import probe_device
-    from serving.estimate import estimate as run
-    from toolchain.checkpoint import dtype_name, open_checkpoint, resolve_model
-    from toolchain.context_length import check_context
-    from toolchain.plan import load_plan
+    from serving.forecast.device_probe import probe_device
+    from serving.forecast.estimate import estimate as run
+    from toolchain.architecture.context_length import check_context
+    from toolchain.checkpoint.directory import dtype_name, open_checkpoint, resolve_model
+    from toolchain.plan.plan import load_plan
 
     loaded, directory = load_plan(plan, needs_scores=False), resolve_model(model)
     computed = dtype_name(open_checkpoint(directory).dtype) if dtype == "auto" else dtype

@@ -19,9 +19,9 @@ from toolchain.cli.console import (
     pick_device,
     window_length,
 )
-from toolchain.cli.evaluation_view import show_evaluation
+from toolchain.cli.evaluation_tables import show_evaluation
 from toolchain.errors import SenteiError
-from toolchain.output import writes_directory
+from toolchain.outputs import writes_directory
 
 _DEFAULT_GENERATIONS = 16
 _TEXT, _TASKS = "Text", "Tasks"
@@ -93,13 +93,13 @@ def evaluate(
 ) -> None:
     """Measure quality: perplexity, tasks, your questions and generation, alone or against the original."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.checkpoint import open_checkpoint, resolve_model
-    from toolchain.evaluation_parts import Parts, unfinished_parts
-    from toolchain.evaluation_run import EvaluationSettings
-    from toolchain.evaluation_run import evaluate as run
-    from toolchain.lm_eval_tasks import parse_requests
-    from toolchain.output import check_output_directory, new_directory
-    from toolchain.text_sources import parse_text
+    from toolchain.checkpoint.directory import open_checkpoint, resolve_model
+    from toolchain.evaluate.lm_eval_tasks import parse_requests
+    from toolchain.evaluate.run import EvaluationSettings
+    from toolchain.evaluate.run import evaluate as run
+    from toolchain.outputs import check_output_directory, new_directory
+    from toolchain.parts_cache import Parts, unfinished_parts
+    from toolchain.text.sources import parse_text
 
     requests = parse_requests(task or [], questions or [])
     if generations is None:

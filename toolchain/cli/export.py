@@ -11,7 +11,7 @@ from rich.console import Console
 from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, pick_dtype
 from toolchain.errors import CheckFailedError
-from toolchain.output import held_in_place, writes_directory
+from toolchain.outputs import held_in_place, writes_directory
 
 app = CheckedTyper(help="Make a deployable directory from a checkpoint, pruned or not.", no_args_is_help=True)
 
@@ -61,7 +61,7 @@ def export_vllm(
     """Write a directory that stock vLLM serves with the sentei plugin."""
     output = Output(as_json=as_json, quiet=quiet)
     from export.vllm import export_vllm as run
-    from toolchain.checkpoint import resolve_model
+    from toolchain.checkpoint.directory import resolve_model
 
     directory = resolve_model(model)
 
@@ -94,7 +94,7 @@ def export_onnx(
     """Write an ONNX graph with KV cache for onnxruntime-genai and plain ONNX Runtime."""
     output = Output(as_json=as_json, quiet=quiet)
     from export.onnx_graph import export_onnx as run
-    from toolchain.checkpoint import resolve_model
+    from toolchain.checkpoint.directory import resolve_model
 
     directory = resolve_model(model)
 
@@ -115,8 +115,8 @@ def export_nemotron_nas(
 ) -> None:
     """Write DeciLM's form for servers that take no plugin: stock vLLM with trust_remote_code, and llama.cpp."""
     output = Output(as_json=as_json, quiet=quiet)
-    from export.nemotron_nas import export_nemotron_nas as run
-    from toolchain.checkpoint import resolve_model
+    from export.decilm import export_nemotron_nas as run
+    from toolchain.checkpoint.directory import resolve_model
 
     directory = resolve_model(model)
 
@@ -143,13 +143,13 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Run the same prompts through an export and its checkpoint; fail if they differ beyond the tolerances."""
-    from toolchain.checkpoint import resolve_model
+    from toolchain.checkpoint.directory import resolve_model
 
     _verify(Output(as_json=as_json, quiet=quiet), exported, resolve_model(against), engine=engine, text=text)
 
 
 def _verify(output: Output, exported: Path, against: Path, *, engine: VerifyEngine, text: Path | None) -> None:
-    from serving.verify import verify as run
+    from serving.verify.verify import verify as run
 
     output.note(f"Verifying {exported} against {against} ...")
     with held_in_place(exported):

@@ -19,7 +19,7 @@ from toolchain.cli.console import (
     window_length,
 )
 from toolchain.errors import SenteiError
-from toolchain.output import writes_directory
+from toolchain.outputs import writes_directory
 
 if TYPE_CHECKING:
     import torch
@@ -66,10 +66,10 @@ def heal(
 ) -> None:
     """Train a pruned model to say again what the original says; same shapes, same format."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.checkpoint import open_checkpoint, resolve_model
-    from toolchain.healing import HealSettings, healing_directory
-    from toolchain.healing import heal as run
-    from toolchain.text_sources import parse_sources
+    from toolchain.checkpoint.directory import open_checkpoint, resolve_model
+    from toolchain.heal.heal import HealSettings, healing_directory
+    from toolchain.heal.heal import heal as run
+    from toolchain.text.sources import parse_sources
 
     if full and lora_rank is not None:
         raise SenteiError("--full trains all weights, and --lora-rank adapters.", "Give one of them.")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, pick_dtype
-from toolchain.output import writes_directory
+from toolchain.outputs import writes_directory
 
 
 @writes_directory
@@ -23,8 +23,8 @@ def import_(
     output = Output(as_json=as_json, quiet=quiet)
     import torch
 
-    from toolchain.checkpoint import open_checkpoint
-    from toolchain.gguf_import import demo_gguf, import_gguf
+    from toolchain.checkpoint.directory import open_checkpoint
+    from toolchain.model.gguf import demo_gguf, import_gguf
 
     import_gguf(gguf or demo_gguf(), out, dtype=pick_dtype(dtype, auto=torch.bfloat16) or torch.bfloat16, force=force)
     checkpoint = open_checkpoint(out)

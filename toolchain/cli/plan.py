@@ -11,11 +11,11 @@ from rich.table import Table
 from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
 from toolchain.errors import SenteiError
-from toolchain.output import writes_directory, writes_file
+from toolchain.outputs import writes_directory, writes_file
 
 if TYPE_CHECKING:
-    from toolchain.plan import PruningPlan
-    from toolchain.plan_document import CompensationRecord
+    from toolchain.plan.document import CompensationRecord
+    from toolchain.plan.plan import PruningPlan
 
 app = CheckedTyper(help="Look at a pruning plan.", no_args_is_help=True)
 _BAR_WIDTH = 24
@@ -35,7 +35,7 @@ def show(
 ) -> None:
     """Show what a plan keeps of each layer."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.plan import load_plan
+    from toolchain.plan.plan import load_plan
 
     plan = load_plan(directory, needs_scores=False)
     output.result(plan.summary(), lambda console: _show(console, plan))
@@ -53,13 +53,13 @@ def curve(
 ) -> None:
     """Show damage against size: every step at which pruning can stop."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.plan import load_plan, load_sweep
+    from toolchain.plan.plan import load_plan, load_sweep
 
     if out is not None and out.suffix != ".html":
         raise SenteiError(f"{out}: the curve is written as HTML.", "Give a name that ends in .html.")
     plans = load_sweep(directory) or {str(directory): load_plan(directory, needs_scores=False)}
     if out is not None:
-        from serving.curve_page import render_curve
+        from serving.report.curve import render_curve
 
         render_curve(plans, out, force=force)
     curves = [
@@ -92,8 +92,8 @@ def diff(
 ) -> None:
     """Show where two plans for the same model differ."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.plan import load_plan
-    from toolchain.plan_views import difference
+    from toolchain.plan.plan import load_plan
+    from toolchain.plan.views import difference
 
     found = difference(load_plan(first), load_plan(second))
     output.result(found, lambda console: _show_difference(console, found))
@@ -109,8 +109,8 @@ def why(
 ) -> None:
     """Show what the search saw of a layer when it removed or kept it."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.plan import load_plan
-    from toolchain.plan_views import reasons
+    from toolchain.plan.plan import load_plan
+    from toolchain.plan.views import reasons
 
     found = reasons(load_plan(directory), layer)
     output.result(found, lambda console: _show_reasons(console, found))
@@ -129,8 +129,8 @@ def cut(
 ) -> None:
     """Go back to an earlier step of the search, without searching; edits by hand are not kept."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.output import check_output_directory, new_directory
-    from toolchain.plan import load_plan
+    from toolchain.outputs import check_output_directory, new_directory
+    from toolchain.plan.plan import load_plan
 
     plan = load_plan(directory).cut(step)
     check_output_directory(out, force=force, inputs=[directory])
@@ -222,7 +222,7 @@ def _show_reasons(console: Console, found: dict[str, Any]) -> None:
 
 
 def _show(console: Console, plan: "PruningPlan") -> None:
-    from toolchain.plan_views import sources_of
+    from toolchain.plan.views import sources_of
 
     document = plan.document
     full = document.base_model.intermediate_size

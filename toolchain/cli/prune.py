@@ -26,7 +26,7 @@ from toolchain.cli.console import (
     window_length,
 )
 from toolchain.errors import SenteiError
-from toolchain.output import check_output_directory, writes_directory
+from toolchain.outputs import check_output_directory, writes_directory
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
 
@@ -216,13 +216,13 @@ def prune(
 ) -> None:
     """Prune a model in two stages, FFN neurons, then whole attentions; or by another method."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain import pipeline
-    from toolchain.allocation import parse_protected
-    from toolchain.checkpoint import model_name, open_checkpoint, resolve_model
-    from toolchain.limits import LimitSettings
-    from toolchain.search_state import search_directory
-    from toolchain.sweep import sweep as run_sweep
-    from toolchain.text_sources import parse_sources
+    from toolchain.checkpoint.directory import model_name, open_checkpoint, resolve_model
+    from toolchain.prune import pipeline
+    from toolchain.prune.budget.allocation import parse_protected
+    from toolchain.prune.budget.limits import LimitSettings
+    from toolchain.prune.sweep import sweep as run_sweep
+    from toolchain.prune.unfinished import search_directory
+    from toolchain.text.sources import parse_sources
 
     _check_options(context, method)
     sparsities = _sparsities(sparsity, sweep)
@@ -358,10 +358,10 @@ def apply(
 ) -> None:
     """Apply a plan, edited or not, without searching."""
     output = Output(as_json=as_json, quiet=quiet)
-    from toolchain.application import apply_plan
-    from toolchain.checkpoint import resolve_model
-    from toolchain.plan import load_plan
-    from toolchain.text_sources import parse_sources
+    from toolchain.checkpoint.directory import resolve_model
+    from toolchain.plan.plan import load_plan
+    from toolchain.prune.apply import apply_plan
+    from toolchain.text.sources import parse_sources
 
     loaded = load_plan(plan)
     place = plan if plan.is_dir() else plan.parent

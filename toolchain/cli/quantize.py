@@ -17,7 +17,7 @@ from toolchain.cli.console import (
     window_length,
 )
 from toolchain.errors import SenteiError
-from toolchain.output import writes_directory
+from toolchain.outputs import writes_directory
 
 
 class Scheme(StrEnum):
@@ -52,11 +52,11 @@ def quantize(
     output = Output(as_json=as_json, quiet=quiet)
     from export.quantize import find_python, needs_text
     from export.quantize import quantize as run
-    from toolchain.calibration import load_mixture
-    from toolchain.checkpoint import open_checkpoint
-    from toolchain.modeling import bos_of, load_tokenizer
-    from toolchain.output import check_output_directory
-    from toolchain.text_sources import local_paths, parse_sources
+    from toolchain.checkpoint.directory import open_checkpoint
+    from toolchain.model.loading import bos_of, load_tokenizer
+    from toolchain.outputs import check_output_directory
+    from toolchain.text.sources import local_paths, parse_sources
+    from toolchain.text.windows import load_mixture
 
     sources = parse_sources(calibration or [])
     check_output_directory(out, force=force, inputs=[directory, *local_paths(source.text for source in sources)])

@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
-from toolchain.output import writes_file
+from toolchain.outputs import writes_file
 
 
 class ReportLanguage(StrEnum):
-    """Languages of the report; see :data:`serving.messages.LANGUAGES`."""
+    """Languages of the report; see :data:`serving.report.translate.LANGUAGES`."""
 
     en = "en"
     ja = "ja"
@@ -29,7 +29,7 @@ def report(
 ) -> None:
     """Write one self-contained page from everything found in the directories."""
     output = Output(as_json=as_json, quiet=quiet)
-    from serving.report import render_report
+    from serving.report.render import render_report
 
     summary = render_report(directories, out, language=lang.value, force=force)
     output.result({**summary, "report": str(out)}, lambda console: console.print(f"Report: {out}"))

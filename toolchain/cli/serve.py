@@ -27,7 +27,7 @@ def serve(
     engine: Annotated[str, typer.Option(help="vllm or onnx; auto goes by what DIR is.")] = "auto",
 ) -> None:
     """Start an OpenAI server on loopback: vLLM with the sentei plugin, or ONNX Runtime. Options after -- are its."""
-    from serving.onnx_files import is_onnx_export
+    from serving.onnx_export.files import is_onnx_export
 
     is_onnx = is_onnx_export(directory)
     if engine not in ("auto", "vllm", "onnx"):
@@ -38,17 +38,17 @@ def serve(
     if is_onnx:
         _serve_onnx(directory, context.args)
         return
-    from toolchain.quantized import open_servable
+    from toolchain.checkpoint.quantized import open_servable
 
     open_servable(directory)
-    from serving.vllm_server import serve as run
+    from serving.server.vllm import serve as run
 
     raise typer.Exit(run(directory, context.args))
 
 
 def _serve_onnx(directory: Path, options: list[str]) -> None:
     try:
-        from serving.onnx_server import serve
+        from serving.server.onnx import serve
     except ModuleNotFoundError as error:
         raise MissingDependencyError(str(error.name).partition(".")[0], "onnx") from error
     serve(directory, options)
@@ -73,10 +73,10 @@ def generate(
     output = Output(as_json=as_json, quiet=quiet)
     if max_new_tokens < 1:
         raise SenteiError(f"--max-new-tokens {max_new_tokens} is less than 1.")
-    from serving.generate import stream_text
-    from serving.onnx_files import is_onnx_export
-    from serving.sampling import Sampling
-    from toolchain.checkpoint import open_checkpoint
+    from serving.engines.generate import stream_text
+    from serving.engines.sampling import Sampling
+    from serving.onnx_export.files import is_onnx_export
+    from toolchain.checkpoint.directory import open_checkpoint
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     is_onnx = is_onnx_export(directory)

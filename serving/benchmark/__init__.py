@@ -1,0 +1,1 @@
+"""Original against pruned: latency and throughput, measured in turn."""

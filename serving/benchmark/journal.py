@@ -1,0 +1,181 @@
+"""What a benchmark has measured so far, on disk after every measurement, so that a long one survives and goes on."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import SenteiError
+from toolchain.json_files import read_json_lines, read_json_object
+from toolchain.output_checks import check_unfinished
+from toolchain.outputs import (
+    beside,
+    check_output_directory,
+    claimed_directory,
+    replace_directory,
+    write_text,
+)
+
+RESULTS_FILE = "results.json"
+_SETTINGS, _MEASURED = "settings.json", "measured.jsonl"
+_NOT_STARTED = "not_started.json"  # the settings of what ended before anything was measured
+_BEGIN_AGAIN = "Begin again with --force."
+Key = tuple[int, int, str]  # repeat, number of the load, side
+
+
+class Journal:
+    """An append-only file of measurements and failures.
+
+    Attributes:
+        directory: Where it is, with the servers' logs and vLLM's results beside it.
+        failures: Measurements that came to nothing, oldest first, earlier runs' included.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Reads what is there; half a line at the end, of a process that was killed, does not count.
+
+        Raises:
+            SenteiError: A line is damaged.
+        """
+        self.directory = directory
+        self.failures: list[dict[str, Any]] = []
+        self._measured: dict[Key, dict[str, Any]] = {}
+        file = directory / _MEASURED
+        if file.is_file():
+            _drop_half_line(file)
+            for where, entry in read_json_lines(file, hint=_BEGIN_AGAIN):
+                self._take_read(where, entry)
+
+    def get(self, key: Key) -> dict[str, Any] | None:
+        """What was measured; ``None`` if nothing was yet."""
+        return self._measured.get(key)
+
+    def __len__(self) -> int:
+        """How many measurements there are."""
+        return len(self._measured)
+
+    def record(self, key: Key, metrics: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+        """Writes a measurement, and what the engine told of itself, and waits for the disk."""
+        self._append({"key": list(key), "metrics": dict(metrics), "told": dict(told)})
+
+    def record_failure(self, key: Key, *, num_requests: int, error: str) -> None:
+        """Writes that a measurement came to nothing; its requests are kept apart from those that failed in others."""
+        repeat, load, side = key
+        self._append(
+            {"failure": {"repeat": repeat, "load": load, "side": side, "failed": num_requests, "error": error}}
+        )
+
+    def told(self, side: str) -> dict[str, Any]:
+        """What the engine last told of itself."""
+        found = [entry["told"] for (_, _, of), entry in self._measured.items() if of == side]
+        return found[-1] if found else {}
+
+    def _take_read(self, where: str, entry: Any) -> None:
+        try:
+            for part in ("failure",) if "failure" in entry else ("metrics", "told"):
+                if not isinstance(entry[part], dict):
+                    raise TypeError(f"{part} is no object")
+            self._take(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SenteiError(
+                f"{where} does not have the fields it should ({type(error).__name__}: {error}).", _BEGIN_AGAIN
+            ) from error
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with (self.directory / _MEASURED).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._take(entry)
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        if "failure" in entry:
+            self.failures.append(entry["failure"])
+        else:
+            repeat, load, side = entry["key"]
+            self._measured[repeat, load, side] = entry
+
+
+def _drop_half_line(file: Path) -> None:
+    with file.open("r+b") as opened:
+        content = opened.read()
+        opened.truncate(content.rfind(b"\n") + 1)
+
+
+def unfinished_directory(out: Path) -> Path:
+    """Where a benchmark is until it is finished."""
+    return beside(out, "unfinished")
+
+
+def holds_only_logs(out: Path) -> bool:
+    """Whether a benchmark that ended before anything was measured has left its log where it was until then."""
+    return (unfinished_directory(out) / _NOT_STARTED).is_file()
+
+
+@contextmanager
+def open_journal(
+    out: Path, settings: Mapping[str, Any], *, force: bool, resume: bool, inputs: tuple[Path, ...]
+) -> Iterator[Journal]:
+    """Yields a journal in ``<out>.unfinished``, which becomes ``out`` when the context ends well.
+
+    If it ends badly the directory stays for ``--resume``. If nothing was measured, it stays only for the log that it
+    holds, and gives way to the next benchmark.
+
+    Args:
+        out: Where the benchmark's directory will be.
+        settings: JSON of everything that the measurements depend on.
+        force: Replace ``out``, and forget an unfinished benchmark.
+        resume: Go on with an unfinished one, if there is one.
+        inputs: What is measured; never replaced.
+
+    Raises:
+        SenteiError: ``out`` is not free, or an unfinished benchmark is there and not resumed, or had other settings.
+    """
+    with claimed_directory(out, force=force):
+        check_output_directory(out, force=force, inputs=inputs)
+        unfinished = unfinished_directory(out)
+        check_unfinished(unfinished, f"{_SETTINGS}*", f"{_MEASURED}*", _NOT_STARTED)
+        if holds_only_logs(out):
+            shutil.rmtree(unfinished)
+        if unfinished.exists() and not resume:
+            if not force:
+                raise SenteiError(
+                    f"{unfinished} holds an unfinished benchmark.", "Go on with --resume, or begin again with --force."
+                )
+            shutil.rmtree(unfinished)
+        if (unfinished / _SETTINGS).is_file():
+            _check_same(unfinished, settings)
+        else:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            write_text(unfinished / _SETTINGS, json.dumps(settings, indent=1))
+        journal = Journal(unfinished)
+        try:
+            yield journal
+        except BaseException:
+            if not len(journal) and not journal.failures:
+                _keep_logs_alone(unfinished)
+            raise
+        check_output_directory(out, force=force)
+        replace_directory(unfinished, out)
+
+
+def _keep_logs_alone(unfinished: Path) -> None:
+    """What did not start says why in its log, and nowhere else; without one there is nothing to keep."""
+    if any(log.stat().st_size for log in unfinished.rglob("*.log")):
+        (unfinished / _SETTINGS).rename(unfinished / _NOT_STARTED)
+    else:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_same(unfinished: Path, settings: Mapping[str, Any]) -> None:
+    before = read_json_object(unfinished / _SETTINGS, hint=_BEGIN_AGAIN)
+    now = json.loads(json.dumps(settings))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise SenteiError(
+                f"{unfinished} was begun with another {name}: {before.get(name)!r}, now {now.get(name)!r}.",
+                "Give the same, or begin again with --force.",
+            )

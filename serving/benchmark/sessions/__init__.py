@@ -1,0 +1,1 @@
+"""One engine per module: how it is started, asked and stopped while it is measured."""

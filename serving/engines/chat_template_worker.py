@@ -1,0 +1,74 @@
+"""Renders chat templates within bounds: ``python -m serving.engines.chat_template_worker``.
+
+JSON lines: one chat on stdin, one text or error on stdout; an empty object first, when it is ready. It ends when stdin
+closes, and so with its parent: between two chats at once, in a chat when its processor time is used up.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+MEMORY_BYTES = 512 * 2**20  # more than the process has when it is ready
+TIME_LIMIT_S = 5
+_LONGEST_REASON = 300
+
+
+def main() -> None:
+    """Answers until stdin closes."""
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _limit_memory()
+    with suppress(BrokenPipeError):  # the parent has ended
+        answers.write(b"{}\n")
+        for line in sys.stdin.buffer:
+            _limit_time()
+            answer = json.dumps(_answer(render_jinja_template, json.loads(line)))
+            answers.write(answer.encode() + b"\n")
+
+
+def _answer(render: Callable[..., Any], chat: dict[str, Any]) -> dict[str, str]:
+    try:
+        rendered, _ = render(
+            [chat["messages"]], chat_template=chat["template"], add_generation_prompt=True, **chat["special_tokens"]
+        )
+        if len(text := rendered[0]) > chat["max_chars"]:
+            return {"error": f"it makes more than {chat['max_chars']:,} characters of them"}
+        text.encode()  # a template can write half a character
+    except MemoryError:
+        return {"error": f"it takes more than {MEMORY_BYTES // 2**20} MB"}
+    except Exception as error:  # whatever a template makes go wrong
+        reason = str(error)[:_LONGEST_REASON].encode("utf-8", "replace").decode()
+        return {"error": reason or type(error).__name__}
+    return {"text": text}
+
+
+def _limit_memory() -> None:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        _limit(resource.RLIMIT_AS, int(lines["VmSize"].split()[0]) * 1024 + MEMORY_BYTES)
+
+
+def _limit_time() -> None:
+    """The parent ends this process in time; this holds where the parent has ended."""
+    _limit(resource.RLIMIT_CPU, int(time.process_time()) + 2 * TIME_LIMIT_S)
+
+
+def _limit(what: int, limit: int) -> None:
+    _, hard = resource.getrlimit(what)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    with suppress(ValueError, OSError):  # not every system has every limit
+        resource.setrlimit(what, (limit, hard))
+
+
+if __name__ == "__main__":
+    main()

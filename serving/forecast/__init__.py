@@ -1,0 +1,1 @@
+"""What a plan promises on a device, and why a measured gain differs from it."""

@@ -1,0 +1,209 @@
+"""From the files' numbers to the sentences and tables of the report. No HTML here but the charts' fragments."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from serving.report import removal_charts as charts
+from serving.report.format import flatten, format_bytes, format_change, format_count
+from serving.report.inputs import ReportInputs
+from serving.report.quality import evaluation_view
+from serving.report.speed import benchmark_view
+from serving.report.translate import Say
+from serving.saved_json import Source, fields_of
+from toolchain.plan.document import PlanDocument
+from toolchain.plan.views import sources_of
+
+
+def build_view(inputs: ReportInputs, say: Say) -> dict[str, Any]:
+    """Everything the template prints.
+
+    Raises:
+        SenteiError: A file lacks fields.
+        MissingDependencyError: plotly is not installed.
+    """
+    document = inputs.plan.document if inputs.plan else None
+    benchmarks = [benchmark_view(source, number, say) for number, source in enumerate(inputs.benchmarks)]
+    quality = _quality(inputs, document, say)
+    return {
+        "title": _title(inputs, document, say),
+        "size": _size(inputs),
+        "quality": quality,
+        "evaluation": evaluation_view(inputs.evaluations, say),
+        "layers": _layers(inputs, say) if inputs.plan else None,
+        "trace": _trace(document, say) if document and document.trace else None,
+        "benchmarks": benchmarks,
+        "verifications": [_verification(source, say) for source in inputs.verifications],
+        "provenance": _provenance(document, say) if document else None,
+    }
+
+
+def _title(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> str:
+    if document:
+        return document.base_model.name
+    if inputs.summary:
+        with fields_of(inputs.summary) as summary:
+            return str(summary["original"]["name"])
+    if inputs.benchmarks:
+        with fields_of(inputs.benchmarks[0]) as results:
+            return str(results["models"]["original"]["name"])
+    return say("A pruned model")
+
+
+def _size(inputs: ReportInputs) -> dict[str, Any] | None:
+    """Stored weights before and after: from the checkpoint's summary, else from a benchmark."""
+    if inputs.summary:
+        with fields_of(inputs.summary) as summary:
+            before, after = summary["original"], summary["pruned"]
+            return {
+                "original": format_bytes(before["weight_bytes"]),
+                "pruned": format_bytes(after["weight_bytes"]),
+                "change": format_change(after["weight_bytes"] / before["weight_bytes"]),
+                "parameters": f"{format_count(before['num_parameters'])} → {format_count(after['num_parameters'])}",
+                "sparsity": f"{100 * summary['sparsity']:.1f} %",
+            }
+    if inputs.benchmarks:
+        with fields_of(inputs.benchmarks[0]) as results:
+            weights = results["sizes"]["weight_bytes"]
+            if weights["ratio"] is None:  # one server, measured alone
+                return None
+            return {
+                "original": format_bytes(weights["original"]),
+                "pruned": format_bytes(weights["pruned"]),
+                "change": format_change(weights["ratio"]),
+                "parameters": None,
+                "sparsity": None,
+            }
+    return None
+
+
+def _quality(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> dict[str, Any] | None:
+    """Perplexity before and after; text the plan was not made from comes first."""
+    evaluated: dict[str, dict[str, Mapping[str, Any]]] = {}
+    warnings = []
+    for source in inputs.evaluations:
+        with fields_of(source) as content:
+            warnings += [
+                say(
+                    "%(share)s of %(text)s was read in calibration or healing, where the model looks too good.",
+                    share=f"{100 * overlap['share']:.3g} %", text=overlap["text"],
+                )
+                for overlap in content.get("text_overlaps", [])
+                if overlap["share"]
+            ]  # fmt: skip
+            for entry in content["evaluations"]:
+                evaluated.setdefault(str(entry["text"]), {})[entry["model"]] = {
+                    "perplexity": _positive(entry["perplexity"]),
+                    "standard_error": None if entry["standard_error"] is None else float(entry["standard_error"]),
+                    **{name: int(entry[name]) for name in ("num_windows", "seq_len", "num_tokens")},
+                }
+    bars: list[tuple[str, float, float | None]] = []
+    texts = [_evaluated(text, sides) for text, sides in evaluated.items() if {"original", "pruned"} <= set(sides)]
+    if texts:
+        first = texts[0]
+        bars = [
+            (say(side), first[side]["perplexity"], first[side]["standard_error"]) for side in ("original", "pruned")
+        ]
+    calibration = _calibration_perplexity(inputs, document)
+    if not bars and calibration:
+        bars = [(say(name.replace("_", " ")), value, None) for name, value in calibration.items()]
+    if not bars:
+        return None
+    before, after = bars[0][1], bars[-1][1]
+    return {
+        "original": f"{before:.4g}",
+        "pruned": f"{after:.4g}",
+        "ratio": f"{after / before:.2f}",
+        "change": format_change(after / before),
+        "worse": after > before,
+        "calibrated": not texts or bool(document and texts[0]["text"] == document.calibration.source),
+        "text": texts[0]["text"] if texts else None,
+        "texts": texts,
+        "warnings": warnings,
+        "calibration": {name: f"{value:.4g}" for name, value in (calibration or {}).items()},
+        "chart": charts.perplexity_chart(bars, say),
+    }
+
+
+def _positive(perplexity: Any) -> float:
+    if not (isinstance(perplexity, (int, float)) and perplexity > 0):
+        raise ValueError(f"perplexity is {perplexity!r}")
+    return float(perplexity)
+
+
+def _evaluated(text: str, sides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    original, pruned = sides["original"], sides["pruned"]
+    return {
+        "text": text,
+        "original": original,
+        "pruned": pruned,
+        "change": format_change(pruned["perplexity"] / original["perplexity"]),
+    }
+
+
+def _calibration_perplexity(inputs: ReportInputs, document: PlanDocument | None) -> dict[str, float] | None:
+    if document and document.healing:
+        return None  # it is from before the healing
+    if inputs.summary:
+        with fields_of(inputs.summary) as summary:
+            values = summary["calibration_metric"]
+            known = {name: values[name] for name in ("original", "after_stage_1", "pruned")}
+            if values["name"] == "perplexity" and known["original"] and known["pruned"]:
+                return {name: float(value) for name, value in known.items() if value is not None}
+    if document and document.metric == "perplexity":
+        return {"original": document.metric_original, "pruned": document.metric_at_end}
+    return None
+
+
+def _layers(inputs: ReportInputs, say: Say) -> dict[str, Any]:
+    assert inputs.plan is not None
+    layout, base = inputs.plan.layout, inputs.plan.document.base_model
+    widths = [layer.intermediate_size for layer in layout]
+    return {
+        "chart": charts.layers_chart(layout, base.intermediate_size, say),
+        "num_layers": len(layout),
+        "removed_attention": list(inputs.plan.removed_attention),
+        "width_range": f"{min(widths)}"
+        if min(widths) == max(widths)
+        else say("%(low)s to %(high)s", low=min(widths), high=max(widths)),
+        "original_width": base.intermediate_size,
+        "ffn_kept": f"{100 * sum(widths) / (base.intermediate_size * len(layout)):.1f} %",
+    }
+
+
+def _trace(document: PlanDocument, say: Say) -> dict[str, Any]:
+    steps = [(say("original"), document.metric_original), (say("FFN narrowed"), document.metric_after_stage_1)]
+    steps += [(say("attention %(layer)s", layer=step.removed), step.metric) for step in document.trace]
+    # A metric function's name is a person's text, and Plotly reads markup in labels.
+    known = document.metric if document.metric in ("perplexity", "kl", "accuracy") else "metric"
+    return {
+        "chart": charts.trace_chart(steps, say(known), say),
+        "steps": [(label, f"{value:.5g}") for label, value in steps],
+    }
+
+
+def _verification(source: Source, say: Say) -> dict[str, Any]:
+    with fields_of(source) as content:
+        shown = {key: value for key, value in content.items() if key not in ("schema_version", "kind", "passed")}
+        # The prompts themselves can be long, and are not what a reader of the report looks for.
+        fields = [(key, value) for key, value in flatten(shown, say) if len(value) <= 300]
+        return {"where": source.path.parent.name, "passed": bool(content["passed"]), "fields": fields}
+
+
+def _provenance(document: PlanDocument, say: Say) -> list[tuple[str, str]]:
+    calibration = document.calibration
+    target = document.target_sparsity
+    sparsity = say("none: edited by hand") if target is None else f"{100 * target:g} %"
+    windows = say("%(count)s of %(length)s tokens", count=calibration.num_samples, length=calibration.seq_len)
+    return [
+        (say("method"), document.method),
+        (say("target sparsity of the decoder blocks"), sparsity),
+        (say("widths are multiples of"), str(document.align)),
+        (say("calibration text"), "; ".join(sources_of(calibration))),
+        (say("calibration windows"), windows),
+        (say("calibration token ids, SHA-256"), calibration.sha256),
+        (say("weights of the original, SHA-256"), document.base_model.weights_sha256),
+        (say("computed in"), document.dtype),
+        (say("seed"), str(document.seed)),
+        ("sentei", document.sentei_version),
+        *sorted(document.versions.items()),
+    ]

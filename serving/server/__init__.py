@@ -1,0 +1,1 @@
+"""Processes that answer over HTTP: vLLM's server, and one for ONNX exports."""

@@ -1,0 +1,1 @@
+"""An export compared with the checkpoint it was made from."""

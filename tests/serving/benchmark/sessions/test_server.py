@@ -1,0 +1,397 @@
+"""What the benchmark asks of vLLM and takes from it, with a stand-in for the servers; fields as in vLLM 0.32."""
+
+import csv
+import json
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from serving.benchmark import results as bench_results
+from serving.benchmark import run as benchmark_module
+from serving.benchmark.compare_runs import compare_results
+from serving.benchmark.sessions import server as bench_server
+from serving.benchmark.sessions.worker_process import EngineFailedError
+from serving.benchmark.statistics import PERCENTILES
+from serving.benchmark.workload import Slo, make_workloads, read_prompts
+from serving.forecast.device_probe import DevicePeaks
+from serving.report.render import render_report
+from tests.conftest import make_pico
+from toolchain.errors import SenteiError
+
+PEAKS = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e11, bytes_per_s=1e10)
+TINY = {"input_len": 8, "output_len": 4, "repeats": 3}
+LOAD = ("input_len", "output_len", "concurrency", "request_rate", "num_prompts", "prompts")
+
+
+def benchmark(original, pruned, **settings):
+    load = {name: settings.pop(name) for name in LOAD if name in settings}
+    workloads = make_workloads(engine="vllm", **load)
+    return benchmark_module.benchmark(original, pruned, engine="vllm", workloads=workloads, **settings)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Records what is asked. Can be set: ``failed`` requests, ``dead`` attempts, starts that are ``unready``, and each
+    model's ``limit`` of rate; at 0 not even single requests are within the limits."""
+    record = {"servers": [], "loads": [], "failed": 0, "up": 0, "most_up": 0, "dead": [], "unready": [], "limit": {},
+              "keys": set(), "patience": {}}  # fmt: skip
+
+    @contextmanager
+    def running_server(directory, port=None, options=(), log=None):
+        record["servers"].append((directory, list(options)))
+        if record["unready"] and record["unready"].pop(0):
+            raise SenteiError("The vLLM server ended with exit code 1 before it was ready.")
+        record["up"] += 1
+        record["most_up"] = max(record["up"], record["most_up"])
+        log.write_text("INFO GPU KV cache size: 55,808 tokens\nINFO Model loading took 0.25 GiB memory\n")
+        with log.open("a") as lines:
+            lines.write(f"this is {log.name}\n")
+        try:
+            yield "http://127.0.0.1:1"
+        finally:
+            record["up"] -= 1
+
+    def bench_serve(base_url, model_dir, options=(), result_file=None, api_key=None, stall_timeout_s=None):
+        warmup = "warmup" in result_file.name
+        record["loads"].append((model_dir, list(options), result_file.name))
+        record["keys"].add((base_url, api_key))
+        record["patience"][result_file.stem] = stall_timeout_s
+        if not warmup and record["dead"] and record["dead"].pop(0):
+            raise EngineFailedError("The server no longer answers.")
+        num_prompts = int(options[options.index("--num-prompts") + 1])
+        result = {
+            f"{kind}_{name}_ms": 5.0
+            for kind in ("mean", *(f"p{p}" for p in PERCENTILES))
+            for name in ("ttft", "tpot", "itl", "e2el")
+        }
+        result |= {"completed": num_prompts - record["failed"], "failed": record["failed"], "duration": 10.0}
+        result |= {"output_throughput": 100.0, "total_token_throughput": 300.0, "request_throughput": 16.0}
+        result |= {"first_error": None, "total_output_tokens": 400, "client_cpu_cores": 0.1, "request_goodput": None}
+        if "--goodput" in options and "--request-rate" in options:
+            rate = float(options[options.index("--request-rate") + 1])
+            share = 1.0 if rate <= record["limit"][str(model_dir)] else 0.5
+            result["request_goodput"] = share * num_prompts / 10.0
+        elif "--goodput" in options:
+            single = "--max-concurrency" in options and record["limit"][str(model_dir)] > 0
+            result["request_goodput"] = num_prompts / 10.0 if single else 0.0
+        result_file.write_text("{}")
+        return result
+
+    monkeypatch.setattr(bench_server, "running_server", running_server)
+    monkeypatch.setattr(bench_server, "bench_serve", bench_serve)
+    monkeypatch.setattr(bench_server, "served_model_name", lambda base_url, api_key: f"the model at {base_url}")
+    monkeypatch.setattr(bench_results, "probe_device", lambda device, dtype: PEAKS)  # that takes seconds
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    return record
+
+
+def test_each_repeat_starts_a_server_for_each_and_gives_them_the_same_load(pico_model, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", concurrency=[2], **TINY)
+    options = ["--dtype", "float32", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", "1G"]
+    assert asked["servers"] == [(pico_model, options)] * 6
+    assert (asked["up"], asked["most_up"]) == (0, 1)
+    warmup, *_ = asked["loads"]
+    assert "--ignore-eos" in warmup[1]
+    measured = [(name, load) for _, load, name in asked["loads"] if "warmup" not in name]
+    assert [name for name, _ in measured] == [
+        "original-0.json", "pruned-0.json", "pruned-1.json", "original-1.json", "original-2.json", "pruned-2.json",
+    ]  # fmt: skip
+    assert dict(measured)["original-1.json"] == dict(measured)["pruned-1.json"] != dict(measured)["pruned-2.json"]
+    assert results["measurements"][0]["workload"]["num_prompts"] == 8
+    assert results["measurements"][0]["metrics"]["output_throughput"]["verdict"] == "no difference shown"
+    assert results["sizes"]["kv_cache_tokens"]["original"] == 55808
+    assert results["sizes"]["peak_memory_bytes"]["original"] is None
+    assert len(list((tmp_path / "out" / "vllm").iterdir())) == 6
+
+
+def test_on_a_gpu_each_measurement_has_its_server(pico_model, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    benchmark(
+        pico_model, pico_model, out=tmp_path / "out", dtype="bfloat16", engine_options=["--enforce-eager"], **TINY
+    )
+    assert len(asked["servers"]) == 6
+    assert asked["servers"][0][1] == ["--enforce-eager", "--dtype", "bfloat16", "--no-enable-prefix-caching"]
+
+
+def test_failed_requests_are_counted_and_nothing_is_compared(pico_model, asked, tmp_path):
+    asked["failed"] = 1
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+    (measurement,) = results["measurements"]
+    assert measurement["failed_requests"] == {"original": 3, "pruned": 3}
+    assert {metric["verdict"] for metric in measurement["metrics"].values()} == {None}
+    assert asked["up"] == 0
+
+
+def test_a_server_that_dies_is_started_again_and_its_requests_are_counted(pico_model, asked, tmp_path):
+    asked["dead"] = [False, False, True]
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+    (failure,) = results["failed_attempts"]
+    assert (failure["side"], failure["repeat"], failure["failed"]) == ("pruned", 1, 4)
+    assert "The end of the pruned server's log:" in failure["error"]
+    assert "55,808 tokens" in failure["error"]
+    assert len(asked["servers"]) == 7
+    assert (tmp_path / "out" / "pruned-1-start2.log").is_file()
+
+
+def test_a_benchmark_does_not_go_on_on_another_machine(pico_model, asked, tmp_path, monkeypatch):
+    asked["dead"] = [False, True, True]
+    with pytest.raises(SenteiError, match="failed twice"):
+        benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+    with monkeypatch.context() as context:
+        context.setattr(benchmark_module, "machine", lambda: {"cpu": "another"})
+        with pytest.raises(SenteiError, match=r"begun with another machine: .*, now {'cpu': 'another'}"):
+            benchmark(pico_model, pico_model, out=tmp_path / "out", resume=True, **TINY)
+    assert len(benchmark(pico_model, pico_model, out=tmp_path / "out", resume=True, **TINY)["failed_attempts"]) == 2
+
+
+def test_the_log_of_the_server_that_died_is_quoted(pico_model, asked, tmp_path):
+    asked["dead"] = [False] * 20 + [True]
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", **{**TINY, "repeats": 11})
+    (failure,) = results["failed_attempts"]
+    said = failure["error"].partition("server's log:")[2]
+    assert f"this is {failure['side']}-10.log" in said
+    assert said.count("this is") == 1
+
+
+def test_a_server_that_does_not_start_again_is_tried_once_more(pico_model, asked, tmp_path):
+    asked["unready"] = [False, False, True]
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+    (failure,) = results["failed_attempts"]
+    assert (failure["side"], failure["repeat"]) == ("pruned", 1)
+    assert "before it was ready" in failure["error"]
+    asked["unready"] = [True]
+    with pytest.raises(SenteiError, match="before it was ready") as told:
+        benchmark(pico_model, pico_model, out=tmp_path / "other", **TINY)
+    assert not isinstance(told.value, EngineFailedError)
+    assert len(asked["servers"]) == 8
+
+
+def test_a_sweep_is_asked_of_both_with_a_warm_up_as_wide_as_the_widest_load(pico_model, asked, tmp_path):
+    out = tmp_path / "out"
+    results = benchmark(pico_model, pico_model, out=out, concurrency=[1, 6], request_rate=[0.5], **TINY)
+    assert [each["workload"]["request_rate"] for each in results["measurements"]] == [None, None, 0.5]
+    warmups = [options for _, options, name in asked["loads"] if "warmup" in name]
+    assert [options[options.index("--num-prompts") + 1] for options in warmups] == ["20"] * 6
+    poisson = {name: options for _, options, name in asked["loads"]}["pruned-2-load2.json"]
+    assert poisson[poisson.index("--request-rate") + 1] == "0.5"
+    assert "--max-concurrency" not in poisson
+
+
+def test_the_highest_rate_that_meets_the_limits_is_found_for_each_model(pico_model, wide_model, asked, tmp_path):
+    asked["limit"] = {str(wide_model): 3.0, str(pico_model): 9.0}
+    results = benchmark(wide_model, pico_model, out=tmp_path / "out", slo=Slo(ttft=500, tpot=50), **TINY)
+    metric = results["goodput"]["metrics"]["max_request_rate"]
+    for side, limit in (("original", 3.0), ("pruned", 9.0)):
+        assert limit / 2 ** (1 / 16) < metric[side]["median"] <= limit
+    assert metric["verdict"] == "better"
+    searched = next(options for _, options, name in asked["loads"] if name.startswith("original-0-slo"))
+    assert searched[searched.index("--goodput") + 1 :][:2] == ["ttft:500", "tpot:50"]
+    assert results["goodput"]["slo_ms"] == {"ttft": 500, "tpot": 50}
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    found = next(row for row in rows if row["metric"] == "max_request_rate")
+    assert float(found["pruned"]) == metric["pruned"]["median"]
+    assert (found["role"], found["verdict"]) == ("primary", "better")
+    assert "| highest load with ttft 500 ms, tpot 50 ms | max_request_rate |" in (
+        tmp_path / "out" / "results.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_models_in_the_wrong_order_are_refused(pico_model, wide_model, asked, tmp_path):
+    with pytest.raises(SenteiError, match="Are they swapped"):
+        benchmark(pico_model, wide_model, out=tmp_path / "out", **TINY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_limits_that_no_load_meets_give_no_ratio(pico_model, asked, tmp_path):
+    asked["limit"] = {str(pico_model): 0.0}
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", slo=Slo(e2el=1), **TINY)
+    assert results["goodput"]["metrics"]["max_request_rate"]["gain"] is None
+    assert results["goodput"]["runs"][0]["original"]["max_request_rate"] == 0
+    searched = [name for _, _, name in asked["loads"] if name.startswith("original-0-slo")]
+    assert searched == ["original-0-slo-alone.json", "original-0-slo-capacity.json"]
+    render_report([tmp_path / "out"], tmp_path / "report.html")
+    assert "Not even the lowest rate tried met them" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_two_loads_of_a_repeat_begin_with_the_same_prompts(pico_model, asked, tmp_path):
+    """A running server may keep prefixes."""
+    urls = ["http://127.0.0.1:8001", "http://127.0.0.1:8002"]
+    asked["limit"] = {str(pico_model): 9.0}
+    benchmark(pico_model, pico_model, out=tmp_path / "out", urls=urls, concurrency=[1, 4], slo=Slo(ttft=500), **TINY)
+    seeds = {name.removesuffix(".json"): options[options.index("--seed") + 1] for _, options, name in asked["loads"]}
+    assert len(set(seeds.values())) == len(seeds) / 2
+    for name, seed in seeds.items():
+        assert seeds[name.replace("original", "pruned")] == seed
+
+
+def test_a_pause_between_arrivals_is_not_a_hung_server(pico_model, asked, tmp_path):
+    benchmark(pico_model, pico_model, out=tmp_path / "out", request_rate=[0.01], concurrency=[1], **TINY)
+    assert asked["patience"]["original-0-load0"] == 600
+    assert asked["patience"]["original-0-load1"] == 600 + 20 * 100
+
+
+def test_own_prompts_are_asked_as_they_stand(pico_model, asked, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one two three", "output_tokens": 5}\n\n{"prompt": "four", "output_tokens": 9}\n')
+    prompts = read_prompts(file, output_len=None, tokenizer=pico_model)
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", prompts=prompts, repeats=3)
+    _, options, _ = asked["loads"][1]
+    assert options[options.index("--dataset-path") + 1].endswith("prompts.jsonl")
+    assert {"--skip-chat-template", "--disable-shuffle"} <= set(options)
+    assert (tmp_path / "out" / "prompts.jsonl").read_text().count("\n") == 2
+    workload = results["measurements"][0]["workload"]
+    assert (workload["output_len"], workload["num_prompts"]) == (7, 2)
+    assert prompts.sha256 in workload["prompts"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is not readable JSON"),
+        ('{"prompt": "x"}', "output_tokens"),
+        ('{"prompt": 3, "output_tokens": 1}', "a text"),
+        ("", "holds no prompts"),
+    ],
+)
+def test_bad_prompts_are_refused(pico_model, tmp_path, line, message):
+    (tmp_path / "p.jsonl").write_text(line)
+    with pytest.raises(SenteiError, match=message):
+        read_prompts(tmp_path / "p.jsonl", output_len=None, tokenizer=pico_model)
+
+
+def test_a_prompt_may_hold_a_line_separator(pico_model, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one\u2028two", "output_tokens": 5}\r\n', encoding="utf-8")
+    (line,) = read_prompts(tmp_path / "p.jsonl", output_len=None, tokenizer=pico_model).lines
+    assert json.loads(line)["prompt"] == "one\u2028two"
+
+
+def test_prompts_for_a_model_without_a_tokenizer_are_refused(tmp_path):
+    make_pico(tmp_path / "model")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one", "output_tokens": 5}')
+    with pytest.raises(SenteiError, match="has no usable tokenizer"):
+        read_prompts(tmp_path / "p.jsonl", output_len=None, tokenizer=tmp_path / "model")
+
+
+def test_running_servers_are_measured_and_not_started(pico_model, asked, tmp_path):
+    urls = ["http://127.0.0.1:8001/", "http://127.0.0.1:8002"]
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", urls=urls, api_key="secret", **TINY)
+    assert not asked["servers"]
+    assert asked["keys"] == {("http://127.0.0.1:8001", "secret"), ("http://127.0.0.1:8002", "secret")}
+    assert "secret" not in "".join(path.read_text() for path in (tmp_path / "out").rglob("*.json"))
+    assert results["sizes"]["kv_cache_tokens"]["original"] is None
+    with pytest.raises(SenteiError, match="one server for each model"):
+        benchmark(pico_model, pico_model, out=tmp_path / "other", urls=urls[:1], **TINY)
+    with pytest.raises(SenteiError, match="8002 is given for both"):
+        benchmark(pico_model, pico_model, out=tmp_path / "other", urls=["http://x:8002", "http://x:8002/"], **TINY)
+    with pytest.raises(SenteiError, match="localhost:1 is given for both"):
+        benchmark(
+            pico_model, pico_model, out=tmp_path / "other", urls=["http://localhost:1", "http://127.0.0.1:1"], **TINY
+        )
+    with pytest.raises(SenteiError, match=r"80a0 is no URL"):
+        benchmark(pico_model, None, out=tmp_path / "other", urls=["http://127.0.0.1:80a0"], **TINY)
+
+
+def test_settings_that_would_not_be_recorded_or_not_be_heeded_are_refused(pico_model, asked, tmp_path):
+    for options in (["--dtype=float16"], ["--dtype", "float16"]):
+        with pytest.raises(SenteiError, match=r"--dtype would hide .* Use --dtype"):
+            benchmark(pico_model, pico_model, out=tmp_path / "out", engine_options=options, **TINY)
+    for engine in ("vllm", "vllm-offline", "onnx-server"):
+        workloads = make_workloads(engine=engine, input_len=8, output_len=4)
+        with pytest.raises(SenteiError, match=f"Engine {engine} takes no --device"):
+            benchmark_module.benchmark(
+                pico_model, pico_model, engine=engine, workloads=workloads, out=tmp_path / "out", device="cpu"
+            )
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_running_server_is_measured_alone(pico_model, asked, tmp_path):
+    with pytest.raises(SenteiError, match="nothing to compare with"):
+        benchmark(pico_model, None, out=tmp_path / "out", **TINY)
+    out, urls = tmp_path / "out", ["http://127.0.0.1:8001"]
+    asked["limit"] = {str(pico_model): 3.0}
+    results = benchmark(
+        pico_model, None, out=out, urls=urls, concurrency=[1, 4], slo=Slo(ttft=500), price_per_hour=3.6, **TINY
+    )
+    metrics = results["measurements"][0]["metrics"]
+    assert metrics["output_throughput"]["original"] == {"median": 100.0, "values": [100.0] * 3}
+    assert {metric["gain"] for metric in metrics.values()} == {None}
+    assert results["measurements"][0]["cost"]["per_million_output_tokens"]["original"] == pytest.approx(10.0)
+    assert list(results["models"]) == ["original"]
+    assert 2.5 < results["goodput"]["metrics"]["max_request_rate"]["original"]["median"] <= 3.0
+    assert "| 100 |" in (out / "results.md").read_text()
+    for name in ("report.html", "report.md"):
+        render_report([out], tmp_path / name)
+        assert "100 tokens/s" in (tmp_path / name).read_text(encoding="utf-8")
+    again = tmp_path / "again"
+    benchmark(pico_model, None, out=again, urls=urls, concurrency=[1, 4], **TINY)
+    compared = compare_results(out, again)["loads"][0]["metrics"]["output_throughput"]
+    assert (compared["original"]["verdict"], compared["pruned"]) == ("no difference shown", None)
+
+
+def test_of_a_server_that_failed_requests_nothing_is_claimed(pico_model, asked, tmp_path):
+    asked["failed"] = 3
+    out, urls = tmp_path / "out", ["http://127.0.0.1:8001"]
+    results = benchmark(pico_model, None, out=out, urls=urls, concurrency=[8], price_per_hour=3.6, **TINY)
+    assert results["measurements"][0]["cost"] is None
+    render_report([out], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<p class="figure">Not comparable</p>' in page
+    assert "Requests failed; nothing is claimed of those that got through." in page
+    assert '<p class="figure">100 tokens/s</p>' not in page
+
+
+def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path, monkeypatch):
+    # The module stands in for itself: what it starts is what the fixture starts.
+    stand_in = SimpleNamespace(running_server=bench_server.running_server, DEFAULT_MAX_NUM_SEQS=8)
+    monkeypatch.setitem(sys.modules, "serving.server.onnx", stand_in)
+    monkeypatch.setattr(bench_server, "read_settings", lambda directory: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10, concurrency=[1, 6])
+    directories = {"original": pico_model, "pruned": pico_model}
+    session = bench_server.ServerSession(
+        directories, workloads, tmp_path, dtype=None, engine_options=["--max-model-len=100"], onnx_context=256
+    )
+    try:
+        assert session.measure("pruned", 0, workloads[1], name="pruned-0")["completed"] == 24
+    finally:
+        session.close()
+    options = ["--max-model-len=100", "--max-num-seqs", "6"]
+    assert [each for _, each in asked["servers"]] == [options]
+    assert session.told["pruned"]["device"] == "cpu"
+    session = bench_server.ServerSession(
+        directories, workloads[:1], tmp_path, dtype=None, engine_options=(), onnx_context=256, searches_rate=True
+    )
+    try:
+        session.measure("pruned", 1, workloads[0], name="pruned-1")
+    finally:
+        session.close()
+    assert asked["servers"][-1][1] == ["--max-num-seqs", "8", "--max-model-len", "46"]
+
+
+def test_lengths_may_vary(pico_model, asked, tmp_path):
+    workloads = make_workloads(engine="vllm", input_len=100, output_len=20, range_ratio=0.5)
+    assert workloads[0].longest == 180
+    benchmark_module.benchmark(
+        pico_model, pico_model, engine="vllm", workloads=workloads, out=tmp_path / "out", repeats=3
+    )
+    for _, options, _ in asked["loads"]:
+        assert options[options.index("--random-range-ratio") + 1] == "0.5"
+    with pytest.raises(SenteiError, match="need a server"):
+        make_workloads(engine="onnx", range_ratio=0.5)
+    with pytest.raises(SenteiError, match="below 1"):
+        make_workloads(engine="vllm", range_ratio=1.0)
+    with pytest.raises(SenteiError, match="do not fit"):
+        too_long = make_workloads(engine="vllm", input_len=200, output_len=20, range_ratio=0.5)
+        benchmark_module.benchmark(pico_model, pico_model, engine="vllm", workloads=too_long, out=tmp_path / "x")
+
+
+def test_why_kernels_are_not_compiled_is_told_without_the_logs_own_marks():
+    line = "(APIServer pid=4028) WARNING 11-25 13:33:01 [vllm.py:1703] Enforce eager set, disabling torch.compile."
+    assert bench_server.engine_facts(f"INFO begins\n{line}\nINFO ends")["not_compiled"] == line.partition("] ")[2]
+    assert bench_server.engine_facts("Falling back to eager")["not_compiled"] == "Falling back to eager"
+    assert bench_server.engine_facts("INFO 11-25 [vllm.py:1] all is compiled")["not_compiled"] is None

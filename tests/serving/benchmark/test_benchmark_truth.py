@@ -1,0 +1,101 @@
+"""Does the benchmark tell the truth? The same model twice, one slowed by a known factor, and vLLM's client by hand.
+
+Long, and on a machine that does nothing else: with vLLM each repeat starts two servers. ``SENTEI_RUNS`` (10) and
+``SENTEI_REPEATS`` (6) shorten it.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from serving.benchmark.run import benchmark
+from serving.benchmark.sessions import server as bench_server
+from serving.benchmark.statistics import METRICS
+from serving.benchmark.workload import make_workloads
+from serving.server.vllm import launcher_command, launcher_environment, running_server
+from tests.serving.slow_server import FACTOR
+
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.timeout(4 * 3600),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+RUNS, REPEATS = (int(os.environ.get(f"SENTEI_{name}", default)) for name, default in (("RUNS", "10"), ("REPEATS", "6")))
+OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", "1G", "--no-enable-prefix-caching"]
+SHAPE = {"input_len": 32, "output_len": 32, "concurrency": [1], "num_prompts": 8}
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def server(demo_model, tmp_path):
+    with running_server(demo_model, options=[*OPTIONS, "--dtype", "bfloat16"], log=tmp_path / "server.log") as url:
+        yield url
+
+
+@pytest.fixture
+def slow_model(demo_model, tmp_path, monkeypatch):
+    """The same model, whose vLLM servers slow down."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
+    slow = tmp_path / "slow"
+    slow.symlink_to(demo_model)
+    plain = bench_server.engine_options_for
+
+    def options_for(directory, *rest):
+        return plain(directory, *rest) + (["--middleware", "tests.serving.slow_server.SlowDown"] * (directory == slow))
+
+    monkeypatch.setattr(bench_server, "engine_options_for", options_for)
+    return slow
+
+
+def measure(original, pruned, out, *, engine="vllm", **settings):
+    """One run; its primary metric."""
+    workloads = make_workloads(engine=engine, **SHAPE)
+    results = benchmark(original, pruned, engine=engine, workloads=workloads, repeats=REPEATS, out=out, **settings)
+    metric = results["measurements"][0]["metrics"]["output_throughput"]
+    gain = metric["gain"]
+    print(f"{gain['value']:.4f} ({gain['low']:.4f} to {gain['high']:.4f}), {metric['verdict']}", flush=True)
+    return metric
+
+
+@pytest.mark.parametrize("engine, model", [("onnx", "demo_onnx"), ("vllm", "demo_model")])
+def test_the_same_model_twice_shows_no_difference(engine, model, tmp_path, request):
+    directory = request.getfixturevalue(model)
+    settings = {"dtype": "bfloat16", "engine_options": OPTIONS} if engine == "vllm" else {}
+    verdicts = [
+        measure(directory, directory, tmp_path / str(run), engine=engine, **settings)["verdict"] for run in range(RUNS)
+    ]
+    assert len(verdicts) - verdicts.count("no difference shown") <= max(1, RUNS // 10)
+
+
+def test_a_known_slow_down_is_found(demo_model, slow_model, tmp_path):
+    runs = min(RUNS, 3)
+    settings = {"dtype": "bfloat16", "engine_options": OPTIONS}
+    metrics = [measure(demo_model, slow_model, tmp_path / str(run), **settings) for run in range(runs)]
+    assert [metric["verdict"] for metric in metrics] == ["worse"] * runs
+    # An interval at 95 % misses once in twenty.
+    inside = [metric["gain"]["low"] <= 1 / FACTOR <= metric["gain"]["high"] for metric in metrics]
+    assert inside.count(True) >= runs - 1
+
+
+def test_figures_are_those_of_vllms_client_by_hand(demo_model, server, tmp_path):
+    workloads = make_workloads(engine="vllm", **SHAPE)
+    results = benchmark(demo_model, None, engine="vllm", workloads=workloads, urls=[server], out=tmp_path / "out")
+    for run in results["measurements"][0]["runs"]:
+        written = json.loads((tmp_path / "out" / "vllm" / f"original-{run['repeat']}.json").read_text())
+        assert {m.name: run["original"][m.name] for m in METRICS} == {m.name: written[m.name] for m in METRICS}
+    file = tmp_path / "by-hand.json"
+    command = launcher_command(
+        "bench", "serve", "--base-url", server, "--model", str(demo_model), "--dataset-name", "random",
+        "--random-input-len", "32", "--random-output-len", "32", "--num-prompts", "8", "--max-concurrency", "1",
+        "--seed", "0", "--ignore-eos", "--save-result", "--result-dir", str(tmp_path), "--result-filename", file.name,
+    )  # fmt: skip
+    subprocess.run(command, check=True, env=launcher_environment(), capture_output=True)
+    by_hand = json.loads(file.read_text())
+    first = results["measurements"][0]["runs"][0]["original"]
+    for name in ("output_throughput", "mean_ttft_ms", "mean_tpot_ms"):
+        print(f"{name}: {first[name]:.4g}, by hand {by_hand[name]:.4g}", flush=True)
+        assert first[name] == pytest.approx(by_hand[name], rel=0.25)

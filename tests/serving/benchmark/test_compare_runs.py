@@ -1,0 +1,125 @@
+import json
+import sys
+
+import pytest
+from scipy.stats import ttest_ind
+
+from serving.benchmark.compare_runs import compare_results, welch_interval
+from tests.command_line import refused, sentei
+from tests.serving.report.test_render import write_results, write_sweep
+from toolchain.errors import MissingDependencyError, SenteiError
+
+
+def change(directory, **changes):
+    file = directory / "results.json"
+    content = json.loads(file.read_text())
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        target = content
+        for name in parents:
+            target = target[int(name)] if isinstance(target, list) else target[name]
+        target[last] = value
+    file.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, gains in (("a", [1.2, 1.22, 1.21]), ("b", [1.3, 1.31, 1.32])):
+        write_results(tmp_path / name, gains=gains)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_the_interval_is_welchs():
+    one, other = [1.0, 1.1, 1.3, 1.2], [2.0, 2.3, 2.1]
+    import numpy as np
+
+    expected = ttest_ind(np.log(other), np.log(one), equal_var=False).confidence_interval()
+    interval = welch_interval(one, other)
+    assert (interval["low"], interval["high"]) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
+    assert welch_interval([2.0, 2.0], [3.0, 3.0])["low"] == pytest.approx(1.5)
+
+
+def test_where_requests_failed_nothing_is_compared(runs):
+    change(runs[1], measurements__0__failed_requests__pruned=1)
+    (load,) = compare_results(*runs)["loads"]
+    assert load["metrics"]["output_throughput"]["original"]["verdict"] == "no difference shown"
+    assert load["metrics"]["output_throughput"]["pruned"] is None
+    assert load["failed_requests"] == {"original": 0, "pruned": 1}
+
+
+def test_a_faster_day_is_seen_and_what_changed_is_listed(runs):
+    change(runs[1], environment__versions__torch="2.14.0")
+    result = compare_results(*runs)
+    (load,) = result["loads"]
+    throughput = load["metrics"]["output_throughput"]
+    assert throughput["original"]["verdict"] == "no difference shown"
+    assert throughput["pruned"]["verdict"] == "better"
+    assert load["metrics"]["mean_tpot_ms"]["pruned"]["ratio"]["value"] < 1
+    assert load["metrics"]["mean_tpot_ms"]["pruned"]["verdict"] == "better"
+    assert result["changed"] == [["environment.versions.torch", "2.13.0", "2.14.0"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "vllm"}, "engine is 'onnx' in .* and 'vllm'"),
+        ({"primary_metric": "mean_ttft_ms"}, "primary_metric"),
+        ({"models__original__weights_sha256": "other"}, "originals differ"),
+        ({"models__pruned__precision": "int8"}, "pruned model is None in A and int8"),
+        ({"measurements__0__workload__input_len": 65}, "no load was measured in both"),
+        ({"measurements__0__workload__num_prompts": 64}, "no load was measured in both"),
+        ({"measurements__0__metrics__mean_tpot_ms__formula": "other"}, "mean_tpot_ms was computed in another way"),
+        ({"kind": "evaluation"}, "not a benchmark"),
+        ({"schema_version": 9}, "schema_version is 9"),
+        ({"models": {}}, "does not have the fields it should"),
+    ],
+)
+def test_what_is_not_comparable_is_refused(runs, changes, message):
+    change(runs[1], **changes)
+    with pytest.raises(SenteiError, match=message):
+        compare_results(*runs)
+
+
+def test_the_same_original_in_another_place_is_the_same(runs):
+    change(runs[1], models__original__name="moved", sizes__weight_bytes__original=3)
+    assert ["models.original.name", "original", "moved"] in compare_results(*runs)["changed"]
+
+
+@pytest.fixture
+def searched(tmp_path):
+    for name in ("one", "other"):
+        write_sweep(tmp_path / name)
+    return tmp_path / "one", tmp_path / "other"
+
+
+def test_the_highest_rates_are_compared(searched):
+    change(searched[1], goodput__metrics__max_request_rate__pruned__values=[6.0, 6.0, 6.0])
+    goodput = compare_results(*searched)["goodput"]
+    assert goodput["metrics"]["max_request_rate"]["pruned"]["ratio"]["value"] == pytest.approx(2.0)
+    assert goodput["metrics"]["max_request_rate"]["pruned"]["verdict"] == "better"
+    assert "Highest load with ttft 500 ms, tpot 50 ms: A → B" in sentei("compare", *searched).stdout
+    change(searched[1], goodput__metrics__max_request_rate__pruned__values=[6.0, 0.0, 6.0])
+    assert compare_results(*searched)["goodput"]["unmet"] == ["pruned"]
+    assert "pruned: not met in every repeat" in sentei("compare", *searched).stdout
+
+
+@pytest.mark.parametrize("changes", [{"goodput": None}, {"goodput__slo_ms__ttft": 100}, {"goodput__attainment": 0.5}])
+def test_a_highest_rate_that_cannot_be_compared_is_said_to_be_left_out(searched, changes):
+    change(searched[1], **changes)
+    result = compare_results(*searched)
+    assert (result["goodput"], result["goodput_left_out"]) == (None, True)
+    assert "The highest load within limits is left out" in sentei("compare", *searched).stdout
+
+
+def test_without_scipy_that_is_said(runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(MissingDependencyError, match="scipy is not installed"):
+        compare_results(*runs)
+
+
+def test_the_command(runs):
+    done = sentei("compare", *runs)
+    assert done.returncode == 0
+    assert "better" in done.stdout
+    assert "(exploratory)" in done.stdout
+    refused(sentei("compare", runs[0], runs[0] / "missing.json"), "There is no ")

@@ -1,0 +1,109 @@
+"""What is expected of a model from its shapes, and why it may not be reached."""
+
+import pytest
+
+from serving.forecast.device_probe import DevicePeaks, probe_device
+from serving.forecast.estimate import estimate, planned_checkpoint
+from serving.forecast.explain import explain
+from serving.forecast.model_facts import checkpoint_facts, facts_of
+from serving.forecast.roofline import phase_costs, roofline
+from tests.conftest import make_pico, prune_by_hand
+from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.errors import SenteiError
+
+PEAKS = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e9, bytes_per_s=1e8)
+SHAPE = {"input_len": 10, "output_len": 4, "concurrency": 3}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    original, pruned = (tmp_path_factory.mktemp("models") / name for name in ("original", "pruned"))
+    make_pico(original, vocab_size=64)
+    pruned.mkdir()
+    prune_by_hand(original, pruned, removed_attention={0, 2}, width=lambda layer: 0 if layer == 3 else 24)
+    return original, pruned
+
+
+def test_a_plan_is_worth_what_its_checkpoint_will_be(models):
+    original, pruned = map(open_checkpoint, models)
+    planned = planned_checkpoint(original, pruned.layout)
+    assert planned.shapes == pruned.shapes
+    assert facts_of(planned, None, size_on_disk_bytes=0) == facts_of(pruned, None, size_on_disk_bytes=0)
+
+
+def test_costs_by_hand(models):
+    facts = checkpoint_facts(models[0], None)
+    costs = phase_costs(facts, **SHAPE)
+    block, head, context = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48), 64 * 32, 12
+    assert costs["decode"].flops == 3 * (2 * (block + head) + 4 * context * 32 * 4)
+    assert costs["decode"].num_bytes == 4 * (block + head + 9 * 32) + 3 * context * (4 * 2 * 16 * 4)
+    assert costs["prefill"].flops == facts.prefill_flops(10)
+    assert costs["decode"].intensity == costs["decode"].flops / costs["decode"].num_bytes
+
+
+def test_the_roofline_is_the_higher_of_both_bounds(models):
+    facts = dict(zip(("original", "pruned"), (checkpoint_facts(each, None) for each in models), strict=True))
+    expected = roofline(facts, PEAKS, **SHAPE)
+    for phase, cost in phase_costs(facts["pruned"], **SHAPE).items():
+        bounds = {"compute": cost.flops / 1e9, "memory": cost.num_bytes / 1e8}
+        assert expected[phase]["pruned"]["bound"] == max(bounds, key=bounds.__getitem__)
+        assert expected[phase]["pruned"]["at_least_ms"] == pytest.approx(1000 * max(bounds.values()))
+        assert expected[phase]["gain"] > 1
+    same = roofline({"original": facts["pruned"], "pruned": facts["pruned"]}, PEAKS, **SHAPE)
+    assert {entry["gain"] for entry in same.values()} == {1.0}
+
+
+def test_an_estimate_of_a_plan(models):
+    layout = open_checkpoint(models[1]).layout
+    result = estimate(models[0], layout, PEAKS, dtype=None, **SHAPE)
+    metrics = result["metrics"]
+    for side in ("original", "pruned"):
+        whole = metrics["mean_ttft_ms"][side] + 3 * metrics["mean_tpot_ms"][side]
+        assert metrics["mean_e2el_ms"][side] == pytest.approx(whole)
+        assert metrics["output_throughput"][side] == pytest.approx(1000 * 3 * 4 / whole)
+    assert all(metric["gain"] > 1 for metric in metrics.values())
+    assert result["weight_bytes"]["pruned"] == open_checkpoint(models[1]).weight_bytes
+    (widths,) = [each["text"] for each in result["limits"] if each["cause"] == "untileable_widths"]
+    assert "0: 24 → 64" in widths
+
+
+def test_an_estimate_of_the_wrong_model_is_refused(models):
+    original, pruned = (open_checkpoint(model).layout for model in models)
+    with pytest.raises(SenteiError, match="removes nothing from"):
+        estimate(models[1], pruned, PEAKS, dtype=None, **SHAPE)
+    with pytest.raises(SenteiError, match="keeps more of layer 0"):
+        estimate(models[1], original, PEAKS, dtype=None, **SHAPE)
+    with pytest.raises(SenteiError, match="do not fit"):
+        estimate(models[0], pruned, PEAKS, dtype=None, **(SHAPE | {"input_len": 100_000}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "cause", "says"),
+    [
+        ({"tpot": 100.0, "concurrency": 1}, "overhead", "the gain in decode is 1.0"),
+        ({"context": 4000}, "kv_cache", "4000 tokens each"),
+        ({"kv_cache_tokens": {"original": 20, "pruned": 900}}, "kv_cache_full", "original model's server"),
+        ({"client_cpu_cores": 1.0}, "client", "1.0 processor cores"),
+        ({"not_compiled": "Enforce eager set"}, "not_compiled", "Enforce eager set"),
+    ],
+)
+def test_each_cause_is_found_where_it_is_and_only_there(models, changed, cause, says):
+    facts = dict(zip(("original", "pruned"), (checkpoint_facts(each, None) for each in models), strict=True))
+    expected = roofline(facts, PEAKS, **SHAPE)
+
+    def causes(tpot=expected["decode"]["pruned"]["at_least_ms"], **changed):
+        settings = {
+            "layout": (), "context": 12, "concurrency": 3, "kv_cache_tokens": {}, "client_cpu_cores": 0.2,
+            "not_compiled": None,
+        }  # fmt: skip
+        medians = {side: {"mean_tpot_ms": tpot} for side in facts}
+        return {each["cause"]: each["text"] for each in explain(facts, expected, medians, **(settings | changed))}
+
+    assert cause not in causes()
+    assert says in causes(**changed)[cause]
+
+
+def test_this_device_can_be_measured():
+    peaks = probe_device("cpu", "float32")
+    assert peaks.flops_per_s > 1e8
+    assert peaks.bytes_per_s > 1e7

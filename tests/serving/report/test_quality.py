@@ -1,0 +1,91 @@
+"""The report's section on tasks and generation."""
+
+import pytest
+
+from serving.report.render import render_report
+from tests.serving.report.test_render import page_text, write
+from toolchain.errors import SenteiError
+from toolchain.evaluate.comparison import compare_task, mean_score, perplexity_ratio, share
+from toolchain.evaluate.document import (
+    EvaluationDocument,
+    GenerationComparison,
+    Sample,
+    Share,
+    TaskResult,
+    TextComparison,
+    TextResult,
+    WorsePassage,
+)
+
+EVIL = "<img src=x onerror='alert(1)'>"
+
+
+def document() -> EvaluationDocument:
+    sides = ("original", "pruned")
+    scores = {"original": [1.0] * 12, "pruned": [0.0] * 9 + [1.0] * 3}
+    questions = {
+        side: [
+            {"id": n, "subject": EVIL, "question": f"{EVIL} {n}", "choices": [f"right{EVIL}", "wrong"], "answer": 0,
+             "log_likelihoods": [-1.0, -2.0] if right else [-2.5, -1.0], "scores": {"acc": right}}
+            for n, right in enumerate(scores[side])
+        ]
+        for side in sides
+    }  # fmt: skip
+    known = Share(value=0.625, low=0.5, high=0.75)
+    return EvaluationDocument(
+        evaluations=[
+            TextResult(model=side, directory="d", text="t.txt", text_sha256="00", perplexity=value, standard_error=1.0,
+                       num_tokens=10, num_windows=3, seq_len=5)
+            for side, value in zip(sides, (20.0, 30.0), strict=True)
+        ],
+        tasks=[
+            TaskResult(model=side, directory="d", task=f"mine{EVIL}", source="mine.jsonl", num_fewshot=0,
+                       num_questions=12, metric="acc", score=share(scores[side]), scores={"acc": 0.5}, duration_s=1.0)
+            for side in sides
+        ],
+        text_comparisons=[
+            TextComparison(
+                text="t.txt", perplexity_ratio=perplexity_ratio([3.0, 3.1, 2.9], [3.4, 3.5, 3.35]),
+                worst_passages=[WorsePassage(unit="document", number=7, num_tokens=40, original_loss=3.0,
+                                             pruned_loss=4.25, excerpt=EVIL)],
+            )
+        ],
+        task_comparisons=[compare_task(f"mine{EVIL}", "acc", questions["original"], questions["pruned"])],
+        mean_score=mean_score([(scores["original"], scores["pruned"])] * 2),
+        generation=GenerationComparison(
+            text="t.txt", num_prompts=2, prompt_tokens=32, max_new_tokens=64, repetition_original=0.1,
+            repetition_pruned=0.4, repetition_change=None, distinct_1_original=0.5, distinct_1_pruned=0.3,
+            distinct_2_original=0.75, distinct_2_pruned=0.25, token_agreement=known, kl_divergence=known,
+            common_prefix_tokens=3.5, samples=[Sample(prompt=EVIL, original="once", pruned=EVIL)], duration_s=1.0,
+        ),
+    )  # fmt: skip
+
+
+def test_what_changed_and_where_is_on_the_page(tmp_path):
+    document().save(tmp_path)
+    render_report([tmp_path], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    for expected in (
+        "1.52 times the original’s", "−75.0", "9, 0", "0.004", ">worse</span>", "25.0 % of the original’s mean",
+        "62.5 (50.0 to 75.0) %", "0.750 → 0.250", "3.5 of 64 tokens", "+1.00 → −1.50", "document 7", "3.00 → 4.25",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "<img" not in text
+    assert "&lt;img src=x" in text
+
+
+def test_an_evaluation_of_one_model_has_no_comparison(tmp_path):
+    alone = document().model_copy(
+        update={"text_comparisons": [], "task_comparisons": [], "mean_score": None, "generation": None}
+    )
+    alone.save(tmp_path)
+    render_report([tmp_path], tmp_path / "report.html")
+    assert "Where it hurts" not in page_text(tmp_path / "report.html")
+
+
+def test_a_file_that_does_not_follow_the_schema(tmp_path):
+    written = document().model_dump()
+    written["task_comparisons"][0]["surprise"] = 1
+    write(tmp_path, "evaluation.json", written)
+    with pytest.raises(SenteiError, match="does not have the fields it should"):
+        render_report([tmp_path], tmp_path / "report.html")

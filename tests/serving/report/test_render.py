@@ -1,0 +1,373 @@
+import json
+import re
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from serving.benchmark.goodput import GOODPUT_METRICS
+from serving.benchmark.statistics import METRICS, compare
+from serving.forecast.explain import CLIENT
+from serving.report import render as report
+from serving.report.format import format_bytes, format_change, format_count, format_ratio
+from serving.report.render import render_report
+from serving.report.speed_charts import _ratio_ticks
+from serving.report.translate import Say
+from tests.command_line import refused, sentei
+from toolchain.errors import SenteiError
+from toolchain.plan.document import (
+    BaseModelRecord,
+    CalibrationRecord,
+    PlanDocument,
+    PlannedLayer,
+    ProtectedRecord,
+    Removal,
+    Rung,
+)
+from toolchain.plan.plan import PruningPlan
+
+
+def write_plan(directory, name="tiny"):
+    widths = [32, 40, 32, 40]
+    document = PlanDocument(
+        schema_version=1, sentei_version="0.1.0", method="2ssp",
+        base_model=BaseModelRecord(
+            name=name, model_type="llama", num_hidden_layers=4, intermediate_size=48, num_block_parameters=10_000,
+            weights_sha256="ab" * 32,
+        ),
+        target_sparsity=0.25, target_intermediate_size=widths, target_attention_removals=1, align=8,
+        allocation="formula", attention_removals=None, widths="uniform", protected=ProtectedRecord(),
+        search="exact", metric="perplexity", metric_source=None, metric_higher_is_better=False,
+        metric_original=20.0, limit=None, stopped_because=None, dtype="float32", seed=0,
+        calibration=CalibrationRecord(source="calibration.txt", sha256="cd" * 32, num_samples=2, seq_len=16),
+        versions={"torch": "2.13.0"},
+        layers=[
+            PlannedLayer(layer=i, attention="remove" if i == 2 else "keep", intermediate_size=width)
+            for i, width in enumerate(widths)
+        ],
+        stage_1=[Rung(intermediate_size=widths, num_block_parameters=8_000, metric=24.0)],
+        trace=[
+            Removal(removed=2, metric=26.0, candidates={0: 90.0, 1: 40.0, 2: 26.0, 3: 27.0}, num_block_parameters=7_500)
+        ],
+    )  # fmt: skip
+    PruningPlan(document, tuple(np.ones(48, np.float32) for _ in range(4))).save(directory)
+
+
+def write_summary(directory, name="tiny"):
+    write(directory, "pruning_summary.json", {
+        "kind": "pruning_summary", "sparsity": 0.251, "duration_s": 1.0,
+        "original": {"name": name, "num_parameters": 2_000_000, "num_block_parameters": 10, "weight_bytes": 8_000_000},
+        "pruned": {"name": name, "num_parameters": 1_500_000, "num_block_parameters": 8, "weight_bytes": 6_000_000},
+        "calibration_metric": {"name": "perplexity", "original": 20.0, "after_stage_1": 24.0, "pruned": 26.0},
+    })  # fmt: skip
+
+
+def write_evaluation(directory, text="held-out.txt"):
+    common = {"directory": "d", "text": text, "num_tokens": 100, "num_windows": 4, "seq_len": 26}
+    write(directory, "evaluation.json", {"kind": "evaluation", "evaluations": [
+        {**common, "model": "original", "perplexity": 30.0, "standard_error": 1.5},
+        {**common, "model": "pruned", "perplexity": 45.0, "standard_error": None},
+    ]})  # fmt: skip
+
+
+def write_verification(directory, *, passed=True):
+    write(directory, "verification.json", {
+        "passed": passed, "engine": "onnx", "dtype": "float32", "tolerances": {"max_difference": 0.001},
+        "differences": {"max": 0.000123, "mean": 0.00001}, "top1_agreement": 1.0,
+    })  # fmt: skip
+
+
+def write_results(directory, *, gains, expected=1.25, engine="onnx"):
+    runs = []
+    for repeat, gain in enumerate(gains):
+        original = {m.name: 100.0 + repeat for m in METRICS}
+        pruned = {m.name: original[m.name] * (gain if m.better == "higher" else 1 / gain) for m in METRICS}
+        runs.append({"repeat": repeat, "order": ["original", "pruned"], "original": original, "pruned": pruned})
+    size = {"unit": "bytes", "formula": "counted", "original": 8_000_000, "pruned": 6_000_000, "ratio": 0.75}
+    write(directory, "results.json", {
+        "kind": "benchmark", "engine": engine, "primary_metric": "output_throughput", "ratio_formula": "paired",
+        "options": {"device": "cpu", "engine_options": []},
+        "models": {side: {"name": side, "device": "cpu", "weights_sha256": 64 * side[0]}
+                   for side in ("original", "pruned")},
+        "sizes": {"weight_bytes": size, "peak_memory_bytes": {**size, "original": None, "pruned": None, "ratio": None}},
+        "measurements": [{
+            "workload": {"input_len": 64, "output_len": 8, "concurrency": 1, "num_prompts": 1, "seed": 0},
+            "metrics": compare(runs), "runs": runs, "failed_requests": {"original": 0, "pruned": 0},
+            "expected": {"output_throughput": {"phase": "decode", "gain": expected, "formula": "bytes"}},
+        }],
+        "environment": {"cpu": "A CPU", "accelerators": [], "versions": {"torch": "2.13.0"}},
+    })  # fmt: skip
+
+
+def write_sweep(directory, *, failed=0):
+    """Two loads of vLLM with distributions, the second with failed requests if wanted, and a search for a rate."""
+    write_results(directory, gains=[1.2, 1.22, 1.21], engine="vllm")
+    results = json.loads((directory / "results.json").read_text())
+    first = results["measurements"][0]
+    spread = {"5": 10.0, "50": 20.0, "99": 90.0}
+    first["percentiles"] = {time: {"original": spread, "pruned": spread} for time in ("ttft", "tpot", "itl", "e2el")}
+    first["why_not_more"] = [{"cause": "client", "message": CLIENT, "values": {"cores": "1.2"}, "text": "..."}]
+    second = json.loads(json.dumps(first))
+    second["workload"]["concurrency"] = 4
+    second["failed_requests"]["pruned"] = failed
+    results["measurements"].append(second)
+    tried = {"max_request_rate": 2.0, "request_goodput": 1.9,
+             "tried": [{"request_rate": 2.0, "met": 0.95}, {"request_rate": 4.0, "met": 0.4}]}  # fmt: skip
+    better = {**tried, "max_request_rate": 3.0}
+    runs = [{"repeat": repeat, "original": tried, "pruned": better} for repeat in range(3)]
+    results["goodput"] = {
+        "slo_ms": {"ttft": 500, "tpot": 50}, "attainment": 0.9, "runs": runs,
+        "metrics": compare(runs, primary="max_request_rate", metrics=GOODPUT_METRICS),
+    }  # fmt: skip
+    (directory / "results.json").write_text(json.dumps(results))
+
+
+def write(directory, name, content):
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text(json.dumps({"schema_version": 1, **content}))
+
+
+def page_text(path):
+    """The page without scripts and style."""
+    page = path.read_text(encoding="utf-8")
+    return re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
+
+
+@pytest.fixture
+def everything(tmp_path):
+    source = tmp_path / "run"
+    source.mkdir()
+    write_plan(source)
+    write_summary(source)
+    write_evaluation(source)
+    write_verification(source / "onnx")
+    write_results(source / "benchmark", gains=[1.20, 1.22, 1.21])
+    return source
+
+
+def test_every_part_is_there(everything, tmp_path):
+    summary = render_report([everything], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    assert summary["missing"] == []
+    assert summary["verdict"][0]["gain"] == "1.21x"
+    for expected in (
+        "−25.0 %", "8 MB → 6 MB", "25.1 % of the decoder", "+50.0 %", "held-out.txt", "1.21x the speed",
+        "The measurement falls short of it.", "Attention is gone from 1 of 4 layers",
+        "32 to 40 of 48", "onnx: <span class=\"tag good\">passed", "max_difference", "calibration.txt",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "Peak memory" not in text  # neither side's is known
+    assert text.count('class="plotly-graph-div"') == 4
+
+
+def test_the_page_needs_no_network(everything, tmp_path):
+    render_report([everything], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    text = page_text(tmp_path / "report.html")
+    assert not re.search(r"""(src|href|action|data)\s*=\s*["']?\s*(https?:)?//""", text)
+    assert "<link" not in text
+    assert not re.search(r"<script[^>]+src", page)
+    assert page.count("plotly.js v") == 1
+    assert "@import" not in page[: page.index("<script>")]
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected", "sentences"),
+    [
+        ([0.9, 1.2, 1.0], 1.1, ["No difference shown", "The interval holds that too"]),
+        ([1.0, 1.01, 0.99], 1.3, ["No difference shown", "falls short of it"]),
+        ([0.8, 0.81, 0.82], 1.3, ["is worse", "falls short of it"]),
+        ([1.5, 1.51, 1.52], 1.3, ["1.51x the speed", "is above it"]),
+        ([1.28, 1.30, 1.32], 1.3, ["1.30x the speed", "lies inside the measured interval"]),
+    ],
+)
+def test_the_verdict_is_said_plainly(tmp_path, gains, expected, sentences):
+    write_results(tmp_path / "b", gains=gains, expected=expected)
+    render_report([tmp_path / "b"], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    for sentence in sentences:
+        assert sentence in text
+
+
+def test_a_sweep_shows_its_curves_its_distributions_and_the_highest_load(tmp_path):
+    write_sweep(tmp_path / "sweep")
+    render_report([tmp_path / "sweep"], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    charts = set(re.findall(r'id="chart-([^"]+)"', text))
+    assert {f"curve-0-concurrency-mean_{time}_ms" for time in ("ttft", "tpot", "e2el")} <= charts
+    assert {f"distribution-0-{load}-itl" for load in (0, 1)} <= charts
+    assert {"gain-0-0", "gain-0-1", "goodput-0"} <= charts
+    assert "Highest load in vLLM with TTFT ≤ 500 ms, TPOT ≤ 50 ms" in text
+    assert "1.50x" in text
+    assert "The load generator used 1.2 processor cores" in text
+
+
+def test_a_load_with_failed_requests_is_not_compared(tmp_path):
+    write_sweep(tmp_path / "sweep", failed=2)
+    render_report([tmp_path / "sweep"], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    assert "2 requests failed (pruned), so nothing is compared" in text
+    assert "curve-0-concurrency" not in text
+
+
+def test_failed_requests_of_the_first_load_are_in_the_verdict(tmp_path):
+    write_results(tmp_path / "b", gains=[1.2, 1.2, 1.3])
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    results["measurements"][0]["failed_requests"]["original"] = 1
+    for metric in results["measurements"][0]["metrics"].values():
+        metric |= {"gain": None, "ratio": None, "verdict": None}
+    (tmp_path / "b" / "results.json").write_text(json.dumps(results))
+    assert render_report([tmp_path / "b"], tmp_path / "report.html")["verdict"] == []
+    assert "Not comparable" in page_text(tmp_path / "report.html")
+
+
+class Heard(Say):
+    """Keeps what it had no translation for."""
+
+    unknown: ClassVar = set()
+
+    def __call__(self, message, **values):
+        if message not in self._table:
+            self.unknown.add(message)
+        return super().__call__(message, **values)
+
+
+def test_the_japanese_report_has_no_english_sentence(everything, tmp_path, monkeypatch):
+    write_sweep(everything / "sweep")
+    monkeypatch.setattr(report, "Say", Heard)
+    Heard.unknown.clear()
+    render_report([everything], tmp_path / "report.html", language="ja")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<html lang="ja">' in page
+    assert "速度 1.21 倍" in page
+    assert "リクエストの 90 % 以上がすべての SLO を満たした" in page
+    # What the files of this test hold in words of their own.
+    assert Heard.unknown == {"counted", "bytes", "paired"}
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_failed_attempts_and_limits_that_were_not_met_are_said(tmp_path, name):
+    write_sweep(tmp_path / "sweep")
+    file = tmp_path / "sweep" / "results.json"
+    results = json.loads(file.read_text())
+    results["failed_attempts"] = [{"repeat": 1, "load": 0, "side": "pruned", "failed": 4, "error": "It died."}]
+    results["goodput"]["metrics"]["max_request_rate"] |= {"gain": None, "verdict": None}
+    results["goodput"]["metrics"]["max_request_rate"]["pruned"] = {"median": None, "values": [3.0, 0.0, 3.0]}
+    file.write_text(json.dumps(results))
+    render_report([tmp_path / "sweep"], tmp_path / name)
+    text = (tmp_path / name).read_text(encoding="utf-8")
+    assert "pruned model failed in repeat 2 and was made again; its 4 requests are in no figure." in text
+    assert "Not even the lowest rate tried met them in every repeat: pruned." in text
+    assert "count as failed" not in text
+    assert name == "report.html" or not re.search(r"\n\n\n\n", text)
+
+
+@pytest.mark.parametrize(("language", "says"), [("en", "1.21x the speed"), ("ja", "速度 1.21 倍")])
+def test_markdown(everything, tmp_path, language, says):
+    write_sweep(everything / "sweep")
+    write_evaluation(everything, text="a | b.txt")
+    render_report([everything], tmp_path / "report.md", language=language)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert says in text
+    assert "| a \\| b.txt |" in text
+    assert "<" not in text
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    for table in tables:
+        lines = [re.sub(r"\\\|", "", line).count("|") for line in table.splitlines()]
+        assert len(set(lines)) == 1, table
+    assert len(tables) >= 5
+    assert not re.search(r"\n\n\n\n", text)
+
+
+def test_values_from_files_are_escaped(everything, tmp_path):
+    evil = '<img src=x onerror="alert(1)"></script><b>'
+    write_plan(everything, name=evil)
+    write_summary(everything, name=evil)
+    write_evaluation(everything, text=evil)
+    render_report([everything], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert evil not in page
+    assert "<img src=x" not in page
+    assert "&lt;img src=x" in page
+
+
+def test_parts_that_are_missing_are_said_to_be_missing(tmp_path):
+    write_summary(tmp_path / "only")
+    summary = render_report([tmp_path / "only"], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    assert summary["missing"] == ["plan.json", "evaluation.json", "verification.json", "results.json"]
+    assert summary["verdict"] == []
+    assert "nothing was measured, so nothing is claimed" in text
+    assert "There is no plan.json" in text
+    assert "On the very text the pruning was decided with" in text
+
+
+def test_a_failed_verification_shows(tmp_path):
+    write_verification(tmp_path / "a")
+    write_verification(tmp_path / "b", passed=False)
+    render_report([tmp_path], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    assert "Failed" in text
+    assert "1 of 2 within" in text
+
+
+def test_bad_input(everything, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(SenteiError, match="Nothing to report"):
+        render_report([empty], tmp_path / "report.html")
+    with pytest.raises(SenteiError, match="does not exist"):
+        render_report([tmp_path / "none"], tmp_path / "report.html")
+    (empty / "results.json").write_text("{")
+    with pytest.raises(SenteiError, match="not readable JSON"):
+        render_report([empty], tmp_path / "report.html")
+    (empty / "results.json").write_text('{"schema_version": 9}')
+    with pytest.raises(SenteiError, match="schema_version is 9"):
+        render_report([empty], tmp_path / "report.html")
+    (empty / "results.json").write_text('{"schema_version": 1}')
+    with pytest.raises(SenteiError, match=r"results\.json does not have the fields"):
+        render_report([empty], tmp_path / "report.html")
+    with pytest.raises(SenteiError, match="neither HTML nor Markdown"):
+        render_report([everything], tmp_path / "report.pdf")
+    assert not list(tmp_path.glob("report.*"))
+    write_plan(empty, name="another")
+    with pytest.raises(SenteiError, match="differ"):
+        render_report([everything, empty], tmp_path / "report.html")
+
+
+def test_an_existing_report_is_kept_unless_forced(everything, tmp_path):
+    out = tmp_path / "report.html"
+    out.write_text("mine")
+    with pytest.raises(SenteiError, match="exists"):
+        render_report([everything], out)
+    assert out.read_text() == "mine"
+    render_report([everything], out, force=True)
+    assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_place_that_cannot_be_written_is_said(everything, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(sentei("report", everything, "-o", tmp_path / "file" / "report.html"), "file, which is a file")
+
+
+def test_copies_are_shown_once(everything, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("plan.json", "plan.safetensors", "pruning_summary.json"):
+        (copy / name).write_bytes((everything / name).read_bytes())
+    assert render_report([everything, everything, copy], tmp_path / "r.html")["missing"] == []
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.25), (0.9, 1.3), (0.3, 12), (0.02, 2), (0.0009, 2006)])
+def test_ratios_have_few_ticks_and_1_is_one_of_them(low, high):
+    ticks = _ratio_ticks(low, high)
+    assert 1.0 in ticks
+    assert 4 <= len(ticks) <= 9
+    assert ticks[0] <= low < high <= ticks[-1]
+
+
+def test_numbers_for_people():
+    assert [format_bytes(n) for n in (999, 1_500, 269_030_016)] == ["999 B", "1.5 kB", "269 MB"]
+    assert [format_count(n) for n in (7, 134_515_008, 8_030_000_000)] == ["7", "134.5M", "8.03B"]
+    assert [format_ratio(r) for r in (0.00451, 0.95, 1.234, 292.34)] == ["0.0045", "0.95", "1.23", "292"]
+    assert [format_change(r) for r in (0.8, 1.0, 1.256, 2.5)] == ["−20.0 %", "±0 %", "+25.6 %", "+150 %"]

@@ -1,0 +1,197 @@
+"""Verification passes what is right, and fails for one damaged matrix in any precision."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from export.onnx_graph import export_onnx
+from export.vllm import export_vllm
+from serving.engines.transformers import TransformersEngine
+from serving.verify import verify as module
+from serving.verify.verify import TOLERANCES, Answers, compare, verify
+from tests.conftest import prune_by_hand
+from toolchain.errors import SenteiError
+
+PROMPTS = [[1, 504, 3575, 282, 4649, 314], [504, 253, 2429, 260]]
+
+
+def changed(source, directory, change, layer=17):
+    """A copy of a checkpoint with one layer's down_proj changed."""
+    shutil.copytree(source, directory)
+    name = f"model.layers.{layer}.mlp.down_proj.weight"
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
+def damaged(source, directory, factor):
+    return changed(source, directory, lambda weight: weight * factor)
+
+
+def swapped(source, directory):
+    """Two neurons of a layer have each other's output."""
+    order = torch.arange(1536)
+    order[[100, 900]] = order[[900, 100]]
+    return changed(source, directory, lambda weight: weight[:, order])
+
+
+def failed(verdict):
+    return {name for name, check in verdict["checks"].items() if not check["passed"]}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.acceptance)]
+)
+def test_a_right_export_passes(pruned_demo, tmp_path, dtype):
+    export_vllm(pruned_demo, tmp_path / "out", dtype=dtype)
+    verdict = verify(tmp_path / "out", pruned_demo, engine="transformers")
+    assert verdict["passed"], failed(verdict)
+    assert verdict["dtype"] == str(dtype).removeprefix("torch.")
+    assert verdict == json.loads((tmp_path / "out/verification.json").read_text())
+    assert verdict["num_prompts"] == 12
+    assert 0 <= verdict["kl_divergence"] < verdict["mean_difference"] + 1e-6
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.count("## Verification\n\nPassed.") == 1
+    assert "| kl divergence |" in card
+    assert (verdict["mean_difference"] == 0) == (dtype == torch.float32)
+
+
+# Layer 17 is the demo model's least sensitive one.
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.05), (torch.bfloat16, 1.5)])
+def test_one_damaged_matrix_fails_by_its_answers_alone(demo_model, tmp_path, dtype, factor):
+    export_vllm(damaged(demo_model, tmp_path / "damaged", factor), tmp_path / "out", dtype=dtype)
+    verdict = verify(tmp_path / "out", demo_model, engine="transformers")
+    assert not verdict["passed"]
+    assert "median_difference" in failed(verdict)
+    assert verdict["checks"]["differing_tensors"] == {"passed": False, "value": 1, "limit": 0}
+
+
+@pytest.fixture(scope="module")
+def healthy_demo(demo_model, tmp_path_factory):
+    """Without attention in layers 12 and 27, and with narrower FFNs; int4 leaves something of it."""
+    directory = tmp_path_factory.mktemp("models") / "healthy"
+    directory.mkdir()
+    prune_by_hand(demo_model, directory, removed_attention={12, 27}, width=lambda layer: 1536 - 8 * (layer + 1))
+    return directory
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.acceptance), "int4"])
+def test_onnx_passes_when_right(healthy_demo, tmp_path, precision):
+    export_onnx(healthy_demo, tmp_path / "out", precision=precision)
+    verdict = verify(tmp_path / "out", healthy_demo)
+    assert verdict["passed"], failed(verdict)
+    assert verdict["engine"] == "onnx"
+    assert ("rounding_top1_disagreement" in verdict["checks"]) == (precision != "fp32")
+    assert ("rounding_perplexity_ratio" in verdict["checks"]) == (precision != "fp32")
+
+
+@pytest.mark.acceptance
+def test_onnx_fails_when_rounding_ruins_the_model(pruned_demo, tmp_path):
+    """Without its first attention the demo model has little left, and int4 takes a third of that."""
+    export_onnx(pruned_demo, tmp_path / "out", precision="int4")
+    failures = failed(verify(tmp_path / "out", pruned_demo))
+    assert "rounding_perplexity_ratio" in failures
+    assert failures <= {"rounding_perplexity_ratio", "rounding_top1_disagreement"}
+
+
+@pytest.mark.parametrize(("precision", "factor"), [("fp32", 1.05), ("int4", 1.5)])
+def test_onnx_fails_when_damaged(demo_model, tmp_path, precision, factor):
+    export_onnx(damaged(demo_model, tmp_path / "damaged", factor), tmp_path / "out", precision=precision)
+    verdict = verify(tmp_path / "out", demo_model)
+    assert not verdict["passed"]
+    if precision == "int4":
+        assert any("layers.17.mlp.down_proj" in check.get("matrix", "") for check in verdict["checks"].values())
+    else:
+        assert "max_difference" in failed(verdict)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapped_neurons_fail(demo_model, tmp_path, dtype):
+    export_vllm(swapped(demo_model, tmp_path / "swapped"), tmp_path / "out", dtype=dtype)
+    assert "differing_tensors" in failed(verify(tmp_path / "out", demo_model, engine="transformers"))
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.acceptance), "int4"])
+def test_swapped_neurons_fail_in_onnx(demo_model, tmp_path, precision):
+    export_onnx(swapped(demo_model, tmp_path / "swapped"), tmp_path / "out", precision=precision)
+    verdict = verify(tmp_path / "out", demo_model)
+    assert ({"max_difference"} if precision == "fp32" else {"int8_displacement", "int4_displacement"}) & failed(verdict)
+    assert "**Failed**" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.acceptance
+def test_int4_arithmetic_is_judged_with_the_rounded_matrices(demo_model, tmp_path):
+    # The graph computes with other scales than its weights file seems to hold once the file is swapped afterwards.
+    export_onnx(demo_model, tmp_path / "out", precision="int4")
+    export_onnx(damaged(demo_model, tmp_path / "damaged", 1.01), tmp_path / "near", precision="int4")
+    verdict = verify(tmp_path / "near", demo_model)
+    assert not {"mean_difference", "median_difference", "greedy_margin"} & failed(verdict)
+
+
+def test_prompts_from_a_text(pico_model, tmp_path):
+    text = tmp_path / "text.txt"
+    export_vllm(pico_model, tmp_path / "out")
+    text.write_text("too short")
+    with pytest.raises(SenteiError, match="too short"):
+        verify(tmp_path / "out", pico_model, engine="transformers", text=text)
+    text.write_text("The gardener prunes the old trees in winter. " * 100)
+    verdict = verify(tmp_path / "out", pico_model, engine="transformers", text=text)
+    assert (verdict["passed"], verdict["prompts"]) == (True, "text.txt")
+    assert (verdict["num_prompts"], verdict["num_tokens"]) == (8, 512)
+
+
+def test_another_checkpoint_fails(pico_model, tmp_path):
+    pruned = tmp_path / "pruned"
+    pruned.mkdir()
+    prune_by_hand(pico_model, pruned, removed_attention={1}, width=lambda layer: 48)
+    verdict = verify(pruned, pico_model, engine="transformers")
+    assert verdict["checks"]["differing_tensors"]["value"] == 5
+    assert {"differing_tensors", "max_difference"} <= failed(verdict)
+
+
+def test_a_broken_cache_shows_in_the_greedy_tokens(demo_model):
+    reference = TransformersEngine(demo_model, dtype=torch.float32)
+    right = Answers(
+        log_probabilities=reference.top_log_probabilities(PROMPTS, 5),
+        greedy=[reference.generate(prompt, 8) for prompt in PROMPTS],
+    )
+    same = compare(reference, PROMPTS, right)
+    assert same.max_difference == 0
+    assert same.greedy_margin < 1e-5
+    # What a model says that sees nothing but the last token.
+    forgetful = [tokens[:1] for tokens in right.greedy]
+    for tokens in forgetful:
+        while len(tokens) < 8:
+            tokens += reference.generate(tokens[-1:], 1)
+    broken = compare(reference, PROMPTS, Answers(log_probabilities=right.log_probabilities, greedy=forgetful))
+    assert broken.max_difference == 0
+    assert broken.greedy_margin > max(each.greedy_margin for each in TOLERANCES.values())
+
+
+def test_one_sensitive_token_does_not_decide(demo_model):
+    reference = TransformersEngine(demo_model, dtype=torch.float32)
+    prompt = PROMPTS[0]
+    tokens = reference.generate(prompt, 8)
+    tokens[-1] = int(reference.log_probabilities([*prompt, *tokens])[-2].argmin())
+    answers = Answers(log_probabilities=reference.top_log_probabilities([prompt], 5), greedy=[tokens])
+    assert compare(reference, [prompt], answers).greedy_margin == pytest.approx(1 / 8, abs=1e-5)
+
+
+def test_nan_fails():
+    assert not module.judge(float("nan"), 1.0)["passed"]
+
+
+def test_engines_that_do_not_fit(pico_model, tmp_path):
+    with pytest.raises(SenteiError, match="is no ONNX export"):
+        verify(pico_model, pico_model, engine="onnx")
+    (tmp_path / "genai_config.json").write_text("{}")
+    with pytest.raises(SenteiError, match="engine 'vllm' cannot run it"):
+        verify(tmp_path, pico_model, engine="vllm")
+    with pytest.raises(SenteiError, match=r"sentei_export\.json is missing or damaged"):
+        verify(tmp_path, pico_model)
+    assert [path.name for path in tmp_path.iterdir()] == ["genai_config.json"]

@@ -1,0 +1,36 @@
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+
+from toolchain.checkpoint.directory import model_name, open_checkpoint, resolve_model
+from toolchain.model.loading import load_model, load_tokenizer
+
+
+def test_pruned_demo_generates_the_same_with_and_without_cache(pruned_demo: Path):
+    model, tokenizer = load_model(pruned_demo, dtype=torch.float32), load_tokenizer(pruned_demo)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    cached, uncached = (
+        model.generate(**prompt, max_new_tokens=12, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert torch.equal(cached, uncached)
+    assert open_checkpoint(pruned_demo).is_pruned
+
+
+def test_weights_in_their_makers_own_form_are_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = ["config.json", "model-00001-of-00002.safetensors", "consolidated.safetensors", "original/params.json"]
+    asked: dict[str, list[str]] = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, **options: asked.update(options) or tmp_path)
+    resolve_model("org/name")
+    fetched = list(filter_repo_objects(files, **asked))
+    assert "consolidated.safetensors" not in fetched
+    assert set(files[:2]) <= set(fetched)
+
+
+def test_a_model_of_the_hub_is_called_by_its_id(tmp_path: Path):
+    snapshot = tmp_path / "models--org--some--name" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    assert model_name(snapshot) == "org/some--name"
+    assert model_name(snapshot / ".." / "..") == "models--org--some--name"
+    assert model_name(tmp_path) == tmp_path.name

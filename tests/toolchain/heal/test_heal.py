@@ -1,0 +1,249 @@
+"""Healing: what is learnt, that it can be interrupted anywhere, and that the checkpoint keeps its form."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.command_line import PLAIN, refused, sentei
+from tests.conftest import prune_by_hand
+from tests.families import VARIANTS, make_family_pico
+from tests.quantized import write_quantized
+from toolchain.checkpoint.directory import open_checkpoint, same_bits, write_config, write_weights
+from toolchain.heal.distillation import Training, distill, divergence, order_of_windows
+from toolchain.heal.heal import HealSettings, heal
+from toolchain.metrics.perplexity import perplexity
+from toolchain.model.disk_layers import open_walk
+from toolchain.model.loading import load_model, load_tokenizer
+from toolchain.plan.plan import load_plan
+from toolchain.text.embedded import documents
+from toolchain.text.sources import TextSource
+
+SETTINGS = ("--steps", 10, "--batch-size", 2, "--seq-len", 16, "--dtype", "float32", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def pruned_pico(pico_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("healing") / "pruned"
+    settings = (
+        "--sparsity",
+        0.3,
+        "--samples",
+        2,
+        "--seq-len",
+        64,
+        "--align",
+        8,
+        "--attention-removals",
+        1,
+        *PLAIN,
+        "--quiet",
+    )
+    done = sentei("prune", pico_model, "-o", out, "--calibration", text, *settings)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def healed(pruned: Path, original: Path, out: Path, text: Path, *more: object):
+    return sentei("heal", pruned, "--against", original, "--data", text, "-o", out, *SETTINGS, *more)
+
+
+@pytest.mark.parametrize("more", [("--lora-rank", 4, "--learning-rate", 0.003), ("--full", "--learning-rate", 0.001)])
+def test_it_comes_closer_and_keeps_its_form(
+    pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path, more: tuple
+):
+    done = healed(pruned_pico, pico_model, out := tmp_path / "out", text, "--json", *more)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["divergence_after"] < 0.97 * result["divergence_before"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    before, after = open_checkpoint(pruned_pico), open_checkpoint(out)
+    assert (out / "config.json").read_bytes() == (pruned_pico / "config.json").read_bytes()
+    assert {n: (i.shape, i.dtype) for n, i in before.tensors.items()} == {
+        n: (i.shape, i.dtype) for n, i in after.tensors.items()
+    }
+    changed = {name for name in before.tensors if not same_bits(before.read(name), after.read(name))}
+    if "--full" in more:
+        assert changed >= {"model.norm.weight", "lm_head.weight"}
+    else:
+        assert changed == {name for name in before.tensors if ".layers." in name and "_proj." in name}
+
+    plan = load_plan(out)
+    assert [record.lora_rank for record in plan.document.healing] == [None if "--full" in more else 4]
+    assert plan.layout == load_plan(pruned_pico).layout
+    assert "## Healed" in (out / "README.md").read_text()
+    assert "healed: 10 steps towards pico" in sentei("plan", "show", out).stdout
+    assert sentei("export", "vllm", out, "-o", tmp_path / "deploy", "--quiet").returncode == 0
+    # The plan itself says what was removed; applied again, it gives the model before it was healed.
+    assert sentei("apply", out, pico_model, "-o", tmp_path / "again", "--quiet").returncode == 0
+    assert open_checkpoint(tmp_path / "again").fingerprint == before.fingerprint
+    assert load_plan(tmp_path / "again").document.healing == []
+
+
+class _Stop(KeyboardInterrupt):
+    """Ctrl-C."""
+
+
+def stopping_at(step: int):
+    """A progress that is interrupted when so many steps are done."""
+    done = 0
+
+    @contextmanager
+    def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            if done == step:
+                raise _Stop
+
+        yield advance
+
+    return progress
+
+
+@pytest.mark.parametrize("lora_rank", [4, pytest.param(None, marks=pytest.mark.acceptance)])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path, lora_rank: int | None
+):
+    settings = HealSettings(
+        data=[TextSource(text)], steps=10, batch_size=2, seq_len=16, learning_rate=0.001, lora_rank=lora_rank, seed=1,
+        device="cpu", dtype=torch.float32,
+    )  # fmt: skip
+    paths = (pruned_pico, pico_model)
+    heal(*paths, tmp_path / "whole", settings)
+    with pytest.raises(_Stop):
+        heal(*paths, out := tmp_path / "out", settings, progress=stopping_at(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]  # nothing to go on from
+
+    with pytest.raises(_Stop):
+        heal(*paths, out, settings, progress=stopping_at(4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.heal", "whole"]
+    # As if the interruption had come while the next checkpoint was being written.
+    (unfinished := tmp_path / "out.heal" / "checkpoint-4").mkdir()
+    (unfinished / "trainer_state.json").write_text('{"global_')
+    command = ("heal", pruned_pico, "--against", pico_model, "--data", text, "-o", out, *SETTINGS, "--seed", 1)
+    rank = ("--lora-rank", lora_rank) if lora_rank else ("--full",)
+    refused(sentei(*command, *rank, "--learning-rate", 0.001), "interrupted healing", "--resume")
+    refused(sentei(*command, *rank, "--learning-rate", 0.002, "--resume"), "another learning_rate: 0.001 then")
+    # Trained to the end, and interrupted while the second tensor is written.
+    with pytest.raises(_Stop):
+        heal(*paths, out, settings, resume=True, progress=stopping_at(12))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.heal", "whole"]
+    done = sentei(*command, *rank, "--learning-rate", 0.001, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert open_checkpoint(out).fingerprint == open_checkpoint(tmp_path / "whole").fingerprint
+    assert (out / "plan.json").read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_merged_weights_say_what_the_adapters_said(family: str, tmp_path: Path):
+    for variant in list(VARIANTS[family])[:2]:  # the others differ in what has no weights
+        make_family_pico(original := tmp_path / variant, family, variant)
+        (pruned := tmp_path / f"{variant}-pruned").mkdir()
+        prune_by_hand(original, pruned, removed_attention={1}, width=lambda layer: 32 + 4 * layer)
+        windows = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(0))
+        training = Training(
+            steps=3, batch_size=2, learning_rate=0.02, lora_rank=4, seed=0, device="cpu", dtype=torch.float32
+        )
+        source = open_checkpoint(pruned)
+        student = distill(load_model(original), source, windows, training, tmp_path / f"{variant}-training")
+        (merged := tmp_path / f"{variant}-merged").mkdir()
+        write_config(merged, source.config)
+        write_weights(merged, {n: (i.shape, i.dtype) for n, i in source.tensors.items()}, student.read)
+        with torch.inference_mode():
+            wanted, found, before, teacher = (
+                model.eval()(input_ids=windows, use_cache=False).logits
+                for model in (student.model, load_model(merged), load_model(source), load_model(original))
+            )
+        assert torch.allclose(found, wanted, atol=1e-4), variant
+        assert divergence(teacher, found) < 0.98 * divergence(teacher, before), variant
+
+
+def test_divergence_is_that_of_the_distributions():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    assert float(divergence(teacher, student)) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+    assert float(divergence(teacher, teacher + 3)) == pytest.approx(0, abs=1e-6)
+
+
+def test_every_window_is_read_once_before_any_is_read_twice():
+    order = order_of_windows(4, 10, seed=0)
+    assert len(order) == 10
+    assert sorted(order[:4]) == sorted(order[4:8]) == [0, 1, 2, 3]
+    assert order[:4].tolist() != order[4:8].tolist()
+
+
+def test_what_does_not_help_is_not_written(pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path):
+    done = healed(pruned_pico, pico_model, tmp_path / "out", text, "--full", "--learning-rate", 50)
+    assert done.returncode == 1
+    assert "did not help" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input(pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path):
+    def refuse(*more: object, pruned: Path = pruned_pico, original: Path = pico_model, data: Path = text, says: str):
+        refused(healed(pruned, original, tmp_path / "out", data, *more), says)
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.heal").exists()
+
+    refuse(data=tmp_path / "none.txt", says="does not exist")
+    (tiny := tmp_path / "tiny.txt").write_text(
+        "The gardener prunes the trees in winter, and in summer they bear fruit."
+    )
+    refuse("--seq-len", 64, data=tiny, says="1 windows of 64 tokens need 64")
+    refuse(data=tiny, says="one more has to be held out")
+    refuse(pruned=pico_model, says="is not pruned")
+    refuse(original=pruned_pico, says="cannot learn from itself")
+    refuse("--steps", 0, says="--steps 0")
+    refuse("--learning-rate", "nan", says="--learning-rate nan")
+    refuse("--lora-rank", 0, says="--lora-rank 0")
+    refuse("--full", "--lora-rank", 8, says="one of them")
+    refuse("--dtype", "float16", says="float16")
+
+    shutil.copytree(pico_model, other := tmp_path / "other")
+    tokenizer = load_tokenizer(other)
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(other)
+    refuse(original=other, says="another tokenizer")
+    shutil.copytree(pruned_pico, planless := tmp_path / "planless")
+    (planless / "plan.json").unlink()
+    refuse(pruned=planless, says="no plan")
+    write_quantized(pruned_pico, rounded := tmp_path / "rounded", "int8")
+    refuse(pruned=rounded, says="quantised checkpoints are not supported")
+
+
+def test_without_peft(pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "toolchain.heal.distillation")
+    refused(healed(pruned_pico, pico_model, tmp_path / "out", text), "pip install 'sentei[heal]'")
+
+
+@pytest.mark.acceptance
+def test_minutes_recover_a_share_of_the_loss(demo_model: Path, tmp_path: Path):
+    *learnt, unseen = documents()[::5]
+    (text := tmp_path / "text.txt").write_text("\n\n".join(learnt))
+    ids = load_tokenizer(demo_model)(unseen, return_tensors="pt")["input_ids"][:, :512]
+
+    def perplexity_of(model: Path) -> float:
+        walk = open_walk(open_checkpoint(model), dtype=torch.float32, device="cpu", offload=False)
+        return perplexity(walk, ids).perplexity
+
+    plan = sentei(
+        "prune", demo_model, "-o", pruned := tmp_path / "pruned", "--calibration", text, "--samples", 4, "--seq-len",
+        256, "--sparsity", 0.25, "--attention-removals", 1, *PLAIN, "--quiet",
+    )  # fmt: skip
+    assert plan.returncode == 0, plan.stderr
+    done = sentei(
+        "heal", pruned, "--against", demo_model, "--data", text, "-o", tmp_path / "healed", "--steps", 20,
+        "--batch-size", 4, "--seq-len", 256, "--quiet",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert perplexity_of(tmp_path / "healed") < 0.9 * perplexity_of(pruned)

@@ -1,0 +1,1 @@
+"""What a model is made of, by its config and family. Standard library only, for vLLM's plugin."""

@@ -1,0 +1,1 @@
+"""What got worse: texts, tasks and written answers of the pruned model against the original's."""

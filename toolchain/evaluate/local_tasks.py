@@ -1,0 +1,115 @@
+"""What the task definitions in ``task_files/`` call: JSONL files in place of hub data sets.
+
+The prompts are lm-eval's own, so that results compare with published ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.errors import SenteiError, reason_of
+from toolchain.metrics.accuracy import load_questions, read_questions, split_prompt
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+TASK_FILES = Path(__file__).with_name("task_files")
+
+
+def load_dataset(*, file: str, fields: Sequence[str], **_: Any) -> "DatasetDict":
+    """Reads a file of questions as lm-eval wants it.
+
+    Args:
+        file: JSONL, one question a line, in the form that the hub has it in.
+        fields: What every question must have.
+
+    Raises:
+        SenteiError: Missing or empty file, or a line without these fields.
+    """
+    return _as_dataset(_read(Path(file), fields))
+
+
+def load_hellaswag(*, file: str, fields: Sequence[str], **_: Any) -> "DatasetDict":
+    """Reads HellaSwag: as the hub has it (``activity_label``, ``ctx_a``, ``ctx_b``) or with all of it in ``context``.
+
+    A ``context`` is ``activity: sentences. beginning``; the beginning, which lm-eval capitalises, is what follows the
+    last full stop.
+
+    Raises:
+        SenteiError: See :func:`load_dataset`.
+    """
+    questions = _read(Path(file), fields)
+    for number, question in enumerate(questions, 1):
+        if "ctx_a" in question:
+            continue
+        if not isinstance(question.get("context"), str):
+            raise SenteiError(f"{file} question {number} has neither ctx_a nor context.")
+        activity, _, rest = question["context"].partition(": ")
+        sentences, stop, beginning = rest.rpartition(". ")
+        question |= {"activity_label": activity, "ctx_a": f"{sentences}." if stop else beginning}
+        question |= {"ctx_b": beginning if stop else ""}
+    return _as_dataset(questions)
+
+
+def load_user_questions(*, file: str, **_: Any) -> "DatasetDict":
+    """Reads a person's own questions, with each choice as it follows the prompt; see :mod:`toolchain.metrics.accuracy`.
+
+    A line may also have a ``subject``, by which results are broken down.
+
+    Raises:
+        SenteiError: See :func:`toolchain.metrics.accuracy.load_questions`.
+    """
+    rows = []
+    for question in load_questions(Path(file)):
+        parts = [split_prompt(question.prompt, choice) for choice in question.choices]
+        rows.append(
+            {
+                "context": parts[0][0],
+                "continuations": [continuation for _, continuation in parts],
+                "choices": list(question.choices),
+                "answer": question.answer,
+                "subject": question.subject,
+            }
+        )
+    return _as_dataset(rows)
+
+
+def score_user_question(question: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """lm-eval's ``acc`` and ``acc_norm``, whose length is that of the choice without what joins it to the prompt."""
+    totals = [log_likelihood for log_likelihood, _ in results]
+    normalised = [total / len(choice) for total, choice in zip(totals, question["choices"], strict=True)]
+    return {
+        name: float(scores.index(max(scores)) == question["answer"])
+        for name, scores in (("acc", totals), ("acc_norm", normalised))
+    }
+
+
+def _as_dataset(rows: list[dict[str, Any]]) -> "DatasetDict":
+    from datasets import Dataset, DatasetDict
+
+    try:
+        return DatasetDict({"test": Dataset.from_list(rows)})
+    # Arrow's words for a column of several kinds, or a number of more than 64 bits.
+    except (ValueError, TypeError, OverflowError, KeyError) as error:
+        raise SenteiError(f"Questions differ in what their fields hold ({reason_of(error)}).") from error
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a task can make something of a field: text, a number, texts, or ARC's texts with their labels."""
+    if isinstance(value, dict):
+        return all(isinstance(each, list) and _is_text(each) for each in value.values())
+    if isinstance(value, list):
+        return all(isinstance(each, str) for each in value)
+    return isinstance(value, str) or type(value) is int
+
+
+def _read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    questions = []
+    for where, question in read_questions(path):
+        missing = [field for field in fields if not isinstance(question, dict) or field not in question]
+        if missing:
+            raise SenteiError(f"{where} has no field {missing[0]!r}.", f"Needed: {', '.join(fields)}.")
+        if odd := [field for field in fields if not _is_text(question[field])]:
+            raise SenteiError(f"{where}: field {odd[0]!r} holds neither text, a number, nor a list of texts.")
+        questions.append(question)
+    return questions

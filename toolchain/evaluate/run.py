@@ -1,0 +1,386 @@
+"""An evaluation from beginning to end: texts, tasks and generation, of one model or of two side by side."""
+
+import gc
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from toolchain.architecture.context_length import check_window
+from toolchain.checkpoint.directory import Checkpoint, dtype_name, model_name, open_checkpoint
+from toolchain.errors import SenteiError
+from toolchain.evaluate import writing as damage
+from toolchain.evaluate.comparison import (
+    NUM_WORST,
+    change,
+    compare_task,
+    mean_score,
+    mean_within,
+    perplexity_ratio,
+    share,
+)
+from toolchain.evaluate.document import (
+    EvaluationDocument,
+    GenerationComparison,
+    Sample,
+    Side,
+    TaskComparison,
+    TaskResult,
+    TextComparison,
+    TextResult,
+    WorsePassage,
+)
+from toolchain.evaluate.lm_eval_tasks import (
+    LoadedTask,
+    TaskRequest,
+    lm_eval_version,
+    load_task,
+    run_task,
+    shared_metrics,
+)
+from toolchain.evaluate.significance import check_statistics, compare_means
+from toolchain.evaluate.text_overlap import find_overlap, text_hashes
+from toolchain.metrics.perplexity import summarise_losses, token_losses
+from toolchain.model.disk_layers import open_walk
+from toolchain.model.layer_walk import LayerWalk
+from toolchain.model.loading import bos_of, check_same_vocabulary, load_tokenizer
+from toolchain.parts_cache import Parts
+from toolchain.progress import Progress, no_progress
+from toolchain.text.passages import number_passages, worst_passages
+from toolchain.text.sources import Text, local_paths, text_name
+from toolchain.text.windows import TokenWindows, begin_with, load_windows
+
+_NUM_SAMPLES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is measured, and how.
+
+    Attributes:
+        texts: For perplexity.
+        num_windows: Of each text; ``None`` for all there are.
+        seq_len: Tokens a window.
+        tasks: For lm-eval.
+        limit: The first so many questions of each task; ``None`` for all.
+        num_generations: Prompts from the first text that both models continue; 0 for none.
+        device: Computed on.
+        dtype: Computed in.
+        offload: One layer in memory at a time; texts only.
+    """
+
+    texts: tuple[Text, ...]
+    num_windows: int | None
+    seq_len: int
+    tasks: tuple[TaskRequest, ...] = ()
+    limit: int | None = None
+    num_generations: int = 0
+    device: str
+    dtype: torch.dtype
+    offload: bool = False
+
+    @property
+    def input_files(self) -> list[Path]:
+        """Files and directories that texts and questions are read from."""
+        return [*local_paths(self.texts), *(task.file for task in self.tasks if task.file)]
+
+
+class _Model:
+    """A model under evaluation; loaded when it is first needed."""
+
+    def __init__(self, checkpoint: Checkpoint, side: Side, settings: EvaluationSettings) -> None:
+        self.checkpoint, self.side, self._settings = checkpoint, side, settings
+        self.name = model_name(checkpoint.directory)
+        self.tokenizer = load_tokenizer(checkpoint.directory)
+        self.bos = bos_of(checkpoint.family, self.tokenizer)
+        self.identity = _identity(checkpoint, settings)
+        self._walk: LayerWalk | None = None
+
+    @property
+    def walk(self) -> LayerWalk:
+        if self._walk is None:
+            settings = self._settings
+            self._walk = open_walk(
+                self.checkpoint, dtype=settings.dtype, device=settings.device, offload=settings.offload
+            )
+        return self._walk
+
+    def unload(self) -> None:
+        self._walk = None
+        gc.collect()
+
+
+def evaluate(
+    directory: Path,
+    against: Path | None,
+    settings: EvaluationSettings,
+    parts: Parts,
+    *,
+    progress: Progress = no_progress,
+) -> EvaluationDocument:
+    """Measures a model, and the original before it where one is given. One model is in memory at a time.
+
+    Args:
+        directory: The model, pruned or not.
+        against: The original.
+        settings: What is measured.
+        parts: Keeps what is finished.
+        progress: Opened once a part.
+
+    Raises:
+        MissingDependencyError: lm-eval or scipy is needed and not there.
+        SenteiError: Bad input; all of it is found before a model is loaded.
+    """
+    _check(settings, against)
+    checkpoints = [open_checkpoint(each) for each in (against, directory) if each is not None]
+    sides: list[Side] = ["original", "pruned"] if against else ["pruned" if checkpoints[0].is_pruned else "original"]
+    if settings.texts:
+        for each in checkpoints:
+            check_window(each.directory, each.config, settings.seq_len)
+    if against is not None:
+        check_same_vocabulary(checkpoints[1], checkpoints[0])
+    models = [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
+    tasks = [load_task(request) for request in settings.tasks]
+    tokenizer, bos = models[-1].tokenizer, models[-1].bos
+    texts = [
+        (text, load_windows(text, tokenizer, num_samples=settings.num_windows, seq_len=settings.seq_len, bos=bos))
+        for text in settings.texts
+    ]
+    read_before = text_hashes(directory)
+    generation = _Generation(texts[0][1], models, settings, parts) if settings.num_generations else None
+    losses: list[list[dict[str, Any]]] = []
+    answers: list[list[dict[str, Any]]] = []
+    for model in models:
+        losses.append([_read_text(model, windows, parts, progress) for _, windows in texts])
+        answers.append([_ask(model, task, settings, parts, progress) for task in tasks])
+        if generation is not None:
+            generation.visit(model, progress)
+        model.unload()
+    compared = against is not None
+    return EvaluationDocument(
+        evaluations=[
+            _text_result(model, windows, result)
+            for model, results in zip(models, losses, strict=True)
+            for (_, windows), result in zip(texts, results, strict=True)
+        ],
+        tasks=[
+            _task_result(model, request, result)
+            for model, results in zip(models, answers, strict=True)
+            for request, result in zip(settings.tasks, results, strict=True)
+        ],
+        text_comparisons=[
+            _compare_text(text, windows, pair, tokenizer)
+            for (text, windows), pair in zip(texts, zip(*losses, strict=True), strict=True)
+        ]
+        if compared
+        else [],
+        text_overlaps=[
+            found
+            for text, windows in texts
+            for seen_in, hashes in read_before.items()
+            if (found := find_overlap(text, windows, tokenizer, seen_in, hashes)) is not None
+        ],
+        task_comparisons=_compare_tasks(settings.tasks, answers) if compared else [],
+        mean_score=_mean_score(answers) if compared and tasks else None,
+        generation=generation.result if generation is not None else None,
+        dtype=dtype_name(settings.dtype),
+        versions=_versions(bool(tasks)),
+    )
+
+
+def _check(settings: EvaluationSettings, against: Path | None) -> None:
+    if not settings.texts and not settings.tasks:
+        raise SenteiError("There is nothing to evaluate on.", "Give --text, --task or --questions.")
+    if settings.offload and settings.tasks:
+        raise SenteiError(
+            "--offload measures perplexity only: lm-eval's tasks need the whole model in memory.",
+            "Leave out --task and --questions, or --offload.",
+        )
+    if settings.offload and settings.num_generations:
+        raise SenteiError("--offload measures perplexity only: generation needs the whole model in memory.")
+    if settings.num_generations and (against is None or not settings.texts):
+        raise SenteiError(
+            "--generations compares what two models write.", "Give --against, and --text for the prompts."
+        )
+    if settings.limit is not None and settings.limit < 1:
+        raise SenteiError(f"--limit {settings.limit} makes no sense.", "Use at least 1.")
+    labels = [request.label for request in settings.tasks]
+    names = [text_name(text) for text in settings.texts]
+    for kind, given in (("task", labels), ("text", names)):
+        if repeated := {each for each in given if given.count(each) > 1}:
+            raise SenteiError(f"Two of the {kind}s are called {min(repeated)}.", "Rename one of the files.")
+    if against is not None:
+        check_statistics()
+
+
+def _read_text(model: _Model, windows: TokenWindows, parts: Parts, progress: Progress) -> dict[str, Any]:
+    def compute() -> dict[str, Any]:
+        started = time.monotonic()
+        with progress(f"{windows.source}, {model.side}", len(windows.ids)) as advance:
+            losses = token_losses(model.walk, windows.ids, on_window=advance)
+        measured = asdict(summarise_losses(losses, model.walk))
+        return {**measured, "duration_s": round(time.monotonic() - started, 1), "losses": losses.tolist()}
+
+    identity = {**model.identity, "text_sha256": windows.sha256, "shape": list(windows.ids.shape)}
+    return parts.get(f"{model.side}-{windows.source}", identity, compute)
+
+
+def _ask(
+    model: _Model, task: LoadedTask, settings: EvaluationSettings, parts: Parts, progress: Progress
+) -> dict[str, Any]:
+    def compute() -> dict[str, Any]:
+        started = time.monotonic()
+        with progress(f"{task.label}, {model.side}", task.num_requests(settings.limit)) as advance:
+            result = run_task(
+                model.walk.model, model.tokenizer, task, limit=settings.limit, bos=model.bos, on_request=advance
+            )
+        return {**result, "duration_s": round(time.monotonic() - started, 1)}
+
+    identity = {**model.identity, "task": task.label, "questions": task.sha256, "limit": settings.limit}
+    return parts.get(f"{model.side}-{task.label}", {**identity, "lm_eval": lm_eval_version()}, compute)
+
+
+class _Generation:
+    """Compares what both models write; the original's part is held in memory until the pruned model was asked."""
+
+    def __init__(
+        self, windows: TokenWindows, models: Sequence[_Model], settings: EvaluationSettings, parts: Parts
+    ) -> None:
+        self._windows, self._parts = windows, parts
+        self._stretches = damage.choose_prompts(windows.text_ids, settings.num_generations)
+        self._prompts = begin_with(windows.bos, self._stretches)
+        self._identity = {
+            "models": [model.identity for model in models],
+            "prompts": self._prompts.tolist(),
+            "max_new_tokens": damage.NEW_TOKENS,
+        }
+        self._reference: damage.Reference | None = None
+        self._started = 0.0
+        self.result: GenerationComparison | None = None
+
+    def visit(self, model: _Model, progress: Progress) -> None:
+        """Called with the original, then with the pruned model."""
+        name = f"generation-{self._windows.source}"
+        if model.side == "original":
+            if not self._parts.known(name, self._identity):
+                self._started = time.monotonic()
+                with progress("generation, original", 1) as advance:
+                    self._reference = damage.describe_original(model.walk.model, self._prompts)
+                    advance()
+            return
+        found = self._parts.get(name, self._identity, lambda: self._compare(model, progress))
+        self.result = GenerationComparison.model_validate(found)
+
+    def _compare(self, model: _Model, progress: Progress) -> dict[str, Any]:
+        reference = self._reference
+        assert reference is not None
+        with progress("generation, pruned", 1) as advance:
+            written = damage.continue_greedily(model.walk.model, self._prompts)
+            along = damage.next_token_log_probabilities(model.walk.model, self._prompts, reference.continuations)
+            advance()
+        pairs = list(zip(reference.log_probabilities, along, strict=True))
+        both = (reference.continuations, written)
+        repeated = [[damage.repetition(each) for each in side] for side in both]
+        known = [(a, b) for a, b in zip(*repeated, strict=True) if a is not None and b is not None]
+        change_ = compare_means([b - a for a, b in known]) if known else None
+        return GenerationComparison(
+            text=self._windows.source,
+            num_prompts=len(self._prompts),
+            prompt_tokens=self._stretches.shape[1],
+            max_new_tokens=damage.NEW_TOKENS,
+            repetition_original=fmean(a for a, _ in known) if known else None,
+            repetition_pruned=fmean(b for _, b in known) if known else None,
+            repetition_change=change(change_, "paired t-test of the continuations", higher_is_better=False)
+            if change_
+            else None,
+            distinct_1_original=damage.distinct(both[0], 1),
+            distinct_1_pruned=damage.distinct(both[1], 1),
+            distinct_2_original=damage.distinct(both[0], 2),
+            distinct_2_pruned=damage.distinct(both[1], 2),
+            token_agreement=mean_within([damage.agreement(*pair) for pair in pairs], 0.0, 1.0),
+            kl_divergence=mean_within([damage.divergence(*pair) for pair in pairs], 0.0, math.inf),
+            common_prefix_tokens=fmean(damage.common_prefix(a, b) for a, b in zip(*both, strict=True)),
+            samples=[
+                Sample(
+                    prompt=model.tokenizer.decode(prompt),
+                    original=model.tokenizer.decode(before, skip_special_tokens=True),
+                    pruned=model.tokenizer.decode(after, skip_special_tokens=True),
+                )
+                for prompt, before, after in list(zip(self._stretches, *both, strict=True))[:_NUM_SAMPLES]
+            ],
+            duration_s=round(time.monotonic() - self._started, 1),
+        ).model_dump()
+
+
+def _text_result(model: _Model, windows: TokenWindows, result: dict[str, Any]) -> TextResult:
+    measured = {name: value for name, value in result.items() if name != "losses"}
+    return TextResult(
+        model=model.side, directory=model.name, text=windows.source, text_sha256=windows.sha256, **measured
+    )
+
+
+def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any]) -> TaskResult:
+    questions = result["questions"]
+    return TaskResult(
+        model=model.side,
+        directory=model.name,
+        task=request.label,
+        source=request.file.name if request.file else "Hugging Face hub",
+        num_fewshot=result["num_fewshot"],
+        num_questions=len(questions),
+        metric=result["metric"],
+        score=share(_scores(result)),
+        scores={name: fmean(question["scores"][name] for question in questions) for name in shared_metrics(questions)},
+        duration_s=result["duration_s"],
+    )
+
+
+def _compare_text(
+    text: Text, windows: TokenWindows, pair: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> TextComparison:
+    original, pruned = (torch.tensor(result["losses"]) for result in pair)
+    unit, numbers = number_passages(text, tokenizer, windows.text_ids)
+    worst = worst_passages(unit, numbers, windows.text_ids, (original, pruned), tokenizer, count=NUM_WORST)
+    return TextComparison(
+        text=windows.source,
+        perplexity_ratio=perplexity_ratio(*(each.double().mean(1).tolist() for each in (original, pruned))),
+        worst_passages=[WorsePassage(**asdict(each)) for each in worst],
+    )
+
+
+def _compare_tasks(requests: Sequence[TaskRequest], answers: Sequence[list[dict[str, Any]]]) -> list[TaskComparison]:
+    return [
+        compare_task(request.label, before["metric"], before["questions"], after["questions"])
+        for request, before, after in zip(requests, *answers, strict=True)
+    ]
+
+
+def _mean_score(answers: Sequence[list[dict[str, Any]]]) -> Any:
+    return mean_score([(_scores(before), _scores(after)) for before, after in zip(*answers, strict=True)])
+
+
+def _scores(result: dict[str, Any]) -> list[float]:
+    return [question["scores"][result["metric"]] for question in result["questions"]]
+
+
+def _identity(checkpoint: Checkpoint, settings: EvaluationSettings) -> dict[str, Any]:
+    """What makes it this model, computed in this way. Weights count by name, size and time: hashing them takes long."""
+    files = sorted(checkpoint.directory.glob("*.safetensors"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    config = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode()).hexdigest()
+    return {"config": config, "weights": stats, "dtype": str(settings.dtype), "device": settings.device}
+
+
+def _versions(with_tasks: bool) -> dict[str, str]:
+    names = ["sentei", "torch", "transformers", *(["lm_eval"] if with_tasks else [])]
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

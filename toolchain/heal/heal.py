@@ -1,0 +1,365 @@
+"""Healing: what pruning broke is recovered by distillation from the original; the checkpoint keeps its form.
+
+Shapes, config and plan stay what they were, so everything that reads a pruned checkpoint reads a healed one. See
+``docs/decisions/healing.md``.
+"""
+
+import gc
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from toolchain.architecture.context_length import check_window
+from toolchain.checkpoint.directory import (
+    Checkpoint,
+    copy_companions,
+    dtype_name,
+    model_name,
+    open_checkpoint,
+    write_config,
+    write_weights,
+)
+from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
+from toolchain.json_files import read_json_object
+from toolchain.metrics.token_metrics import perplexity_of
+from toolchain.model.loading import bos_of, check_same_vocabulary, load_model, load_tokenizer
+from toolchain.output_checks import check_unfinished
+from toolchain.outputs import (
+    beside,
+    check_output_directory,
+    new_directory,
+    write_text,
+    writes_directory,
+)
+from toolchain.plan.document import HealingRecord
+from toolchain.plan.plan import PruningPlan, load_plan
+from toolchain.progress import Progress, no_progress
+from toolchain.prune.apply import SUMMARY_FILE
+from toolchain.text.fingerprints import merge_hashes
+from toolchain.text.sources import TextSource, local_paths
+from toolchain.text.windows import TokenWindows, load_mixture
+
+if TYPE_CHECKING:
+    from toolchain.heal.distillation import Student
+
+_MOST_HELD_OUT = 8
+# Weeks of training; their order is held in memory.
+_MOST_WINDOWS = 10_000_000
+_INPUTS_FILE = "inputs.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealSettings:
+    """What ``sentei heal`` was asked for.
+
+    Attributes:
+        data: Texts to learn from, and their weights.
+        steps: Updates of the weights.
+        batch_size: Windows an update.
+        seq_len: Tokens a window.
+        learning_rate: The highest, after the warm-up.
+        lora_rank: Of the adapters; ``None`` to train all weights.
+        seed: Orders the windows, and draws the adapters.
+        device: ``cpu`` or ``cuda``.
+        dtype: ``float32`` or ``bfloat16``.
+    """
+
+    data: Sequence[TextSource]
+    steps: int
+    batch_size: int
+    seq_len: int
+    learning_rate: float
+    lora_rank: int | None
+    seed: int
+    device: str
+    dtype: torch.dtype
+
+
+def healing_directory(out: Path) -> Path:
+    """``<out>.heal``, which exists while the healing that will write ``out`` is unfinished."""
+    return beside(out, "heal")
+
+
+@writes_directory
+def heal(
+    directory: Path,
+    teacher_directory: Path,
+    out: Path,
+    settings: HealSettings,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Trains a pruned checkpoint towards the original and writes it, with its plan.
+
+    Windows from the end of the text, at most eight, are held out: on them the checkpoint is compared with the original
+    before it is trained, and again as it was written.
+
+    Args:
+        directory: What ``sentei prune`` or ``sentei apply`` wrote; healed once more if it was healed.
+        teacher_directory: The original, or another model with the same tokenizer.
+        out: The directory to create.
+        settings: See :class:`HealSettings`.
+        force: Replace ``out`` if it is not empty, and an interrupted healing.
+        resume: Go on with an interrupted healing.
+        progress: Told of every step.
+
+    Returns:
+        The record that the plan in ``out`` ends with.
+
+    Raises:
+        SenteiError: Bad input, or too little memory; nothing was written.
+        CheckFailedError: The checkpoint did not come closer to the original on held-out text; it was deleted.
+        MissingDependencyError: PEFT or accelerate is not installed.
+    """
+    # Whatever is missing is to be said before anything takes long.
+    from toolchain.heal.distillation import Training, distill
+
+    texts = local_paths(source.text for source in settings.data)
+    check_output_directory(out, force=force, inputs=[directory, teacher_directory, *texts])
+    unfinished = healing_directory(out)
+    check_unfinished(unfinished, f"{_INPUTS_FILE}*")
+    if unfinished.exists() and not (resume or force):
+        raise SenteiError(
+            f"{unfinished} holds an interrupted healing.", "Add --resume to go on from there, or --force to start over."
+        )
+    _check_settings(settings)
+    source, teacher = open_checkpoint(directory), open_checkpoint(teacher_directory)
+    _check_pair(source, teacher)
+    if settings.lora_rank is not None and settings.lora_rank > source.config["hidden_size"]:
+        raise SenteiError(
+            f"--lora-rank {settings.lora_rank} exceeds the model's hidden_size, {source.config['hidden_size']}.",
+            "Give a lower one, or --full, which trains all weights.",
+        )
+    for each in (source, teacher):
+        check_window(each.directory, each.config, settings.seq_len)
+    plan = load_plan(directory)
+    tokenizer = load_tokenizer(directory)
+    windows = load_mixture(
+        settings.data,
+        tokenizer,
+        num_samples=settings.steps * settings.batch_size + _MOST_HELD_OUT,
+        seq_len=settings.seq_len,
+        bos=bos_of(source.family, tokenizer),
+        fewer_will_do=True,
+    )
+    learnt, held_out = _split(windows)
+    record = _record(teacher, windows, settings)
+    with _unfinished(unfinished, {"student": source.fingerprint, **record}, resume=resume):
+        teacher_model = load_model(teacher, dtype=settings.dtype, device=settings.device)
+        before = _compare(teacher_model, source, held_out, settings)
+        with progress("Healing", settings.steps) as advance:
+            training = Training(
+                steps=settings.steps,
+                batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                lora_rank=settings.lora_rank,
+                seed=settings.seed,
+                device=settings.device,
+                dtype=settings.dtype,
+            )
+            student = distill(teacher_model, source, learnt, training, unfinished, on_step=advance)
+        with new_directory(out, force=force) as partial:
+            _write_weights(source, student, partial, progress)
+            del student
+            gc.collect()  # models and what trained them refer to each other, and another model is coming
+            after = _compare(teacher_model, open_checkpoint(partial), held_out, settings)
+            _check_closer(before, after)
+            found = HealingRecord(
+                **record,
+                num_held_out=len(held_out),
+                perplexity_original=after.perplexity_original,
+                perplexity_before=before.perplexity,
+                perplexity_after=after.perplexity,
+                divergence_before=before.divergence,
+                divergence_after=after.divergence,
+            )
+            _carry_over(directory, plan, found, windows, partial)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return found.model_dump()
+
+
+@contextmanager
+def _unfinished(directory: Path, inputs: dict[str, Any], *, resume: bool) -> Iterator[None]:
+    """Keeps what was trained so far in ``directory``, and from what; only if there is anything to go on from.
+
+    Raises:
+        SenteiError: It was trained from other inputs, or memory ran out.
+    """
+    from toolchain.heal.distillation import last_checkpoint
+
+    file, inputs = directory / _INPUTS_FILE, json.loads(json.dumps(inputs))
+    if resume and file.exists():
+        before = read_json_object(file, hint="Use --force to start over.")
+        for key, value in inputs.items():
+            if before.get(key) != value:
+                raise SenteiError(
+                    f"{directory} was trained with another {key}: {before.get(key)} then, {value} now.",
+                    "Run the same command as before, or use --force to start over.",
+                )
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        write_text(file, json.dumps(inputs, indent=2) + "\n")
+    try:
+        yield
+    except CheckFailedError:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    except BaseException as error:
+        if last_checkpoint(directory) is None:
+            shutil.rmtree(directory, ignore_errors=True)
+        if is_out_of_memory(error):
+            raise SenteiError(
+                "Memory ran out.", "Lower --seq-len, train with LoRA instead of --full, or use a larger machine."
+            ) from error
+        raise
+
+
+def _check_settings(settings: HealSettings) -> None:
+    for name, value in (
+        ("--steps", settings.steps),
+        ("--batch-size", settings.batch_size),
+        ("--learning-rate", settings.learning_rate),
+        ("--lora-rank", settings.lora_rank),
+    ):
+        if value is not None and not 0 < value < math.inf:
+            raise SenteiError(f"{name} {value} makes no sense.", "Give a number above 0.")
+    if (num_windows := settings.steps * settings.batch_size) > _MOST_WINDOWS:
+        raise SenteiError(
+            f"--steps {settings.steps} of --batch-size {settings.batch_size} read {num_windows} windows, more than "
+            f"{_MOST_WINDOWS}.",
+            "Give fewer steps or a smaller batch.",
+        )
+    if settings.dtype not in (torch.float32, torch.bfloat16):
+        raise SenteiError(
+            f"Healing does not compute in {dtype_name(settings.dtype)}, in which small gradients vanish.",
+            "Use --dtype bfloat16 or float32.",
+        )
+    if settings.device not in ("cpu", "cuda"):
+        raise SenteiError(
+            f"Healing takes the first GPU there is, not --device {settings.device}.",
+            "Choose another by the environment variable CUDA_VISIBLE_DEVICES.",
+        )
+
+
+def _check_pair(source: Checkpoint, teacher: Checkpoint) -> None:
+    """Checks that one can learn from the other: same tokens, same places in the logits."""
+    if not source.is_pruned:
+        raise SenteiError(f"{source.directory} is not pruned: there is nothing to heal.")
+    if source.directory.resolve() == teacher.directory.resolve():
+        raise SenteiError(f"{source.directory} cannot learn from itself.", "Give the original model with --against.")
+    check_same_vocabulary(source, teacher)
+
+
+def _split(windows: TokenWindows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to learn from, and those held out: one in ten at the end, eight at most."""
+    count = len(windows.ids)
+    if count < 2:
+        raise SenteiError(
+            f"{windows.source} is too short to heal with: it has one window of {windows.ids.shape[1]} tokens, and one "
+            "more has to be held out.",
+            "Give more text, or lower --seq-len.",
+        )
+    num_held_out = max(1, min(_MOST_HELD_OUT, count // 10))
+    return windows.ids[:-num_held_out], windows.ids[-num_held_out:]
+
+
+def _record(teacher: Checkpoint, windows: TokenWindows, settings: HealSettings) -> dict[str, Any]:
+    """What a healing begins with: everything in :class:`HealingRecord` but what is measured."""
+    return {
+        "teacher": model_name(teacher.directory),
+        "teacher_sha256": teacher.fingerprint,
+        "text": windows.source,
+        "text_sha256": windows.sha256,
+        "sources": [each.model_dump() for each in windows.sources],
+        "num_windows": len(windows.ids),
+        "seq_len": settings.seq_len,
+        "steps": settings.steps,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "lora_rank": settings.lora_rank,
+        "seed": settings.seed,
+        "dtype": dtype_name(settings.dtype),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    """Over the held-out windows; divergence in nats a token."""
+
+    perplexity_original: float
+    perplexity: float
+    divergence: float
+
+
+@torch.inference_mode()
+def _compare(
+    teacher: PreTrainedModel, checkpoint: Checkpoint, windows: torch.Tensor, settings: HealSettings
+) -> _Comparison:
+    """Compares a checkpoint as it is on disk with the teacher."""
+    from toolchain.heal.distillation import divergence
+
+    student = load_model(checkpoint, dtype=settings.dtype, device=settings.device)
+    losses: list[list[float]] = []
+    for window in windows.to(settings.device).split(1):
+        both = [model(window, use_cache=False).logits[0, :-1].float() for model in (teacher, student)]
+        losses.append([*(float(cross_entropy(each, window[0, 1:])) for each in both), float(divergence(*both))])
+    original, own, kl = (fmean(each) for each in zip(*losses, strict=True))
+    return _Comparison(perplexity_original=perplexity_of(original), perplexity=perplexity_of(own), divergence=kl)
+
+
+def _check_closer(before: _Comparison, after: _Comparison) -> None:
+    # Also where it is NaN.
+    if not after.divergence < before.divergence:
+        raise CheckFailedError(
+            f"Healing did not help: on held-out text the divergence from the original was {before.divergence:.4g} nats "
+            f"a token before, and is {after.divergence:.4g} now. Nothing was written.",
+            "Lower --learning-rate, or give more text.",
+        )
+
+
+def _write_weights(source: Checkpoint, student: "Student", directory: Path, progress: Progress) -> None:
+    write_config(directory, source.config)
+    copy_companions(source.directory, directory)
+    tensors = {name: (info.shape, info.dtype) for name, info in source.tensors.items()}
+    with progress("Writing the checkpoint", len(tensors)) as advance:
+        write_weights(directory, tensors, student.read, on_tensor=lambda _name: advance())
+
+
+def _carry_over(source: Path, plan: PruningPlan, record: HealingRecord, windows: TokenWindows, directory: Path) -> None:
+    """Writes plan, summary and model card: the source's, and that it was healed."""
+    healed = plan.changed({"healing": [*plan.document.healing, record]})
+    read = windows.passage_hashes
+    if (before := plan.text_hashes.get("healing")) is not None:
+        read = merge_hashes(before, read)
+    replace(healed, text_hashes={**healed.text_hashes, "healing": read}).save(directory)
+    if (summary := source / SUMMARY_FILE).is_file():
+        shutil.copyfile(summary, directory / SUMMARY_FILE)
+    if (card := source / "README.md").is_file():
+        write_text(directory / "README.md", card.read_text(encoding="utf-8") + _paragraph(record))
+
+
+def _paragraph(record: HealingRecord) -> str:
+    trained = f"LoRA of rank {record.lora_rank}, merged" if record.lora_rank else "all weights"
+    return f"""
+## Healed
+
+Trained towards {record.teacher} after pruning, by distillation ({trained}): {record.steps} steps of
+{record.batch_size} x {record.seq_len} tokens of {record.text}, learning rate {record.learning_rate:g}. On
+{record.num_held_out} held-out windows of the same text: perplexity {record.perplexity_before:.2f} →
+{record.perplexity_after:.2f} (original {record.perplexity_original:.2f}), divergence from the original
+{record.divergence_before:.3f} → {record.divergence_after:.3f} nats a token. The cost above is from before the healing;
+`sentei apply` of the plan gives the model as it was then.
+"""

@@ -1,0 +1,1 @@
+"""Models in memory: loaded, imported, cut, and run layer by layer."""

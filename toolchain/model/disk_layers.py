@@ -1,0 +1,155 @@
+"""Models ready to run layer by layer, in memory or larger than it.
+
+Of the latter, decoder layers are read from safetensors when they are needed, and dropped after. The only module that
+moves weights. At most two layers are in memory then: the one that runs, and the next, which a thread reads meanwhile.
+"""
+
+import copy
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from toolchain.architecture.layout import LayerLayout
+from toolchain.checkpoint.directory import Checkpoint
+from toolchain.memory import give_back_freed_memory, keep_freed_memory
+from toolchain.model.layer_walk import LayerWalk, without_neurons
+from toolchain.model.loading import (
+    check_complete,
+    decoder_layers,
+    load_model,
+    read_generation_config,
+    remove_attention,
+    remove_ffn,
+    transformers_class,
+)
+from toolchain.model.slicing import KeptNeurons, PrunedTensors, narrow_ffn
+
+
+def open_walk(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, offload: bool) -> LayerWalk:
+    """A model ready to run layer by layer: in memory, or on disk but for the layer that runs."""
+    # Weights, which come and go, are given back; activations, which come again with every layer, are kept.
+    give_back_freed_memory()
+    if offload:
+        return open_offloaded(checkpoint, dtype=dtype, device=device)
+    walk = LayerWalk(load_model(checkpoint, dtype=dtype, device=device), checkpoint.family)
+    keep_freed_memory()
+    return walk
+
+
+def open_offloaded(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> LayerWalk:
+    """A walk over a checkpoint of which only embeddings, final norm and head stay in memory.
+
+    Args:
+        checkpoint: Pruned or not.
+        dtype: Computed in.
+        device: Computed on.
+
+    Raises:
+        SenteiError: A tensor cannot be read.
+    """
+    model = _without_layers(checkpoint, dtype, device)
+    return LayerWalk(model, checkpoint.family, DiskLayers(checkpoint, model, dtype))
+
+
+class DiskLayers:
+    """Decoder layers that stay in a checkpoint; see :class:`toolchain.model.layer_walk.Layers`."""
+
+    resident = False
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """``model`` has the layers without their weights, on the meta device."""
+        self._checkpoint, self._model, self._dtype = checkpoint, model, dtype
+        self._layers = decoder_layers(model, checkpoint.family)
+        self._layout = list(checkpoint.layout)
+        self._kept: KeptNeurons = [np.arange(layer.intermediate_size) for layer in checkpoint.layout]
+        self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._last = -1
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-layer")
+        self._reshaped()
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._layers)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """See :class:`toolchain.model.layer_walk.Layers`; reads the layer, and meanwhile the next either way."""
+        number, reading = self._next or (index, self._reader.submit(self._read, index))
+        if number != index:
+            reading = self._reader.submit(self._read, index)
+        weights = reading.result()
+        following = index - 1 if self._last == index + 1 else index + 1
+        self._next, self._last = None, index
+        if 0 <= following < len(self):
+            self._next = following, self._reader.submit(self._read, following)
+        module = self._layers[index]
+        device = self._model.device
+        module.load_state_dict({k: v.to(device, non_blocking=True) for k, v in weights.items()}, assign=True)
+        del weights, reading
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    def narrow(self, kept_neurons: KeptNeurons) -> None:
+        """See :class:`toolchain.model.layer_walk.Layers`."""
+        narrow_ffn(self._model, self._checkpoint.family, kept_neurons)
+        self._kept = [before[kept] for before, kept in zip(self._kept, kept_neurons, strict=True)]
+        self._layout = [
+            LayerLayout(attention=layer.attention, intermediate_size=len(kept))
+            for layer, kept in zip(self._layout, self._kept, strict=True)
+        ]
+        for index in without_neurons(kept_neurons):
+            remove_ffn(self._layers[index], self._checkpoint.family)
+        self._reshaped()
+
+    def remove_attention(self, index: int) -> None:
+        """See :class:`toolchain.model.layer_walk.Layers`."""
+        remove_attention(self._layers[index], self._checkpoint.family)
+        self._layout[index] = LayerLayout(attention=False, intermediate_size=self._layout[index].intermediate_size)
+        self._reshaped()
+
+    def remove_ffn(self, index: int) -> None:
+        """See :class:`toolchain.model.layer_walk.Layers`."""
+        remove_ffn(self._layers[index], self._checkpoint.family)
+        self._layout[index] = LayerLayout(attention=self._layout[index].attention, intermediate_size=0)
+        self._kept = [each[:0] if layer == index else each for layer, each in enumerate(self._kept)]
+        self._reshaped()
+
+    def _reshaped(self) -> None:
+        self._tensors = PrunedTensors(self._checkpoint, self._layout, self._kept)
+        self._next = None
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        prefix = f"{self._checkpoint.family.layers}.{index}."
+        names = [name for name in self._tensors.shapes if name.startswith(prefix)]
+        weights = {name.removeprefix(prefix): self._tensors.read(name).to(self._dtype) for name in names}
+        if self._model.device.type == "cuda":
+            return {name: weight.pin_memory() for name, weight in weights.items()}
+        return weights
+
+
+def _without_layers(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The model with embeddings, final norm and head from the checkpoint, and decoder layers on the meta device."""
+    whole = check_complete(checkpoint)
+    config, outside = whole.config, copy.deepcopy(whole.config)
+    outside.num_hidden_layers = 0
+    model = transformers_class(checkpoint.family).from_pretrained(
+        checkpoint.directory,
+        config=outside,
+        generation_config=read_generation_config(checkpoint.directory, outside),
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    model.to(device)
+    parent, _, name = checkpoint.family.layers.rpartition(".")
+    setattr(model.get_submodule(parent), name, decoder_layers(whole, checkpoint.family))
+    model.config.num_hidden_layers = config.num_hidden_layers
+    return model.eval()

@@ -1,0 +1,252 @@
+"""``plan.json``: what each field of a plan's document means, and how it is checked. No torch here."""
+
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from toolchain.architecture.layout import LARGEST, MOST_LAYERS
+
+SCHEMA_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BaseModelRecord(_Record):
+    """The model the plan was made for."""
+
+    name: str
+    model_type: str
+    num_hidden_layers: int = Field(ge=1, le=MOST_LAYERS)
+    intermediate_size: int = Field(ge=1, le=LARGEST)
+    num_block_parameters: int = Field(ge=1)
+    weights_sha256: str
+
+
+class TextSourceRecord(_Record):
+    """What one text gave to a mixture: ``weight`` is its share of 1, ``sha256`` over its token ids as int64 bytes."""
+
+    source: str
+    weight: float
+    num_windows: int
+    sha256: str
+
+
+class CalibrationRecord(_Record):
+    """The text the plan was made with: ``sha256`` is over the token ids as int64 bytes.
+
+    ``sources`` is empty in plans from before there were mixtures.
+    """
+
+    source: str
+    sha256: str
+    num_samples: int
+    seq_len: int
+    sources: list[TextSourceRecord] = []
+
+
+class PlannedLayer(_Record):
+    """What is kept of one layer. An explicit ``kept_neurons`` overrides the ranking by importance."""
+
+    layer: int = Field(ge=0)
+    attention: Literal["keep", "remove"]
+    intermediate_size: int = Field(ge=0)
+    kept_neurons: list[int] | None = None
+
+
+class Rung(_Record):
+    """One step of stage 1: every layer's FFN width, the decoder-block parameters then left, and the metric.
+
+    ``limit_metric`` is what the limit looks at, if that is another metric.
+    """
+
+    intermediate_size: list[int]
+    num_block_parameters: int
+    metric: float
+    limit_metric: float | None = None
+
+
+class Dropped(_Record):
+    """A candidate that lost a race before the end: the metric on the tokens read by then, and the leader's on those."""
+
+    num_tokens: int
+    metric: float
+    best: float
+
+
+class Removal(_Record):
+    """One step of stage 2: the attention removed, the metric after it, and the candidates' metrics by layer."""
+
+    removed: int
+    metric: float
+    candidates: dict[int, float]
+    dropped: dict[int, Dropped] | None = None
+    num_block_parameters: int
+    limit_metric: float | None = None
+
+
+class BlockStep(_Record):
+    """One step of a method that removes whole attentions and FFNs: all that is gone after it, and the metric then.
+
+    ``score`` is what the method itself went by, if that is not the metric, and ``candidates`` that of each candidate.
+    ``generation`` is the last one of an evolution that this was the best of.
+    """
+
+    attention: list[int]
+    ffn: list[int]
+    metric: float
+    num_block_parameters: int
+    score: float | None = None
+    generation: int | None = None
+    candidates: dict[str, float] | None = None
+
+
+class RefitRecord(_Record):
+    """A projection that was re-fitted: the ridge chosen, and the error on held-out windows before and after.
+
+    Errors are shares of what the projection should have said, in squares.
+    """
+
+    layer: int
+    projection: str
+    ridge: float
+    error_before: float
+    error_after: float
+
+
+class CompensationRecord(_Record):
+    """Output projections were re-fitted on the calibration text; ``refits`` is empty until it is done.
+
+    ``final_norm_factor`` is what the norm before the head was multiplied by; null in plans from before it was.
+    ``held_out_perplexity_*`` is measured on the calibration windows that no weight was fitted to, before and after.
+    Where it got worse, ``taken`` is false, ``refits`` is empty, and the weights are those from before.
+    """
+
+    refits: list[RefitRecord] = []
+    final_norm_factor: float | None = None
+    perplexity: float | None = None
+    held_out_perplexity_before: float | None = None
+    held_out_perplexity_after: float | None = None
+    taken: bool = True
+
+
+class HealingRecord(_Record):
+    """A training after pruning, by distillation; see :mod:`toolchain.heal.heal`.
+
+    ``text_sha256`` is over the token ids as int64 bytes, ``teacher_sha256`` the fingerprint of the teacher's weights;
+    ``sources`` as in the calibration; ``lora_rank`` is null if all weights were trained. What follows ``num_held_out``
+    was measured on windows of the text that were held out; divergences are in nats a token.
+    """
+
+    teacher: str
+    teacher_sha256: str
+    text: str
+    text_sha256: str
+    sources: list[TextSourceRecord] = []
+    num_windows: int
+    seq_len: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    lora_rank: int | None
+    seed: int
+    dtype: str
+    num_held_out: int
+    perplexity_original: float
+    perplexity_before: float
+    perplexity_after: float
+    divergence_before: float
+    divergence_after: float
+
+
+class ProtectedRecord(_Record):
+    """Layers whose attention or FFN the person wants left alone."""
+
+    attention: list[int] = []
+    ffn: list[int] = []
+
+
+class LimitRecord(_Record):
+    """How much damage is accepted: a metric must not become worse than ``value``; ``source`` as in the plan's metric.
+
+    ``asked`` and ``asked_value`` are what the person said: ``max_degradation``, ``max_metric`` or ``min_metric``.
+    """
+
+    metric: str
+    source: str | None
+    source_sha256: str | None = None
+    higher_is_better: bool
+    asked: str
+    asked_value: float
+    original: float
+    value: float
+
+
+class PlanDocument(_Record):
+    """``plan.json``.
+
+    What was asked for comes first (``target_intermediate_size`` and ``target_attention_removals`` follow from it, and
+    are empty and 0 until they are known); then what was found. ``metric_source_sha256`` is over the metric's questions.
+    """
+
+    schema_version: int
+    sentei_version: str
+    method: str
+    base_model: BaseModelRecord
+    target_sparsity: float
+    target_intermediate_size: list[int]
+    target_attention_removals: int
+    align: int
+    allocation: str
+    attention_removals: int | None
+    widths: str
+    protected: ProtectedRecord
+    search: str
+    metric: str
+    metric_source: str | None
+    metric_source_sha256: str | None = None
+    metric_higher_is_better: bool
+    metric_original: float
+    limit: LimitRecord | None
+    stopped_because: str | None
+    dtype: str
+    seed: int
+    calibration: CalibrationRecord
+    compensation: CompensationRecord | None = None
+    healing: list[HealingRecord] = []
+    versions: dict[str, str]
+    layers: list[PlannedLayer]
+    stage_1: list[Rung]
+    trace: list[Removal]
+    block_steps: list[BlockStep] = []
+
+    @property
+    def metric_after_stage_1(self) -> float:
+        """The search's metric with the FFNs narrowed and all attentions in place."""
+        return self.stage_1[-1].metric if self.stage_1 else self.metric_original
+
+    @property
+    def metric_at_end(self) -> float:
+        """The search's metric after its last step."""
+        if self.block_steps:
+            return self.block_steps[-1].metric
+        return self.trace[-1].metric if self.trace else self.metric_after_stage_1
+
+
+def document_to_json(document: PlanDocument) -> str:
+    """JSON with one line a layer and one line a step."""
+    fields = document.model_dump(mode="json")
+    lines = []
+    for key, value in fields.items():
+        if key == "block_steps" and not value:
+            continue
+        if key in ("layers", "stage_1", "trace", "block_steps") and value:
+            # What is not set is left out.
+            value = [{k: v for k, v in entry.items() if v is not None} for entry in value]
+            entries = ",\n".join(f"    {json.dumps(entry)}" for entry in value)
+            lines.append(f'  "{key}": [\n{entries}\n  ]')
+        else:
+            lines.append(f'  "{key}": {json.dumps(value, ensure_ascii=False)}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -1,0 +1,321 @@
+"""A plan becomes a checkpoint: cut → compensate → write → prove."""
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from toolchain.architecture.context_length import check_context
+from toolchain.checkpoint.directory import Checkpoint, TensorInfo, open_checkpoint
+from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
+from toolchain.metrics.token_metrics import Metric, PerplexityMetric, measure
+from toolchain.model.disk_layers import open_walk
+from toolchain.model.layer_walk import LayerWalk
+from toolchain.model.loading import bos_of, load_tokenizer
+from toolchain.model.slicing import write_pruned
+from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
+from toolchain.plan.document import CompensationRecord
+from toolchain.plan.model_card import model_card
+from toolchain.plan.plan import PruningPlan
+from toolchain.progress import Progress, no_progress
+from toolchain.prune.compensation import compensate
+from toolchain.text import embedded as embedded_text
+from toolchain.text.sources import TextSource, local_paths
+from toolchain.text.windows import load_mixture
+
+SUMMARY_FILE = "pruning_summary.json"
+
+
+def remove_planned(walk: LayerWalk, plan: PruningPlan) -> None:
+    """Leaves of the original model's layers what the plan leaves; compensation is not part of it."""
+    walk.layers.narrow(plan.kept_neurons)
+    for layer in plan.removed_attention:
+        walk.layers.remove_attention(layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """What running a model takes.
+
+    Attributes:
+        windows: Calibration, int64 ``[num_samples, seq_len]``.
+        dtype: Computed in.
+        device: Computed on.
+        offload: Keep one layer in memory instead of all.
+    """
+
+    windows: torch.Tensor
+    dtype: torch.dtype
+    device: str
+    offload: bool
+
+    def open(self, checkpoint: Checkpoint) -> LayerWalk:
+        """A model ready to run."""
+        return open_walk(checkpoint, dtype=self.dtype, device=self.device, offload=self.offload)
+
+
+@writes_directory
+def apply_plan(
+    plan: PruningPlan,
+    model_directory: Path,
+    out: Path,
+    *,
+    calibration: Sequence[TextSource] = (),
+    device: str = "cpu",
+    offload: bool = False,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Applies a plan, edited or not, without searching; what was healed is not healed again.
+
+    Args:
+        plan: What to remove.
+        model_directory: The unpruned model.
+        out: The directory to create.
+        calibration: What the plan was made with, if it compensates; see :class:`PruneSettings`.
+        device: Where compensation computes, in the plan's dtype.
+        offload: Keep one layer in memory while it does.
+        force: Replace ``out`` if it is not empty.
+        progress: Told of every layer and tensor.
+
+    Returns:
+        The summary, as in ``pruning_summary.json``; the metric after pruning is not measured.
+
+    Raises:
+        SenteiError: The plan does not fit the model, or the text is not the one it compensates with.
+    """
+    started = time.monotonic()
+    texts = local_paths(source.text for source in calibration)
+    check_output_directory(out, force=force, inputs=[model_directory, *texts])
+    checkpoint = open_checkpoint(model_directory)
+    check_plan_fits(plan, checkpoint)
+    computing = None
+    if plan.document.compensation is not None:
+        windows = _windows_of(plan, checkpoint, calibration)
+        dtype = getattr(torch, plan.document.dtype)
+        computing = Computing(windows=windows, dtype=dtype, device=device, offload=offload)
+    return write_planned(checkpoint, plan.unhealed(), out, computing, None, started, force=force, progress=progress)
+
+
+def _windows_of(plan: PruningPlan, checkpoint: Checkpoint, calibration: Sequence[TextSource]) -> torch.Tensor:
+    """The windows that a plan was made with, from the same text again."""
+    record = plan.document.calibration
+    if not calibration and record.source != embedded_text.SOURCE:
+        raise SenteiError(
+            f"This plan compensates: it re-fits weights on calibration text, which was {record.source}.",
+            f"Give that text with --calibration ({record.num_samples} windows of {record.seq_len} tokens are taken).",
+        )
+    check_context(
+        checkpoint.directory, checkpoint.config, record.seq_len, asked=f"The plan's windows of {record.seq_len} tokens",
+        hint="Prune again with shorter ones.",
+    )  # fmt: skip
+    tokenizer = load_tokenizer(checkpoint.directory)
+    windows = load_mixture(
+        calibration,
+        tokenizer,
+        num_samples=record.num_samples,
+        seq_len=record.seq_len,
+        bos=bos_of(checkpoint.family, tokenizer),
+    )
+    if windows.sha256 != record.sha256:
+        raise SenteiError(
+            f"{windows.source} is not the text this plan was made with ({record.source}): its tokens differ.",
+            "Give the same text, of a mixture in the same order with the same weights, or prune again.",
+        )
+    return windows.ids
+
+
+def check_plan_fits(plan: PruningPlan, checkpoint: Checkpoint) -> None:
+    """Checks that a plan was made for this very model.
+
+    Raises:
+        SenteiError: Names what differs.
+    """
+    base = plan.document.base_model
+    if checkpoint.is_pruned:
+        raise SenteiError(f"{checkpoint.directory} is pruned already.", "Apply the plan to the original model.")
+    actual = {
+        "model_type": checkpoint.family.model_type,
+        "num_hidden_layers": len(checkpoint.layout),
+        "intermediate_size": checkpoint.layout[0].intermediate_size,
+    }
+    for key, value in actual.items():
+        if getattr(base, key) != value:
+            raise SenteiError(
+                f"The plan is for a model with {key} {getattr(base, key)!r}; {checkpoint.directory} has {value!r}."
+            )
+    if base.weights_sha256 != checkpoint.fingerprint:
+        raise SenteiError(
+            f"The plan was made for other weights than those in {checkpoint.directory} (fingerprints differ).",
+            f"Use the model it names: {base.name}.",
+        )
+
+
+def write_planned(
+    checkpoint: Checkpoint,
+    plan: PruningPlan,
+    out: Path,
+    computing: Computing | None,
+    metric: Metric | None,
+    started: float,
+    *,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Compensates if the plan says so, writes everything, and measures what was written against what was planned.
+
+    Args:
+        checkpoint: The unpruned model.
+        plan: What to remove.
+        out: The directory to create.
+        computing: What compensation and measurement take; ``None`` for neither.
+        metric: What to measure; without one, only what was compensated is.
+        started: When all of it began, by ``time.monotonic()``.
+        force: Replace ``out`` if it is not empty.
+        progress: Told of every layer and tensor.
+
+    Returns:
+        The summary, as in ``pruning_summary.json``.
+
+    Raises:
+        CheckFailedError: The written checkpoint does not compute what was planned; it was deleted.
+        SenteiError: Memory ran out.
+    """
+    with new_directory(out, force=force) as partial, ExitStack() as stack:
+        refitted: dict[str, TensorInfo] = {}
+        if plan.document.compensation is not None and (plan.removed_attention or plan.narrows):
+            assert computing is not None
+            directory = Path(stack.enter_context(TemporaryDirectory(dir=partial, prefix="refit-")))
+            plan, refitted = _compensate(checkpoint, plan, computing, directory, progress)
+        write_pruned(checkpoint, plan.layout, plan.kept_neurons, partial, refitted=refitted, progress=progress)
+        plan.save(partial)
+        pruned = open_checkpoint(partial)
+        measured = None
+        if computing is not None and (metric is not None or refitted):
+            judge, planned = _planned_perplexity(checkpoint, plan, computing, metric, refitted=bool(refitted))
+            walk = computing.open(pruned)
+            perplexity = measure(walk, judge)
+            _check_as_planned(plan, perplexity, planned)
+            if metric is not None:
+                measured = perplexity if metric is judge else measure(walk, metric)
+        summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
+        write_text(partial / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        write_text(partial / "README.md", model_card(plan, summary))
+    return summary
+
+
+def _compensate(
+    checkpoint: Checkpoint, plan: PruningPlan, computing: Computing, directory: Path, progress: Progress
+) -> tuple[PruningPlan, dict[str, TensorInfo]]:
+    """Re-fits what the plan leaves; returns the plan with its record, and where the weights are.
+
+    Weights that predict held-out text worse than those from before are not taken: then there are none.
+    """
+    original, pruned = computing.open(checkpoint), computing.open(checkpoint)
+    remove_planned(pruned, plan)
+    try:
+        with progress("Compensation", len(plan.layout)) as advance:
+            done = compensate(
+                original,
+                pruned,
+                computing.windows,
+                directory,
+                dtypes={name: info.dtype for name, info in checkpoint.tensors.items()},
+                on_layer=advance,
+            )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SenteiError(
+            "Memory ran out while weights were fitted again.",
+            "Add --offload, prune with fewer --samples or --no-compensate, or use a larger machine.",
+        ) from error
+    held_out: dict[str, Any] = {
+        "held_out_perplexity_before": done.held_out_perplexity_before,
+        "held_out_perplexity_after": done.held_out_perplexity_after,
+    }
+    if done.made_worse:
+        return plan.changed({"compensation": CompensationRecord(taken=False, **held_out)}), {}
+    record = CompensationRecord(
+        refits=done.records, final_norm_factor=done.final_norm_factor, perplexity=done.perplexity, **held_out
+    )
+    return plan.changed({"compensation": record}), done.tensors
+
+
+def _planned_perplexity(
+    checkpoint: Checkpoint, plan: PruningPlan, computing: Computing, metric: Metric | None, *, refitted: bool
+) -> tuple[Metric, float | None]:
+    """By what the written checkpoint is judged, and what it should be.
+
+    Always perplexity: an accuracy jumps by a whole question where sums are rounded in another order, and a person's
+    function may draw at random.
+    """
+    if isinstance(metric, PerplexityMetric) and not refitted:
+        return metric, plan.document.metric_at_end
+    judge = PerplexityMetric(computing.windows[:1])
+    if refitted:
+        assert plan.document.compensation is not None
+        return judge, plan.document.compensation.perplexity
+    walk = computing.open(checkpoint)
+    remove_planned(walk, plan)
+    return judge, measure(walk, judge)
+
+
+def _check_as_planned(plan: PruningPlan, measured: float, planned: float | None) -> None:
+    # The same arithmetic on the same weights; what is left is the order of sums in batched matrix products.
+    tolerance = 1e-4 if plan.document.dtype == "float32" else 2e-2
+    if planned is None or abs(measured - planned) > tolerance * abs(planned):
+        raise CheckFailedError(
+            f"The written checkpoint has perplexity {measured:.6g} on the calibration text, and {planned:.6g} was "
+            "expected: it is not what was planned, and was deleted.",
+            "Please report this.",
+        )
+
+
+def summarise(
+    original: Checkpoint, pruned: Checkpoint, plan: PruningPlan, measured: float | None, duration_s: float
+) -> dict[str, Any]:
+    """What was removed and what it cost on the calibration window; the content of ``pruning_summary.json``."""
+    document = plan.document
+
+    def sizes(checkpoint: Checkpoint) -> dict[str, int]:
+        return {
+            "num_parameters": checkpoint.num_parameters,
+            "num_block_parameters": checkpoint.num_block_parameters,
+            "weight_bytes": checkpoint.weight_bytes,
+        }
+
+    return {
+        "schema_version": 1,
+        "kind": "pruning_summary",
+        "original": {"name": document.base_model.name, **sizes(original)},
+        "pruned": {"name": f"{document.base_model.name}, pruned", **sizes(pruned)},
+        "sparsity": 1 - pruned.num_block_parameters / original.num_block_parameters,
+        "removed_attention": list(plan.removed_attention),
+        "intermediate_size": [layer.intermediate_size for layer in plan.layout],
+        "calibration_metric": {
+            "name": document.metric,
+            "source": document.metric_source,
+            "original": document.metric_original,
+            "after_stage_1": None if document.block_steps else document.metric_after_stage_1,
+            "after_stage_2": document.metric_at_end,
+            "pruned": measured,
+        },
+        "num_refitted": len(document.compensation.refits) if document.compensation else 0,
+        "compensation": _compensation_summary(document.compensation),
+        "stopped_because": document.stopped_because,
+        "duration_s": round(duration_s, 1),
+    }
+
+
+def _compensation_summary(record: CompensationRecord | None) -> dict[str, Any] | None:
+    """Whether re-fitted weights were taken, and why; ``None`` where none were made."""
+    if record is None or record.held_out_perplexity_after is None:
+        return None
+    return record.model_dump(include={"taken", "held_out_perplexity_before", "held_out_perplexity_after"})

@@ -1,0 +1,1 @@
+"""Other published methods, which remove whole attentions, FFNs or blocks."""

@@ -1,0 +1,84 @@
+"""How much damage a person accepts."""
+
+from dataclasses import dataclass
+
+from toolchain.errors import SenteiError
+from toolchain.metrics.token_metrics import Metric
+from toolchain.plan.document import LimitRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitSettings:
+    """What was asked for; at most one of them.
+
+    Attributes:
+        max_degradation: The metric may be this many times worse than the original's, such as 1.10.
+        max_metric: Worst accepted value of a metric of which lower is better.
+        min_metric: Worst accepted value of a metric of which higher is better.
+    """
+
+    max_degradation: float | None = None
+    max_metric: float | None = None
+    min_metric: float | None = None
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The limits that were given, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def limit_asked(settings: LimitSettings, metric: Metric) -> LimitRecord | None:
+    """A limit as the plan records it, checked before anything is computed; its value is not known yet.
+
+    Raises:
+        SenteiError: Two limits, or one that makes no sense for the metric.
+    """
+    given = settings.given
+    if len(given) > 1:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise SenteiError(f"Two limits were given, {names}.", "Use one of them.")
+    if not given:
+        return None
+    name, value = next(iter(given.items()))
+    if name == "max_degradation" and not value >= 1:
+        raise SenteiError(f"--max-degradation {value:g} is below 1.", "1.10 accepts 10 % worse.")
+    if name == "max_degradation" and metric.name == "kl":
+        raise SenteiError("kl is 0 for the original, and no multiple of it is a limit.", "Use --max-metric.")
+    if name == "max_metric" and metric.higher_is_better:
+        raise SenteiError(f"Of {metric.name} higher is better.", "Use --min-metric.")
+    if name == "min_metric" and not metric.higher_is_better:
+        raise SenteiError(f"Of {metric.name} lower is better.", "Use --max-metric.")
+    return LimitRecord(
+        metric=metric.name,
+        source=metric.source,
+        source_sha256=metric.source_sha256,
+        higher_is_better=metric.higher_is_better,
+        asked=name,
+        asked_value=value,
+        original=0.0,
+        value=0.0,
+    )
+
+
+def resolve_limit(limit: LimitRecord, original: float) -> LimitRecord:
+    """The worst accepted value, given the original model's.
+
+    Raises:
+        SenteiError: A degradation of a metric that is not positive.
+    """
+    value = limit.asked_value
+    if limit.asked == "max_degradation":
+        if original <= 0:
+            raise SenteiError(
+                f"{limit.metric} is {original:g} for the original, and no multiple of it is a limit.",
+                "Use --min-metric." if limit.higher_is_better else "Use --max-metric.",
+            )
+        value = original / limit.asked_value if limit.higher_is_better else original * limit.asked_value
+    return limit.model_copy(update={"original": original, "value": value})
+
+
+def holds(limit: LimitRecord | None, value: float) -> bool:
+    """Whether a metric's value is still accepted."""
+    if limit is None:
+        return True
+    return value >= limit.value if limit.higher_is_better else value <= limit.value

@@ -1,0 +1,335 @@
+"""The main job: measure → plan → checkpoint."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from toolchain.architecture.context_length import check_window
+from toolchain.checkpoint.directory import Checkpoint, dtype_name, open_checkpoint
+from toolchain.checkpoint.tensor_parallel import width_unit
+from toolchain.errors import CheckFailedError, SenteiError
+from toolchain.metrics.choose import choose_metric, question_file
+from toolchain.metrics.function import FunctionMetric
+from toolchain.metrics.token_metrics import Metric
+from toolchain.model.disk_layers import open_walk
+from toolchain.model.loading import bos_of, load_tokenizer
+from toolchain.outputs import check_output_directory, new_directory, writes_directory
+from toolchain.plan.document import (
+    SCHEMA_VERSION,
+    BaseModelRecord,
+    CalibrationRecord,
+    CompensationRecord,
+    PlanDocument,
+    ProtectedRecord,
+)
+from toolchain.plan.plan import PruningPlan
+from toolchain.progress import Progress, no_progress
+from toolchain.prune.apply import Computing, write_planned
+from toolchain.prune.block_methods.run import BLOCK_METHODS, EVOPRESS, num_blocks_to_remove, remove_blocks
+from toolchain.prune.budget.allocation import (
+    Allocation,
+    Protected,
+    allocate,
+    alpha_of,
+    block_parameters,
+    reachable_removals,
+)
+from toolchain.prune.budget.limits import LimitSettings, limit_asked
+from toolchain.prune.search.two_stage import Search
+from toolchain.prune.unfinished import SearchState, search_directory
+from toolchain.text.sources import TextSource, local_paths
+from toolchain.text.windows import TokenWindows, load_mixture
+
+METHOD = "2ssp"
+# What pruning adds to the published method, unless a method is named.
+IMPROVEMENTS: Mapping[str, Any] = {"widths": "ranked", "compensate": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings:
+    """What ``sentei prune`` was asked for.
+
+    Attributes:
+        sparsity: Fraction of decoder-block parameters to remove.
+        method: ``2ssp``, or one of :data:`toolchain.prune.block_methods.run.BLOCK_METHODS`, which know no other setting
+            than ``evopress_budget``, calibration and computing.
+        calibration: Texts and their weights; none for the embedded text.
+        num_samples: Calibration windows; stage 2 uses the first of each text.
+        seq_len: Tokens a window.
+        align: FFN widths on each rank are multiples of this; 1, on a single rank, gives the published widths.
+        attention_removals: Overrides the published formula.
+        allocation: How many attentions go: ``formula``, as published but for ranked widths' own ``alpha``, or ``auto``,
+            by measured damage.
+        widths: Of the FFNs: ``uniform``, as published, or ``ranked``: gradients of the loss choose widths and neurons.
+        protected: Layers left alone.
+        search: ``exact``, or ``racing``: drop candidates that fall behind early.
+        metric: Decides what is removed; see :func:`toolchain.metrics.choose.choose_metric`.
+        limit: How much damage is accepted.
+        limit_metric: What the limit looks at, if that is another metric.
+        tensor_parallel: Ranks that a server will split each layer over.
+        compensate: Re-fit the output projections of what is left; see :mod:`toolchain.prune.compensation`.
+        evopress_budget: One of :data:`toolchain.prune.block_methods.evopress.BUDGETS`.
+        offload: Keep one layer in memory instead of all.
+        device: Computed on.
+        dtype: Computed in; the checkpoint keeps the model's own.
+        seed: Recorded and set; only EvoPress draws at random.
+    """
+
+    sparsity: float
+    calibration: Sequence[TextSource]
+    num_samples: int
+    seq_len: int
+    align: int
+    attention_removals: int | None
+    device: str
+    dtype: torch.dtype
+    seed: int
+    method: str = METHOD
+    allocation: str = "formula"
+    widths: str = "uniform"
+    protected: Protected = field(default_factory=Protected)
+    search: str = "exact"
+    metric: str = "perplexity"
+    limit: LimitSettings = field(default_factory=LimitSettings)
+    limit_metric: str | None = None
+    tensor_parallel: int = 1
+    compensate: bool = False
+    evopress_budget: str = "paper"
+    offload: bool = False
+
+    @property
+    def input_files(self) -> list[Path]:
+        """Files and directories that texts and questions are read from."""
+        asked = [question_file(name) for name in (self.metric, self.limit_metric) if name]
+        return [*local_paths(source.text for source in self.calibration), *(file for file in asked if file)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checked command with its text loaded, and no weights yet."""
+
+    checkpoint: Checkpoint
+    settings: PruneSettings
+    windows: TokenWindows
+    metric: Metric
+    limit_metric: Metric | None
+    blank: PlanDocument
+
+
+@writes_directory
+def prune(
+    model_directory: Path,
+    out: Path,
+    settings: PruneSettings,
+    *,
+    model_name: str,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Runs both stages of 2SSP, or another method, and writes the checkpoint with its plan, summary and model card.
+
+    Until it is done, the search lives in ``<out>.search``, a plan directory that is saved after every step. If the
+    search fails after it has removed an attention or a block, it stays there: what made it fail may be mended, and it
+    resumed.
+
+    Args:
+        model_directory: The unpruned model.
+        out: The directory to create.
+        settings: See :class:`PruneSettings`.
+        model_name: What plan and model card call the original.
+        force: Replace ``out`` if it is not empty, and an interrupted search.
+        resume: Go on with an interrupted search.
+        progress: Told of every window, candidate and tensor.
+
+    Returns:
+        The summary, as in ``pruning_summary.json``.
+
+    Raises:
+        SenteiError: Bad input; nothing was written.
+        CheckFailedError: The limit does not allow even the first step: ``out`` holds the plan alone, which removes
+            nothing. Or the written checkpoint does not compute what was planned; it was deleted.
+    """
+    started = time.monotonic()
+    check_output_directory(out, force=force, inputs=[model_directory, *settings.input_files])
+    state = SearchState(search_directory(out))
+    state.check_ours()
+    if not (resume or force):
+        state.check_free()
+    job = prepare(model_directory, settings, model_name)
+    plan = state.load(job.blank) if resume else None
+    try:
+        plan = search(job, plan, state, progress)
+        if len(plan.steps) == 1 and plan.document.stopped_because:
+            with new_directory(out, force=force) as partial:
+                plan.save(partial)
+            raise CheckFailedError(
+                f"Nothing was removed: {plan.document.stopped_because}.",
+                f"{out} holds what was measured; allow more, or search by another metric.",
+            )
+        computing = Computing(
+            windows=job.windows.ids, dtype=settings.dtype, device=settings.device, offload=settings.offload
+        )
+        summary = write_planned(
+            job.checkpoint, plan, out, computing, job.metric, started, force=force, progress=progress
+        )
+    except SenteiError:
+        if not state.worth_keeping:
+            state.remove()
+        raise
+    state.remove()
+    return summary
+
+
+def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> Job:
+    """Checks what was asked for, and loads the text; see :func:`prune`.
+
+    Raises:
+        SenteiError: Bad input.
+    """
+    checkpoint = open_checkpoint(model_directory)
+    check_window(model_directory, checkpoint.config, settings.seq_len)
+    allocation = allocation_of(checkpoint, settings)
+    if allocation is None:
+        search_kind = settings.evopress_budget if settings.method == EVOPRESS else "exact"
+        settings = replace(settings, align=1, allocation=settings.method, widths="whole", search=search_kind)
+    else:
+        # From here on, and in the plan, only the multiple itself counts.
+        unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
+        settings = replace(settings, align=unit, tensor_parallel=1)
+    tokenizer = load_tokenizer(model_directory)
+    bos = bos_of(checkpoint.family, tokenizer)
+    windows = load_mixture(
+        settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len, bos=bos
+    )
+    metric = choose_metric(settings.metric, windows.first_of_each, tokenizer, bos=bos)
+    limit_metric = None
+    if settings.limit_metric not in (None, settings.metric):
+        if not settings.limit.given:
+            raise SenteiError("--limit-metric needs a limit.", "Add --max-degradation, --max-metric or --min-metric.")
+        limit_metric = choose_metric(str(settings.limit_metric), windows.first_of_each, tokenizer, bos=bos)
+    _check_combination(settings, metric, limit_metric)
+    blank = _blank_plan(checkpoint, settings, allocation, windows, metric, model_name)
+    blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric)})
+    return Job(
+        checkpoint=checkpoint, settings=settings, windows=windows, metric=metric, limit_metric=limit_metric, blank=blank
+    )
+
+
+def allocation_of(checkpoint: Checkpoint, settings: PruneSettings) -> Allocation | None:
+    """How 2SSP would split the target; ``None`` for a method that removes whole blocks.
+
+    Raises:
+        SenteiError: The method cannot reach the target.
+    """
+    sizes = block_parameters(checkpoint)
+    if settings.method in BLOCK_METHODS:
+        num_blocks_to_remove(sizes.num_hidden_layers, settings.sparsity)
+        return None
+    align = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
+    removals = settings.attention_removals
+    if settings.allocation == "auto":
+        # Damage will choose one of these; with none of them, the formula's number says what is in the way.
+        possible = reachable_removals(sizes, settings.sparsity, align=align, protected=settings.protected)
+        removals = possible[0] if possible else None
+    return allocate(
+        sizes,
+        settings.sparsity,
+        align=align,
+        alpha=alpha_of(settings.widths),
+        attention_removals=removals,
+        protected=settings.protected,
+    )
+
+
+def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None:
+    if settings.offload and any(isinstance(metric, FunctionMetric) for metric in metrics):
+        raise SenteiError("--offload keeps one layer in memory, and a metric function needs the whole model.")
+    if settings.search == "racing" and settings.metric not in ("perplexity", "kl"):
+        raise SenteiError(f"--search racing cannot race by {settings.metric}.", "Race by perplexity or kl.")
+    if settings.compensate and settings.num_samples < 2:
+        raise SenteiError("Compensation needs at least 2 calibration windows.", "Raise --samples or --no-compensate.")
+    if settings.allocation == "auto" and settings.attention_removals is not None:
+        raise SenteiError("--allocation auto chooses what --attention-removals says.", "Give one of them.")
+
+
+def _blank_plan(
+    checkpoint: Checkpoint,
+    settings: PruneSettings,
+    allocation: Allocation | None,
+    windows: TokenWindows,
+    metric: Metric,
+    model_name: str,
+) -> PlanDocument:
+    """The plan a search begins with: where it comes from and where it wants to go."""
+    published = allocation if settings.allocation == "formula" and settings.widths == "uniform" else None
+    return PlanDocument(
+        schema_version=SCHEMA_VERSION,
+        sentei_version=version("sentei"),
+        method=f"{settings.method}, compensated" if settings.compensate else settings.method,
+        base_model=BaseModelRecord(
+            name=model_name,
+            model_type=checkpoint.family.model_type,
+            num_hidden_layers=len(checkpoint.layout),
+            intermediate_size=checkpoint.layout[0].intermediate_size,
+            num_block_parameters=checkpoint.num_block_parameters,
+            weights_sha256=checkpoint.fingerprint,
+        ),
+        target_sparsity=settings.sparsity,
+        target_intermediate_size=list(published.widths) if published else [],
+        target_attention_removals=published.num_attention_removals if published else 0,
+        align=settings.align,
+        allocation=settings.allocation if settings.attention_removals is None else "given",
+        attention_removals=settings.attention_removals,
+        widths=settings.widths,
+        protected=ProtectedRecord(attention=sorted(settings.protected.attention), ffn=sorted(settings.protected.ffn)),
+        search=settings.search,
+        metric=metric.name,
+        metric_source=metric.source,
+        metric_source_sha256=metric.source_sha256,
+        metric_higher_is_better=metric.higher_is_better,
+        metric_original=0.0,
+        limit=None,
+        stopped_because=None,
+        dtype=dtype_name(settings.dtype),
+        seed=settings.seed,
+        calibration=CalibrationRecord(
+            source=windows.source,
+            sha256=windows.sha256,
+            num_samples=len(windows.ids),
+            seq_len=windows.ids.shape[1],
+            sources=list(windows.sources),
+        ),
+        compensation=CompensationRecord() if settings.compensate else None,
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        layers=[],
+        stage_1=[],
+        trace=[],
+    )
+
+
+def search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Progress) -> PruningPlan:
+    """Loads the model and searches, from the beginning or from ``plan``, saving each step in ``state``.
+
+    Raises:
+        SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
+    """
+    transformers.set_seed(job.settings.seed)
+    settings = job.settings
+    running = Search(
+        walk=open_walk(job.checkpoint, dtype=settings.dtype, device=settings.device, offload=settings.offload),
+        sizes=block_parameters(job.checkpoint),
+        windows=job.windows.ids,
+        metric=job.metric,
+        limit_metric=job.limit_metric,
+        save=state.save,
+        progress=progress,
+    )
+    plan = replace(plan or running.begin(job.blank), text_hashes={"calibration": job.windows.passage_hashes})
+    return remove_blocks(running, plan) if settings.method in BLOCK_METHODS else running.finish(plan)

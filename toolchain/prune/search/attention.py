@@ -1,0 +1,142 @@
+"""Stage 2 of 2SSP: removes attention submodules one by one, each time the one whose removal hurts least."""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+
+from toolchain.architecture.parts import SubBlock
+from toolchain.errors import SenteiError
+from toolchain.metrics.function import FunctionMetric
+from toolchain.metrics.token_metrics import Metric, StateMetric, TokenMetric, finite, measure
+from toolchain.model.layer_walk import LayerWalk
+from toolchain.plan.document import Dropped
+from toolchain.prune.search.candidates import EnteringStates, embedded_states, without_each
+from toolchain.prune.search.racing import run_heats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One step: the attention removed, and what each candidate's removal made of the metric.
+
+    Attributes:
+        removed: Layer.
+        candidates: Metric by layer.
+        dropped: Those that lost a race before they were measured on everything.
+    """
+
+    removed: int
+    candidates: dict[int, float]
+    dropped: dict[int, Dropped] = field(default_factory=dict)
+
+
+def removals(
+    walk: LayerWalk,
+    metric: Metric,
+    *,
+    removed: Collection[int] = (),
+    protected: Collection[int] = (),
+    race: bool = False,
+    on_candidate: Callable[[], None] = lambda: None,
+) -> Iterator[Tried]:
+    """Removes attentions greedily (arXiv 2501.17771, section 3.2), one a ``next()``; ties go to the lower layer.
+
+    Args:
+        walk: Over the model with its FFNs already narrowed. Each removal is made in it before it is yielded.
+        metric: Decides; the removal that leaves the best value wins.
+        removed: Layers that have lost their attention already.
+        protected: Layers whose attention is never tried.
+        race: Drop candidates that fall behind early (:mod:`toolchain.prune.search.racing`), not measuring all of them.
+        on_candidate: Called after each candidate, for progress.
+
+    Yields:
+        The removal made, with the candidates' metrics, until none is left.
+
+    Raises:
+        SenteiError: The metric is NaN or Inf or the same for every candidate, or memory does not suffice for one.
+    """
+    remaining = [layer for layer in range(len(walk.layers)) if layer not in removed and layer not in protected]
+    states: EnteringStates | None = None
+    while remaining:
+        dropped: dict[int, Dropped] = {}
+        if isinstance(metric, FunctionMetric):
+            scores = scores_of_models(walk, metric, remaining, on_candidate)
+        else:
+            states = states or embedded_states(walk, metric.ids)
+            finalists = remaining
+            if race:
+                finalists, dropped = run_heats(walk, cast(TokenMetric, metric), remaining, states)
+            scores = candidate_scores(walk, metric, finalists, states, on_candidate)
+            for _ in dropped:
+                on_candidate()
+        best = _best(metric, scores)
+        walk.layers.remove_attention(best)
+        if states is not None:
+            states.forget_above(best)
+        remaining.remove(best)
+        yield Tried(removed=best, candidates=scores, dropped=dropped)
+
+
+def _best(metric: Metric, scores: dict[int, float]) -> int:
+    if len(scores) > 1 and len(set(scores.values())) == 1:
+        raise SenteiError(
+            f"The {metric.name} is {next(iter(scores.values())):g} for every candidate: it cannot tell them apart.",
+            "Use a finer metric or more text.",
+        )
+    sign = -1 if metric.higher_is_better else 1
+    return min(scores, key=lambda layer: (sign * scores[layer], layer))
+
+
+def scores_of_models(
+    walk: LayerWalk,
+    metric: FunctionMetric,
+    candidates: list[int],
+    on_candidate: Callable[[], None] = lambda: None,
+) -> dict[int, float]:
+    """The metric of each candidate's removal, by a function that runs the model itself."""
+    scores = {}
+    for layer in candidates:
+        scores[layer] = measure(walk, metric, without_attention=[layer])
+        on_candidate()
+    return scores
+
+
+def num_candidates(num_layers: int, num_removals: int) -> int:
+    """How many candidates the search will try in all."""
+    return sum(num_layers - step for step in range(num_removals))
+
+
+def candidate_scores(
+    walk: LayerWalk,
+    metric: StateMetric,
+    candidates: list[int],
+    states: EnteringStates,
+    on_candidate: Callable[[], None] = lambda: None,
+) -> dict[int, float]:
+    """The metric of each attention's removal.
+
+    Raises:
+        SenteiError: The metric is NaN or Inf, or memory does not suffice for one candidate.
+    """
+    attentions = [SubBlock(layer, "attention") for layer in candidates]
+    return {
+        each.layer: value for each, value in sub_block_scores(walk, metric, attentions, states, on_candidate).items()
+    }
+
+
+def sub_block_scores(
+    walk: LayerWalk,
+    metric: StateMetric,
+    candidates: list[SubBlock],
+    states: EnteringStates,
+    on_candidate: Callable[[], None] = lambda: None,
+) -> dict[SubBlock, float]:
+    """The metric of each candidate's removal; see :func:`candidate_scores`."""
+
+    def score(hidden: torch.Tensor) -> float:
+        value = finite(metric(walk, hidden), metric.name, walk)
+        on_candidate()
+        return value
+
+    return without_each(walk, candidates, states, score)

@@ -1,0 +1,277 @@
+"""The search: from a model and calibration text to a plan, in steps that can be limited, interrupted and resumed."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from toolchain.metrics.function import FunctionMetric
+from toolchain.metrics.token_metrics import Metric, measure
+from toolchain.model.layer_walk import LayerWalk
+from toolchain.model.slicing import KeptNeurons
+from toolchain.plan.document import PlanDocument, Removal, Rung
+from toolchain.plan.plan import PruningPlan, top_neurons
+from toolchain.progress import Progress, no_progress
+from toolchain.prune.budget.allocation import BlockParameters, Protected, allocate, alpha_of, ladder, reachable_removals
+from toolchain.prune.budget.limits import holds, resolve_limit
+from toolchain.prune.budget.ranked_widths import best_split, ranked_widths
+from toolchain.prune.search.attention import Tried, candidate_scores, num_candidates, removals, scores_of_models
+from toolchain.prune.search.candidates import embedded_states
+from toolchain.prune.search.importance import neuron_importance
+from toolchain.prune.search.sensitivity import Sensitivity, neuron_sensitivity
+
+# On the way to the target widths the metric is taken this often: the part of the curve that stage 1 walks.
+_NUM_RUNGS = 4
+# A window's gradients take three times its forward pass.
+_NUM_SENSITIVITY_WINDOWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Everything a search needs besides its state, which is a plan.
+
+    Attributes:
+        walk: Over the unpruned model; pruned on the way.
+        sizes: Of the unpruned model's blocks.
+        windows: Calibration, int64 ``[num_samples, seq_len]``.
+        metric: Decides what is removed.
+        limit_metric: What the plan's limit looks at, if that is not ``metric``.
+        save: Told of the plan after each step.
+        progress: Told of windows, widths and candidates.
+    """
+
+    walk: LayerWalk
+    sizes: BlockParameters
+    windows: torch.Tensor
+    metric: Metric
+    limit_metric: Metric | None = None
+    save: Callable[[PruningPlan], None] = lambda plan: None
+    progress: Progress = no_progress
+
+    def begin(self, blank: PlanDocument) -> PruningPlan:
+        """Looks at the unpruned model: importance of its neurons, and its metric.
+
+        Args:
+            blank: Everything but what is measured here.
+
+        Returns:
+            A plan that removes nothing yet.
+        """
+        self._prepare()
+        importance = self._ranked_importance() if blank.widths == "ranked" else self._importance(self.windows)
+        original, limit = measure(self.walk, self.metric), blank.limit
+        if limit is not None:
+            limit = resolve_limit(limit, self._limited(original))
+        document = blank.model_copy(update={"metric_original": original, "limit": limit})
+        plan = PruningPlan(document, importance).at([], [])
+        self.save(plan)
+        return plan
+
+    def _importance(self, windows: torch.Tensor) -> tuple[NDArray[np.float32], ...]:
+        with self.progress("Importance of neurons", len(windows)) as advance:
+            return neuron_importance(self.walk, windows, on_window=advance)
+
+    def _ranked_importance(self) -> tuple[NDArray[np.float32], ...]:
+        """Importance on all windows, those that gradients are taken on seen there, weighed by the gradients."""
+        others = self.windows[_NUM_SENSITIVITY_WINDOWS:]
+        importance = self._sensitivity.importance
+        if len(others):
+            share = len(others) / len(self.windows)
+            pairs = zip(importance, self._importance(others), strict=True)
+            importance = tuple(seen * np.float32(1 - share) + other * np.float32(share) for seen, other in pairs)
+        return self._sensitivity.weigh(importance)
+
+    def finish(self, plan: PruningPlan) -> PruningPlan:
+        """Goes on from any plan the search has saved, to the target or to the limit.
+
+        Raises:
+            SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
+        """
+        self._prepare()
+        if not plan.document.target_intermediate_size:
+            plan = self._aim(plan)
+        if plan.document.stopped_because is None and not plan.document.trace:
+            plan = self._narrow_ffns(plan)
+        if plan.document.stopped_because is None:
+            plan = self._remove_attentions(plan)
+        return plan
+
+    def _prepare(self) -> None:
+        self.metric.prepare(self.walk)
+        if self.limit_metric is not None:
+            self.limit_metric.prepare(self.walk)
+
+    def _limited(self, metric: float) -> float:
+        """What the limit looks at, now; ``metric`` is the search's own."""
+        return metric if self.limit_metric is None else measure(self.walk, self.limit_metric)
+
+    def _aim(self, plan: PruningPlan) -> PruningPlan:
+        """Splits the target between attention and FFNs, as the plan's ``allocation`` and ``widths`` ask."""
+        document = plan.document
+        protected = Protected.of(document.protected)
+        asked = document.attention_removals
+        slope = self._sensitivity.slope if document.widths == "ranked" else ()
+
+        def widths(num_removals: int | None) -> tuple[int, tuple[int, ...]]:
+            align = document.align
+            split = allocate(
+                self.sizes,
+                document.target_sparsity,
+                align=align,
+                alpha=alpha_of(document.widths),
+                attention_removals=num_removals,
+                protected=protected,
+            )
+            if document.widths == "uniform":
+                return split.num_attention_removals, split.widths
+            return split.num_attention_removals, ranked_widths(slope, split.widths, align, protected.ffn)
+
+        if document.allocation == "auto":
+            possible = reachable_removals(
+                self.sizes, document.target_sparsity, align=document.align, protected=protected
+            )
+            asked = self._best_split(plan, possible, lambda number: widths(number)[1])
+        num_removals, target = widths(asked)
+        changes = {"target_intermediate_size": list(target), "target_attention_removals": num_removals}
+        plan = plan.changed(changes)
+        self.save(plan)
+        return plan
+
+    @cached_property
+    def _sensitivity(self) -> Sensitivity:
+        windows = self.windows[:_NUM_SENSITIVITY_WINDOWS]
+        with self.progress("Sensitivity of neurons", len(windows)) as advance:
+            return neuron_sensitivity(self.walk, windows, on_window=advance)
+
+    def _best_split(self, plan: PruningPlan, possible: Sequence[int], widths: Callable[[int], tuple[int, ...]]) -> int:
+        with self.progress("Attention or FFN", len(possible)) as advance:
+            middle = possible[len(possible) // 2]
+            with self.walk.only_neurons(_kept(plan, widths(middle))):
+                order = self._order_of_removal(plan.document.protected.attention)
+
+            def damage(number: int) -> float:
+                with self.walk.only_neurons(_kept(plan, widths(number))):
+                    value = measure(self.walk, self.metric, without_attention=order[:number])
+                advance()
+                return -value if self.metric.higher_is_better else value
+
+            return best_split(possible, damage)
+
+    def _order_of_removal(self, protected: Sequence[int]) -> list[int]:
+        """Attentions by the damage each does alone, the least first."""
+        layers = [layer for layer in range(len(self.walk.layers)) if layer not in protected]
+        if isinstance(self.metric, FunctionMetric):
+            scores = scores_of_models(self.walk, self.metric, layers)
+        else:
+            states = embedded_states(self.walk, self.metric.ids)
+            scores = candidate_scores(self.walk, self.metric, layers, states)
+        return sorted(layers, key=scores.__getitem__, reverse=self.metric.higher_is_better)
+
+    def _narrow_ffns(self, plan: PruningPlan) -> PruningPlan:
+        document = plan.document
+        full, target = document.base_model.intermediate_size, tuple(document.target_intermediate_size)
+        rung = ladder(full, target, document.align)
+        last = document.stage_1[-1].intermediate_size if document.stage_1 else [full] * len(target)
+        with self.progress("Widths of FFNs", _NUM_RUNGS) as advance:
+            for step in range(1, _NUM_RUNGS + 1):
+                widths = rung(step, _NUM_RUNGS)
+                advance()
+                if sum(widths) >= sum(last):
+                    continue
+                taken = self._try_widths(plan, widths)
+                if not holds(document.limit, _limited(taken)):
+                    return self._stop_inside(plan, step, taken)
+                plan = plan.at([*plan.document.stage_1, taken], [])
+                self.save(plan)
+        return plan
+
+    def _stop_inside(self, plan: PruningPlan, step: int, broken: Rung) -> PruningPlan:
+        """The limit lies before rung ``step``: finds the narrowest widths that still hold, by bisection."""
+        document = plan.document
+        full, target = document.base_model.intermediate_size, tuple(document.target_intermediate_size)
+        rung = ladder(full, target, document.align)
+        # One alignment unit of the layer that loses most is the finest step there is.
+        finest = max(max(full - width for width in target) // document.align, 1) * _NUM_RUNGS
+        good, bad = (step - 1) * finest // _NUM_RUNGS, step * finest // _NUM_RUNGS
+        best: Rung | None = None
+        while bad - good > _NUM_RUNGS:
+            middle = (good + bad) // 2
+            taken = self._try_widths(plan, rung(middle, finest))
+            if holds(document.limit, _limited(taken)):
+                good, best = middle, taken
+            else:
+                bad, broken = middle, taken
+        kept = [*document.stage_1, *([best] if best else [])]
+        plan = _stopped(plan.at(kept, []), broken, "with narrower FFNs")
+        self.save(plan)
+        return plan
+
+    def _try_widths(self, plan: PruningPlan, widths: Sequence[int]) -> Rung:
+        with self.walk.only_neurons(_kept(plan, widths)):
+            metric = measure(self.walk, self.metric)
+            limited = self._limited(metric) if self.limit_metric else None
+        removed = sum(self.sizes.intermediate_size - width for width in widths) * self.sizes.neuron
+        return Rung(
+            intermediate_size=list(widths),
+            num_block_parameters=self.sizes.total - removed,
+            metric=metric,
+            limit_metric=limited,
+        )
+
+    def _remove_attentions(self, plan: PruningPlan) -> PruningPlan:
+        document = plan.document
+        if document.stage_1:
+            self.walk.layers.narrow(_kept(plan, document.stage_1[-1].intermediate_size))
+        done = [step.removed for step in document.trace]
+        for layer in done:
+            self.walk.layers.remove_attention(layer)
+        todo, protected = document.target_attention_removals - len(done), document.protected.attention
+        candidates = num_candidates(len(self.walk.layers) - len(done) - len(protected), todo)
+        with self.progress("Search for attentions", candidates) as advance:
+            found = removals(
+                self.walk,
+                self.metric,
+                removed=done,
+                protected=protected,
+                race=document.search == "racing",
+                on_candidate=advance,
+            )
+            for tried in itertools.islice(found, todo):
+                removal = self._removal(plan, tried)
+                if not holds(document.limit, _limited(removal)):
+                    plan = _stopped(plan, removal, f"without the attention of layer {tried.removed}")
+                    self.save(plan)
+                    break
+                plan = plan.at(plan.document.stage_1, [*plan.document.trace, removal])
+                self.save(plan)
+        return plan
+
+    def _removal(self, plan: PruningPlan, tried: Tried) -> Removal:
+        metric = tried.candidates[tried.removed]
+        return Removal(
+            removed=tried.removed,
+            metric=metric,
+            candidates=tried.candidates,
+            dropped=tried.dropped or None,
+            num_block_parameters=plan.steps[-1].num_block_parameters - self.sizes.attention - self.sizes.attention_norm,
+            limit_metric=self._limited(metric) if self.limit_metric else None,
+        )
+
+
+def _limited(step: Rung | Removal) -> float:
+    return step.metric if step.limit_metric is None else step.limit_metric
+
+
+def _stopped(plan: PruningPlan, broken: Rung | Removal, how: str) -> PruningPlan:
+    limit = plan.document.limit
+    assert limit is not None
+    reason = f"{limit.metric} would be {_limited(broken):.5g} {how}; the limit is {limit.value:.5g}"
+    return plan.changed({"stopped_because": reason})
+
+
+def _kept(plan: PruningPlan, widths: Sequence[int]) -> KeptNeurons:
+    return [top_neurons(scores, width) for scores, width in zip(plan.importance, widths, strict=True)]

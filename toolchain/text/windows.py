@@ -1,0 +1,226 @@
+"""Text becomes token windows: the first N consecutive stretches of the tokenised text, in order, not shuffled."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from toolchain.errors import SenteiError
+from toolchain.plan.document import TextSourceRecord
+from toolchain.text.fingerprints import hash_passages, merge_hashes
+from toolchain.text.sources import Text, TextSource, read_documents, text_name
+
+DOCUMENT_SEPARATOR = "\n\n"
+_FIRST_GUESS_CHARS_PER_TOKEN = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenWindows:
+    """Windows of token ids.
+
+    Attributes:
+        ids: int64 ``[num_samples, seq_len]``. Of a mixture, the first window of every source comes first; the others
+            follow in an order that spreads each source evenly.
+        bos: The token that each of them begins with and that is not of the text, if there is one.
+        source: Name of the text, or of the texts of a mixture.
+        sources: What each text gave.
+        stretches: The windows of each text as they follow one another in it, without the BOS token; int64
+            ``[num_windows, text_len]``.
+    """
+
+    ids: torch.Tensor
+    bos: int | None
+    source: str
+    sources: tuple[TextSourceRecord, ...]
+    stretches: tuple[torch.Tensor, ...]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the ids as int64 bytes."""
+        return _sha256(self.ids)
+
+    @property
+    def passage_hashes(self) -> NDArray[np.uint64]:
+        """By which the text is known again, see :mod:`toolchain.text.fingerprints`."""
+        return reduce(merge_hashes, (hash_passages(stretch.flatten().numpy()) for stretch in self.stretches))
+
+    @property
+    def text_ids(self) -> torch.Tensor:
+        """The windows without the BOS token, int64 ``[num_samples, text_len]``."""
+        return self.ids if self.bos is None else self.ids[:, 1:]
+
+    @property
+    def first_of_each(self) -> torch.Tensor:
+        """The first window of every source, int64 ``[num_sources, seq_len]``: what a search measures on."""
+        return self.ids[: len(self.sources)]
+
+
+def load_windows(
+    text: Text, tokenizer: PreTrainedTokenizerBase, *, num_samples: int | None, seq_len: int, bos: int | None = None
+) -> TokenWindows:
+    """Tokenises a text without special tokens and cuts it into windows.
+
+    Only as much of it is read and tokenised as the windows need.
+
+    Args:
+        text: See :func:`toolchain.text.sources.read_documents`; documents are joined by two newlines.
+        tokenizer: The model's own.
+        num_samples: How many windows; ``None`` for all there are.
+        seq_len: Tokens a window.
+        bos: The first of them, see :func:`toolchain.model.loading.bos_of`; ``None`` if all are of the text.
+
+    Raises:
+        SenteiError: Missing or damaged text, or too few tokens.
+    """
+    _check_sizes(num_samples, seq_len)
+    ids = _cut(text, tokenizer, num_samples, _text_len(seq_len, bos), fewest=num_samples or 1)
+    return _together([TextSource(text)], [ids], bos)
+
+
+def _text_len(seq_len: int, bos: int | None) -> int:
+    """How many tokens of a window are of the text."""
+    return seq_len if bos is None else seq_len - 1
+
+
+def begin_with(bos: int | None, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of token ids, each with ``bos`` in front unless it is ``None``."""
+    return ids if bos is None else torch.cat([ids.new_full((len(ids), 1), bos), ids], dim=1)
+
+
+def load_mixture(
+    sources: Sequence[TextSource],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_samples: int,
+    seq_len: int,
+    bos: int | None = None,
+    fewer_will_do: bool = False,
+) -> TokenWindows:
+    """Windows from several texts, of each as many as its weight says, see :func:`split_by_weight`.
+
+    Args:
+        sources: None of them is the text of :mod:`toolchain.text.embedded`.
+        tokenizer: The model's own.
+        num_samples: How many windows in all.
+        seq_len: Tokens a window.
+        bos: See :func:`load_windows`.
+        fewer_will_do: Take as many windows as there are in these proportions, up to ``num_samples``.
+
+    Raises:
+        SenteiError: Missing or damaged text, one too short for its share, or with a share of less than a window.
+    """
+    _check_sizes(num_samples, seq_len)
+    sources = sources or [TextSource(None)]
+    weights = [source.weight for source in sources]
+    counts = split_by_weight(weights, num_samples)
+    for source, count in zip(sources, counts, strict=True):
+        if not count:
+            raise SenteiError(
+                f"{text_name(source.text)} gets none of {num_samples} windows at weight {source.weight:g}.",
+                "Raise its weight, or take more windows.",
+            )
+    found = [
+        _cut(source.text, tokenizer, count, _text_len(seq_len, bos), fewest=1 if fewer_will_do else count)
+        for source, count in zip(sources, counts, strict=True)
+    ]
+    if fewer_will_do:
+        counts = _within(weights, [len(ids) for ids in found], num_samples)
+    return _together(sources, [ids[:count] for ids, count in zip(found, counts, strict=True)], bos)
+
+
+def split_by_weight(weights: Sequence[float], count: int) -> list[int]:
+    """Splits ``count`` in proportion to ``weights`` by largest remainder (Hamilton's method); ties to the first."""
+    exact = [count * weight / sum(weights) for weight in weights]
+    shares = [int(each) for each in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda place: shares[place] - exact[place])
+    for place in by_remainder[: count - sum(shares)]:
+        shares[place] += 1
+    return shares
+
+
+def _within(weights: Sequence[float], available: Sequence[int], most: int) -> list[int]:
+    """The largest split that no text is too short for, and with something of each."""
+    for count in range(min(most, sum(available)), 0, -1):
+        shares = split_by_weight(weights, count)
+        if all(1 <= share <= limit for share, limit in zip(shares, available, strict=True)):
+            return shares
+    raise SenteiError(
+        "One of the texts is too short for its weight: it does not have a window for any number of windows.",
+        "Give more of it, or shorter windows.",
+    )
+
+
+def _check_sizes(num_samples: int | None, seq_len: int) -> None:
+    if seq_len < 2 or (num_samples is not None and num_samples < 1):
+        raise SenteiError(f"{num_samples} windows of {seq_len} tokens make no sense.", "Use at least 1 of at least 2.")
+
+
+def _cut(
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int | None,
+    length: int,
+    *,
+    fewest: int,
+) -> torch.Tensor:
+    """Up to ``num_samples`` stretches of ``length`` tokens, ``None`` for all; at least ``fewest``."""
+    needed = None if num_samples is None else num_samples * length
+    ids = _tokenize(read_documents(text), tokenizer, needed)
+    if len(ids) < fewest * length:
+        wanted = f"{fewest} windows of {length} tokens need {fewest * length}"
+        raise SenteiError(
+            f"{text_name(text)} is too short: it has {len(ids)} tokens, and {wanted}.",
+            "Give more text, or fewer or shorter windows.",
+        )
+    count = min(num_samples or len(ids), len(ids) // length)
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+def _together(sources: Sequence[TextSource], stretches: Sequence[torch.Tensor], bos: int | None) -> TokenWindows:
+    """The windows of several sources in the order of :class:`TokenWindows`."""
+    windows = [begin_with(bos, stretch) for stretch in stretches]
+    others = sorted(
+        ((window + 0.5) / len(ids), number, window)
+        for number, ids in enumerate(windows)
+        for window in range(1, len(ids))
+    )
+    order = [*((number, 0) for number in range(len(windows))), *((number, window) for _, number, window in others)]
+    total = sum(source.weight for source in sources)
+    names = [text_name(source.text) for source in sources]
+    return TokenWindows(
+        ids=torch.stack([windows[number][window] for number, window in order]),
+        bos=bos,
+        source=" + ".join(names),
+        sources=tuple(
+            TextSourceRecord(source=name, weight=source.weight / total, num_windows=len(ids), sha256=_sha256(ids))
+            for name, source, ids in zip(names, sources, windows, strict=True)
+        ),
+        stretches=tuple(stretches),
+    )
+
+
+def _sha256(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _tokenize(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
+    """Token ids of the joined documents, at least ``needed`` of them if the text has as many."""
+    text, limit = "", None if needed is None else needed * _FIRST_GUESS_CHARS_PER_TOKEN
+    while True:
+        exhausted = True
+        for document in documents:
+            text += DOCUMENT_SEPARATOR + document if text else document
+            if limit is not None and len(text) >= limit:
+                exhausted = False
+                break
+        # A cut at the end of a document leaves all tokens before it as they would be in the whole text.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if exhausted or (needed is not None and len(ids) > needed + 16):
+            return ids
+        assert limit is not None
+        limit *= 2
