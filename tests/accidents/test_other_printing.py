@@ -1,5 +1,6 @@
 """What files of strangers call things is printed as it is: no styles, links, moved cursors or HTML."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from serving.report.render import render_report
 from tests.command_line import sentei
 from tests.serving.report.test_render import write_evaluation, write_plan, write_summary
+from toolchain.cli.serve import generate
 
 NAMES = ["llama[v2]", "a[/bold]", "[link=http://evil]here", "hub:key:train", "x\x1b]0;title\x07\x1b[2J", "\u009b2J"]
 
@@ -53,3 +55,18 @@ def test_markdown_holds_no_html_links_or_pictures_of_others(tmp_path: Path):
     assert "javascript" in page
     for part in ("m](", "![x](", " <img", "\n# big"):
         assert part not in page
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_a_model_writes_commands_no_terminal(pico_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("serving.engines.generate.stream_text", lambda *_, **__: iter(["one\n", "\x1b]0;title\x07"]))
+    terminal, file = _Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        monkeypatch.setattr("sys.stdout", stream)
+        generate(pico_model, prompt="hi")
+    assert terminal.getvalue().startswith("one\n\\x1b]0;title\\x07")
+    assert file.getvalue().startswith("one\n\x1b]0;title\x07")

@@ -16,6 +16,7 @@ from toolchain.cli.console import (
     compute_dtype,
     pick_device,
 )
+from toolchain.cli.terminal import printable
 from toolchain.errors import MissingDependencyError, SenteiError
 
 
@@ -98,7 +99,7 @@ def generate(
     for piece in pieces:
         parts.append(piece)
         if not as_json:
-            sys.stdout.write(piece)
+            sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
             sys.stdout.flush()
     engine = "onnx" if is_onnx else "transformers"
     output.result({"prompt": prompt, "text": "".join(parts), "engine": engine}, lambda console: console.print())
