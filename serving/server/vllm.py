@@ -33,7 +33,8 @@ _REFUSAL = re.compile(r"(?:toolchain\.errors\.\w+|^Error): (.+)", re.MULTILINE)
 
 
 def serve(directory: Path, options: Sequence[str]) -> NoReturn:
-    """Becomes ``vllm serve``: this process is replaced, so signals and the exit code are vLLM's own.
+    """Becomes ``vllm serve``: this process is replaced, so signals and the exit code are vLLM's own, but that
+    Ctrl-C is 130.
 
     Args:
         directory: A checkpoint, pruned or not.

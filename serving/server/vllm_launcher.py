@@ -6,9 +6,18 @@ installation this module only calls vLLM.
 """
 
 import importlib.metadata
+import os
+import signal
 import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
 from serving.lifetime import end_with_multiprocessing_parent, end_with_parent
+
+_INTERRUPTED = 130
+# Several signals within these seconds are one wish: a terminal's go to a whole process group, some launchers' to each.
+_SAME_WISH_S = 2.0
 
 
 def main() -> None:
@@ -19,10 +28,46 @@ def main() -> None:
     from serving.server.vllm_options import check_when_parsed
 
     check_when_parsed()
+    heard = hear_signals()
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv[0] = "vllm"
-    vllm_main()
+    try:
+        vllm_main()
+    finally:
+        if signal.SIGINT in heard:
+            print("Interrupted.", file=sys.stderr, flush=True)
+            sys.exit(_INTERRUPTED)
+
+
+def hear_signals() -> list[int]:
+    """Returns a list that will hold the signals by which vLLM's server was told to stop.
+
+    vLLM takes Ctrl-C for a stop that was asked for, with exit code 0; every other command of sentei ends with 130. And
+    where a request is never answered because the engine stops meanwhile, vLLM waits for its connection for ever, and
+    does not listen to the second Ctrl-C that it asks for: that one ends this process, and the others with it.
+    """
+    heard: list[int] = []
+    try:
+        import uvloop
+    except ImportError:  # on Windows
+        return heard
+    add = uvloop.Loop.add_signal_handler
+    first_at: list[float] = []
+
+    def add_and_hear(loop: Any, number: int, callback: Callable[..., Any], *arguments: Any) -> None:
+        def hear(*given: Any) -> None:
+            heard.append(number)
+            first_at.append(time.monotonic())
+            if first_at[-1] - first_at[0] > _SAME_WISH_S:
+                print("Interrupted.", file=sys.stderr, flush=True)
+                os._exit(128 + number)
+            callback(*given)
+
+        add(loop, number, hear, *arguments)
+
+    uvloop.Loop.add_signal_handler = add_and_hear  # type: ignore[method-assign, assignment]
+    return heard
 
 
 def answer_for_vllm_cpu() -> None:
