@@ -32,6 +32,7 @@ from toolchain.checkpoint.quantized import QuantizedCheckpoint, open_quantized
 from toolchain.checkpoint.rounding_error import measure_rounding, rounding_checks
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.json_files import read_json_object
+from toolchain.lifetime import tied
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
 from toolchain.safetensors_files import let_others_read
 
@@ -156,12 +157,12 @@ def _run(python: str, job: Mapping[str, Any], scratch: Path, on_line: Callable[[
     environment = {**os.environ, "PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
         [python, "-P", "-m", "export.quantize_worker", str(job_file)],
-        stdin=subprocess.PIPE,  # by which the worker knows that this process has not died
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         errors="replace",
-        env=environment,
+        env=tied(environment),
     )
     last_lines: deque[str] = deque(maxlen=_TAIL_LINES)
     try:

@@ -8,7 +8,7 @@ installation this module only calls vLLM.
 import importlib.metadata
 import sys
 
-from serving.lifetime import end_with_multiprocessing_parent, end_with_parent
+from toolchain.lifetime import end_with_multiprocessing_parent, end_with_parent
 
 
 def main() -> None:
