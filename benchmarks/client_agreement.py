@@ -21,9 +21,9 @@ import typer
 
 from serving.benchmark.environment import describe_environment
 from serving.benchmark.sessions.vllm_client import bench_serve
-from serving.benchmark.statistics import ratio_interval
 from serving.server.vllm import running_server
 from toolchain.outputs import write_text
+from toolchain.significance import ratio_interval
 
 _INPUT_LEN, _OUTPUT_LEN = 64, 32
 _METRICS = ("ttft_ms", "tpot_ms", "e2el_per_token_ms")

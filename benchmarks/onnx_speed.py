@@ -27,7 +27,6 @@ import typer
 
 from export.onnx_graph import Precision, export_onnx
 from serving.benchmark.environment import describe_environment
-from serving.benchmark.statistics import ratio_interval
 from serving.engines.genai import GenaiModel
 from serving.forecast.model_facts import ModelFacts, onnx_facts
 from toolchain.errors import SenteiError
@@ -35,6 +34,7 @@ from toolchain.model.gguf import demo_gguf, import_gguf
 from toolchain.model.loading import load_tokenizer
 from toolchain.outputs import write_text
 from toolchain.prune.pipeline import PruneSettings, prune
+from toolchain.significance import ratio_interval
 from toolchain.text.embedded import documents, write_halves
 from toolchain.text.sources import TextSource
 

@@ -27,13 +27,13 @@ from typing import Annotated, Any
 import typer
 
 from serving.benchmark.environment import describe_environment
-from serving.benchmark.statistics import ratio_interval
 from serving.engines.vllm import VllmEngine
 from serving.server.vllm import has_cxx_compiler
 from toolchain.checkpoint.directory import open_checkpoint, write_config
 from toolchain.model.gguf import demo_gguf, import_gguf
 from toolchain.model.loading import load_tokenizer
 from toolchain.outputs import write_text
+from toolchain.significance import ratio_interval
 from toolchain.text.embedded import documents
 
 # How much slower the plugin's class may be.

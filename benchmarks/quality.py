@@ -33,13 +33,13 @@ import typer
 from serving.benchmark.environment import describe_environment
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.evaluate.lm_eval_tasks import TaskRequest, load_task, run_task
-from toolchain.evaluate.significance import mcnemar
 from toolchain.metrics.perplexity import perplexity
 from toolchain.model.gguf import demo_gguf, import_gguf
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_model, load_tokenizer
 from toolchain.outputs import write_text
 from toolchain.parts_cache import digest_of
+from toolchain.significance import mcnemar
 from toolchain.text.windows import load_windows
 
 

@@ -18,10 +18,11 @@ from typing import Annotated, Any
 import typer
 
 from serving.benchmark.environment import describe_environment
+from serving.benchmark.ratios import SIDES
 from serving.benchmark.run import schedule
-from serving.benchmark.statistics import SIDES, ratio_interval
 from serving.server.vllm import running_server
 from toolchain.outputs import write_text
+from toolchain.significance import ratio_interval
 
 
 def main(

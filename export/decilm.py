@@ -1,15 +1,14 @@
 """A directory for servers that take no plugin: ``DeciLMForCausalLM``, at the price of ``trust_remote_code``."""
 
 import json
-import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from export.finish import ALL_TENSORS_ARE_THE_SAME, carry_over, write_verification
 from toolchain.checkpoint.directory import (
     Checkpoint,
-    copy_companions,
     open_checkpoint,
     read_headers,
     same_bits,
@@ -20,8 +19,6 @@ from toolchain.errors import CheckFailedError
 from toolchain.json_files import read_json_object
 from toolchain.model.decilm import ARCHITECTURE, CONFIG_CLASS_FILE, NasForm, config_class_source, nas_form
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
-
-VERIFICATION_FILE = "verification.json"
 
 
 @writes_directory
@@ -57,25 +54,20 @@ def export_nemotron_nas(
         write_weights(partial, tensors, lambda name: form.tensors[name].read(checkpoint), on_tensor=on_tensor)
         write_config(partial, form.config)
         (partial / CONFIG_CLASS_FILE).write_bytes(config_class_source())
-        copy_companions(directory, partial)
+        carry_over(directory, partial, card=False)
         _drop_remote_tokenizer(partial)
-        if (directory / "plan.json").is_file():
-            shutil.copyfile(directory / "plan.json", partial / "plan.json")
         (partial / "README.md").write_text(_readme(checkpoint, form), encoding="utf-8")
         _compare(checkpoint, form, partial, on_tensor)
-        verification = {
-            "schema_version": 1,
-            "sentei_version": version("sentei"),
-            "passed": True,
-            "engine": "safetensors",
-            "dtype": form.config["dtype"],
-            "source_fingerprint": checkpoint.fingerprint,
-            "num_tensors": len(form.tensors),
-            "llama_cpp_obstacle": form.llama_cpp_obstacle,
-            "checks": {"differing_tensors": {"passed": True, "value": 0, "limit": 0}},
-        }
-        (partial / VERIFICATION_FILE).write_text(json.dumps(verification, indent=2) + "\n", encoding="utf-8")
-    return verification
+        return write_verification(
+            partial,
+            checkpoint,
+            stored={"dtype": form.config["dtype"]},
+            found={
+                "num_tensors": len(form.tensors),
+                "llama_cpp_obstacle": form.llama_cpp_obstacle,
+                "checks": ALL_TENSORS_ARE_THE_SAME,
+            },
+        )
 
 
 def _drop_remote_tokenizer(directory: Path) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import logging
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from toolchain.checkpoint.directory import Checkpoint, copy_companions, open_checkpoint
+from export.finish import VERIFICATION_FILE, carry_over
+from toolchain.checkpoint.directory import Checkpoint, open_checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.json_files import read_json_object
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
@@ -21,7 +21,7 @@ from toolchain.outputs import check_output_directory, new_directory, writes_dire
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Device = Literal["cpu", "cuda"]
 SUMMARY_FILE = "sentei_export.json"
-_WRITTEN_LATER = (SUMMARY_FILE, "verification.json", "README.md")
+_WRITTEN_LATER = (SUMMARY_FILE, VERIFICATION_FILE, "README.md")
 
 
 @writes_directory
@@ -61,8 +61,6 @@ def export_onnx(
     _refuse_failed(directory)
     with new_directory(out, force=force) as partial:
         _build(checkpoint, partial, precision, device, on_progress)
-        if (directory / "plan.json").is_file():
-            shutil.copyfile(directory / "plan.json", partial / "plan.json")
         on_progress("Hashing")
         summary = _summary(checkpoint, partial, precision, device)
         (partial / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -71,7 +69,7 @@ def export_onnx(
 
 def _refuse_failed(directory: Path) -> None:
     """Refuses a checkpoint that is itself an export and that ``sentei verify`` found wrong."""
-    path = directory / "verification.json"
+    path = directory / VERIFICATION_FILE
     if not path.is_file():
         return
     try:
@@ -108,7 +106,7 @@ def _build(
     config.name_or_path = str(checkpoint.directory)  # where the builder looks for generation_config.json and tokenizer
     check_supported(config, precision, device)
     load_tokenizer(checkpoint.directory).save_pretrained(out)
-    copy_companions(checkpoint.directory, out)
+    carry_over(checkpoint.directory, out, card=False)
     on_progress("Loading the model")
     try:
         with tempfile.TemporaryDirectory(dir=out) as temporary, redirect_stdout(_Lines(on_progress)):

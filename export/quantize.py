@@ -13,16 +13,15 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from export.finish import ALL_TENSORS_ARE_THE_SAME, carry_over, write_verification
 from toolchain.checkpoint.directory import (
     Checkpoint,
-    copy_companions,
     open_checkpoint,
     read_config,
     same_bits,
@@ -32,10 +31,10 @@ from toolchain.checkpoint.quantized import QuantizedCheckpoint, open_quantized
 from toolchain.checkpoint.rounding_error import measure_rounding, rounding_checks
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.json_files import read_json_object
+from toolchain.lifetime import tied
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
 from toolchain.safetensors_files import let_others_read
 
-VERIFICATION_FILE = "verification.json"
 PYTHON_VARIABLE = "SENTEI_QUANTIZE_PYTHON"
 _ROOT = Path(__file__).resolve().parents[1]
 # What vLLM has fast int4 kernels for; a larger group needs less room, a smaller one divides more widths.
@@ -99,9 +98,8 @@ def quantize(
         versions = _run(python, job, Path(scratch), on_line)
         let_others_read(partial)
         _dress(checkpoint, partial, scheme)
-        verification = _compare(checkpoint, partial, scheme) | {"quantised_with": versions}
-        (partial / VERIFICATION_FILE).write_text(json.dumps(verification, indent=2) + "\n", encoding="utf-8")
-    return verification
+        stored, found = _compare(checkpoint, partial, scheme)
+        return write_verification(partial, checkpoint, stored=stored, found={**found, "quantised_with": versions})
 
 
 def pick_group_size(checkpoint: Checkpoint) -> int:
@@ -156,12 +154,12 @@ def _run(python: str, job: Mapping[str, Any], scratch: Path, on_line: Callable[[
     environment = {**os.environ, "PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
         [python, "-P", "-m", "export.quantize_worker", str(job_file)],
-        stdin=subprocess.PIPE,  # by which the worker knows that this process has not died
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         errors="replace",
-        env=environment,
+        env=tied(environment),
     )
     last_lines: deque[str] = deque(maxlen=_TAIL_LINES)
     try:
@@ -187,17 +185,12 @@ def _dress(checkpoint: Checkpoint, out: Path, scheme: str) -> None:
     # Of its config only what it added: the rest is the source's, to the letter.
     added = read_config(out).get("quantization_config")
     write_config(out, {**checkpoint.config, "quantization_config": added})
-    copy_companions(checkpoint.directory, out)
-    if (checkpoint.directory / "plan.json").is_file():
-        shutil.copyfile(checkpoint.directory / "plan.json", out / "plan.json")
-    card = checkpoint.directory / "README.md"
-    if card.is_file():
-        note = (
-            f"\n## Quantised\n\nThe matrices of the decoder layers were then rounded with `sentei quantize --scheme "
-            f"{scheme}`; embeddings, head and norms are untouched. Sizes and cost above are those before. vLLM serves "
-            "this directory as it does the unquantised one; Transformers does not load it.\n"
-        )
-        (out / "README.md").write_text(card.read_text(encoding="utf-8") + note, encoding="utf-8")
+    note = (
+        f"\n## Quantised\n\nThe matrices of the decoder layers were then rounded with `sentei quantize --scheme "
+        f"{scheme}`; embeddings, head and norms are untouched. Sizes and cost above are those before. vLLM serves "
+        "this directory as it does the unquantised one; Transformers does not load it.\n"
+    )
+    carry_over(checkpoint.directory, out, added=note)
 
 
 def _linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -210,8 +203,12 @@ def _linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _compare(checkpoint: Checkpoint, out: Path, scheme: str) -> dict[str, Any]:
-    """Opens what was written as a reader would; what is not rounded must be the same, the rest a fair rounding."""
+def _compare(checkpoint: Checkpoint, out: Path, scheme: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Opens what was written as a reader would; what is not rounded must be the same, the rest a fair rounding.
+
+    Returns:
+        In which form the weights are, and what was found.
+    """
     written = open_quantized(out)
     wanted = _linear_shapes(checkpoint)
     if written.layout != checkpoint.layout or dict(written.matrices) != wanted:
@@ -221,21 +218,14 @@ def _compare(checkpoint: Checkpoint, out: Path, scheme: str) -> dict[str, Any]:
         raise CheckFailedError(f"llm-compressor rounded to {written.scheme.name}, not to {scheme}.")
     num_equal = _check_the_rest(checkpoint, written)
     matrices = [measure_rounding(name, scheme, written.matrix(name), checkpoint.read(name)) for name in sorted(wanted)]
-    checks = {"differing_tensors": {"passed": True, "value": 0, "limit": 0}} | rounding_checks(matrices)
+    checks = ALL_TENSORS_ARE_THE_SAME | rounding_checks(matrices)
     if bad := [name for name, each in checks.items() if not each["passed"]]:
         raise CheckFailedError(
             f"{checks[bad[0]]['matrix']} is no fair rounding of the source's: {bad[0]} is "
             f"{checks[bad[0]]['value']:.3g}, above {checks[bad[0]]['limit']}.",
             "If the text is short, calibrate with more of it.",
         )
-    return {
-        "schema_version": 1,
-        "sentei_version": version("sentei"),
-        "passed": True,
-        "engine": "safetensors",
-        "scheme": scheme,
-        "group_size": written.scheme.group_size,
-        "source_fingerprint": checkpoint.fingerprint,
+    return {"scheme": scheme, "group_size": written.scheme.group_size}, {
         "num_matrices": len(matrices),
         "num_other_tensors": num_equal,
         "source_weight_bytes": checkpoint.weight_bytes,

@@ -6,9 +6,7 @@ there. :mod:`export.quantize` starts it, and checks what it writes.
 
 import json
 import os
-import signal
 import sys
-import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,20 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from toolchain.lifetime import end_with_parent
 from toolchain.model.loading import load_model
 
 _MAX_SHARD = "5GB"
-
-
-def end_with_parent() -> None:
-    """Ties this process to the one that holds the other end of its stdin, however that one ends."""
-
-    def wait() -> None:
-        while os.read(0, 1):
-            pass
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def main(job_file: Path) -> None:

@@ -1,19 +1,16 @@
 """A directory that stock vLLM serves with the sentei plugin: dtype, shards, and shapes that fit the parallelism."""
 
-import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from export.finish import ALL_TENSORS_ARE_THE_SAME, carry_over, write_verification
 from toolchain.architecture.families import check_vllm_follows
 from toolchain.checkpoint.directory import (
     MAX_SHARD_BYTES,
     Checkpoint,
-    copy_companions,
     dtype_name,
     open_checkpoint,
     same_bits,
@@ -24,9 +21,7 @@ from toolchain.checkpoint.tensor_parallel import head_counts, ranks_for_heads
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
 
-VERIFICATION_FILE = "verification.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CARRIED = ("plan.json", "README.md")
 
 
 @writes_directory
@@ -71,21 +66,17 @@ def export_vllm(
     with new_directory(out, force=force) as partial:
         _write(checkpoint, partial, dtype, max_shard_bytes, on_tensor)
         num_tensors = _compare(checkpoint, partial, dtype, on_tensor)
-        verification = {
-            "schema_version": 1,
-            "sentei_version": version("sentei"),
-            "passed": True,
-            "engine": "safetensors",
-            "dtype": dtype_name(stored),
-            "tensor_parallel": tensor_parallel,
-            "source_fingerprint": checkpoint.fingerprint,
-            "num_tensors": num_tensors,
-            "tolerances": {"max_difference": 0.0},
-            "max_difference": 0.0,
-            "checks": {"differing_tensors": {"passed": True, "value": 0, "limit": 0}},
-        }
-        (partial / VERIFICATION_FILE).write_text(json.dumps(verification, indent=2) + "\n", encoding="utf-8")
-    return verification
+        return write_verification(
+            partial,
+            checkpoint,
+            stored={"dtype": dtype_name(stored), "tensor_parallel": tensor_parallel},
+            found={
+                "num_tensors": num_tensors,
+                "tolerances": {"max_difference": 0.0},
+                "max_difference": 0.0,
+                "checks": ALL_TENSORS_ARE_THE_SAME,
+            },
+        )
 
 
 def check_tensor_parallel(checkpoint: Checkpoint, tensor_parallel: int) -> None:
@@ -125,10 +116,7 @@ def _write(
         out, tensors, lambda name: _cast(checkpoint, name, dtype), max_shard_bytes=max_shard_bytes, on_tensor=on_tensor
     )
     write_config(out, _with_dtype(checkpoint.config, dtype))
-    copy_companions(checkpoint.directory, out)
-    for name in _CARRIED:
-        if (checkpoint.directory / name).is_file():
-            shutil.copyfile(checkpoint.directory / name, out / name)
+    carry_over(checkpoint.directory, out)
 
 
 def _cast(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> torch.Tensor:

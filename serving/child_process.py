@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from serving.lifetime import PARENT_VARIABLE
+from toolchain.lifetime import tied
 
 
 def own_environment() -> dict[str, str]:
@@ -26,21 +26,21 @@ def child_process(
     """Runs a command in a process group of its own, which is killed when the context ends.
 
     Args:
-        command: One of ours, which takes care that it ends with this process too, however that ends: most by calling
-            :func:`serving.lifetime.end_with_parent`.
+        command: One of ours, which calls :func:`toolchain.lifetime.end_with_parent`, so that it ends with this process
+            too, however that ends.
         environment: Its whole environment.
         log: Where its output goes.
-        talks: Input and output are unbuffered pipes to this process instead, and only errors go to the log.
+        talks: It takes requests from stdin and answers on an unbuffered pipe; only errors go to the log.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if talks else output,
             stderr=output,
             bufsize=0,
             start_new_session=True,
-            env={**environment, PARENT_VARIABLE: str(os.getpid())},
+            env=tied(environment),
         )
     try:
         yield process

@@ -13,6 +13,7 @@ from toolchain.errors import SenteiError
 from toolchain.json_files import read_json_object
 from toolchain.output_checks import check_unfinished
 from toolchain.outputs import beside, write_text
+from toolchain.resuming import interrupted
 
 # Of tasks with many thousands of questions.
 _MOST_BYTES = 256 * 1024 * 1024
@@ -74,10 +75,7 @@ class Parts:
             SenteiError: There is one.
         """
         if self._directory is not None and self._directory.exists():
-            raise SenteiError(
-                f"{self._directory} holds an interrupted run.",
-                "Add --resume to go on from there, or --force to start over.",
-            )
+            raise interrupted(self._directory, "run")
 
     def known(self, name: str, identity: Mapping[str, Any]) -> bool:
         """Whether a part is there already."""

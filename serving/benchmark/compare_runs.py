@@ -3,14 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, variance
+from statistics import fmean
 from typing import Any
 
 from serving.benchmark.journal import RESULTS_FILE
-from serving.benchmark.statistics import CONFIDENCE, SIDES, check_statistics, gain_of, verdict_on
+from serving.benchmark.ratios import SIDES, gain_of, verdict_on
 from serving.saved_json import Source, blamed_for_fields, checked
 from toolchain.errors import SenteiError
 from toolchain.json_files import read_json_object
+from toolchain.significance import check_statistics, welch_interval
 
 FORMULA = (
     "ratio = exp(mean ln B - mean ln A) over the repeats of each run, with Welch's 95 % t-interval: the repeats of two "
@@ -39,7 +40,7 @@ def compare_results(one: Path, other: Path) -> dict[str, Any]:
         SenteiError: Not two benchmarks, or not comparable; the message says why.
         MissingDependencyError: scipy is not installed.
     """
-    check_statistics()
+    check_statistics("demo")
     runs = [_read(path) for path in (one, other)]
     with blamed_for_fields(f"{one} or {other}"):
         return _compare(runs, one, other)
@@ -81,28 +82,6 @@ def _check_formulas(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     for name in one.keys() & other.keys():
         if one[name]["formula"] != other[name]["formula"]:
             raise SenteiError(f"Not comparable: {name} was computed in another way.", "Measure again with one sentei.")
-
-
-def welch_interval(one: list[float], other: list[float]) -> dict[str, float]:
-    """The ratio other/one of geometric means, and its t-interval (Welch, 1947) on logarithms.
-
-    Args:
-        one: Positive values, two at least.
-        other: Likewise, not paired with them.
-    """
-    from scipy.stats import t
-
-    logs = [[math.log(value) for value in values] for values in (one, other)]
-    center = fmean(logs[1]) - fmean(logs[0])
-    parts = [variance(each) / len(each) for each in logs]
-    margin = 0.0
-    if sum(parts) > 0:
-        freedom = sum(parts) ** 2 / sum(p**2 / (len(each) - 1) for p, each in zip(parts, logs, strict=True))
-        margin = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(sum(parts))
-    return {
-        "value": math.exp(center), "low": math.exp(center - margin), "high": math.exp(center + margin),
-        "confidence": CONFIDENCE,
-    }  # fmt: skip
 
 
 def _read(path: Path) -> Mapping[str, Any]:

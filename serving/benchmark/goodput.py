@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from serving.benchmark.statistics import Metric
+from serving.benchmark.metrics import Metric
 
 # DistServe (arXiv 2401.09670) defines goodput as the rate at which this share of requests meets every objective.
 ATTAINMENT = 0.9

@@ -11,7 +11,7 @@ from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
-from serving.benchmark.statistics import ENERGY
+from serving.benchmark.metrics import ENERGY
 
 _INTERVAL_S = 0.25
 # nvml.h, nvmlClocksEventReason*: those that mean a slower GPU than it could be.

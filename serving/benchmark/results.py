@@ -11,7 +11,8 @@ from serving.benchmark.environment import describe_environment
 from serving.benchmark.goodput import ATTAINMENT, GOODPUT_METRICS
 from serving.benchmark.gpu_watch import NOT_RECORDED, RECORDED
 from serving.benchmark.journal import Journal
-from serving.benchmark.statistics import DISTRIBUTED, ENERGY, METRICS, RATIO_FORMULA, SIDES, compare
+from serving.benchmark.metrics import DISTRIBUTED, ENERGY, METRICS
+from serving.benchmark.ratios import RATIO_FORMULA, SIDES, compare
 from serving.benchmark.workload import Slo, Workload
 from serving.forecast.device_probe import DevicePeaks, probe_device
 from serving.forecast.explain import explain

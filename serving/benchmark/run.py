@@ -10,13 +10,14 @@ from typing import Any, Literal, Protocol, get_args
 from serving.benchmark.environment import library_versions, machine
 from serving.benchmark.goodput import Probe, find_highest_rate
 from serving.benchmark.journal import RESULTS_FILE, Journal, open_journal
+from serving.benchmark.metrics import DEFAULT_PRIMARY, check_primary
+from serving.benchmark.ratios import SIDES
 from serving.benchmark.results import assemble_results, describe
 from serving.benchmark.sessions.local import LocalSession
 from serving.benchmark.sessions.offline import UNDEFINED, OfflineSession
 from serving.benchmark.sessions.server import ServerSession, check_urls
 from serving.benchmark.sessions.vllm_client import STALL_TIMEOUT_S
 from serving.benchmark.sessions.worker_process import EngineFailedError
-from serving.benchmark.statistics import DEFAULT_PRIMARY, SIDES, check_primary, check_statistics
 from serving.benchmark.table import as_csv, as_markdown
 from serving.benchmark.workload import SERVERS, Slo, Workload, prompts_at_rate
 from serving.forecast.model_facts import ModelFacts, checkpoint_facts, onnx_facts, weights_sha256
@@ -24,6 +25,7 @@ from serving.onnx_export.files import is_onnx_export, read_settings
 from toolchain.devices import parse_device
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.outputs import write_text, writes_directory
+from toolchain.significance import check_statistics
 
 MIN_REPEATS = 3
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -143,7 +145,7 @@ def benchmark(
     _check_comparable(facts, workloads)
     if engine == "onnx-server" or (engine == "onnx" and device == "auto"):
         _check_one_device(directories)
-    check_statistics()
+    check_statistics("demo")
     options = {
         "device": device, "dtype": dtype, "repeats": repeats, "engine_options": list(engine_options),
         "urls": list(urls), "primary": primary, "price_per_hour": price_per_hour,

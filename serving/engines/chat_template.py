@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from serving.child_process import own_environment
 from serving.engines.chat_template_worker import TIME_LIMIT_S
 from toolchain.errors import SenteiError
+from toolchain.lifetime import tied
 
 _START_TIMEOUT_S = 120.0
 _LONGEST_TEMPLATE = 2**20
@@ -111,7 +112,7 @@ def _started() -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         bufsize=0,
         start_new_session=True,
-        env=own_environment(),
+        env=tied(own_environment()),
     )
 
 

@@ -1,7 +1,7 @@
 """Renders chat templates within bounds: ``python -m serving.engines.chat_template_worker``.
 
 JSON lines: one chat on stdin, one text or error on stdout; an empty object first, when it is ready. It ends when stdin
-closes, and so with its parent: between two chats at once, in a chat when its processor time is used up.
+closes, and so with its parent; at the latest when its processor time is used up.
 """
 
 import json
@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from toolchain.lifetime import end_with_parent
+
 MEMORY_BYTES = 512 * 2**20  # more than the process has when it is ready
 TIME_LIMIT_S = 5
 _LONGEST_REASON = 300
@@ -21,6 +23,7 @@ _LONGEST_REASON = 300
 
 def main() -> None:
     """Answers until stdin closes."""
+    end_with_parent(reads_stdin=True)
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -58,7 +61,7 @@ def _limit_memory() -> None:
 
 
 def _limit_time() -> None:
-    """The parent ends this process in time; this holds where the parent has ended."""
+    """The parent ends this process in time; this holds where it has ended and a template keeps the interpreter busy."""
     _limit(resource.RLIMIT_CPU, int(time.process_time()) + 2 * TIME_LIMIT_S)
 
 

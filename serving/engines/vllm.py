@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from serving.engines.vllm_environment import check_plugins, check_socket_place
-from serving.lifetime import ENGINE_VARIABLE
 from toolchain.checkpoint.directory import dtype_name
 from toolchain.checkpoint.quantized import open_servable
 from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.lifetime import ENGINE_VARIABLE
 
 # For a few short prompts: starts fast, leaves memory to others, and computes every position afresh.
 _OPTIONS: Mapping[str, Any] = {

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serving.benchmark.statistics import SIDES
+from serving.benchmark.ratios import SIDES
 from serving.report import speed_charts as charts
 from serving.report.format import flatten, format_bytes, format_change, format_count, format_ratio
 from serving.report.translate import Say

@@ -15,12 +15,12 @@ from typing import NoReturn
 
 import uvicorn
 
-from serving.lifetime import end_with_parent
 from serving.server.api_keys import KEY_VARIABLE, api_keys, warn_if_open
 from serving.server.http_connections import MOST_HEADER_BYTES, BoundedConnection
 from serving.server.onnx_api import OnnxApi
 from serving.server.vllm import HOST, START_TIMEOUT_S, free_port, running_process
 from toolchain.errors import SenteiError
+from toolchain.lifetime import end_with_parent
 
 DEFAULT_MAX_NUM_SEQS = 8
 _INTERRUPTED = 130

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from serving.lifetime import end_with_multiprocessing_parent, end_with_parent
+from toolchain.lifetime import end_with_multiprocessing_parent, end_with_parent
 
 _INTERRUPTED = 130
 # Several signals within these seconds are one wish: a terminal's go to a whole process group, some launchers' to each.

@@ -6,8 +6,8 @@ They carry names of our own in ``architectures``, so nothing changes for any oth
 import os
 from typing import Any
 
-from serving.lifetime import ENGINE_VARIABLE, end_with_multiprocessing_parent
 from toolchain.architecture.families import FAMILIES
+from toolchain.lifetime import ENGINE_VARIABLE, end_with_multiprocessing_parent
 
 
 def register() -> None:

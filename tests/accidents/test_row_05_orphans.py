@@ -18,7 +18,7 @@ from tests.command_line import PROGRAM
 # As vLLM starts its processes from the launcher: a child, which starts a child, which runs for ever.
 PROGRAM_WITH_CHILDREN = """
 import multiprocessing, os, sys, time
-from serving.lifetime import end_with_multiprocessing_parent
+from toolchain.lifetime import end_with_multiprocessing_parent
 
 def run(method, depth):
     print(os.getpid(), flush=True)

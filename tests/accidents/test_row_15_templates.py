@@ -1,6 +1,7 @@
 """Row 15: a chat template that loops for ever or fills the memory costs its own request alone."""
 
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -88,4 +89,4 @@ def test_the_process_ends_with_its_parent_and_is_started_again():
         process = rendered._process
         assert process and process.stdin
         process.stdin.close()  # as when the parent is killed
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=10) in (0, -signal.SIGKILL)  # it sees the end of its input, or its pipe's

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from toolchain.evaluate.document import (
@@ -13,9 +13,9 @@ from toolchain.evaluate.document import (
     TaskComparison,
     WorseQuestion,
 )
-from toolchain.evaluate.significance import (
-    CONFIDENCE,
+from toolchain.significance import (
     Difference,
+    compare_mean_of_means,
     compare_means,
     compare_shares,
     holm,
@@ -85,26 +85,17 @@ def compare_task(task: str, metric: str, original: Questions, pruned: Questions)
 
 
 def mean_score(tasks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> MeanScore:
-    """Over tasks, from each one's scores of original and pruned, a question each.
-
-    The mean difference is the mean of independent ones, with the normal interval of their standard errors.
-    """
+    """Over tasks, from each one's scores of original and pruned, a question each."""
     original = fmean(fmean(before) for before, _ in tasks)
     pruned = fmean(fmean(after) for _, after in tasks)
     differences = [[b - a for a, b in zip(*pair, strict=True)] for pair in tasks]
-    low = high = p_value = None
-    if all(len(each) > 1 for each in differences):
-        error = math.sqrt(sum(stdev(each) ** 2 / len(each) for each in differences)) / len(tasks)
-        margin = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
-        low, high = pruned - original - margin, pruned - original + margin
-        p_value = 2 * NormalDist().cdf(-abs(pruned - original) / error) if error else float(pruned == original)
     return MeanScore(
         num_tasks=len(tasks),
         original=original,
         pruned=pruned,
         kept=pruned / original if original else None,
         difference=change(
-            Difference(value=pruned - original, low=low, high=high, p_value=p_value),
+            compare_mean_of_means(pruned - original, differences),
             "normal test of the mean of the tasks' paired differences",
         ),
     )

@@ -5,9 +5,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from toolchain.evaluate.significance import Verdict
 from toolchain.outputs import write_text
 from toolchain.plan.plan import ReadIn
+from toolchain.significance import Verdict
 
 EVALUATION_FILE = "evaluation.json"
 Side = Literal["original", "pruned"]

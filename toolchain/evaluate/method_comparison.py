@@ -12,7 +12,6 @@ from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluate.document import EvaluationDocument, TextOverlap, overlap_warning
 from toolchain.evaluate.run import EvaluationSettings, evaluate
-from toolchain.evaluate.significance import check_statistics
 from toolchain.json_files import read_json_object
 from toolchain.outputs import write_text
 from toolchain.parts_cache import Parts, digest_of
@@ -22,6 +21,7 @@ from toolchain.prune.apply import SUMMARY_FILE
 from toolchain.prune.block_methods.run import BLOCK_METHODS
 from toolchain.prune.pipeline import IMPROVEMENTS, METHOD, PruneSettings, allocation_of, prune
 from toolchain.prune.unfinished import search_directory
+from toolchain.significance import check_statistics
 from toolchain.text.sources import Text, text_files
 
 COMPARISON_FILE, TABLE_FILE = "comparison.json", "comparison.md"
@@ -79,7 +79,7 @@ def compare_methods(asked: Comparison, work: Path, *, progress: Progress = no_pr
     cells = _cells(asked)
     for _, settings in cells:
         allocation_of(checkpoint, settings)
-    check_statistics()
+    check_statistics("eval")
     parts = Parts(work)
     # Before anything is pruned: all that is wrong with texts and tasks is found here.
     original = evaluate(asked.model, None, asked.evaluation, parts, progress=progress)

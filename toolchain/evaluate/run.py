@@ -48,7 +48,6 @@ from toolchain.evaluate.lm_eval_tasks import (
     run_task,
     shared_metrics,
 )
-from toolchain.evaluate.significance import check_statistics, compare_means
 from toolchain.evaluate.text_overlap import find_overlap, text_hashes
 from toolchain.metrics.perplexity import summarise_losses, token_losses
 from toolchain.model.disk_layers import open_walk
@@ -56,6 +55,7 @@ from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, check_same_vocabulary, load_tokenizer
 from toolchain.parts_cache import Parts
 from toolchain.progress import Progress, no_progress
+from toolchain.significance import check_statistics, compare_means
 from toolchain.text.passages import number_passages, worst_passages
 from toolchain.text.sources import Text, local_paths, text_name
 from toolchain.text.windows import TokenWindows, begin_with, load_windows
@@ -220,7 +220,7 @@ def _check(settings: EvaluationSettings, against: Path | None) -> None:
         if repeated := {each for each in given if given.count(each) > 1}:
             raise SenteiError(f"Two of the {kind}s are called {min(repeated)}.", "Rename one of the files.")
     if against is not None:
-        check_statistics()
+        check_statistics("eval")
 
 
 def _read_text(model: _Model, windows: TokenWindows, parts: Parts, progress: Progress) -> dict[str, Any]:

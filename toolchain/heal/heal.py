@@ -45,6 +45,7 @@ from toolchain.plan.document import HealingRecord
 from toolchain.plan.plan import PruningPlan, load_plan
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.apply import SUMMARY_FILE
+from toolchain.resuming import interrupted, made_otherwise
 from toolchain.text.fingerprints import merge_hashes
 from toolchain.text.sources import TextSource, local_paths
 from toolchain.text.windows import TokenWindows, load_mixture
@@ -131,9 +132,7 @@ def heal(
     unfinished = healing_directory(out)
     check_unfinished(unfinished, f"{_INPUTS_FILE}*")
     if unfinished.exists() and not (resume or force):
-        raise SenteiError(
-            f"{unfinished} holds an interrupted healing.", "Add --resume to go on from there, or --force to start over."
-        )
+        raise interrupted(unfinished, "healing")
     _check_settings(settings)
     source, teacher = open_checkpoint(directory), open_checkpoint(teacher_directory)
     _check_pair(source, teacher)
@@ -204,10 +203,7 @@ def _unfinished(directory: Path, inputs: dict[str, Any], *, resume: bool) -> Ite
         before = read_json_object(file, hint="Use --force to start over.")
         for key, value in inputs.items():
             if before.get(key) != value:
-                raise SenteiError(
-                    f"{directory} was trained with another {key}: {before.get(key)} then, {value} now.",
-                    "Run the same command as before, or use --force to start over.",
-                )
+                raise made_otherwise(directory, "trained", f"{key}: {before.get(key)} then, {value} now")
     else:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)

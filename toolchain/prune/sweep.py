@@ -13,7 +13,8 @@ from toolchain.plan.document import PlanDocument
 from toolchain.plan.plan import PLAN_FILE, SWEEP_FILE, PruningPlan
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.pipeline import PruneSettings, prepare, search
-from toolchain.prune.unfinished import SearchState, interrupted, search_directory
+from toolchain.prune.unfinished import SearchState, search_directory
+from toolchain.resuming import interrupted
 
 
 @writes_directory
@@ -53,7 +54,7 @@ def sweep(
     states = {sparsity: SearchState(unfinished / f"{sparsity:g}") for sparsity in sparsities}
     if unfinished.exists() and not resume:
         if not force:
-            raise interrupted(unfinished)
+            raise interrupted(unfinished, "search")
         shutil.rmtree(unfinished)
     if (unfinished / PLAN_FILE).exists():
         raise SenteiError(

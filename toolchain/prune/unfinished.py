@@ -9,6 +9,7 @@ from toolchain.output_checks import check_unfinished
 from toolchain.outputs import beside
 from toolchain.plan.document import CompensationRecord, PlanDocument
 from toolchain.plan.plan import PLAN_FILE, PruningPlan, load_plan
+from toolchain.resuming import interrupted, made_otherwise
 
 # What the search itself fills in; everything else is its input, and must be the same to resume.
 _MEASURED: dict[str, Any] = {
@@ -28,13 +29,6 @@ _MEASURED: dict[str, Any] = {
 def search_directory(out: Path) -> Path:
     """``<out>.search``, which exists while the search that will write ``out`` is unfinished."""
     return beside(out, "search")
-
-
-def interrupted(directory: Path) -> SenteiError:
-    """What to say where an unfinished search, or several of a sweep, would be overwritten."""
-    return SenteiError(
-        f"{directory} holds an interrupted search.", "Add --resume to go on from there, or --force to start over."
-    )
 
 
 class SearchState:
@@ -59,7 +53,7 @@ class SearchState:
             SenteiError: There is one.
         """
         if self.directory.is_dir() and any(self.directory.iterdir()):
-            raise interrupted(self.directory)
+            raise interrupted(self.directory, "search")
 
     def save(self, plan: PruningPlan) -> None:
         """Writes the plan as it is now."""
@@ -86,10 +80,7 @@ class SearchState:
         before, now = plan.document.model_dump(exclude=_MEASURED), expected.model_dump(exclude=_MEASURED)
         for key, value in now.items():
             if before[key] != value:
-                raise SenteiError(
-                    f"{self.directory} was searched with another {_describe(key, before[key], value)}.",
-                    "Run the same command as before, or use --force to start over.",
-                )
+                raise made_otherwise(self.directory, "searched", _describe(key, before[key], value))
         return plan
 
     @property

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from serving.benchmark.gpu_watch import energy, watched_gpus
+from serving.benchmark.metrics import RequestTimes, request_metrics, request_percentiles
 from serving.benchmark.sessions.sides import SideProcesses, free_log
 from serving.benchmark.sessions.vllm_client import STALL_TIMEOUT_S
 from serving.benchmark.sessions.worker_process import Worker, running_worker
-from serving.benchmark.statistics import RequestTimes, request_metrics, request_percentiles
 from serving.benchmark.workload import WARMUP_SEED, Slo, Workload
 from serving.forecast.model_facts import ModelFacts
 from serving.server.vllm import START_TIMEOUT_S

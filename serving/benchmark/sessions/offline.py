@@ -9,10 +9,10 @@ from statistics import fmean
 from typing import Any
 
 from serving.benchmark.gpu_watch import energy, watched_gpus
+from serving.benchmark.metrics import DISTRIBUTED, METRICS, PERCENTILES, percentile
 from serving.benchmark.sessions.server import engine_facts, engine_options_for, vllm_device
 from serving.benchmark.sessions.vllm_client import STALL_TIMEOUT_S
 from serving.benchmark.sessions.worker_process import EngineFailedError
-from serving.benchmark.statistics import DISTRIBUTED, METRICS, PERCENTILES, percentile
 from serving.benchmark.workload import Slo, Workload
 from serving.child_process import child_process
 from serving.server.vllm import checked_options, launcher_command, launcher_environment, refusal, tail

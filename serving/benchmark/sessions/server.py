@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from serving.benchmark.gpu_watch import energy, watched_gpus
+from serving.benchmark.metrics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
 from serving.benchmark.sessions.sides import SideProcesses, free_log
 from serving.benchmark.sessions.vllm_client import STALL_TIMEOUT_S, bench_serve, served_model_name
 from serving.benchmark.sessions.worker_process import EngineFailedError
-from serving.benchmark.statistics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
 from serving.benchmark.workload import WARMUP_SEED, Slo, Workload
 from serving.onnx_export.files import read_settings
 from serving.server.vllm import HOST, running_server, tail
@@ -101,7 +101,7 @@ class ServerSession:
             slo: Limits that ``request_goodput`` counts by.
 
         Returns:
-            A value for each of :data:`serving.benchmark.statistics.METRICS`, ``request_goodput`` if there are
+            A value for each of :data:`serving.benchmark.metrics.METRICS`, ``request_goodput`` if there are
             limits, and ``completed``, ``failed``, ``first_error``, ``client_cpu_cores``.
 
         Raises:

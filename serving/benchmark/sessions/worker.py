@@ -1,15 +1,13 @@
 """Measures one model in a process of its own, so that its memory is its own.
 
-``python -m serving.benchmark.sessions.worker PARENT`` speaks JSON lines: one command on stdin, one answer on
+``python -m serving.benchmark.sessions.worker`` speaks JSON lines: one command on stdin, one answer on
 stdout. ``load`` first, then ``measure`` as often as wanted. An empty line before the answer says that tokens still
 come. Everything that libraries print goes to stderr. Ends when stdin closes, and with its parent.
 """
 
-import ctypes
 import json
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,11 +21,11 @@ from serving.onnx_export.files import check_files, check_graph, read_settings
 from toolchain.checkpoint.directory import dtype_name
 from toolchain.devices import parse_device
 from toolchain.errors import SenteiError
+from toolchain.lifetime import end_with_parent
 from toolchain.onnx_libraries import import_onnx_library
 
 # Prompts int64 [batch, input_len] and a number of tokens in; yields as soon as the host has a token of each prompt.
 Decode = Callable[[NDArray[np.int64], int], Iterator[None]]
-_PR_SET_PDEATHSIG = 1
 _SIGN_OF_LIFE_S = 1.0  # more often would disturb what is measured
 
 
@@ -188,16 +186,9 @@ class _Session:
         return {"requests": requests, "peak_memory_bytes": peak_memory_bytes(self._device)}
 
 
-def _die_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was gone before the line above
-            sys.exit(1)
-
-
 def main() -> None:
-    """Reads commands until stdin closes; the one argument is the parent's process id."""
-    _die_with_parent(int(sys.argv[1]))
+    """Reads commands until stdin closes."""
+    end_with_parent(reads_stdin=True)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     told_s = time.monotonic()

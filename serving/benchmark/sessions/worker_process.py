@@ -1,7 +1,6 @@
 """The parent's side of :mod:`serving.benchmark.sessions.worker`: starts it, asks it, and says why it died or hung."""
 
 import json
-import os
 import select
 import subprocess
 import sys
@@ -74,6 +73,6 @@ class Worker:
 @contextmanager
 def running_worker(name: str, log: Path) -> Iterator[Worker]:
     """A worker that is ended on the way out, whatever happens inside; it holds nothing that is worth patience."""
-    command = [sys.executable, "-P", "-m", "serving.benchmark.sessions.worker", str(os.getpid())]
+    command = [sys.executable, "-P", "-m", "serving.benchmark.sessions.worker"]
     with child_process(command, own_environment(), log, talks=True) as process:
         yield Worker(name, process, log)

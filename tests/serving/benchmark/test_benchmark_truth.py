@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from serving.benchmark.metrics import METRICS
 from serving.benchmark.run import benchmark
 from serving.benchmark.sessions import server as bench_server
-from serving.benchmark.statistics import METRICS
 from serving.benchmark.workload import make_workloads
 from serving.server.vllm import launcher_command, launcher_environment, running_server
 from tests.serving.slow_server import FACTOR

@@ -2,9 +2,8 @@ import json
 import sys
 
 import pytest
-from scipy.stats import ttest_ind
 
-from serving.benchmark.compare_runs import compare_results, welch_interval
+from serving.benchmark.compare_runs import compare_results
 from tests.command_line import refused, sentei
 from tests.serving.report.test_render import write_results, write_sweep
 from toolchain.errors import MissingDependencyError, SenteiError
@@ -27,16 +26,6 @@ def runs(tmp_path):
     for name, gains in (("a", [1.2, 1.22, 1.21]), ("b", [1.3, 1.31, 1.32])):
         write_results(tmp_path / name, gains=gains)
     return tmp_path / "a", tmp_path / "b"
-
-
-def test_the_interval_is_welchs():
-    one, other = [1.0, 1.1, 1.3, 1.2], [2.0, 2.3, 2.1]
-    import numpy as np
-
-    expected = ttest_ind(np.log(other), np.log(one), equal_var=False).confidence_interval()
-    interval = welch_interval(one, other)
-    assert (interval["low"], interval["high"]) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
-    assert welch_interval([2.0, 2.0], [3.0, 3.0])["low"] == pytest.approx(1.5)
 
 
 def test_where_requests_failed_nothing_is_compared(runs):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from serving.benchmark.goodput import GOODPUT_METRICS
-from serving.benchmark.statistics import METRICS, compare
+from serving.benchmark.metrics import METRICS
+from serving.benchmark.ratios import compare
 from serving.forecast.explain import CLIENT
 from serving.report import render as report
 from serving.report.format import format_bytes, format_change, format_count, format_ratio

@@ -9,14 +9,14 @@ from typing import get_args
 import jinja2
 import pytest
 
-from serving.benchmark import goodput, statistics
+from serving.benchmark import goodput, metrics, ratios
 from serving.benchmark import gpu_watch as gpu_state
 from serving.benchmark import results as bench_results
 from serving.forecast import explain, model_facts, roofline
 from serving.report import translate as messages_module
 from serving.report.speed import LABELS
 from serving.report.translate import LANGUAGES, Say
-from toolchain.evaluate.significance import Verdict
+from toolchain.significance import Verdict
 
 REPORT = Path(messages_module.__file__).parent
 TRANSLATED = [language for language in LANGUAGES if language != "en"]
@@ -24,11 +24,11 @@ TRANSLATED = [language for language in LANGUAGES if language != "en"]
 SAID_OF_DATA = {
     *LABELS.values(),
     *explain.MESSAGES,
-    *(metric.formula for metric in (*statistics.METRICS, *goodput.GOODPUT_METRICS)),
+    *(metric.formula for metric in (*metrics.METRICS, *goodput.GOODPUT_METRICS)),
     *(formula for _, formula in model_facts.SIZE_FORMULAS.values()),
     *bench_results.FORMULAS,
-    gpu_state.RECORDED, gpu_state.NOT_RECORDED, statistics.ENERGY.formula, "J",
-    statistics.RATIO_FORMULA, model_facts.PREFILL_FORMULA, model_facts.DECODE_FORMULA, model_facts.END_TO_END_FORMULA,
+    gpu_state.RECORDED, gpu_state.NOT_RECORDED, metrics.ENERGY.formula, "J",
+    ratios.RATIO_FORMULA, model_facts.PREFILL_FORMULA, model_facts.DECODE_FORMULA, model_facts.END_TO_END_FORMULA,
     *roofline.PHASES, "prefill and decode", "compute", "memory",
     *get_args(Verdict), "document", "window", "exact McNemar test", "paired t-test of the questions' scores",
     "tokens/s", "requests/s", "ms", "original", "pruned", "after stage 1", "perplexity", "kl", "accuracy", "metric",

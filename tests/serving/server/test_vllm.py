@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from serving import lifetime
 from serving.benchmark.sessions.vllm_client import bench_serve
 from serving.server import vllm as vllm_server
 from serving.server import vllm_launcher
@@ -110,16 +109,12 @@ def test_a_server_that_never_gets_ready_is_stopped(pico_model, tmp_path, monkeyp
 
 
 def test_the_server_ends_with_whoever_started_it(tmp_path):
-    child = (
-        "import os, threading, time; from serving.lifetime import _end_group_with;"
-        f"threading.Thread(target=_end_group_with, args=(int(os.environ['{lifetime.PARENT_VARIABLE}']),)).start();"
-        "time.sleep(60)"
-    )
+    child = "import time; from toolchain.lifetime import end_with_parent; end_with_parent(); time.sleep(60)"
     parent = (
-        "import os, subprocess, sys, time;"
-        f"env = dict(os.environ, {lifetime.PARENT_VARIABLE}=str(os.getpid()));"
-        f"print(subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True, env=env).pid, flush=True);"
-        "time.sleep(60)"
+        "import os, sys, time; from pathlib import Path; from serving.child_process import child_process\n"
+        f"command, log = [sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r})\n"
+        "with child_process(command, os.environ, log) as child:\n"
+        "    print(child.pid, flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     pid = int(process.stdout.readline())

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from serving.benchmark.goodput import GOODPUT_METRICS
-from serving.benchmark.statistics import METRICS, compare
+from serving.benchmark.metrics import METRICS
+from serving.benchmark.ratios import compare
 from tests.command_line import sentei
 from toolchain.cli.benchmark import show_results
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from toolchain.errors import SenteiError
 from toolchain.evaluate import writing as damage
 from toolchain.evaluate.comparison import compare_task, mean_score, mean_within, perplexity_ratio, share
-from toolchain.evaluate.significance import compare_means
 from toolchain.parts_cache import Parts
+from toolchain.significance import compare_means
 from toolchain.text.passages import number_passages, worst_passages
 
 

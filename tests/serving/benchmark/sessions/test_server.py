@@ -11,9 +11,9 @@ import pytest
 from serving.benchmark import results as bench_results
 from serving.benchmark import run as benchmark_module
 from serving.benchmark.compare_runs import compare_results
+from serving.benchmark.metrics import PERCENTILES
 from serving.benchmark.sessions import server as bench_server
 from serving.benchmark.sessions.worker_process import EngineFailedError
-from serving.benchmark.statistics import PERCENTILES
 from serving.benchmark.workload import Slo, make_workloads, read_prompts
 from serving.forecast.device_probe import DevicePeaks
 from serving.report.render import render_report

@@ -190,8 +190,7 @@ def test_a_key_is_given_and_a_wrong_one_is_told(client, server, monkeypatch):
 def test_the_client_ends_with_a_killed_benchmark(server, tmp_path):
     # The launcher itself watches for its parent; vLLM is not needed for that.
     waiting = (
-        "import os, threading, time; from serving.lifetime import _end_group_with, PARENT_VARIABLE;"
-        "threading.Thread(target=_end_group_with, args=(int(os.environ[PARENT_VARIABLE]),)).start();"
+        "import os, time; from toolchain.lifetime import end_with_parent; end_with_parent();"
         "print(os.getpid(), flush=True); time.sleep(60)"
     )
     parent = (

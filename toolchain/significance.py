@@ -1,14 +1,19 @@
-"""Is a difference between two models more than chance? Intervals and paired tests on the same questions and windows."""
+"""Is a difference between two models more than chance? Every interval and every test of sentei, on scipy.stats.
+
+scipy is optional: what needs it calls :func:`check_statistics` before it begins.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean, stdev, variance
 from typing import Literal
 
 from toolchain.errors import MissingDependencyError
 
 CONFIDENCE = 0.95
+# How a message names scipy, by the extra that brings it to the command.
+_SCIPY = {"demo": "scipy", "eval": "scipy, which judges differences,"}
 Verdict = Literal["better", "worse", "no difference shown"]
 
 
@@ -29,8 +34,11 @@ class Difference:
     p_value: float | None
 
 
-def check_statistics() -> None:
+def check_statistics(extra: Literal["demo", "eval"]) -> None:
     """Refuses to start what could not be judged in the end.
+
+    Args:
+        extra: The extra that brings scipy to the command that asks.
 
     Raises:
         MissingDependencyError: scipy is not installed.
@@ -38,7 +46,7 @@ def check_statistics() -> None:
     try:
         import scipy.stats  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError("scipy, which judges differences,", "eval") from error
+        raise MissingDependencyError(_SCIPY[extra], extra) from error
 
 
 def wilson_interval(num_right: int, num_questions: int) -> tuple[float, float]:
@@ -64,7 +72,7 @@ def compare_shares(*, lost: int, gained: int, num_questions: int) -> Difference:
     total = num_questions + 2
     center = (gained - lost) / total
     error = math.sqrt((lost + gained + 1) - (gained - lost) ** 2 / total) / total
-    margin = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
+    margin = _normal_margin(error)
     return Difference(
         value=(gained - lost) / num_questions,
         low=max(-1.0, center - margin),
@@ -94,10 +102,79 @@ def compare_means(differences: Sequence[float]) -> Difference:
     error = stdev(differences) / math.sqrt(len(differences))
     if error == 0:
         return Difference(value=center, low=center, high=center, p_value=1.0 if center == 0 else 0.0)
-    margin = float(t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
+    margin = _t_margin(error, degrees)
     return Difference(
         value=center, low=center - margin, high=center + margin, p_value=float(2 * t.sf(abs(center) / error, degrees))
     )
+
+
+def compare_mean_of_means(value: float, differences: Sequence[Sequence[float]]) -> Difference:
+    """The mean of independent mean differences, with the normal interval of their standard errors.
+
+    Args:
+        value: The mean over the groups of each group's mean difference.
+        differences: Pruned minus original, one a pair, for each group. A group with one pair has no interval.
+    """
+    if not all(len(each) > 1 for each in differences):
+        return Difference(value=value, low=None, high=None, p_value=None)
+    error = math.sqrt(sum(stdev(each) ** 2 / len(each) for each in differences)) / len(differences)
+    margin = _normal_margin(error)
+    p_value = 2 * NormalDist().cdf(-abs(value) / error) if error else float(value == 0)
+    return Difference(value=value, low=value - margin, high=value + margin, p_value=p_value)
+
+
+def ratio_interval(original: Sequence[float], pruned: Sequence[float]) -> dict[str, float]:
+    """The ratio pruned/original and its t-interval, from paired repeats.
+
+    Args:
+        original: One positive value a repeat.
+        pruned: The values measured beside them.
+
+    Returns:
+        ``value`` (geometric mean of the pairs' ratios), ``low``, ``high`` and ``confidence``.
+    """
+    logs = [math.log(after / before) for before, after in zip(original, pruned, strict=True)]
+    center, count = fmean(logs), len(logs)
+    # Not statistics.stdev, which differs in the last digit from what earlier results hold.
+    error = math.sqrt(sum((log - center) ** 2 for log in logs) / (count - 1) / count)
+    return _ratio(center, _t_margin(error, count - 1))
+
+
+def welch_interval(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """The ratio other/one of geometric means, and its t-interval (Welch, 1947) on logarithms.
+
+    Args:
+        one: Positive values, two at least.
+        other: Likewise, not paired with them.
+
+    Returns:
+        As :func:`ratio_interval` does.
+    """
+    logs = [[math.log(value) for value in values] for values in (one, other)]
+    parts = [variance(each) / len(each) for each in logs]
+    margin = 0.0
+    if sum(parts) > 0:
+        degrees = sum(parts) ** 2 / sum(p**2 / (len(each) - 1) for p, each in zip(parts, logs, strict=True))
+        margin = _t_margin(math.sqrt(sum(parts)), degrees)
+    return _ratio(fmean(logs[1]) - fmean(logs[0]), margin)
+
+
+def _ratio(center: float, margin: float) -> dict[str, float]:
+    """An interval of a logarithm as one of the ratio."""
+    low, high = math.exp(center - margin), math.exp(center + margin)
+    return {"value": math.exp(center), "low": low, "high": high, "confidence": CONFIDENCE}
+
+
+def _t_margin(error: float, degrees: float) -> float:
+    """Half the width of Student's interval, from a standard error and its degrees of freedom."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
+
+
+def _normal_margin(error: float) -> float:
+    """Half the width of the normal interval, from a standard error."""
+    return NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,19 +1,16 @@
-"""From timestamps to vLLM's metrics, and from repeats to a ratio with a confidence interval.
+"""From timestamps to vLLM's metrics.
 
 Names and formulas are those of ``vllm bench serve``, so that the figures of every engine can stand in one table.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median
-from typing import Any, Literal
+from statistics import fmean
+from typing import Literal
 
-from toolchain.errors import MissingDependencyError, SenteiError
-
-SIDES = ("original", "pruned")
-CONFIDENCE = 0.95
+from toolchain.errors import SenteiError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +81,6 @@ DISTRIBUTED = ("ttft", "tpot", "itl", "e2el")
 DEFAULT_PRIMARY = "output_throughput"
 # With one output token there is no gap to measure; vLLM writes 0 where these are undefined.
 BETWEEN_TOKENS = frozenset({"mean_tpot_ms", "mean_itl_ms", "p99_itl_ms"})
-RATIO_FORMULA = (
-    "Each repeat measures both models next to each other, in alternating order, in processes of its own. Servers "
-    "given by URL are measured as they run: by how much one of them is faster by chance, the interval cannot tell. "
-    "ratio = exp(mean of ln(pruned / original) over repeats), with the 95 % t-interval of that mean; gain = the ratio"
-    " where higher is better, its inverse where lower is better, so that a gain above 1 is always an improvement. An "
-    "interval that contains 1 shows no difference. The primary metric was named before anything was measured and "
-    "alone decides; the others are exploratory: of many intervals at 95 %, some miss by chance."
-)
 
 
 def request_metrics(requests: Sequence[RequestTimes], *, input_len: int) -> dict[str, float | None]:
@@ -146,42 +135,6 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
-def check_statistics() -> None:
-    """Refuses to start what could not be evaluated in the end.
-
-    Raises:
-        MissingDependencyError: scipy is not installed.
-    """
-    try:
-        import scipy.stats  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("scipy", "demo") from error
-
-
-def ratio_interval(original: Sequence[float], pruned: Sequence[float]) -> dict[str, float]:
-    """The ratio pruned/original and its t-interval, from paired repeats.
-
-    Args:
-        original: One positive value a repeat.
-        pruned: The values measured beside them.
-
-    Returns:
-        ``value`` (geometric mean of the pairs' ratios), ``low``, ``high`` and ``confidence``.
-    """
-    from scipy.stats import t
-
-    logs = [math.log(after / before) for before, after in zip(original, pruned, strict=True)]
-    center, count = fmean(logs), len(logs)
-    standard_error = math.sqrt(sum((log - center) ** 2 for log in logs) / (count - 1) / count)
-    margin = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * standard_error
-    return {
-        "value": math.exp(center),
-        "low": math.exp(center - margin),
-        "high": math.exp(center + margin),
-        "confidence": CONFIDENCE,
-    }
-
-
 def check_primary(primary: str, *, output_len: int | None, undefined: frozenset[str] | set[str] = frozenset()) -> None:
     """Refuses a primary metric that nobody measures, or that this load or engine leaves ``undefined``.
 
@@ -195,55 +148,3 @@ def check_primary(primary: str, *, output_len: int | None, undefined: frozenset[
         raise SenteiError(f"The primary metric {primary} is undefined with this engine.", "Choose another.")
     if output_len == 1 and primary in BETWEEN_TOKENS:
         raise SenteiError(f"The primary metric {primary} is undefined where every answer has one token.")
-
-
-def compare(
-    runs: Sequence[Mapping[str, Any]], *, primary: str = DEFAULT_PRIMARY, metrics: Sequence[Metric] = METRICS
-) -> dict[str, dict[str, Any]]:
-    """Sets the models' repeats side by side, metric by metric.
-
-    Args:
-        runs: One mapping a repeat, with ``original`` and ``pruned`` metrics, or ``original`` alone.
-        primary: The metric that decides, named before anything was measured.
-        metrics: What to compare.
-
-    Returns:
-        By metric name: what it is, its ``role`` (``primary`` or ``exploratory``), each model's median and values,
-        ``ratio``, ``gain`` and ``verdict`` (``better``, ``worse`` or ``no difference shown``). Metrics that are
-        undefined for this workload are null.
-    """
-    return {metric.name: _compare_metric(metric, runs, primary) for metric in metrics}
-
-
-def _compare_metric(metric: Metric, runs: Sequence[Mapping[str, Any]], primary: str) -> dict[str, Any]:
-    values = {side: [run[side].get(metric.name) for run in runs if side in run] for side in SIDES}
-    defined = {
-        side: bool(each) and all(value is not None and value > 0 for value in each) for side, each in values.items()
-    }
-    ratio = ratio_interval(values["original"], values["pruned"]) if all(defined.values()) else None
-    gain = gain_of(ratio, metric.better) if ratio else None
-    return {
-        "role": "primary" if metric.name == primary else "exploratory",
-        "unit": metric.unit,
-        "better": metric.better,
-        "formula": metric.formula,
-        **{side: {"median": median(each) if defined[side] else None, "values": each} for side, each in values.items()},
-        "ratio": ratio,
-        "gain": gain,
-        "verdict": verdict_on(gain) if gain else None,
-    }
-
-
-def gain_of(ratio: Mapping[str, float], better: str) -> dict[str, float]:
-    """A ratio with its interval turned so that above 1 is an improvement."""
-    if better == "higher":
-        return dict(ratio)
-    inverse = {"value": 1 / ratio["value"], "low": 1 / ratio["high"], "high": 1 / ratio["low"]}
-    return {**inverse, "confidence": ratio["confidence"]}
-
-
-def verdict_on(gain: Mapping[str, float]) -> str:
-    """``better``, ``worse``, or ``no difference shown`` where the interval contains 1."""
-    if gain["low"] > 1:
-        return "better"
-    return "worse" if gain["high"] < 1 else "no difference shown"
