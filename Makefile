@@ -13,7 +13,7 @@ PIP_INSTALL := env PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAI
 # Much of the time something starts, on one thread. conftest.py puts the longest file first, xdist would put it last.
 TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-newest acceptance compatibility reliability check vllm-versions quantize-env clean
+.PHONY: demo test test-newest acceptance compatibility reliability check structure vllm-versions quantize-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sentei demo -o demo --force
@@ -45,6 +45,11 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/structure.py --check
+
+# Writes docs/structure.md from the modules' docstrings.
+structure:
+	$(PYTHON) docs/structure.py
 
 # Builds an environment for each version of vLLM that is supported, of 4 GB each.
 vllm-versions:
