@@ -26,6 +26,7 @@ from toolchain.cli.console import (
 from toolchain.cli.prune import MAX_SPARSITIES, EvopressBudget, check_sparsities
 from toolchain.errors import SenteiError
 from toolchain.outputs import writes_directory
+from toolchain.prune.methods import METHODS
 
 _PRUNING, _EVALUATION = "Pruning", "Evaluation"
 _INPUT_LEN, _OUTPUT_LEN, _REPEATS = 128, 32, 3
@@ -93,7 +94,7 @@ def compare_methods(
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint.directory import dtype_name, model_name, open_checkpoint, resolve_model
     from toolchain.evaluate.lm_eval_tasks import parse_requests
-    from toolchain.evaluate.method_comparison import METHODS, Comparison, compare_methods, save_comparison
+    from toolchain.evaluate.method_comparison import Comparison, compare_methods, save_comparison
     from toolchain.evaluate.run import EvaluationSettings
     from toolchain.outputs import beside, check_output_directory, new_directory
     from toolchain.parts_cache import unfinished_parts

@@ -93,7 +93,8 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
     import torch
 
     from toolchain.model.gguf import demo_gguf, import_gguf
-    from toolchain.prune.pipeline import IMPROVEMENTS, PruneSettings, prune
+    from toolchain.prune.methods import DEFAULT
+    from toolchain.prune.pipeline import PruneSettings, prune
     from toolchain.text.embedded import write_halves
     from toolchain.text.sources import TextSource
 
@@ -111,7 +112,7 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
         device="cpu",
         dtype=torch.float32,
         seed=0,
-        **IMPROVEMENTS,
+        **DEFAULT.settings,
     )
     return prune(
         directory / "original",

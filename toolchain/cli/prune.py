@@ -27,6 +27,7 @@ from toolchain.cli.console import (
 )
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
+from toolchain.prune.methods import DEFAULT, METHODS, MethodName, PruningMethod
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
 
@@ -36,30 +37,11 @@ MAX_SPARSITIES = 100
 _TARGET, _TEXT, _SEARCH, _LIMIT = "Target", "Calibration", "Search", "Limit"
 
 
-class Method(StrEnum):
-    """Pruning methods."""
-
-    two_ssp = "2ssp"
-    shortgpt = "shortgpt"
-    sliding_window = "sliding-window"
-    blockpruner = "blockpruner"
-    evopress = "evopress"
-
-
 class EvopressBudget(StrEnum):
     """How much EvoPress tries."""
 
     paper = "paper"
     small = "small"
-
-
-# What --method 2ssp, the published method, insists on.
-_PUBLISHED = {"compensate": False, "allocation": "formula", "widths": "uniform"}
-# What only 2SSP knows: the other methods remove whole attentions and FFNs, as published.
-_FOR_2SSP = (
-    "sweep", "align", "tensor_parallel", "compensate", "allocation", "attention_removals", "widths", "protect",
-    "metric", "search", "max_degradation", "max_metric", "min_metric", "limit_metric",
-)  # fmt: skip
 
 
 class Allocation(StrEnum):
@@ -113,7 +95,7 @@ def prune(
         ),
     ] = 1,
     method: Annotated[
-        Method | None,
+        MethodName | None,
         typer.Option(
             help="Without it: 2SSP with ranked widths and compensation. 2ssp: as published (arXiv 2501.17771), exactly "
             "with --align 1. The others remove whole attentions and FFNs, as published: see docs/methods.md.",
@@ -224,19 +206,19 @@ def prune(
     from toolchain.prune.unfinished import search_directory
     from toolchain.text.sources import parse_sources
 
-    _check_options(context, method)
+    chosen = DEFAULT if method is None else METHODS[method.value]
+    _check_options(context, chosen)
     sparsities = _sparsities(sparsity, sweep)
     picked_device = pick_device(device)
     directory = resolve_model(model)
     checkpoint = open_checkpoint(directory)
-    improvements: dict[str, Any] = {} if method else dict(pipeline.IMPROVEMENTS)
+    of_method = dict(chosen.settings)
     if widths is not None:
-        improvements["widths"] = widths.value
+        of_method["widths"] = widths.value
     if compensate is not None:
-        improvements["compensate"] = compensate
+        of_method["compensate"] = compensate
     settings = pipeline.PruneSettings(
         sparsity=sparsities[0],
-        method=(method or Method.two_ssp).value,
         calibration=parse_sources(calibration or []),
         num_samples=samples,
         seq_len=window_length(output, checkpoint, seq_len, SEQ_LEN),
@@ -254,7 +236,7 @@ def prune(
         limit_metric=limit_metric,
         evopress_budget=evopress_budget.value,
         offload=offload,
-        **improvements,
+        **of_method,
     )
     if not calibration:
         output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
@@ -262,13 +244,13 @@ def prune(
     try:
         if sweep is not None:
             result = run_sweep(
-                directory, out, settings, sparsities, model_name=name, force=force, resume=resume,
+                checkpoint, out, settings, sparsities, model_name=name, force=force, resume=resume,
                 progress=output.progress,
             )  # fmt: skip
             output.result({"directory": str(out), **result}, lambda console: show_sweep(console, out, result))
             return
         summary = pipeline.prune(
-            directory, out, settings, model_name=name, force=force, resume=resume, progress=output.progress
+            checkpoint, out, settings, model_name=name, force=force, resume=resume, progress=output.progress
         )
         output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
     except BaseException as error:
@@ -278,7 +260,7 @@ def prune(
         raise
 
 
-def _check_options(context: typer.Context, method: Method | None) -> None:
+def _check_options(context: typer.Context, method: PruningMethod) -> None:
     """Refuses options that the method does not know."""
 
     def given(name: str) -> bool:
@@ -286,19 +268,12 @@ def _check_options(context: typer.Context, method: Method | None) -> None:
         # By name: Typer brings a click of its own, whose enumeration is not that of click.
         return source is not None and source.name == "COMMANDLINE"
 
-    params = context.params
-    if method not in (None, Method.two_ssp) and (unknown := [name for name in _FOR_2SSP if given(name)]):
-        raise SenteiError(
-            f"--method {method} removes whole blocks as published and knows no --{unknown[0].replace('_', '-')}.",
-            "Leave it out, or prune with 2SSP.",
-        )
-    if method is Method.two_ssp and (
-        unknown := [name for name, value in _PUBLISHED.items() if params[name] not in (None, value)]
-    ):
-        raise SenteiError(
-            f"--method 2ssp is the published method, which knows no --{unknown[0]}.", "Leave one of them out."
-        )
-    if method is not Method.evopress and given("evopress_budget"):
+    unknown = [name for name in method.unknown_options if given(name)]
+    unknown += [name for name, value in method.fixed_options.items() if context.params[name] not in (None, value)]
+    if unknown:
+        option = unknown[0].replace("_", "-")
+        raise SenteiError(f"--method {method.name} {method.refusal} --{option}.", method.way_out)
+    if not method.has_budget and given("evopress_budget"):
         raise SenteiError("--evopress-budget is for --method evopress.", "Leave one out, or add the other.")
 
 
