@@ -9,42 +9,40 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from toolchain.cli.console import (
+from toolchain.cli.console import Output, compute_dtype, pick_device, window_length
+from toolchain.cli.options import (
     COMPUTING,
-    MAX_SEED,
     SEQ_LEN,
-    TEXT_METAVAR,
     DeviceInPanelOption,
     DtypeInPanelOption,
+    EvopressBudget,
     ForceOption,
     JsonOption,
+    ModelArgument,
+    OffloadInPanelOption,
     OffloadOption,
-    Output,
+    OutOption,
+    PlanArgument,
     QuietOption,
-    compute_dtype,
-    pick_device,
-    window_length,
+    align_option,
+    device_option,
+    evopress_budget_option,
+    mixture_option,
+    resume_option,
+    samples_option,
+    seed_option,
+    seq_len_option,
 )
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
 from toolchain.prune.methods import DEFAULT, METHODS, MethodName, PruningMethod
-
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
-
 
 # More plans than anybody looks at; each takes a search.
 MAX_SPARSITIES = 100
 _TARGET, _TEXT, _SEARCH, _LIMIT = "Target", "Calibration", "Search", "Limit"
 
 
-class EvopressBudget(StrEnum):
-    """How much EvoPress tries."""
-
-    paper = "paper"
-    small = "small"
-
-
-class Allocation(StrEnum):
+class AllocationMode(StrEnum):
     """Who decides how many attentions go."""
 
     formula = "formula"
@@ -68,7 +66,7 @@ class SearchKind(StrEnum):
 @writes_directory
 def prune(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")],
+    model: ModelArgument,
     *,
     out: OutOption,
     sparsity: Annotated[
@@ -85,7 +83,7 @@ def prune(
     ] = None,
     align: Annotated[
         int,
-        typer.Option(help="FFN widths are multiples of this; 1 for the published widths.", rich_help_panel=_TARGET),
+        align_option("FFN widths are multiples of this; 1 for the published widths.", panel=_TARGET),
     ] = 64,
     tensor_parallel: Annotated[
         int,
@@ -104,7 +102,7 @@ def prune(
     ] = None,
     evopress_budget: Annotated[
         EvopressBudget,
-        typer.Option(help="How much --method evopress tries: as the paper, or far less.", rich_help_panel=_TARGET),
+        evopress_budget_option("How much --method evopress tries: as the paper, or far less.", panel=_TARGET),
     ] = EvopressBudget.paper,
     compensate: Annotated[
         bool | None,
@@ -115,13 +113,13 @@ def prune(
         ),
     ] = None,
     allocation: Annotated[
-        Allocation,
+        AllocationMode,
         typer.Option(
             help="Attentions to remove: the published formula (fewer with --widths ranked), or by measured damage (for "
             "grouped-query attention).",
             rich_help_panel=_TARGET,
         ),
-    ] = Allocation.formula,
+    ] = AllocationMode.formula,
     attention_removals: Annotated[
         int | None, typer.Option(help="Attentions to remove, instead.", rich_help_panel=_TARGET)
     ] = None,
@@ -142,17 +140,14 @@ def prune(
     ] = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar=TEXT_METAVAR,
-            help="Text like your users': .txt, .jsonl or .parquet (field text), a directory of them, or "
+        mixture_option(
+            "Text like your users': .txt, .jsonl or .parquet (field text), a directory of them, or "
             "hub:NAME:CONFIG:SPLIT; several times for a mixture, as in 0.7:en.txt. Without it: Python's manual.",
-            rich_help_panel=_TEXT,
+            panel=_TEXT,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.", rich_help_panel=_TEXT)] = 32,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens a window (2048, or all that the model reads).", rich_help_panel=_TEXT)
-    ] = None,
+    samples: Annotated[int, samples_option(panel=_TEXT)] = 32,
+    seq_len: Annotated[int | None, seq_len_option(panel=_TEXT)] = None,
     metric: Annotated[
         str,
         typer.Option(
@@ -164,9 +159,7 @@ def prune(
         SearchKind,
         typer.Option(help="exact, or racing: several times faster, nearly the same.", rich_help_panel=_SEARCH),
     ] = SearchKind.exact,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted search.", rich_help_panel=_SEARCH)
-    ] = False,
+    resume: Annotated[bool, resume_option("search", panel=_SEARCH)] = False,
     max_degradation: Annotated[
         float | None,
         typer.Option(help="Stop before the metric is this many times worse, such as 1.10.", rich_help_panel=_LIMIT),
@@ -181,17 +174,10 @@ def prune(
     limit_metric: Annotated[
         str | None, typer.Option(help="The limit's metric, if it is not --metric.", rich_help_panel=_LIMIT)
     ] = None,
-    offload: Annotated[
-        bool,
-        typer.Option(
-            "--offload", help="For models larger than memory: one layer at a time.", rich_help_panel=COMPUTING
-        ),
-    ] = False,
+    offload: OffloadInPanelOption = False,
     device: DeviceInPanelOption = "auto",
     dtype: DtypeInPanelOption = "auto",
-    seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Recorded in the plan.", rich_help_panel=COMPUTING)
-    ] = 0,
+    seed: Annotated[int, seed_option("Recorded in the plan.", panel=COMPUTING)] = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -314,19 +300,16 @@ def check_sparsities(option: str, sparsities: list[float]) -> list[float]:
 
 @writes_directory
 def apply(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json, or the directory that holds it.")],
+    plan: PlanArgument,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The original model: directory or hub id.")],
     *,
     out: OutOption,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar=TEXT_METAVAR,
-            help="The text a compensated plan was made with, given as it was: its weights are fitted again.",
-        ),
+        mixture_option("The text a compensated plan was made with, given as it was: its weights are fitted again."),
     ] = None,
     offload: OffloadOption = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; where compensation computes.")] = "auto",
+    device: Annotated[str, device_option("; where compensation computes.")] = "auto",
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
