@@ -186,7 +186,7 @@ def prune(
     job = prepare(model, settings, model_name)
     plan = state.load(job.blank) if resume else None
     with _kept_if_worth_it(state):
-        plan = search(job, plan, state, progress)
+        plan = run_search(job, plan, state, progress)
         _check_something_goes(plan, out, force=force)
         return write_planned(
             job.checkpoint, plan, out, job.computing, job.metric, started, force=force, progress=progress
@@ -361,7 +361,7 @@ def _blank_plan(
     )
 
 
-def search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Progress) -> PruningPlan:
+def run_search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Progress) -> PruningPlan:
     """Loads the model and searches, from the beginning or from ``plan``, saving each step in ``state``.
 
     Raises:

@@ -13,7 +13,7 @@ from toolchain.outputs import check_output_directory, new_directory, write_text,
 from toolchain.plan.document import PlanDocument
 from toolchain.plan.plan import PLAN_FILE, SWEEP_FILE, PruningPlan
 from toolchain.progress import Progress, no_progress
-from toolchain.prune.pipeline import Job, PruneSettings, directory_of, prepare, search
+from toolchain.prune.pipeline import Job, PruneSettings, directory_of, prepare, run_search
 from toolchain.prune.unfinished import SearchState, interrupted, search_directory
 
 
@@ -87,7 +87,7 @@ def _search_all(jobs: Sequence[Job], unfinished: Path, *, resume: bool, progress
             plan = state.load(job.blank) if resume else None
             if plan is None and plans:
                 plan = _same_start(job.blank, plans[0])
-            plans.append(search(job, plan, state, progress))
+            plans.append(run_search(job, plan, state, progress))
     except SenteiError:
         if not any(state.worth_keeping for state in states):
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from toolchain.checkpoint.directory import Checkpoint
 from toolchain.errors import SenteiError
-from toolchain.plan.document import ProtectedRecord
 
 ALPHA = 1.5
 # Ranked widths cost less than even ones, so more of the budget is theirs: docs/decisions/allocation.md.
@@ -105,11 +104,6 @@ class Protected:
 
     attention: frozenset[int] = frozenset()
     ffn: frozenset[int] = frozenset()
-
-    @classmethod
-    def of(cls, record: ProtectedRecord) -> "Protected":
-        """As a plan records it."""
-        return cls(attention=frozenset(record.attention), ffn=frozenset(record.ffn))
 
 
 def parse_protected(specs: Sequence[str]) -> Protected:
