@@ -24,13 +24,13 @@ from rich.table import Table
 from serving.benchmark.environment import describe_environment
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
-from toolchain.evaluate.method_comparison import METHODS
 from toolchain.metrics.perplexity import perplexity
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.gguf import demo_gguf, import_gguf
 from toolchain.model.loading import bos_of, load_tokenizer
 from toolchain.outputs import write_text
 from toolchain.plan.plan import PruningPlan, load_plan
+from toolchain.prune.methods import METHODS
 from toolchain.prune.pipeline import PruneSettings, prune
 from toolchain.text.sources import TextSource, parse_sources, parse_text
 from toolchain.text.windows import load_windows
@@ -120,7 +120,7 @@ def _prune(
         device="cpu",
         dtype=getattr(torch, settings["dtype"]),
         seed=0,
-        **METHODS[method],
+        **METHODS[method].settings,
     )
     prune(model, out, pruning, model_name="demo", force=True)
     return load_plan(out)

@@ -38,7 +38,7 @@ from serving.verify import decilm as nemotron_nas
 from serving.verify.card import write_into_card
 from toolchain.checkpoint.directory import Checkpoint, dtype_name, open_checkpoint, same_bits
 from toolchain.checkpoint.quantized import is_quantized, open_quantized
-from toolchain.checkpoint.rounding_error import judge, rounding_checks
+from toolchain.checkpoint.rounding_error import check_limit, rounding_checks
 from toolchain.errors import SenteiError
 from toolchain.json_files import read_json_object
 from toolchain.model.decilm import is_nemotron_nas
@@ -196,30 +196,30 @@ def verify(
         from serving.verify import onnx_weights
 
         graph = exported / "model.onnx"
-        checks["differing_tensors"] = judge(onnx_weights.count_differing(reference.model, graph), 0)
+        checks["differing_tensors"] = check_limit(onnx_weights.count_differing(reference.model, graph), 0)
         if precision in _ROUNDING_EFFECTS:
             checks |= rounding_checks(onnx_weights.replace_with_rounded(reference.model, graph))
         if rounding:
             other, factor = _ROUNDING_EFFECTS[precision]
-            checks["rounding_top1_disagreement"] = judge(1 - rounding["rounding_top1_agreement"], other)
-            checks["rounding_perplexity_ratio"] = judge(rounding["rounding_perplexity_ratio"], factor)
+            checks["rounding_top1_disagreement"] = check_limit(1 - rounding["rounding_top1_agreement"], other)
+            checks["rounding_perplexity_ratio"] = check_limit(rounding["rounding_perplexity_ratio"], factor)
     elif precision in QUANTISED:
         from serving.verify import quantized_weights as compressed_weights
 
         quantised = open_quantized(exported)
         unrounded = _answers(reference, prompts) if quantised.scheme.input_bits else None
-        checks["differing_tensors"] = judge(compressed_weights.count_differing(source, quantised), 0)
+        checks["differing_tensors"] = check_limit(compressed_weights.count_differing(source, quantised), 0)
         checks |= rounding_checks(compressed_weights.replace_with_rounded(reference.model, quantised))
         noise = asdict(compare(reference, prompts, unrounded)) if unrounded else {}
     else:
-        checks["differing_tensors"] = judge(_count_differing(source, _open(exported, source)), 0)
+        checks["differing_tensors"] = check_limit(_count_differing(source, _open(exported, source)), 0)
     differences = compare(reference, prompts, answers) if answers else None
     reference.close()
     tolerances = {
         name: limit + noise.get(name, 0.0) for name, limit in asdict(TOLERANCES[precision]).items() if limit is not None
     }
     if differences:
-        checks |= {name: judge(getattr(differences, name), limit) for name, limit in tolerances.items()}
+        checks |= {name: check_limit(getattr(differences, name), limit) for name, limit in tolerances.items()}
     verdict = {
         "schema_version": 1,
         "sentei_version": version("sentei"),

@@ -202,6 +202,15 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return checkpoint
 
 
+def opened(model: Path | Checkpoint) -> Checkpoint:
+    """A checkpoint from its directory; one that is open already comes back as it is.
+
+    Raises:
+        SenteiError: See :func:`open_checkpoint`.
+    """
+    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+
+
 def companion_files(directory: Path) -> list[Path]:
     """The files that travel with the weights: tokenizer, chat template, generation config, licence."""
     found = {path for pattern in _COMPANIONS for path in directory.glob(pattern) if path.is_file()}

@@ -74,10 +74,14 @@ def rounding_checks(rounded: Sequence[RoundedMatrix]) -> dict[str, dict[str, Any
         error_limit, gain_limit, displacement_limit = ROUNDING_LIMITS[weight_format]
         worst = max(matrices, key=lambda matrix: _nan_last(matrix.relative_error))
         skewed = max(matrices, key=lambda matrix: _nan_last(abs(matrix.gain - 1)))
-        checks[f"{weight_format}_relative_error"] = judge(worst.relative_error, error_limit) | {"matrix": worst.name}
-        checks[f"{weight_format}_gain"] = judge(abs(skewed.gain - 1), gain_limit) | {"matrix": skewed.name}
+        checks[f"{weight_format}_relative_error"] = check_limit(worst.relative_error, error_limit) | {
+            "matrix": worst.name
+        }
+        checks[f"{weight_format}_gain"] = check_limit(abs(skewed.gain - 1), gain_limit) | {"matrix": skewed.name}
         moved = max(matrices, key=lambda matrix: _nan_last(matrix.displacement))
-        checks[f"{weight_format}_displacement"] = judge(moved.displacement, displacement_limit) | {"matrix": moved.name}
+        checks[f"{weight_format}_displacement"] = check_limit(moved.displacement, displacement_limit) | {
+            "matrix": moved.name
+        }
     return checks
 
 
@@ -86,7 +90,7 @@ def _nan_last(value: float) -> tuple[bool, float]:
     return math.isnan(value), value
 
 
-def judge(value: float, limit: float) -> dict[str, Any]:
+def check_limit(value: float, limit: float) -> dict[str, Any]:
     """A check of a verdict: ``passed``, ``value`` and ``limit``, which is the largest that passes."""
     # Not `value > limit`: a NaN must fail.
     return {"passed": bool(value <= limit), "value": value, "limit": limit}

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from toolchain.cli.console import MAX_SEED
+from toolchain.cli.options import MAX_SEED
 from toolchain.errors import SenteiError
 
 _EMPTY_VALUE = re.compile(r"--[a-z-]+=")

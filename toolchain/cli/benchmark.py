@@ -9,7 +9,16 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from toolchain.cli.console import DeviceOption, ForceOption, JsonOption, Output, OwnDtypeOption, QuietOption, pick_dtype
+from toolchain.cli.console import Output, pick_dtype
+from toolchain.cli.options import (
+    DeviceOption,
+    ForceOption,
+    JsonOption,
+    OwnDtypeOption,
+    QuietOption,
+    out_option,
+    resume_option,
+)
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
 
@@ -46,7 +55,7 @@ def benchmark(
     ] = None,
     *,
     engine: Annotated[BenchmarkEngine, typer.Option(help="What runs them.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for results.json.")],
+    out: Annotated[Path, out_option("Directory for results.json.")],
     workload: Annotated[
         PresetName | None,
         typer.Option(
@@ -102,7 +111,7 @@ def benchmark(
         float,
         typer.Option(min=1, help="Seconds without a token until an engine counts as hung.", rich_help_panel=_SERVER),
     ] = 600,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted benchmark.")] = False,
+    resume: Annotated[bool, resume_option("benchmark")] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

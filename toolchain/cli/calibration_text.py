@@ -6,16 +6,16 @@ from typing import Annotated
 
 import typer
 
-from toolchain.cli.console import (
-    MAX_SEED,
+from toolchain.cli.console import Output, compute_dtype, pick_device
+from toolchain.cli.options import (
     DeviceOption,
     DtypeOption,
     ForceOption,
     JsonOption,
-    Output,
     QuietOption,
-    compute_dtype,
-    pick_device,
+    out_option,
+    resume_option,
+    seed_option,
 )
 from toolchain.errors import SenteiError
 from toolchain.outputs import write_text, writes_file
@@ -28,15 +28,13 @@ _LARGEST_BATCH = 65_536
 def calibration_text(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The original: model directory or hub id.")],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSONL file to write, for --calibration.")],
+    out: Annotated[Path, out_option("JSONL file to write, for --calibration.")],
     tokens: Annotated[int, typer.Option(help="To write in all, at least: windows times their length.")] = 32 * 2048,
     max_new_tokens: Annotated[int, typer.Option(help="Of a document; most end earlier.")] = 1024,
     batch_size: Annotated[int, typer.Option(max=_LARGEST_BATCH, help="Documents written together.")] = 16,
     temperature: Annotated[float, typer.Option(help="1 draws from the model's own distribution.")] = 1.0,
-    seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="The same seed and batch size write the same text.")
-    ] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    seed: Annotated[int, seed_option("The same seed and batch size write the same text.")] = 0,
+    resume: Annotated[bool, resume_option("run")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     force: ForceOption = False,

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from toolchain.cli.console import JsonOption, Output, QuietOption
+from toolchain.cli.console import Output
+from toolchain.cli.options import JsonOption, QuietOption
 
 
 def compare(

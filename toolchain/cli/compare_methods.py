@@ -8,24 +8,35 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from toolchain.cli.console import (
+from toolchain.cli.console import Output, compute_dtype, pick_device, window_length
+from toolchain.cli.options import (
     COMPUTING,
-    MAX_SEED,
     SEQ_LEN,
-    TEXT_METAVAR,
     DeviceInPanelOption,
     DtypeInPanelOption,
+    EvopressBudget,
     ForceOption,
     JsonOption,
-    Output,
+    ModelArgument,
     QuietOption,
-    compute_dtype,
-    pick_device,
-    window_length,
+    align_option,
+    evopress_budget_option,
+    limit_option,
+    mixture_option,
+    out_option,
+    questions_option,
+    resume_option,
+    samples_option,
+    seed_option,
+    seq_len_option,
+    task_option,
+    text_option,
+    windows_option,
 )
-from toolchain.cli.prune import MAX_SPARSITIES, EvopressBudget, check_sparsities
+from toolchain.cli.prune import MAX_SPARSITIES, check_sparsities
 from toolchain.errors import SenteiError
 from toolchain.outputs import writes_directory
+from toolchain.prune.methods import METHODS
 
 _PRUNING, _EVALUATION = "Pruning", "Evaluation"
 _INPUT_LEN, _OUTPUT_LEN, _REPEATS = 128, 32, 3
@@ -33,58 +44,44 @@ _INPUT_LEN, _OUTPUT_LEN, _REPEATS = 128, 32, 3
 
 @writes_directory
 def compare_methods(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")],
+    model: ModelArgument,
     *,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Directory for comparison.json, comparison.md and the plans.")
-    ],
+    out: Annotated[Path, out_option("Directory for comparison.json, comparison.md and the plans.")],
     sparsity: Annotated[str, typer.Option(help="One or several.", rich_help_panel=_PRUNING)] = "0.25,0.375,0.5",
     methods: Annotated[
         str | None, typer.Option(help="Some of them, comma-separated; without it, all.", rich_help_panel=_PRUNING)
     ] = None,
     evopress_budget: Annotated[
-        EvopressBudget, typer.Option(help="How much EvoPress tries.", rich_help_panel=_PRUNING)
+        EvopressBudget, evopress_budget_option("How much EvoPress tries.", panel=_PRUNING)
     ] = EvopressBudget.paper,
-    align: Annotated[
-        int, typer.Option(help="FFN widths of 2SSP are multiples of this.", rich_help_panel=_PRUNING)
-    ] = 64,
+    align: Annotated[int, align_option("FFN widths of 2SSP are multiples of this.", panel=_PRUNING)] = 64,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar=TEXT_METAVAR, help="Text, as for sentei prune; not that of --text.", rich_help_panel=_PRUNING
-        ),
+        mixture_option("Text, as for sentei prune; not that of --text.", panel=_PRUNING),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.", rich_help_panel=_PRUNING)] = 32,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of EvoPress.", rich_help_panel=_PRUNING)] = 0,
+    samples: Annotated[int, samples_option(panel=_PRUNING)] = 32,
+    seed: Annotated[int, seed_option("Of EvoPress.", panel=_PRUNING)] = 0,
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Perplexity on this; several times.", rich_help_panel=_EVALUATION),
+        text_option("Perplexity on this; several times.", panel=_EVALUATION),
     ] = None,
-    windows: Annotated[
-        int | None, typer.Option(help="How many windows of each; without it, all.", rich_help_panel=_EVALUATION)
-    ] = None,
+    windows: Annotated[int | None, windows_option(panel=_EVALUATION)] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[=FILE]", help="As for sentei evaluate; several times.", rich_help_panel=_EVALUATION),
+        task_option("As for sentei evaluate; several times.", panel=_EVALUATION),
     ] = None,
-    questions: Annotated[
-        list[Path] | None, typer.Option(help="Your own; several times.", rich_help_panel=_EVALUATION)
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="The first N questions of each task.", rich_help_panel=_EVALUATION)
-    ] = None,
+    questions: Annotated[list[Path] | None, questions_option("Your own; several times.", panel=_EVALUATION)] = None,
+    limit: Annotated[int | None, limit_option(panel=_EVALUATION)] = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure speed too, in Transformers.", rich_help_panel=_EVALUATION)
     ] = False,
     seq_len: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens a window, of every text (2048, or all that the model reads).", rich_help_panel=COMPUTING
-        ),
+        seq_len_option(", of every text", panel=COMPUTING),
     ] = None,
     device: DeviceInPanelOption = "auto",
     dtype: DtypeInPanelOption = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted comparison.")] = False,
+    resume: Annotated[bool, resume_option("comparison")] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -93,7 +90,7 @@ def compare_methods(
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint.directory import dtype_name, model_name, open_checkpoint, resolve_model
     from toolchain.evaluate.lm_eval_tasks import parse_requests
-    from toolchain.evaluate.method_comparison import METHODS, Comparison, compare_methods, save_comparison
+    from toolchain.evaluate.method_comparison import Comparison, compare_methods, save_comparison
     from toolchain.evaluate.run import EvaluationSettings
     from toolchain.outputs import beside, check_output_directory, new_directory
     from toolchain.parts_cache import unfinished_parts

@@ -1,10 +1,10 @@
-"""What every command shares: options, output for people and machines, progress, device and dtype names."""
+"""What every command shares: output for people and machines, progress, device and dtype names."""
 
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -21,37 +21,6 @@ if TYPE_CHECKING:
     from toolchain.checkpoint.directory import Checkpoint
     from toolchain.checkpoint.quantized import QuantizedCheckpoint
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
-OffloadOption = Annotated[bool, typer.Option("--offload", help="For models larger than memory: one layer at a time.")]
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="Computed in: auto, float32, bfloat16 or float16 (auto: float32 on a CPU).")
-]
-# Speed is measured and estimated as the model will serve, on a CPU too.
-OwnDtypeOption = Annotated[
-    str, typer.Option("--dtype", help="Computed in: auto (the checkpoint's own), float32, bfloat16 or float16.")
-]
-# Of the seeds that NumPy takes.
-MAX_SEED = 2**32 - 1
-# The same for commands whose options stand in panels.
-COMPUTING = "Computing"
-DeviceInPanelOption = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=COMPUTING)
-]
-DtypeInPanelOption = Annotated[
-    str,
-    typer.Option(
-        "--dtype", help="auto, float32, bfloat16 or float16 (auto: float32 on a CPU).", rich_help_panel=COMPUTING
-    ),
-]
-
-# A text, alone or in a mixture; see toolchain.text.sources.
-TEXT_METAVAR = "[WEIGHT:]TEXT"
-
-# Tokens of a window, unless the model reads fewer.
-SEQ_LEN = 2048
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -3,11 +3,10 @@
 import importlib.util
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
+from toolchain.cli.console import Output
+from toolchain.cli.options import ForceOption, JsonOption, OutOption, QuietOption
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.outputs import new_directory, writes_directory
 
@@ -23,7 +22,7 @@ _VLLM_OPTIONS = ("--max-model-len", "512", "--enforce-eager")
 @writes_directory
 def demo(
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")] = Path("demo"),
+    out: OutOption = Path("demo"),
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -93,7 +92,8 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
     import torch
 
     from toolchain.model.gguf import demo_gguf, import_gguf
-    from toolchain.prune.pipeline import IMPROVEMENTS, PruneSettings, prune
+    from toolchain.prune.methods import DEFAULT
+    from toolchain.prune.pipeline import PruneSettings, prune
     from toolchain.text.embedded import write_halves
     from toolchain.text.sources import TextSource
 
@@ -111,7 +111,7 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
         device="cpu",
         dtype=torch.float32,
         seed=0,
-        **IMPROVEMENTS,
+        **DEFAULT.settings,
     )
     return prune(
         directory / "original",

@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from toolchain.cli.console import JsonOption, Output, QuietOption
+from toolchain.cli.console import Output
+from toolchain.cli.options import JsonOption, QuietOption
 from toolchain.errors import CheckFailedError, SenteiError
 
 # Import name, then the distributions that bring it, then the extra of sentei that asks for them.

@@ -1,20 +1,20 @@
 """``sentei estimate``."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from toolchain.cli.console import DeviceOption, JsonOption, Output, OwnDtypeOption, QuietOption, pick_device, pick_dtype
+from toolchain.cli.console import Output, pick_device, pick_dtype
+from toolchain.cli.options import DeviceOption, JsonOption, OwnDtypeOption, PlanArgument, QuietOption
 
 _UNITS = {"mean_ttft_ms": "ms", "mean_tpot_ms": "ms", "mean_e2el_ms": "ms", "output_throughput": "tokens/s"}
 
 
 def estimate(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json, or the directory that holds it.")],
+    plan: PlanArgument,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The original: a directory or a hub id.")],
     *,
     device: DeviceOption = "auto",

@@ -6,20 +6,27 @@ from typing import Annotated
 
 import typer
 
-from toolchain.cli.console import (
+from toolchain.cli.console import Output, compute_dtype, pick_device, window_length
+from toolchain.cli.evaluation_tables import show_evaluation
+from toolchain.cli.options import (
     COMPUTING,
     SEQ_LEN,
+    AnyModelArgument,
     DeviceInPanelOption,
     DtypeInPanelOption,
     ForceOption,
     JsonOption,
-    Output,
     QuietOption,
-    compute_dtype,
-    pick_device,
-    window_length,
+    limit_option,
+    offload_option,
+    out_option,
+    questions_option,
+    resume_option,
+    seq_len_option,
+    task_option,
+    text_option,
+    windows_option,
 )
-from toolchain.cli.evaluation_tables import show_evaluation
 from toolchain.errors import SenteiError
 from toolchain.outputs import writes_directory
 
@@ -29,33 +36,23 @@ _TEXT, _TASKS = "Text", "Tasks"
 
 @writes_directory
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, pruned or not: a directory or a hub id.")],
+    model: AnyModelArgument,
     *,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original: what got worse, and is it chance?")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Directory for evaluation.json; finished parts are kept.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False,
+    out: Annotated[Path | None, out_option("Directory for evaluation.json; finished parts are kept.")] = None,
+    resume: Annotated[bool, resume_option("evaluation")] = False,
     text: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Perplexity on .txt, .jsonl or .parquet (field text), a directory of them, or hub:NAME:CONFIG:SPLIT; "
+        text_option(
+            "Perplexity on .txt, .jsonl or .parquet (field text), a directory of them, or hub:NAME:CONFIG:SPLIT; "
             "several times.",
-            rich_help_panel=_TEXT,
+            panel=_TEXT,
         ),
     ] = None,
-    windows: Annotated[
-        int | None, typer.Option(help="How many windows of each; without it, all.", rich_help_panel=_TEXT)
-    ] = None,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens a window (2048, or all that the model reads); they do not overlap.", rich_help_panel=_TEXT
-        ),
-    ] = None,
+    windows: Annotated[int | None, windows_option(panel=_TEXT)] = None,
+    seq_len: Annotated[int | None, seq_len_option(more="; they do not overlap", panel=_TEXT)] = None,
     generations: Annotated[
         int | None,
         typer.Option(
@@ -66,26 +63,20 @@ def evaluate(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME[=FILE]",
-            help="One of lm-eval's tasks, from FILE.jsonl or, without it, from the hub; several times.",
-            rich_help_panel=_TASKS,
+        task_option(
+            "One of lm-eval's tasks, from FILE.jsonl or, without it, from the hub; several times.", panel=_TASKS
         ),
     ] = None,
     questions: Annotated[
         list[Path] | None,
-        typer.Option(
-            help='Your own, a line {"prompt", "choices", "answer"} each; several times.', rich_help_panel=_TASKS
-        ),
+        questions_option('Your own, a line {"prompt", "choices", "answer"} each; several times.', panel=_TASKS),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="The first N questions of each task.", rich_help_panel=_TASKS)
-    ] = None,
+    limit: Annotated[int | None, limit_option(panel=_TASKS)] = None,
     device: DeviceInPanelOption = "auto",
     dtype: DtypeInPanelOption = "auto",
     offload: Annotated[
         bool,
-        typer.Option("--offload", help="One layer in memory at a time; perplexity only.", rich_help_panel=COMPUTING),
+        offload_option("One layer in memory at a time; perplexity only.", panel=COMPUTING),
     ] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,

@@ -9,14 +9,12 @@ import typer
 from rich.console import Console
 
 from toolchain.cli.arguments import CheckedTyper
-from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, pick_dtype
+from toolchain.cli.console import Output, pick_dtype
+from toolchain.cli.options import AnyModelArgument, ForceOption, JsonOption, OutOption, QuietOption, dtype_option
 from toolchain.errors import CheckFailedError
 from toolchain.outputs import held_in_place, writes_directory
 
 app = CheckedTyper(help="Make a deployable directory from a checkpoint, pruned or not.", no_args_is_help=True)
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model, pruned or not: a directory or a hub id.")]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
 
 
 class Precision(StrEnum):
@@ -48,10 +46,10 @@ class VerifyEngine(StrEnum):
 @app.command("vllm")
 @writes_directory
 def export_vllm(
-    model: ModelArgument,
+    model: AnyModelArgument,
     *,
     out: OutOption,
-    dtype: Annotated[str, typer.Option(help="Stored in: auto (as it is), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, dtype_option("Stored in: auto (as it is), float32, bfloat16 or float16.")] = "auto",
     tensor_parallel: Annotated[int, typer.Option(help="GPUs the server will split each layer over.")] = 1,
     max_shard_gb: Annotated[float, typer.Option(help="Largest weight file, in GB.")] = 5.0,
     force: ForceOption = False,
@@ -79,7 +77,7 @@ def export_vllm(
 @app.command("onnx")
 @writes_directory
 def export_onnx(
-    model: ModelArgument,
+    model: AnyModelArgument,
     *,
     out: OutOption,
     precision: Annotated[
@@ -106,7 +104,7 @@ def export_onnx(
 @app.command("nemotron-nas")
 @writes_directory
 def export_nemotron_nas(
-    model: ModelArgument,
+    model: AnyModelArgument,
     *,
     out: OutOption,
     force: ForceOption = False,

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from toolchain.cli.console import (
-    MAX_SEED,
-    TEXT_METAVAR,
+from toolchain.cli.console import Output, pick_device, pick_dtype, window_length
+from toolchain.cli.options import (
     DeviceOption,
     ForceOption,
     JsonOption,
-    Output,
+    OutOption,
     QuietOption,
-    pick_device,
-    pick_dtype,
-    window_length,
+    dtype_option,
+    mixture_option,
+    resume_option,
+    seed_option,
+    seq_len_option,
 )
 from toolchain.errors import SenteiError
 from toolchain.outputs import writes_directory
@@ -35,18 +36,15 @@ def heal(
     against: Annotated[str, typer.Option(help="What it learns from: the original, a directory or hub id.")],
     data: Annotated[
         list[str],
-        typer.Option(
-            metavar=TEXT_METAVAR,
-            help="Text to learn from: .txt, .jsonl or .parquet (field text), a directory of them, or "
+        mixture_option(
+            "Text to learn from: .txt, .jsonl or .parquet (field text), a directory of them, or "
             "hub:NAME:CONFIG:SPLIT; several times for a mixture, as in 0.7:en.txt.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")],
+    out: OutOption,
     steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Windows an update.")] = 8,
-    seq_len: Annotated[
-        int | None, typer.Option(help=f"Tokens a window ({_SEQ_LEN}, or all that the model reads).")
-    ] = None,
+    seq_len: Annotated[int | None, seq_len_option(default=_SEQ_LEN)] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help=f"By default {_LORA_LEARNING_RATE:g}, with --full {_FULL_LEARNING_RATE:g}.")
     ] = None,
@@ -54,12 +52,12 @@ def heal(
         int | None, typer.Option(help=f"Rank of the adapters, which are merged at the end; {_DEFAULT_RANK} by default.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead: 16 bytes of memory each.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted healing.")] = False,
+    resume: Annotated[bool, resume_option("healing")] = False,
     device: DeviceOption = "auto",
     dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, bfloat16 or float32 (auto: bfloat16 if the device multiplies it).")
+        str, dtype_option("auto, bfloat16 or float32 (auto: bfloat16 if the device multiplies it).")
     ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Orders the text, and draws the adapters.")] = 0,
+    seed: Annotated[int, seed_option("Orders the text, and draws the adapters.")] = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption, pick_dtype
+from toolchain.cli.console import Output, pick_dtype
+from toolchain.cli.options import ForceOption, JsonOption, OutOption, QuietOption, dtype_option
 from toolchain.outputs import writes_directory
 
 
@@ -13,8 +14,8 @@ from toolchain.outputs import writes_directory
 def import_(
     gguf: Annotated[Path | None, typer.Argument(metavar="MODEL.gguf", help="Without it: the demo model.")] = None,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")],
-    dtype: Annotated[str, typer.Option(help="What the weights are stored in.")] = "bfloat16",
+    out: OutOption,
+    dtype: Annotated[str, dtype_option("What the weights are stored in.")] = "bfloat16",
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from toolchain.cli.arguments import CheckedTyper
-from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
+from toolchain.cli.console import Output
+from toolchain.cli.options import ForceOption, JsonOption, QuietOption, out_option
 from toolchain.errors import SenteiError
 from toolchain.outputs import writes_directory, writes_file
 
@@ -46,7 +47,7 @@ def show(
 def curve(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model, a plan.json, or a sweep.")],
     *,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML file to write as well.")] = None,
+    out: Annotated[Path | None, out_option("HTML file to write as well.")] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -122,7 +123,7 @@ def cut(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model, or a plan.json.")],
     *,
     step: Annotated[int, typer.Option(help="The last step to keep, as sentei plan curve numbers them.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create for the plan.")],
+    out: Annotated[Path, out_option("Directory to create for the plan.")],
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

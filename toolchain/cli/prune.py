@@ -9,60 +9,40 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from toolchain.cli.console import (
+from toolchain.cli.console import Output, compute_dtype, pick_device, window_length
+from toolchain.cli.options import (
     COMPUTING,
-    MAX_SEED,
     SEQ_LEN,
-    TEXT_METAVAR,
     DeviceInPanelOption,
     DtypeInPanelOption,
+    EvopressBudget,
     ForceOption,
     JsonOption,
+    ModelArgument,
+    OffloadInPanelOption,
     OffloadOption,
-    Output,
+    OutOption,
+    PlanArgument,
     QuietOption,
-    compute_dtype,
-    pick_device,
-    window_length,
+    align_option,
+    device_option,
+    evopress_budget_option,
+    mixture_option,
+    resume_option,
+    samples_option,
+    seed_option,
+    seq_len_option,
 )
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
-
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")]
-
+from toolchain.prune.methods import DEFAULT, METHODS, MethodName, PruningMethod
 
 # More plans than anybody looks at; each takes a search.
 MAX_SPARSITIES = 100
 _TARGET, _TEXT, _SEARCH, _LIMIT = "Target", "Calibration", "Search", "Limit"
 
 
-class Method(StrEnum):
-    """Pruning methods."""
-
-    two_ssp = "2ssp"
-    shortgpt = "shortgpt"
-    sliding_window = "sliding-window"
-    blockpruner = "blockpruner"
-    evopress = "evopress"
-
-
-class EvopressBudget(StrEnum):
-    """How much EvoPress tries."""
-
-    paper = "paper"
-    small = "small"
-
-
-# What --method 2ssp, the published method, insists on.
-_PUBLISHED = {"compensate": False, "allocation": "formula", "widths": "uniform"}
-# What only 2SSP knows: the other methods remove whole attentions and FFNs, as published.
-_FOR_2SSP = (
-    "sweep", "align", "tensor_parallel", "compensate", "allocation", "attention_removals", "widths", "protect",
-    "metric", "search", "max_degradation", "max_metric", "min_metric", "limit_metric",
-)  # fmt: skip
-
-
-class Allocation(StrEnum):
+class AllocationMode(StrEnum):
     """Who decides how many attentions go."""
 
     formula = "formula"
@@ -86,7 +66,7 @@ class SearchKind(StrEnum):
 @writes_directory
 def prune(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")],
+    model: ModelArgument,
     *,
     out: OutOption,
     sparsity: Annotated[
@@ -103,7 +83,7 @@ def prune(
     ] = None,
     align: Annotated[
         int,
-        typer.Option(help="FFN widths are multiples of this; 1 for the published widths.", rich_help_panel=_TARGET),
+        align_option("FFN widths are multiples of this; 1 for the published widths.", panel=_TARGET),
     ] = 64,
     tensor_parallel: Annotated[
         int,
@@ -113,7 +93,7 @@ def prune(
         ),
     ] = 1,
     method: Annotated[
-        Method | None,
+        MethodName | None,
         typer.Option(
             help="Without it: 2SSP with ranked widths and compensation. 2ssp: as published (arXiv 2501.17771), exactly "
             "with --align 1. The others remove whole attentions and FFNs, as published: see docs/methods.md.",
@@ -122,7 +102,7 @@ def prune(
     ] = None,
     evopress_budget: Annotated[
         EvopressBudget,
-        typer.Option(help="How much --method evopress tries: as the paper, or far less.", rich_help_panel=_TARGET),
+        evopress_budget_option("How much --method evopress tries: as the paper, or far less.", panel=_TARGET),
     ] = EvopressBudget.paper,
     compensate: Annotated[
         bool | None,
@@ -133,13 +113,13 @@ def prune(
         ),
     ] = None,
     allocation: Annotated[
-        Allocation,
+        AllocationMode,
         typer.Option(
             help="Attentions to remove: the published formula (fewer with --widths ranked), or by measured damage (for "
             "grouped-query attention).",
             rich_help_panel=_TARGET,
         ),
-    ] = Allocation.formula,
+    ] = AllocationMode.formula,
     attention_removals: Annotated[
         int | None, typer.Option(help="Attentions to remove, instead.", rich_help_panel=_TARGET)
     ] = None,
@@ -160,17 +140,14 @@ def prune(
     ] = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar=TEXT_METAVAR,
-            help="Text like your users': .txt, .jsonl or .parquet (field text), a directory of them, or "
+        mixture_option(
+            "Text like your users': .txt, .jsonl or .parquet (field text), a directory of them, or "
             "hub:NAME:CONFIG:SPLIT; several times for a mixture, as in 0.7:en.txt. Without it: Python's manual.",
-            rich_help_panel=_TEXT,
+            panel=_TEXT,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.", rich_help_panel=_TEXT)] = 32,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens a window (2048, or all that the model reads).", rich_help_panel=_TEXT)
-    ] = None,
+    samples: Annotated[int, samples_option(panel=_TEXT)] = 32,
+    seq_len: Annotated[int | None, seq_len_option(panel=_TEXT)] = None,
     metric: Annotated[
         str,
         typer.Option(
@@ -182,9 +159,7 @@ def prune(
         SearchKind,
         typer.Option(help="exact, or racing: several times faster, nearly the same.", rich_help_panel=_SEARCH),
     ] = SearchKind.exact,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted search.", rich_help_panel=_SEARCH)
-    ] = False,
+    resume: Annotated[bool, resume_option("search", panel=_SEARCH)] = False,
     max_degradation: Annotated[
         float | None,
         typer.Option(help="Stop before the metric is this many times worse, such as 1.10.", rich_help_panel=_LIMIT),
@@ -199,17 +174,10 @@ def prune(
     limit_metric: Annotated[
         str | None, typer.Option(help="The limit's metric, if it is not --metric.", rich_help_panel=_LIMIT)
     ] = None,
-    offload: Annotated[
-        bool,
-        typer.Option(
-            "--offload", help="For models larger than memory: one layer at a time.", rich_help_panel=COMPUTING
-        ),
-    ] = False,
+    offload: OffloadInPanelOption = False,
     device: DeviceInPanelOption = "auto",
     dtype: DtypeInPanelOption = "auto",
-    seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Recorded in the plan.", rich_help_panel=COMPUTING)
-    ] = 0,
+    seed: Annotated[int, seed_option("Recorded in the plan.", panel=COMPUTING)] = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -224,19 +192,19 @@ def prune(
     from toolchain.prune.unfinished import search_directory
     from toolchain.text.sources import parse_sources
 
-    _check_options(context, method)
+    chosen = DEFAULT if method is None else METHODS[method.value]
+    _check_options(context, chosen)
     sparsities = _sparsities(sparsity, sweep)
     picked_device = pick_device(device)
     directory = resolve_model(model)
     checkpoint = open_checkpoint(directory)
-    improvements: dict[str, Any] = {} if method else dict(pipeline.IMPROVEMENTS)
+    of_method = dict(chosen.settings)
     if widths is not None:
-        improvements["widths"] = widths.value
+        of_method["widths"] = widths.value
     if compensate is not None:
-        improvements["compensate"] = compensate
+        of_method["compensate"] = compensate
     settings = pipeline.PruneSettings(
         sparsity=sparsities[0],
-        method=(method or Method.two_ssp).value,
         calibration=parse_sources(calibration or []),
         num_samples=samples,
         seq_len=window_length(output, checkpoint, seq_len, SEQ_LEN),
@@ -254,7 +222,7 @@ def prune(
         limit_metric=limit_metric,
         evopress_budget=evopress_budget.value,
         offload=offload,
-        **improvements,
+        **of_method,
     )
     if not calibration:
         output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
@@ -262,13 +230,13 @@ def prune(
     try:
         if sweep is not None:
             result = run_sweep(
-                directory, out, settings, sparsities, model_name=name, force=force, resume=resume,
+                checkpoint, out, settings, sparsities, model_name=name, force=force, resume=resume,
                 progress=output.progress,
             )  # fmt: skip
             output.result({"directory": str(out), **result}, lambda console: show_sweep(console, out, result))
             return
         summary = pipeline.prune(
-            directory, out, settings, model_name=name, force=force, resume=resume, progress=output.progress
+            checkpoint, out, settings, model_name=name, force=force, resume=resume, progress=output.progress
         )
         output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
     except BaseException as error:
@@ -278,7 +246,7 @@ def prune(
         raise
 
 
-def _check_options(context: typer.Context, method: Method | None) -> None:
+def _check_options(context: typer.Context, method: PruningMethod) -> None:
     """Refuses options that the method does not know."""
 
     def given(name: str) -> bool:
@@ -286,19 +254,12 @@ def _check_options(context: typer.Context, method: Method | None) -> None:
         # By name: Typer brings a click of its own, whose enumeration is not that of click.
         return source is not None and source.name == "COMMANDLINE"
 
-    params = context.params
-    if method not in (None, Method.two_ssp) and (unknown := [name for name in _FOR_2SSP if given(name)]):
-        raise SenteiError(
-            f"--method {method} removes whole blocks as published and knows no --{unknown[0].replace('_', '-')}.",
-            "Leave it out, or prune with 2SSP.",
-        )
-    if method is Method.two_ssp and (
-        unknown := [name for name, value in _PUBLISHED.items() if params[name] not in (None, value)]
-    ):
-        raise SenteiError(
-            f"--method 2ssp is the published method, which knows no --{unknown[0]}.", "Leave one of them out."
-        )
-    if method is not Method.evopress and given("evopress_budget"):
+    unknown = [name for name in method.unknown_options if given(name)]
+    unknown += [name for name, value in method.fixed_options.items() if context.params[name] not in (None, value)]
+    if unknown:
+        option = unknown[0].replace("_", "-")
+        raise SenteiError(f"--method {method.name} {method.refusal} --{option}.", method.way_out)
+    if not method.has_budget and given("evopress_budget"):
         raise SenteiError("--evopress-budget is for --method evopress.", "Leave one out, or add the other.")
 
 
@@ -339,19 +300,16 @@ def check_sparsities(option: str, sparsities: list[float]) -> list[float]:
 
 @writes_directory
 def apply(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json, or the directory that holds it.")],
+    plan: PlanArgument,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The original model: directory or hub id.")],
     *,
     out: OutOption,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar=TEXT_METAVAR,
-            help="The text a compensated plan was made with, given as it was: its weights are fitted again.",
-        ),
+        mixture_option("The text a compensated plan was made with, given as it was: its weights are fitted again."),
     ] = None,
     offload: OffloadOption = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; where compensation computes.")] = "auto",
+    device: Annotated[str, device_option("; where compensation computes.")] = "auto",
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

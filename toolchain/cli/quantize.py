@@ -7,14 +7,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from toolchain.cli.console import (
+from toolchain.cli.console import Output, window_length
+from toolchain.cli.options import (
     SEQ_LEN,
-    TEXT_METAVAR,
     ForceOption,
     JsonOption,
-    Output,
+    OutOption,
     QuietOption,
-    window_length,
+    mixture_option,
+    samples_option,
+    seq_len_option,
 )
 from toolchain.errors import SenteiError
 from toolchain.outputs import writes_directory
@@ -35,15 +37,13 @@ def quantize(
     scheme: Annotated[
         Scheme, typer.Option(help="fp8 or int8: weights and activations; w4a16: weights in 4 bits, by GPTQ.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")],
+    out: OutOption,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(metavar=TEXT_METAVAR, help="Text for w4a16, as for sentei prune. Without it: Python's manual."),
+        mixture_option("Text for w4a16, as for sentei prune. Without it: Python's manual."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows, for w4a16.")] = 32,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens a window, for w4a16 (2048, or all that the model reads).")
-    ] = None,
+    samples: Annotated[int, samples_option(", for w4a16")] = 32,
+    seq_len: Annotated[int | None, seq_len_option(", for w4a16")] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from toolchain.cli.console import ForceOption, JsonOption, Output, QuietOption
+from toolchain.cli.console import Output
+from toolchain.cli.options import ForceOption, JsonOption, QuietOption, out_option
 from toolchain.outputs import writes_file
 
 
@@ -21,7 +22,7 @@ class ReportLanguage(StrEnum):
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Where results were written.")],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: .html, or .md for Markdown.")],
+    out: Annotated[Path, out_option("The file to write: .html, or .md for Markdown.")],
     lang: Annotated[ReportLanguage, typer.Option(help="The report's language.")] = ReportLanguage.en,
     force: ForceOption = False,
     as_json: JsonOption = False,

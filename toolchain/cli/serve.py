@@ -6,16 +6,8 @@ from typing import Annotated
 
 import typer
 
-from toolchain.cli.console import (
-    MAX_SEED,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    Output,
-    QuietOption,
-    compute_dtype,
-    pick_device,
-)
+from toolchain.cli.console import Output, compute_dtype, pick_device
+from toolchain.cli.options import DeviceOption, DtypeOption, JsonOption, QuietOption, seed_option
 from toolchain.cli.terminal import printable
 from toolchain.errors import MissingDependencyError, SenteiError
 
@@ -63,7 +55,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that have this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw among this many tokens; 0 is all.")] = 0,
-    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Of the draws.")] = None,
+    seed: Annotated[int | None, seed_option("Of the draws.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

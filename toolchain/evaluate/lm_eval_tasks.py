@@ -202,6 +202,28 @@ def run_task(
         SenteiError: The task has no metric that is a number a question.
     """
     from lm_eval import simple_evaluate
+
+    results = simple_evaluate(
+        model=_lm_eval_model(model, tokenizer, bos, on_request),
+        tasks=list(task.parts.values()),
+        limit=limit,
+        bootstrap_iters=0,
+        task_manager=task.manager,
+    )
+    assert results is not None
+    questions = _questions(task, results["samples"])
+    shared = shared_metrics(questions)
+    known = [name for name in (*_METRICS, *shared) if name in shared]
+    if not known:
+        raise SenteiError(f"Task {task.label} has no metric that gives every question a number.")
+    fewshot = {part.config.num_fewshot or 0 for part in task.parts.values()}
+    return {"metric": known[0], "num_fewshot": max(fewshot), "questions": questions}
+
+
+def _lm_eval_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: int | None, on_request: Callable[[], None]
+) -> Any:
+    """lm-eval's wrapper around a loaded model; see :func:`run_task`."""
     from lm_eval.models.huggingface import HFLM
 
     class QuietHFLM(HFLM):
@@ -225,23 +247,19 @@ def run_task(
         softmax_dtype="float32",
     )
     lm.set_cache_hook(_RequestCounter(on_request))
-    results = simple_evaluate(
-        model=lm, tasks=list(task.parts.values()), limit=limit, bootstrap_iters=0, task_manager=task.manager
-    )
-    assert results is not None
+    return lm
+
+
+def _questions(task: LoadedTask, samples_by_part: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Every question of a task, in the order of its parts and of their documents."""
     questions = []
-    for name, samples in results["samples"].items():
+    for name, samples in samples_by_part.items():
         part = task.parts[name]
         subject = (part.config.task_alias or name) if len(task.parts) > 1 else None
         # A task that reads its answers in several ways has a sample for each; the first is the one it is known by.
         counted = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
         questions += [_question(part, sample, subject) for sample in sorted(counted, key=lambda each: each["doc_id"])]
-    shared = shared_metrics(questions)
-    known = [name for name in (*_METRICS, *shared) if name in shared]
-    if not known:
-        raise SenteiError(f"Task {task.label} has no metric that gives every question a number.")
-    fewshot = {part.config.num_fewshot or 0 for part in task.parts.values()}
-    return {"metric": known[0], "num_fewshot": max(fewshot), "questions": questions}
+    return questions
 
 
 def shared_metrics(questions: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -18,19 +18,13 @@ from toolchain.parts_cache import Parts, digest_of
 from toolchain.plan.plan import load_plan
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.apply import SUMMARY_FILE
-from toolchain.prune.block_methods.run import BLOCK_METHODS
-from toolchain.prune.pipeline import IMPROVEMENTS, METHOD, PruneSettings, allocation_of, prune
+from toolchain.prune.methods import METHODS
+from toolchain.prune.pipeline import PruneSettings, possible_allocations, prune
 from toolchain.prune.unfinished import search_directory
 from toolchain.significance import check_statistics
 from toolchain.text.sources import Text, text_files
 
 COMPARISON_FILE, TABLE_FILE = "comparison.json", "comparison.md"
-# What sets each apart from the settings they share.
-METHODS: Mapping[str, Mapping[str, Any]] = {
-    METHOD: {},
-    "sentei": IMPROVEMENTS,
-    **{name: {"method": name} for name in BLOCK_METHODS},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +34,7 @@ class Comparison:
     Attributes:
         model: Directory of the unpruned model.
         name: What plans call it.
-        methods: Names out of :data:`METHODS`.
+        methods: Names out of :data:`toolchain.prune.methods.METHODS`.
         sparsities: For each of them.
         pruning: What they share; its own method and sparsity are not used.
         evaluation: Of each pruned model, and of the original once.
@@ -78,7 +72,7 @@ def compare_methods(asked: Comparison, work: Path, *, progress: Progress = no_pr
     checkpoint = open_checkpoint(asked.model)
     cells = _cells(asked)
     for _, settings in cells:
-        allocation_of(checkpoint, settings)
+        possible_allocations(checkpoint, settings)
     check_statistics("eval")
     parts = Parts(work)
     # Before anything is pruned: all that is wrong with texts and tasks is found here.
@@ -104,7 +98,7 @@ def save_comparison(asked: Comparison, document: Mapping[str, Any], work: Path, 
 
 def _cells(asked: Comparison) -> list[tuple[str, PruneSettings]]:
     return [
-        (name, replace(asked.pruning, sparsity=sparsity, **METHODS[name]))
+        (name, replace(asked.pruning, sparsity=sparsity, **METHODS[name].settings))
         for sparsity in asked.sparsities
         for name in asked.methods
     ]

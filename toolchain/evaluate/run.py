@@ -142,53 +142,30 @@ def evaluate(
         SenteiError: Bad input; all of it is found before a model is loaded.
     """
     _check(settings, against)
-    checkpoints = [open_checkpoint(each) for each in (against, directory) if each is not None]
-    sides: list[Side] = ["original", "pruned"] if against else ["pruned" if checkpoints[0].is_pruned else "original"]
-    if settings.texts:
-        for each in checkpoints:
-            check_window(each.directory, each.config, settings.seq_len)
-    if against is not None:
-        check_same_vocabulary(checkpoints[1], checkpoints[0])
-    models = [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
+    models = _open_models(directory, against, settings)
     tasks = [load_task(request) for request in settings.tasks]
-    tokenizer, bos = models[-1].tokenizer, models[-1].bos
-    texts = [
-        (text, load_windows(text, tokenizer, num_samples=settings.num_windows, seq_len=settings.seq_len, bos=bos))
-        for text in settings.texts
-    ]
+    tokenizer = models[-1].tokenizer
+    texts = _load_texts(models[-1], settings)
     read_before = text_hashes(directory)
-    generation = _Generation(texts[0][1], models, settings, parts) if settings.num_generations else None
+    generation = _Generation(texts[0].windows, models, settings, parts) if settings.num_generations else None
     losses: list[list[dict[str, Any]]] = []
     answers: list[list[dict[str, Any]]] = []
     for model in models:
-        losses.append([_read_text(model, windows, parts, progress) for _, windows in texts])
+        losses.append([_read_text(model, text.windows, parts, progress) for text in texts])
         answers.append([_ask(model, task, settings, parts, progress) for task in tasks])
         if generation is not None:
             generation.visit(model, progress)
         model.unload()
     compared = against is not None
     return EvaluationDocument(
-        evaluations=[
-            _text_result(model, windows, result)
-            for model, results in zip(models, losses, strict=True)
-            for (_, windows), result in zip(texts, results, strict=True)
-        ],
-        tasks=[
-            _task_result(model, request, result)
-            for model, results in zip(models, answers, strict=True)
-            for request, result in zip(settings.tasks, results, strict=True)
-        ],
-        text_comparisons=[
-            _compare_text(text, windows, pair, tokenizer)
-            for (text, windows), pair in zip(texts, zip(*losses, strict=True), strict=True)
-        ]
-        if compared
-        else [],
+        evaluations=_text_results(models, texts, losses),
+        tasks=_task_results(models, settings.tasks, answers),
+        text_comparisons=_compare_texts(texts, losses, tokenizer) if compared else [],
         text_overlaps=[
             found
-            for text, windows in texts
+            for text in texts
             for seen_in, hashes in read_before.items()
-            if (found := find_overlap(text, windows, tokenizer, seen_in, hashes)) is not None
+            if (found := find_overlap(text.source, text.windows, tokenizer, seen_in, hashes)) is not None
         ],
         task_comparisons=_compare_tasks(settings.tasks, answers) if compared else [],
         mean_score=_mean_score(answers) if compared and tasks else None,
@@ -196,6 +173,42 @@ def evaluate(
         dtype=dtype_name(settings.dtype),
         versions=_versions(bool(tasks)),
     )
+
+
+def _open_models(directory: Path, against: Path | None, settings: EvaluationSettings) -> list[_Model]:
+    """The original, if one is given, then the model; neither is loaded yet.
+
+    Raises:
+        SenteiError: One of them cannot read the windows, or their vocabularies differ.
+    """
+    checkpoints = [open_checkpoint(each) for each in (against, directory) if each is not None]
+    sides: list[Side] = ["original", "pruned"] if against else ["pruned" if checkpoints[0].is_pruned else "original"]
+    if settings.texts:
+        for each in checkpoints:
+            check_window(each.directory, each.config, settings.seq_len)
+    if against is not None:
+        check_same_vocabulary(checkpoints[1], checkpoints[0])
+    return [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """A text that perplexity is taken on: where it comes from, and its windows."""
+
+    source: Text
+    windows: TokenWindows
+
+
+def _load_texts(model: _Model, settings: EvaluationSettings) -> list[_Text]:
+    return [
+        _Text(
+            source=source,
+            windows=load_windows(
+                source, model.tokenizer, num_samples=settings.num_windows, seq_len=settings.seq_len, bos=model.bos
+            ),
+        )
+        for source in settings.texts
+    ]
 
 
 def _check(settings: EvaluationSettings, against: Path | None) -> None:
@@ -322,6 +335,28 @@ class _Generation:
         ).model_dump()
 
 
+def _text_results(
+    models: Sequence[_Model], texts: Sequence[_Text], losses: Sequence[Sequence[dict[str, Any]]]
+) -> list[TextResult]:
+    """One for each model and text; ``losses`` are :func:`_read_text`'s results by model, then by text."""
+    return [
+        _text_result(model, text.windows, result)
+        for model, results in zip(models, losses, strict=True)
+        for text, result in zip(texts, results, strict=True)
+    ]
+
+
+def _task_results(
+    models: Sequence[_Model], requests: Sequence[TaskRequest], answers: Sequence[Sequence[dict[str, Any]]]
+) -> list[TaskResult]:
+    """One for each model and task; ``answers`` are :func:`_ask`'s results by model, then by task."""
+    return [
+        _task_result(model, request, result)
+        for model, results in zip(models, answers, strict=True)
+        for request, result in zip(requests, results, strict=True)
+    ]
+
+
 def _text_result(model: _Model, windows: TokenWindows, result: dict[str, Any]) -> TextResult:
     measured = {name: value for name, value in result.items() if name != "losses"}
     return TextResult(
@@ -345,14 +380,19 @@ def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any]) ->
     )
 
 
-def _compare_text(
-    text: Text, windows: TokenWindows, pair: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> TextComparison:
+def _compare_texts(
+    texts: Sequence[_Text], losses: Sequence[Sequence[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
+) -> list[TextComparison]:
+    return [_compare_text(text, pair, tokenizer) for text, pair in zip(texts, zip(*losses, strict=True), strict=True)]
+
+
+def _compare_text(text: _Text, pair: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> TextComparison:
     original, pruned = (torch.tensor(result["losses"]) for result in pair)
-    unit, numbers = number_passages(text, tokenizer, windows.text_ids)
-    worst = worst_passages(unit, numbers, windows.text_ids, (original, pruned), tokenizer, count=NUM_WORST)
+    text_ids = text.windows.text_ids
+    unit, numbers = number_passages(text.source, tokenizer, text_ids)
+    worst = worst_passages(unit, numbers, text_ids, (original, pruned), tokenizer, count=NUM_WORST)
     return TextComparison(
-        text=windows.source,
+        text=text.windows.source,
         perplexity_ratio=perplexity_ratio(*(each.double().mean(1).tolist() for each in (original, pruned))),
         worst_passages=[WorsePassage(**asdict(each)) for each in worst],
     )

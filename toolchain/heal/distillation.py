@@ -131,11 +131,32 @@ def distill(
         on_step: Called after each update, for progress; and for those that were done before.
     """
     torch.manual_seed(training.seed)
+    student = _student_of(source, training)
+    order = order_of_windows(len(windows), training.steps * training.batch_size, seed=training.seed)
+    trainer = _Distillation(
+        teacher,
+        model=student,
+        args=_trainer_arguments(training, directory),
+        train_dataset=[{"input_ids": row} for row in windows[order]],
+        callbacks=[_OnStep(on_step)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    before = last_checkpoint(directory)
+    trainer.train(resume_from_checkpoint=str(before) if before else None)
+    return Student(student, source)
+
+
+def _student_of(source: Checkpoint, training: Training) -> Any:
+    """The model that is trained: with adapters, or with all weights in float32."""
     frozen = training.dtype if training.lora_rank else torch.float32
     student: Any = load_model(source, dtype=frozen)
     if training.lora_rank:
         config = LoraConfig(r=training.lora_rank, lora_alpha=2 * training.lora_rank, target_modules="all-linear")
         student = get_peft_model(student, config)
+    return student
+
+
+def _trainer_arguments(training: Training, directory: Path) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=training.steps,
@@ -159,20 +180,7 @@ def distill(
     )
     if arguments.device.type == "cuda":
         arguments._n_gpu = 1  # Trainer would wrap the model in DataParallel where there are several
-    trainer = _Distillation(
-        teacher,
-        model=student,
-        args=arguments,
-        train_dataset=[
-            {"input_ids": row}
-            for row in windows[order_of_windows(len(windows), training.steps * training.batch_size, seed=training.seed)]
-        ],
-        callbacks=[_OnStep(on_step)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    before = last_checkpoint(directory)
-    trainer.train(resume_from_checkpoint=str(before) if before else None)
-    return Student(student, source)
+    return arguments
 
 
 def order_of_windows(num_windows: int, wanted: int, *, seed: int) -> torch.Tensor:

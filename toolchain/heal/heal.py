@@ -125,27 +125,46 @@ def heal(
         MissingDependencyError: PEFT or accelerate is not installed.
     """
     # Whatever is missing is to be said before anything takes long.
-    from toolchain.heal.distillation import Training, distill
+    import toolchain.heal.distillation  # noqa: F401
 
     texts = local_paths(source.text for source in settings.data)
     check_output_directory(out, force=force, inputs=[directory, teacher_directory, *texts])
     unfinished = healing_directory(out)
+    _check_unfinished(unfinished, force=force, resume=resume)
+    _check_settings(settings)
+    source, teacher = open_checkpoint(directory), open_checkpoint(teacher_directory)
+    _check_pair(source, teacher, settings)
+    plan = load_plan(directory)
+    windows = _load_windows(source, settings)
+    learnt, held_out = _split(windows)
+    record = _record(teacher, windows, settings)
+    with _unfinished(unfinished, {"student": source.fingerprint, **record}, resume=resume):
+        teacher_model = load_model(teacher, dtype=settings.dtype, device=settings.device)
+        before = _compare(teacher_model, source, held_out, settings)
+        student = _train(teacher_model, source, learnt, settings, unfinished, progress)
+        with new_directory(out, force=force) as partial:
+            _write_weights(source, student, partial, progress)
+            del student
+            gc.collect()  # models and what trained them refer to each other, and another model is coming
+            after = _compare(teacher_model, open_checkpoint(partial), held_out, settings)
+            _check_closer(before, after)
+            found = _measured_record(record, before, after, num_held_out=len(held_out))
+            _carry_over(directory, plan, found, windows, partial)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return found.model_dump()
+
+
+def _check_unfinished(unfinished: Path, *, force: bool, resume: bool) -> None:
+    """Refuses what is not an interrupted healing that may be gone on with or replaced."""
     check_unfinished(unfinished, f"{_INPUTS_FILE}*")
     if unfinished.exists() and not (resume or force):
         raise interrupted(unfinished, "healing")
-    _check_settings(settings)
-    source, teacher = open_checkpoint(directory), open_checkpoint(teacher_directory)
-    _check_pair(source, teacher)
-    if settings.lora_rank is not None and settings.lora_rank > source.config["hidden_size"]:
-        raise SenteiError(
-            f"--lora-rank {settings.lora_rank} exceeds the model's hidden_size, {source.config['hidden_size']}.",
-            "Give a lower one, or --full, which trains all weights.",
-        )
-    for each in (source, teacher):
-        check_window(each.directory, each.config, settings.seq_len)
-    plan = load_plan(directory)
-    tokenizer = load_tokenizer(directory)
-    windows = load_mixture(
+
+
+def _load_windows(source: Checkpoint, settings: HealSettings) -> TokenWindows:
+    """The text to learn from, and some more to hold out."""
+    tokenizer = load_tokenizer(source.directory)
+    return load_mixture(
         settings.data,
         tokenizer,
         num_samples=settings.steps * settings.batch_size + _MOST_HELD_OUT,
@@ -153,40 +172,30 @@ def heal(
         bos=bos_of(source.family, tokenizer),
         fewer_will_do=True,
     )
-    learnt, held_out = _split(windows)
-    record = _record(teacher, windows, settings)
-    with _unfinished(unfinished, {"student": source.fingerprint, **record}, resume=resume):
-        teacher_model = load_model(teacher, dtype=settings.dtype, device=settings.device)
-        before = _compare(teacher_model, source, held_out, settings)
-        with progress("Healing", settings.steps) as advance:
-            training = Training(
-                steps=settings.steps,
-                batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
-                lora_rank=settings.lora_rank,
-                seed=settings.seed,
-                device=settings.device,
-                dtype=settings.dtype,
-            )
-            student = distill(teacher_model, source, learnt, training, unfinished, on_step=advance)
-        with new_directory(out, force=force) as partial:
-            _write_weights(source, student, partial, progress)
-            del student
-            gc.collect()  # models and what trained them refer to each other, and another model is coming
-            after = _compare(teacher_model, open_checkpoint(partial), held_out, settings)
-            _check_closer(before, after)
-            found = HealingRecord(
-                **record,
-                num_held_out=len(held_out),
-                perplexity_original=after.perplexity_original,
-                perplexity_before=before.perplexity,
-                perplexity_after=after.perplexity,
-                divergence_before=before.divergence,
-                divergence_after=after.divergence,
-            )
-            _carry_over(directory, plan, found, windows, partial)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return found.model_dump()
+
+
+def _train(
+    teacher: PreTrainedModel,
+    source: Checkpoint,
+    windows: torch.Tensor,
+    settings: HealSettings,
+    unfinished: Path,
+    progress: Progress,
+) -> "Student":
+    """Trains, or goes on; Trainer's checkpoints are in ``unfinished``."""
+    from toolchain.heal.distillation import Training, distill
+
+    training = Training(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lora_rank=settings.lora_rank,
+        seed=settings.seed,
+        device=settings.device,
+        dtype=settings.dtype,
+    )
+    with progress("Healing", settings.steps) as advance:
+        return distill(teacher, source, windows, training, unfinished, on_step=advance)
 
 
 @contextmanager
@@ -250,13 +259,20 @@ def _check_settings(settings: HealSettings) -> None:
         )
 
 
-def _check_pair(source: Checkpoint, teacher: Checkpoint) -> None:
-    """Checks that one can learn from the other: same tokens, same places in the logits."""
+def _check_pair(source: Checkpoint, teacher: Checkpoint, settings: HealSettings) -> None:
+    """Checks that one can learn from the other, as asked: same tokens, same places in the logits, enough context."""
     if not source.is_pruned:
         raise SenteiError(f"{source.directory} is not pruned: there is nothing to heal.")
     if source.directory.resolve() == teacher.directory.resolve():
         raise SenteiError(f"{source.directory} cannot learn from itself.", "Give the original model with --against.")
     check_same_vocabulary(source, teacher)
+    if settings.lora_rank is not None and settings.lora_rank > source.config["hidden_size"]:
+        raise SenteiError(
+            f"--lora-rank {settings.lora_rank} exceeds the model's hidden_size, {source.config['hidden_size']}.",
+            "Give a lower one, or --full, which trains all weights.",
+        )
+    for each in (source, teacher):
+        check_window(each.directory, each.config, settings.seq_len)
 
 
 def _split(windows: TokenWindows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -314,6 +330,21 @@ def _compare(
         losses.append([*(float(cross_entropy(each, window[0, 1:])) for each in both), float(divergence(*both))])
     original, own, kl = (fmean(each) for each in zip(*losses, strict=True))
     return _Comparison(perplexity_original=perplexity_of(original), perplexity=perplexity_of(own), divergence=kl)
+
+
+def _measured_record(
+    record: dict[str, Any], before: _Comparison, after: _Comparison, *, num_held_out: int
+) -> HealingRecord:
+    """The record that a healing ends with: what it began with, and what it changed."""
+    return HealingRecord(
+        **record,
+        num_held_out=num_held_out,
+        perplexity_original=after.perplexity_original,
+        perplexity_before=before.perplexity,
+        perplexity_after=after.perplexity,
+        divergence_before=before.divergence,
+        divergence_after=after.divergence,
+    )
 
 
 def _check_closer(before: _Comparison, after: _Comparison) -> None:

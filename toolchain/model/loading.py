@@ -22,7 +22,7 @@ from transformers import (
 
 from toolchain.architecture.families import Family
 from toolchain.architecture.layout import LayerLayout, check_dimensions, read_layout
-from toolchain.checkpoint.directory import Checkpoint, open_checkpoint
+from toolchain.checkpoint.directory import Checkpoint, opened
 from toolchain.errors import SenteiError, is_out_of_memory, reason_of
 from toolchain.json_files import read_json_object
 
@@ -89,8 +89,7 @@ def load_model(
     Raises:
         SenteiError: The directory is not a good checkpoint, or tensors are missing or left over.
     """
-    if isinstance(checkpoint, Path):
-        checkpoint = open_checkpoint(checkpoint)
+    checkpoint = opened(checkpoint)
     check_complete(checkpoint)
     model_class = transformers_class(checkpoint.family)
     if checkpoint.is_pruned:

@@ -198,12 +198,12 @@ def write_planned(
         pruned = open_checkpoint(partial)
         measured = None
         if computing is not None and (metric is not None or refitted):
-            judge, planned = _planned_perplexity(checkpoint, plan, computing, metric, refitted=bool(refitted))
+            proof, planned = _planned_perplexity(checkpoint, plan, computing, metric, refitted=bool(refitted))
             walk = computing.open(pruned)
-            perplexity = measure(walk, judge)
+            perplexity = measure(walk, proof)
             _check_as_planned(plan, perplexity, planned)
             if metric is not None:
-                measured = perplexity if metric is judge else measure(walk, metric)
+                measured = perplexity if metric is proof else measure(walk, metric)
         summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
         write_text(partial / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         write_text(partial / "README.md", model_card(plan, summary))
@@ -251,20 +251,20 @@ def _compensate(
 def _planned_perplexity(
     checkpoint: Checkpoint, plan: PruningPlan, computing: Computing, metric: Metric | None, *, refitted: bool
 ) -> tuple[Metric, float | None]:
-    """By what the written checkpoint is judged, and what it should be.
+    """The metric that proves the written checkpoint, and the value it should have.
 
     Always perplexity: an accuracy jumps by a whole question where sums are rounded in another order, and a person's
     function may draw at random.
     """
     if isinstance(metric, PerplexityMetric) and not refitted:
         return metric, plan.document.metric_at_end
-    judge = PerplexityMetric(computing.windows[:1])
+    proof = PerplexityMetric(computing.windows[:1])
     if refitted:
         assert plan.document.compensation is not None
-        return judge, plan.document.compensation.perplexity
+        return proof, plan.document.compensation.perplexity
     walk = computing.open(checkpoint)
     remove_planned(walk, plan)
-    return judge, measure(walk, judge)
+    return proof, measure(walk, proof)
 
 
 def _check_as_planned(plan: PruningPlan, measured: float, planned: float | None) -> None:

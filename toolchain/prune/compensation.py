@@ -9,7 +9,7 @@ and SlimGPT's idea too (arXiv 2312.11983, 2412.18110); the target here is the re
 ``docs/decisions/compensation.md``.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,74 +89,130 @@ def compensate(
     """
     if len(windows) < 2:
         raise SenteiError("Compensation needs at least 2 calibration windows.", "Raise --samples.")
-    family, factor = original.family, _residual_factor(original)
+    pair = _Pair(original=original, pruned=pruned, factor=_residual_factor(original), dtypes=dtypes)
     tensors: dict[str, TensorInfo] = {}
     records: list[RefitRecord] = []
-    before, after = original.embed(windows), pruned.embed(windows)
     held_out = torch.tensor([_is_held_out(number, len(windows)) for number in range(len(windows))])
-    # What the held-out windows become in the pruned model as it came.
-    plain = after[held_out]
-    # Each projection, and the half of the layer that is left out while it is looked at.
-    parts: tuple[tuple[str, Part], ...] = ((family.attention_output, "ffn"), (family.ffn_output, "attention"))
+    before, after = original.embed(windows), pruned.embed(windows)
+    states = _States(before=before, after=after, plain=after[held_out])
+    del before, after
     for index in range(len(original.layers)):
-        with original.layers.layer(index) as module:
-            says, states = _run_original(original, module, index, before, factor)
-        refitted: dict[str, torch.Tensor] = {}
-        with pruned.layers.layer(index) as module:
-            plain = pruned.run(module, index, plain)
-            for name, other in parts:
-                projection = _projection(module, name)
-                if projection is None:
-                    continue
-                seen = [_run_part(pruned, module, index, row, name, without=other) for row in after.split(1)]
-                wanted = _wanted(says[name], states[name], seen, factor, family)
-                moments = _moments(projection, seen, wanted)
-                if not all(bool(torch.isfinite(each.energy)) for each in moments):
-                    raise not_finite(f"Layer {index}: activations hold NaN or Inf", pruned.model, pruned.model.dtype)
-                full_name = f"{family.layers}.{index}.{name}.weight"
-                result = refit(projection.weight, *moments, dtypes[full_name])
-                if result.weight is not None:
-                    refitted[full_name] = result.weight
-                    projection.weight = nn.Parameter(result.weight.to(projection.weight), requires_grad=False)
-                    records.append(
-                        RefitRecord(
-                            layer=index,
-                            projection=name,
-                            ridge=result.ridge,
-                            error_before=result.error_before,
-                            error_after=result.error_after,
-                        )
-                    )
-                if family.norms_outputs:
-                    after = torch.cat([pruned.run_without([other], module, index, row) for row in after.split(1)])
-                else:
-                    # What running it again would say.
-                    after = torch.cat([each.state + factor * (projection(each.inputs) - each.says) for each in seen])
-                del seen, wanted, moments
-        before = states[family.ffn_output]
-        # All that is left of a layer before the next one fills its place.
-        del says, states
-        if refitted:
+        if refitted := _refit_layer(pair, index, states, records):
             tensors |= _saved(refitted, directory / f"layer-{index}.safetensors")
         on_layer()
-    judge = PerplexityMetric(windows[held_out])
-    perplexity_before = finite(judge(pruned, plain), "perplexity", pruned)
-    norm = f"{family.final_norm}.weight"
-    norm_factor = _final_norm_factor(original, pruned, before, after)
+    perplexity_of_held_out = PerplexityMetric(windows[held_out])
+    perplexity_before = finite(perplexity_of_held_out(pruned, states.plain), "perplexity", pruned)
+    norm_factor = _final_norm_factor(original, pruned, states.before, states.after)
     if norm_factor != 1:
-        old, offset = pruned.final_norm.get_parameter("weight"), family.norm_offset
-        scaled = (norm_factor * (old.double() + offset) - offset).to(dtypes[norm])
-        pruned.final_norm.weight = nn.Parameter(scaled.to(old), requires_grad=False)
-        tensors |= _saved({norm: scaled}, directory / "final-norm.safetensors")
-    perplexity = PerplexityMetric(windows[:1])(pruned, after[:1])
+        tensors |= _saved(_scale_final_norm(pair, norm_factor), directory / "final-norm.safetensors")
+    perplexity = PerplexityMetric(windows[:1])(pruned, states.after[:1])
     return Compensated(
         tensors=tensors,
         records=records,
         final_norm_factor=norm_factor,
         perplexity=finite(perplexity, "perplexity", pruned),
         held_out_perplexity_before=perplexity_before,
-        held_out_perplexity_after=finite(judge(pruned, after[held_out]), "perplexity", pruned),
+        held_out_perplexity_after=finite(perplexity_of_held_out(pruned, states.after[held_out]), "perplexity", pruned),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """The two models that run side by side.
+
+    Attributes:
+        original: The unpruned model.
+        pruned: The same with its FFNs narrowed and attentions removed.
+        factor: See :func:`_residual_factor`.
+        dtypes: Stored dtype of every weight, by name in the checkpoint.
+    """
+
+    original: LayerWalk
+    pruned: LayerWalk
+    factor: float
+    dtypes: Mapping[str, torch.dtype]
+
+
+@dataclass(kw_only=True)
+class _States:
+    """What enters the next layer, ``[num_samples, seq_len, hidden_size]`` each.
+
+    Attributes:
+        before: In the original.
+        after: In the pruned model as it is re-fitted.
+        plain: In the pruned model as it came; held-out windows alone.
+    """
+
+    before: torch.Tensor
+    after: torch.Tensor
+    plain: torch.Tensor
+
+
+def _refit_layer(pair: _Pair, index: int, states: _States, records: list[RefitRecord]) -> dict[str, torch.Tensor]:
+    """Runs both models through one layer and re-fits the output projections that the pruned one has left.
+
+    Args:
+        pair: Both models.
+        index: The layer.
+        states: What enters it; afterwards, what leaves it.
+        records: Gets one for each re-fitted projection.
+
+    Returns:
+        The re-fitted weights by name in the checkpoint.
+    """
+    original, pruned, family = pair.original, pair.pruned, pair.original.family
+    # Each projection, and the half of the layer that is left out while it is looked at.
+    parts: tuple[tuple[str, Part], ...] = ((family.attention_output, "ffn"), (family.ffn_output, "attention"))
+    with original.layers.layer(index) as module:
+        says, behind = _run_original(original, module, index, states.before, pair.factor)
+    refitted: dict[str, torch.Tensor] = {}
+    with pruned.layers.layer(index) as module:
+        states.plain = pruned.run(module, index, states.plain)
+        for name, other in parts:
+            projection = _projection(module, name)
+            if projection is None:
+                continue
+            seen = [_run_part(pruned, module, index, row, name, without=other) for row in states.after.split(1)]
+            wanted = _wanted(says[name], behind[name], seen, pair.factor, family)
+            moments = _moments(projection, seen, wanted)
+            if not all(bool(torch.isfinite(each.energy)) for each in moments):
+                raise not_finite(f"Layer {index}: activations hold NaN or Inf", pruned.model, pruned.model.dtype)
+            full_name = f"{family.layers}.{index}.{name}.weight"
+            result = refit(projection.weight, *moments, pair.dtypes[full_name])
+            if result.weight is not None:
+                refitted[full_name] = result.weight
+                projection.weight = nn.Parameter(result.weight.to(projection.weight), requires_grad=False)
+                records.append(_record(index, name, result))
+            if family.norms_outputs:
+                left = [pruned.run_without([other], module, index, row) for row in states.after.split(1)]
+            else:
+                # What running it again would say.
+                left = [each.state + pair.factor * (projection(each.inputs) - each.says) for each in seen]
+            states.after = torch.cat(left)
+            del seen, wanted, moments, left
+    states.before = behind[family.ffn_output]
+    return refitted
+
+
+def _record(layer: int, projection: str, result: "Refit") -> RefitRecord:
+    """A re-fitted projection for the plan."""
+    return RefitRecord(
+        layer=layer,
+        projection=projection,
+        ridge=result.ridge,
+        error_before=result.error_before,
+        error_after=result.error_after,
+    )
+
+
+def _scale_final_norm(pair: _Pair, norm_factor: float) -> dict[str, torch.Tensor]:
+    """Multiplies what the pruned model's norm before the head gives out; returns its weight as it is stored."""
+    family, final_norm = pair.original.family, pair.pruned.final_norm
+    name = f"{family.final_norm}.weight"
+    old, offset = final_norm.get_parameter("weight"), family.norm_offset
+    scaled = (norm_factor * (old.double() + offset) - offset).to(pair.dtypes[name])
+    final_norm.weight = nn.Parameter(scaled.to(old), requires_grad=False)
+    return {name: scaled}
 
 
 def _saved(weights: dict[str, torch.Tensor], file: Path) -> dict[str, TensorInfo]:

@@ -1,7 +1,8 @@
 """The main job: measure → plan → checkpoint."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,13 +12,12 @@ import torch
 import transformers
 
 from toolchain.architecture.context_length import check_window
-from toolchain.checkpoint.directory import Checkpoint, dtype_name, open_checkpoint
+from toolchain.checkpoint.directory import Checkpoint, dtype_name, opened
 from toolchain.checkpoint.tensor_parallel import width_unit
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.metrics.choose import choose_metric, question_file
 from toolchain.metrics.function import FunctionMetric
 from toolchain.metrics.token_metrics import Metric
-from toolchain.model.disk_layers import open_walk
 from toolchain.model.loading import bos_of, load_tokenizer
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
 from toolchain.plan.document import (
@@ -31,24 +31,21 @@ from toolchain.plan.document import (
 from toolchain.plan.plan import PruningPlan
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.apply import Computing, write_planned
-from toolchain.prune.block_methods.run import BLOCK_METHODS, EVOPRESS, num_blocks_to_remove, remove_blocks
+from toolchain.prune.block_methods.run import num_blocks_to_remove, remove_blocks
 from toolchain.prune.budget.allocation import (
     Allocation,
     Protected,
     allocate,
     alpha_of,
     block_parameters,
-    reachable_removals,
+    reachable_allocations,
 )
 from toolchain.prune.budget.limits import LimitSettings, limit_asked
+from toolchain.prune.methods import METHODS, MethodName, PruningMethod
 from toolchain.prune.search.two_stage import Search
 from toolchain.prune.unfinished import SearchState, search_directory
 from toolchain.text.sources import TextSource, local_paths
 from toolchain.text.windows import TokenWindows, load_mixture
-
-METHOD = "2ssp"
-# What pruning adds to the published method, unless a method is named.
-IMPROVEMENTS: Mapping[str, Any] = {"widths": "ranked", "compensate": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +54,8 @@ class PruneSettings:
 
     Attributes:
         sparsity: Fraction of decoder-block parameters to remove.
-        method: ``2ssp``, or one of :data:`toolchain.prune.block_methods.run.BLOCK_METHODS`, which know no other setting
-            than ``evopress_budget``, calibration and computing.
+        method: One of :class:`toolchain.prune.methods.MethodName`. Those that remove blocks know no other setting than
+            ``evopress_budget``, calibration and computing.
         calibration: Texts and their weights; none for the embedded text.
         num_samples: Calibration windows; stage 2 uses the first of each text.
         seq_len: Tokens a window.
@@ -90,7 +87,7 @@ class PruneSettings:
     device: str
     dtype: torch.dtype
     seed: int
-    method: str = METHOD
+    method: str = MethodName.two_ssp.value
     allocation: str = "formula"
     widths: str = "uniform"
     protected: Protected = field(default_factory=Protected)
@@ -104,6 +101,11 @@ class PruneSettings:
     offload: bool = False
 
     @property
+    def of_method(self) -> PruningMethod:
+        """The method's line in the table."""
+        return METHODS[self.method]
+
+    @property
     def input_files(self) -> list[Path]:
         """Files and directories that texts and questions are read from."""
         asked = [question_file(name) for name in (self.metric, self.limit_metric) if name]
@@ -112,19 +114,38 @@ class PruneSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A checked command with its text loaded, and no weights yet."""
+    """A checked command with its text loaded, and no weights yet.
+
+    Attributes:
+        checkpoint: The unpruned model.
+        settings: As the plan records them.
+        allocations: See :func:`possible_allocations`.
+        windows: Calibration.
+        metric: Decides what is removed.
+        limit_metric: What the limit looks at, if that is another metric.
+        blank: The plan that the search begins with.
+    """
 
     checkpoint: Checkpoint
     settings: PruneSettings
+    allocations: Sequence[Allocation]
     windows: TokenWindows
     metric: Metric
     limit_metric: Metric | None
     blank: PlanDocument
 
+    @property
+    def computing(self) -> Computing:
+        """What running the model takes."""
+        settings = self.settings
+        return Computing(
+            windows=self.windows.ids, dtype=settings.dtype, device=settings.device, offload=settings.offload
+        )
+
 
 @writes_directory
 def prune(
-    model_directory: Path,
+    model: Path | Checkpoint,
     out: Path,
     settings: PruneSettings,
     *,
@@ -140,7 +161,7 @@ def prune(
     resumed.
 
     Args:
-        model_directory: The unpruned model.
+        model: The unpruned model: its directory, or opened already.
         out: The directory to create.
         settings: See :class:`PruneSettings`.
         model_name: What plan and model card call the original.
@@ -157,53 +178,61 @@ def prune(
             nothing. Or the written checkpoint does not compute what was planned; it was deleted.
     """
     started = time.monotonic()
-    check_output_directory(out, force=force, inputs=[model_directory, *settings.input_files])
+    check_output_directory(out, force=force, inputs=[directory_of(model), *settings.input_files])
     state = SearchState(search_directory(out))
     state.check_ours()
     if not (resume or force):
         state.check_free()
-    job = prepare(model_directory, settings, model_name)
+    job = prepare(model, settings, model_name)
     plan = state.load(job.blank) if resume else None
+    with _kept_if_worth_it(state):
+        plan = run_search(job, plan, state, progress)
+        _check_something_goes(plan, out, force=force)
+        return write_planned(
+            job.checkpoint, plan, out, job.computing, job.metric, started, force=force, progress=progress
+        )
+
+
+@contextmanager
+def _kept_if_worth_it(state: SearchState) -> Iterator[None]:
+    """Forgets an interrupted search when it succeeds, and when it fails before its first slow step."""
     try:
-        plan = search(job, plan, state, progress)
-        if len(plan.steps) == 1 and plan.document.stopped_because:
-            with new_directory(out, force=force) as partial:
-                plan.save(partial)
-            raise CheckFailedError(
-                f"Nothing was removed: {plan.document.stopped_because}.",
-                f"{out} holds what was measured; allow more, or search by another metric.",
-            )
-        computing = Computing(
-            windows=job.windows.ids, dtype=settings.dtype, device=settings.device, offload=settings.offload
-        )
-        summary = write_planned(
-            job.checkpoint, plan, out, computing, job.metric, started, force=force, progress=progress
-        )
+        yield
     except SenteiError:
         if not state.worth_keeping:
             state.remove()
         raise
     state.remove()
-    return summary
 
 
-def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> Job:
+def _check_something_goes(plan: PruningPlan, out: Path, *, force: bool) -> None:
+    """Refuses a plan whose limit does not allow the first step; ``out`` then holds the plan alone."""
+    if len(plan.steps) > 1 or not plan.document.stopped_because:
+        return
+    with new_directory(out, force=force) as partial:
+        plan.save(partial)
+    raise CheckFailedError(
+        f"Nothing was removed: {plan.document.stopped_because}.",
+        f"{out} holds what was measured; allow more, or search by another metric.",
+    )
+
+
+def directory_of(model: Path | Checkpoint) -> Path:
+    """Where a model lies, opened or not."""
+    return model.directory if isinstance(model, Checkpoint) else model
+
+
+def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str) -> Job:
     """Checks what was asked for, and loads the text; see :func:`prune`.
 
     Raises:
         SenteiError: Bad input.
     """
-    checkpoint = open_checkpoint(model_directory)
-    check_window(model_directory, checkpoint.config, settings.seq_len)
-    allocation = allocation_of(checkpoint, settings)
-    if allocation is None:
-        search_kind = settings.evopress_budget if settings.method == EVOPRESS else "exact"
-        settings = replace(settings, align=1, allocation=settings.method, widths="whole", search=search_kind)
-    else:
-        # From here on, and in the plan, only the multiple itself counts.
-        unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
-        settings = replace(settings, align=unit, tensor_parallel=1)
-    tokenizer = load_tokenizer(model_directory)
+    checkpoint = opened(model)
+    check_window(checkpoint.directory, checkpoint.config, settings.seq_len)
+    allocations = possible_allocations(checkpoint, settings)
+    settings = _as_recorded(checkpoint, settings)
+    tokenizer = load_tokenizer(checkpoint.directory)
     bos = bos_of(checkpoint.family, tokenizer)
     windows = load_mixture(
         settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len, bos=bos
@@ -215,37 +244,53 @@ def prepare(model_directory: Path, settings: PruneSettings, model_name: str) -> 
             raise SenteiError("--limit-metric needs a limit.", "Add --max-degradation, --max-metric or --min-metric.")
         limit_metric = choose_metric(str(settings.limit_metric), windows.first_of_each, tokenizer, bos=bos)
     _check_combination(settings, metric, limit_metric)
-    blank = _blank_plan(checkpoint, settings, allocation, windows, metric, model_name)
+    blank = _blank_plan(checkpoint, settings, allocations, windows, metric, model_name)
     blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric)})
     return Job(
-        checkpoint=checkpoint, settings=settings, windows=windows, metric=metric, limit_metric=limit_metric, blank=blank
-    )
+        checkpoint=checkpoint, settings=settings, allocations=allocations, windows=windows, metric=metric,
+        limit_metric=limit_metric, blank=blank,
+    )  # fmt: skip
 
 
-def allocation_of(checkpoint: Checkpoint, settings: PruneSettings) -> Allocation | None:
-    """How 2SSP would split the target; ``None`` for a method that removes whole blocks.
+def possible_allocations(checkpoint: Checkpoint, settings: PruneSettings) -> list[Allocation]:
+    """The ways to split the target: one, or several that measured damage will choose from.
+
+    A method that removes whole blocks has none, and is checked all the same.
 
     Raises:
         SenteiError: The method cannot reach the target.
     """
     sizes = block_parameters(checkpoint)
-    if settings.method in BLOCK_METHODS:
+    if settings.of_method.removes_blocks:
         num_blocks_to_remove(sizes.num_hidden_layers, settings.sparsity)
-        return None
+        return []
     align = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
-    removals = settings.attention_removals
     if settings.allocation == "auto":
-        # Damage will choose one of these; with none of them, the formula's number says what is in the way.
-        possible = reachable_removals(sizes, settings.sparsity, align=align, protected=settings.protected)
-        removals = possible[0] if possible else None
-    return allocate(
-        sizes,
-        settings.sparsity,
-        align=align,
-        alpha=alpha_of(settings.widths),
-        attention_removals=removals,
-        protected=settings.protected,
-    )
+        possible = reachable_allocations(sizes, settings.sparsity, align=align, protected=settings.protected)
+        if possible:
+            return possible
+    # Where no number of removals will do, the formula's says what is in the way.
+    asked = settings.attention_removals if settings.allocation != "auto" else None
+    return [
+        allocate(
+            sizes,
+            settings.sparsity,
+            align=align,
+            alpha=alpha_of(settings.widths),
+            attention_removals=asked,
+            protected=settings.protected,
+        )
+    ]
+
+
+def _as_recorded(checkpoint: Checkpoint, settings: PruneSettings) -> PruneSettings:
+    """The settings as a plan records them."""
+    if settings.of_method.removes_blocks:
+        search_kind = settings.evopress_budget if settings.of_method.has_budget else "exact"
+        return replace(settings, align=1, allocation=settings.method, widths="whole", search=search_kind)
+    # From here on, and in the plan, only the multiple itself counts.
+    unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
+    return replace(settings, align=unit, tensor_parallel=1)
 
 
 def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None:
@@ -262,13 +307,15 @@ def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None
 def _blank_plan(
     checkpoint: Checkpoint,
     settings: PruneSettings,
-    allocation: Allocation | None,
+    allocations: Sequence[Allocation],
     windows: TokenWindows,
     metric: Metric,
     model_name: str,
 ) -> PlanDocument:
     """The plan a search begins with: where it comes from and where it wants to go."""
-    published = allocation if settings.allocation == "formula" and settings.widths == "uniform" else None
+    published = None
+    if settings.allocation == "formula" and settings.widths == "uniform":
+        [published] = allocations
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
         sentei_version=version("sentei"),
@@ -314,22 +361,22 @@ def _blank_plan(
     )
 
 
-def search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Progress) -> PruningPlan:
+def run_search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Progress) -> PruningPlan:
     """Loads the model and searches, from the beginning or from ``plan``, saving each step in ``state``.
 
     Raises:
         SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
     """
     transformers.set_seed(job.settings.seed)
-    settings = job.settings
     running = Search(
-        walk=open_walk(job.checkpoint, dtype=settings.dtype, device=settings.device, offload=settings.offload),
+        walk=job.computing.open(job.checkpoint),
         sizes=block_parameters(job.checkpoint),
         windows=job.windows.ids,
         metric=job.metric,
+        allocations=job.allocations,
         limit_metric=job.limit_metric,
         save=state.save,
         progress=progress,
     )
     plan = replace(plan or running.begin(job.blank), text_hashes={"calibration": job.windows.passage_hashes})
-    return remove_blocks(running, plan) if settings.method in BLOCK_METHODS else running.finish(plan)
+    return remove_blocks(running, plan) if job.settings.of_method.removes_blocks else running.finish(plan)

@@ -7,19 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from toolchain.checkpoint.directory import Checkpoint, opened
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
 from toolchain.plan.document import PlanDocument
 from toolchain.plan.plan import PLAN_FILE, SWEEP_FILE, PruningPlan
 from toolchain.progress import Progress, no_progress
-from toolchain.prune.pipeline import PruneSettings, prepare, search
+from toolchain.prune.pipeline import Job, PruneSettings, directory_of, prepare, run_search
 from toolchain.prune.unfinished import SearchState, search_directory
 from toolchain.resuming import interrupted
 
 
 @writes_directory
 def sweep(
-    model_directory: Path,
+    model: Path | Checkpoint,
     out: Path,
     settings: PruneSettings,
     sparsities: Sequence[float],
@@ -32,7 +33,7 @@ def sweep(
     """Searches for several sparsities and writes their plans, not the models; the statistics are shared.
 
     Args:
-        model_directory: The unpruned model.
+        model: The unpruned model: its directory, or opened already.
         out: The directory to create: one directory a plan, named by its sparsity, and ``sweep.json``.
         settings: For all of them; its own sparsity is not used.
         sparsities: Targets.
@@ -48,10 +49,25 @@ def sweep(
         SenteiError: Bad input; nothing was written, unless an attention was removed already, as in
             :func:`toolchain.prune.pipeline.prune`.
     """
-    check_output_directory(out, force=force, inputs=[model_directory, *settings.input_files])
+    check_output_directory(out, force=force, inputs=[directory_of(model), *settings.input_files])
     unfinished = search_directory(out)
+    _check_unfinished(unfinished, force=force, resume=resume)
+    checkpoint = opened(model)
+    jobs = [prepare(checkpoint, replace(settings, sparsity=sparsity), model_name) for sparsity in sparsities]
+    plans = _search_all(jobs, unfinished, resume=resume, progress=progress)
+    result = _sweep_summary(plans)
+    with new_directory(out, force=force) as partial:
+        for plan, entry in zip(plans, result["plans"], strict=True):
+            (partial / entry["directory"]).mkdir()
+            plan.save(partial / entry["directory"])
+        write_text(partial / SWEEP_FILE, json.dumps(result, indent=2) + "\n")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return result
+
+
+def _check_unfinished(unfinished: Path, *, force: bool, resume: bool) -> None:
+    """Refuses what is not an interrupted sweep that may be gone on with or replaced; removes what is replaced."""
     SearchState(unfinished).check_ours()
-    states = {sparsity: SearchState(unfinished / f"{sparsity:g}") for sparsity in sparsities}
     if unfinished.exists() and not resume:
         if not force:
             raise interrupted(unfinished, "search")
@@ -61,26 +77,23 @@ def sweep(
             f"{unfinished} holds an interrupted search for one sparsity.",
             "Resume that search, or use --force to start over.",
         )
-    jobs = [prepare(model_directory, replace(settings, sparsity=sparsity), model_name) for sparsity in sparsities]
+
+
+def _search_all(jobs: Sequence[Job], unfinished: Path, *, resume: bool, progress: Progress) -> list[PruningPlan]:
+    """Searches one job after another; each begins with what the first one measured."""
+    states = [SearchState(unfinished / f"{job.settings.sparsity:g}") for job in jobs]
     plans: list[PruningPlan] = []
     try:
-        for job, state in zip(jobs, states.values(), strict=True):
+        for job, state in zip(jobs, states, strict=True):
             plan = state.load(job.blank) if resume else None
             if plan is None and plans:
                 plan = _same_start(job.blank, plans[0])
-            plans.append(search(job, plan, state, progress))
+            plans.append(run_search(job, plan, state, progress))
     except SenteiError:
-        if not any(state.worth_keeping for state in states.values()):
+        if not any(state.worth_keeping for state in states):
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    result = _sweep_summary(plans)
-    with new_directory(out, force=force) as partial:
-        for plan, entry in zip(plans, result["plans"], strict=True):
-            (partial / entry["directory"]).mkdir()
-            plan.save(partial / entry["directory"])
-        write_text(partial / SWEEP_FILE, json.dumps(result, indent=2) + "\n")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return result
+    return plans
 
 
 def _same_start(blank: PlanDocument, other: PruningPlan) -> PruningPlan:

@@ -183,7 +183,7 @@ def test_one_sensitive_token_does_not_decide(demo_model):
 
 
 def test_nan_fails():
-    assert not module.judge(float("nan"), 1.0)["passed"]
+    assert not module.check_limit(float("nan"), 1.0)["passed"]
 
 
 def test_engines_that_do_not_fit(pico_model, tmp_path):

@@ -8,8 +8,8 @@ import pytest
 from tests.command_line import refused, sentei
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.evaluate import method_comparison
-from toolchain.evaluate.method_comparison import METHODS
 from toolchain.plan.plan import load_plan
+from toolchain.prune.methods import METHODS
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The field's methods that remove whole attentions and FFNs, each from a model and a budget to a plan's steps."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -12,11 +12,10 @@ from toolchain.plan.document import BlockStep
 from toolchain.plan.plan import PruningPlan
 from toolchain.prune.block_methods import blockpruner, evopress, shortgpt, sliding_window
 from toolchain.prune.budget.allocation import BlockParameters
+from toolchain.prune.methods import MethodName
 from toolchain.prune.search.candidates import last_states
 from toolchain.prune.search.two_stage import Search
 
-SHORTGPT, SLIDING_WINDOW, BLOCKPRUNER, EVOPRESS = "shortgpt", "sliding-window", "blockpruner", "evopress"
-BLOCK_METHODS = (SHORTGPT, SLIDING_WINDOW, BLOCKPRUNER, EVOPRESS)
 # Far below one block, far above the rounding of a product.
 _SLACK = 1e-9
 
@@ -55,10 +54,7 @@ def remove_blocks(search: Search, plan: PruningPlan) -> PruningPlan:
     Raises:
         SenteiError: A score is NaN or Inf.
     """
-    methods = {
-        SHORTGPT: _shortgpt, SLIDING_WINDOW: _sliding_window, BLOCKPRUNER: _blockpruner, EVOPRESS: _evopress
-    }  # fmt: skip
-    return methods[plan.document.method](search, plan)
+    return _SEARCHES[plan.document.method](search, plan)
 
 
 def _shortgpt(search: Search, plan: PruningPlan) -> PruningPlan:
@@ -203,3 +199,11 @@ def _removed(plan: PruningPlan) -> frozenset[SubBlock]:
 def _perplexity(search: Search) -> PerplexityMetric:
     assert isinstance(search.metric, PerplexityMetric)
     return search.metric
+
+
+_SEARCHES: Mapping[str, Callable[[Search, PruningPlan], PruningPlan]] = {
+    MethodName.shortgpt: _shortgpt,
+    MethodName.sliding_window: _sliding_window,
+    MethodName.blockpruner: _blockpruner,
+    MethodName.evopress: _evopress,
+}

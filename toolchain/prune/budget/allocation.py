@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from toolchain.checkpoint.directory import Checkpoint
 from toolchain.errors import SenteiError
-from toolchain.plan.document import ProtectedRecord
 
 ALPHA = 1.5
 # Ranked widths cost less than even ones, so more of the budget is theirs: docs/decisions/allocation.md.
@@ -106,11 +105,6 @@ class Protected:
     attention: frozenset[int] = frozenset()
     ffn: frozenset[int] = frozenset()
 
-    @classmethod
-    def of(cls, record: ProtectedRecord) -> "Protected":
-        """As a plan records it."""
-        return cls(attention=frozenset(record.attention), ffn=frozenset(record.ffn))
-
 
 def parse_protected(specs: Sequence[str]) -> Protected:
     """Reads ``attention:0,1`` and ``ffn:29``.
@@ -155,13 +149,8 @@ def allocate(
         SenteiError: Arguments out of range, or the target cannot be reached; says the highest that can.
     """
     _check_protected(sizes, protected)
-    if not 0 < sparsity < 1:
-        raise SenteiError(f"--sparsity {sparsity:g} is outside (0, 1).")
-    if not 1 <= align <= sizes.intermediate_size:
-        raise SenteiError(f"--align {align} is not from 1 to the FFN width, {sizes.intermediate_size}.")
+    _check_ranges(sizes, sparsity, align, attention_removals)
     layers = sizes.num_hidden_layers
-    if attention_removals is not None and not 0 <= attention_removals <= layers:
-        raise SenteiError(f"--attention-removals {attention_removals} is not from 0 to the number of layers, {layers}.")
     removals = num_attention_removals(sizes, sparsity, alpha) if attention_removals is None else attention_removals
     if removals > layers - len(protected.attention):
         raise SenteiError(
@@ -171,21 +160,12 @@ def allocate(
     # The published widths leave norms out of the count; aligned ones count what the checkpoint really loses.
     from_attention = removals * (sizes.attention + (sizes.attention_norm if align > 1 else 0))
     from_ffn = sparsity * sizes.total - from_attention
-    if from_ffn < 0:
-        raise SenteiError(
-            f"Removing {removals} attentions alone exceeds --sparsity {sparsity:g} "
-            f"(they are {from_attention / sizes.total:.1%} of the decoder blocks).",
-            "Raise --sparsity or lower --attention-removals.",
-        )
     free = layers - len(protected.ffn)
+    if from_ffn < 0:
+        raise _too_many_removals(sizes, sparsity, removals, from_attention)
     highest = (from_attention + free * (sizes.intermediate_size - align) * sizes.neuron) / sizes.total
     if sparsity > highest:
-        raise SenteiError(
-            f"--sparsity {sparsity:g} cannot be reached with {removals} attention removals"
-            + (f", {len(protected.ffn)} protected FFNs" if protected.ffn else "")
-            + f" and FFN widths in multiples of {align}: the highest is {int(highest * 1e4) / 1e4:g}.",
-            "Lower --sparsity or allow more --attention-removals.",
-        )
+        raise _beyond_reach(sparsity, highest, removals, align, num_protected=len(protected.ffn))
     narrowed = iter(
         ()
         if not free
@@ -197,16 +177,15 @@ def allocate(
     return Allocation(num_attention_removals=removals, widths=widths)
 
 
-def reachable_removals(
+def reachable_allocations(
     sizes: BlockParameters, sparsity: float, *, align: int, protected: Protected = Protected()
-) -> list[int]:
-    """Numbers of attention removals with which :func:`allocate` reaches the target."""
-    possible = []
+) -> list[Allocation]:
+    """Every split that reaches the target, ascending by the number of attentions that it removes."""
+    reachable = []
     for number in range(sizes.num_hidden_layers - len(protected.attention) + 1):
         with contextlib.suppress(SenteiError):
-            allocate(sizes, sparsity, align=align, attention_removals=number, protected=protected)
-            possible.append(number)
-    return possible
+            reachable.append(allocate(sizes, sparsity, align=align, attention_removals=number, protected=protected))
+    return reachable
 
 
 def ladder(full: int, widths: Sequence[int], align: int) -> Callable[[int, int], tuple[int, ...]]:
@@ -236,6 +215,33 @@ def _check_protected(sizes: BlockParameters, protected: Protected) -> None:
                 f"--protect {part}:{outside[0]}: there is no such layer.",
                 f"This model has layers 0 to {sizes.num_hidden_layers - 1}.",
             )
+
+
+def _check_ranges(sizes: BlockParameters, sparsity: float, align: int, attention_removals: int | None) -> None:
+    if not 0 < sparsity < 1:
+        raise SenteiError(f"--sparsity {sparsity:g} is outside (0, 1).")
+    if not 1 <= align <= sizes.intermediate_size:
+        raise SenteiError(f"--align {align} is not from 1 to the FFN width, {sizes.intermediate_size}.")
+    layers = sizes.num_hidden_layers
+    if attention_removals is not None and not 0 <= attention_removals <= layers:
+        raise SenteiError(f"--attention-removals {attention_removals} is not from 0 to the number of layers, {layers}.")
+
+
+def _too_many_removals(sizes: BlockParameters, sparsity: float, removals: int, from_attention: int) -> SenteiError:
+    return SenteiError(
+        f"Removing {removals} attentions alone exceeds --sparsity {sparsity:g} "
+        f"(they are {from_attention / sizes.total:.1%} of the decoder blocks).",
+        "Raise --sparsity or lower --attention-removals.",
+    )
+
+
+def _beyond_reach(sparsity: float, highest: float, removals: int, align: int, *, num_protected: int) -> SenteiError:
+    return SenteiError(
+        f"--sparsity {sparsity:g} cannot be reached with {removals} attention removals"
+        + (f", {num_protected} protected FFNs" if num_protected else "")
+        + f" and FFN widths in multiples of {align}: the highest is {int(highest * 1e4) / 1e4:g}.",
+        "Lower --sparsity or allow more --attention-removals.",
+    )
 
 
 def _published_widths(sizes: BlockParameters, parameters: float, layers: int) -> tuple[int, ...]:

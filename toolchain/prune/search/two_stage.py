@@ -16,7 +16,7 @@ from toolchain.model.slicing import KeptNeurons
 from toolchain.plan.document import PlanDocument, Removal, Rung
 from toolchain.plan.plan import PruningPlan, top_neurons
 from toolchain.progress import Progress, no_progress
-from toolchain.prune.budget.allocation import BlockParameters, Protected, allocate, alpha_of, ladder, reachable_removals
+from toolchain.prune.budget.allocation import Allocation, BlockParameters, ladder
 from toolchain.prune.budget.limits import holds, resolve_limit
 from toolchain.prune.budget.ranked_widths import best_split, ranked_widths
 from toolchain.prune.search.attention import Tried, candidate_scores, num_candidates, removals, scores_of_models
@@ -39,6 +39,8 @@ class Search:
         sizes: Of the unpruned model's blocks.
         windows: Calibration, int64 ``[num_samples, seq_len]``.
         metric: Decides what is removed.
+        allocations: The possible splits of the target between attention and FFNs, ascending by attention removals; more
+            than one only if measured damage is to choose.
         limit_metric: What the plan's limit looks at, if that is not ``metric``.
         save: Told of the plan after each step.
         progress: Told of windows, widths and candidates.
@@ -48,6 +50,7 @@ class Search:
     sizes: BlockParameters
     windows: torch.Tensor
     metric: Metric
+    allocations: Sequence[Allocation] = ()
     limit_metric: Metric | None = None
     save: Callable[[PruningPlan], None] = lambda plan: None
     progress: Progress = no_progress
@@ -112,31 +115,20 @@ class Search:
     def _aim(self, plan: PruningPlan) -> PruningPlan:
         """Splits the target between attention and FFNs, as the plan's ``allocation`` and ``widths`` ask."""
         document = plan.document
-        protected = Protected.of(document.protected)
-        asked = document.attention_removals
-        slope = self._sensitivity.slope if document.widths == "ranked" else ()
-
-        def widths(num_removals: int | None) -> tuple[int, tuple[int, ...]]:
-            align = document.align
-            split = allocate(
-                self.sizes,
-                document.target_sparsity,
-                align=align,
-                alpha=alpha_of(document.widths),
-                attention_removals=num_removals,
-                protected=protected,
-            )
-            if document.widths == "uniform":
-                return split.num_attention_removals, split.widths
-            return split.num_attention_removals, ranked_widths(slope, split.widths, align, protected.ffn)
-
+        possible = {each.num_attention_removals: each.widths for each in self.allocations}
+        if document.widths == "ranked":
+            # Before any neuron is left out below: sensitivity is the unpruned model's.
+            slope, protected = self._sensitivity.slope, frozenset(document.protected.ffn)
+            possible = {
+                number: ranked_widths(slope, widths, document.align, protected) for number, widths in possible.items()
+            }
+        num_removals = next(iter(possible))
         if document.allocation == "auto":
-            possible = reachable_removals(
-                self.sizes, document.target_sparsity, align=document.align, protected=protected
-            )
-            asked = self._best_split(plan, possible, lambda number: widths(number)[1])
-        num_removals, target = widths(asked)
-        changes = {"target_intermediate_size": list(target), "target_attention_removals": num_removals}
+            num_removals = self._best_split(plan, list(possible), possible.__getitem__)
+        changes = {
+            "target_intermediate_size": list(possible[num_removals]),
+            "target_attention_removals": num_removals,
+        }
         plan = plan.changed(changes)
         self.save(plan)
         return plan

@@ -23,7 +23,8 @@ from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import load_model
 from toolchain.plan.plan import load_plan
 from toolchain.prune.block_methods import blockpruner, evopress, shortgpt, sliding_window
-from toolchain.prune.block_methods.run import BLOCK_METHODS, num_blocks_to_remove
+from toolchain.prune.block_methods.run import num_blocks_to_remove
+from toolchain.prune.methods import METHODS
 from toolchain.prune.search.two_stage import Search
 
 NUM_LAYERS = 4
@@ -190,7 +191,7 @@ def prune(model: Path, text: Path, out: Path, method: str, *more: object):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", BLOCK_METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.removes_blocks])
 def test_the_plan_is_like_any_other(pico_model: Path, text: Path, tmp_path: Path, method: str):
     """Written and measured against what was planned, shown, cut and applied again; from disk, it is the same."""
     out = tmp_path / "out"

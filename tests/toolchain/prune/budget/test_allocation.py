@@ -21,10 +21,10 @@ from toolchain.prune.budget.allocation import (
     block_parameters,
     ladder,
     num_attention_removals,
-    reachable_removals,
+    reachable_allocations,
 )
 from toolchain.prune.budget.ranked_widths import best_split, ranked_widths
-from toolchain.prune.pipeline import PruneSettings, allocation_of
+from toolchain.prune.pipeline import PruneSettings, possible_allocations
 
 SMOLLM2 = BlockParameters(
     num_hidden_layers=30,
@@ -185,7 +185,7 @@ def test_the_best_split_is_the_least_damage_and_ties_go_to_fewer_removals():
 @given(blocks(), st.floats(0.05, 0.95), st.integers(1, 64))
 def test_reachable_removals_are_those_that_allocate(sizes: BlockParameters, sparsity: float, align: int):
     assume(align <= sizes.intermediate_size)
-    possible = reachable_removals(sizes, sparsity, align=align)
+    possible = [each.num_attention_removals for each in reachable_allocations(sizes, sparsity, align=align)]
     for number in range(sizes.num_hidden_layers + 1):
         if number in possible:
             assert allocate(sizes, sparsity, align=align, attention_removals=number).num_attention_removals == number
@@ -226,7 +226,7 @@ def test_with_auto_the_formulas_number_need_not_reach_the_target(tmp_path: Path)
         dtype=torch.float32, seed=0,
     )  # fmt: skip
     with pytest.raises(SenteiError, match="cannot be reached with 3 attention removals"):
-        allocation_of(checkpoint, settings)
-    assert allocation_of(checkpoint, replace(settings, allocation="auto")) is not None
+        possible_allocations(checkpoint, settings)
+    assert possible_allocations(checkpoint, replace(settings, allocation="auto"))
     with pytest.raises(SenteiError, match="cannot be reached"):
-        allocation_of(checkpoint, replace(settings, allocation="auto", sparsity=0.9))
+        possible_allocations(checkpoint, replace(settings, allocation="auto", sparsity=0.9))
