@@ -22,6 +22,7 @@ from toolchain.outputs import (
 RESULTS_FILE = "results.json"
 _SETTINGS, _MEASURED = "settings.json", "measured.jsonl"
 _NOT_STARTED = "not_started.json"  # the settings of what ended before anything was measured
+_REPORT = "told"  # an older name, which journals have that are still to be resumed
 _BEGIN_AGAIN = "Begin again with --force."
 Key = tuple[int, int, str]  # repeat, number of the load, side
 
@@ -57,9 +58,9 @@ class Journal:
         """How many measurements there are."""
         return len(self._measured)
 
-    def record(self, key: Key, metrics: Mapping[str, Any], told: Mapping[str, Any]) -> None:
-        """Writes a measurement, and what the engine told of itself, and waits for the disk."""
-        self._append({"key": list(key), "metrics": dict(metrics), "told": dict(told)})
+    def record(self, key: Key, metrics: Mapping[str, Any], engine_report: Mapping[str, Any]) -> None:
+        """Writes a measurement, and what the engine reported of itself, and waits for the disk."""
+        self._append({"key": list(key), "metrics": dict(metrics), _REPORT: dict(engine_report)})
 
     def record_failure(self, key: Key, *, num_requests: int, error: str) -> None:
         """Writes that a measurement came to nothing; its requests are kept apart from those that failed in others."""
@@ -68,14 +69,14 @@ class Journal:
             {"failure": {"repeat": repeat, "load": load, "side": side, "failed": num_requests, "error": error}}
         )
 
-    def told(self, side: str) -> dict[str, Any]:
-        """What the engine last told of itself."""
-        found = [entry["told"] for (_, _, of), entry in self._measured.items() if of == side]
+    def engine_report(self, side: str) -> dict[str, Any]:
+        """What the engine last reported of itself."""
+        found = [entry[_REPORT] for (_, _, of), entry in self._measured.items() if of == side]
         return found[-1] if found else {}
 
     def _take_read(self, where: str, entry: Any) -> None:
         try:
-            for part in ("failure",) if "failure" in entry else ("metrics", "told"):
+            for part in ("failure",) if "failure" in entry else ("metrics", _REPORT):
                 if not isinstance(entry[part], dict):
                     raise TypeError(f"{part} is no object")
             self._take(entry)

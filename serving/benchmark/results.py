@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import metadata
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,14 +12,15 @@ from serving.benchmark.gpu_watch import NOT_RECORDED, RECORDED
 from serving.benchmark.journal import Journal
 from serving.benchmark.metrics import DISTRIBUTED, ENERGY, METRICS
 from serving.benchmark.ratios import RATIO_FORMULA, SIDES, compare
+from serving.benchmark.settings import BenchmarkSettings
+from serving.benchmark.side import Side
 from serving.benchmark.workload import Slo, Workload
+from serving.engines.spec import EngineSpec
 from serving.forecast.device_probe import DevicePeaks, probe_device
-from serving.forecast.explain import explain
-from serving.forecast.model_facts import ModelFacts, compare_sizes, expected_gains, size_entry
+from serving.forecast.explain import Observations, explain
+from serving.forecast.model_facts import compare_sizes, expected_gains, size_entry
 from serving.forecast.roofline import roofline
-from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import model_name
-from toolchain.checkpoint.quantized import open_servable
 from toolchain.errors import SenteiError
 
 SCHEMA_VERSION = 1
@@ -38,69 +38,51 @@ COST_FORMULA = "price per hour / (3600 x median output throughput) x 1,000,000"
 FORMULAS = (*_PEAK_FORMULA.values(), _KV_TOKENS_FORMULA, _STARTUP_FORMULA, COST_FORMULA)
 
 
-def assemble_results(
-    journal: Journal,
-    *,
-    engine: str,
-    directories: Mapping[str, Path],
-    facts: Mapping[str, ModelFacts],
-    hashes: Mapping[str, str],
-    workloads: Sequence[Workload],
-    slo: Slo | None,
-    repeats: int,
-    primary: str,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
+def assemble_results(journal: Journal, settings: BenchmarkSettings, sides: Mapping[str, Side]) -> dict[str, Any]:
     """What ``results.json`` holds; ``docs/metrics.md`` describes it.
 
     Args:
-        journal: Every measurement of every repeat.
-        engine: What ran both.
-        directories: By side.
-        facts: By side.
-        hashes: Of the weights, by side.
-        workloads: What was asked, in the journal's order.
-        slo: What the search, which comes after the workloads in the journal, looked for.
-        repeats: How often.
-        primary: The metric that decides.
-        options: What the user chose.
+        journal: Every measurement of every repeat. The search for the highest rate comes after the workloads.
+        settings: What the user chose.
+        sides: Both models, or the original alone, with what their engines reported.
     """
-    told = {side: journal.told(side) for side in directories}
-    both = len(directories) == 2
-    peaks = _peaks(told, facts) if both else None
-    layout = () if engine.startswith("onnx") or not both else open_servable(directories["pruned"]).layout
+    peaks = _peaks(sides["original"]) if len(sides) == 2 else None
+    runs = [_runs(journal, load, settings.repeats, tuple(sides)) for load in range(len(settings.workloads))]
     measurements = [
-        _measurement(
-            _runs(journal, load, repeats, tuple(directories)), workload, facts, primary, options["price_per_hour"]
-        )
-        for load, workload in enumerate(workloads)
+        _measurement(each, workload, sides, settings) for each, workload in zip(runs, settings.workloads, strict=True)
     ]
     if peaks:
         measurements = [
-            {**each, **_against_roofline(each, workload, facts, peaks, layout, told)}
-            for each, workload in zip(measurements, workloads, strict=True)
+            {**each, **_against_roofline(each, workload, sides, peaks)}
+            for each, workload in zip(measurements, settings.workloads, strict=True)
         ]
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "benchmark",
         "sentei_version": metadata.version("sentei"),
-        "engine": engine,
-        "primary_metric": primary,
+        "engine": settings.engine,
+        "primary_metric": settings.primary,
         "ratio_formula": RATIO_FORMULA,
-        "options": dict(options),
-        "models": {
-            side: {"name": model_name(path), "directory": str(path), "weights_sha256": hashes[side],
-                   "precision": facts[side].precision, **told[side]}
-            for side, path in directories.items()
-        },
-        "sizes": _sizes(engine, facts, told),
+        "options": settings.options,
+        "models": {name: _model(side) for name, side in sides.items()},
+        "sizes": _sizes(settings.spec, sides),
         "measurements": measurements,
-        "goodput": slo and _goodput(_runs(journal, len(workloads), repeats, tuple(directories)), slo),
+        "goodput": settings.slo and _goodput(journal, settings, settings.slo, tuple(sides)),
         "device_peaks": peaks and asdict(peaks),
         "gpu_state": _gpu_state(measurements),
         "failed_attempts": journal.failures,
         "environment": describe_environment(),
-    }  # fmt: skip
+    }
+
+
+def _model(side: Side) -> dict[str, Any]:
+    return {
+        "name": model_name(side.directory),
+        "directory": str(side.directory),
+        "weights_sha256": side.weights_sha256,
+        "precision": side.facts.precision,
+        **side.engine_report,
+    }
 
 
 def _runs(journal: Journal, load: int, repeats: int, sides: Sequence[str]) -> list[dict[str, Any]]:
@@ -118,13 +100,12 @@ def _runs(journal: Journal, load: int, repeats: int, sides: Sequence[str]) -> li
 def _measurement(
     runs: list[dict[str, Any]],
     workload: Workload,
-    facts: Mapping[str, ModelFacts],
-    primary: str,
-    price_per_hour: float | None,
+    sides: Mapping[str, Side],
+    settings: BenchmarkSettings,
 ) -> dict[str, Any]:
-    failed = {side: sum(run[side]["failed"] for run in runs) for side in facts}
-    counted = all(run[side][ENERGY.name] is not None for run in runs for side in facts)
-    metrics = compare(runs, primary=primary, metrics=(*METRICS, ENERGY) if counted else METRICS)
+    failed = {name: sum(run[name]["failed"] for run in runs) for name in sides}
+    counted = all(run[name][ENERGY.name] is not None for run in runs for name in sides)
+    metrics = compare(runs, primary=settings.primary, metrics=(*METRICS, ENERGY) if counted else METRICS)
     if any(failed.values()):
         # Rates and times of the requests that got through say nothing of those that did not.
         metrics = {name: {**metric, "ratio": None, "gain": None, "verdict": None} for name, metric in metrics.items()}
@@ -134,12 +115,12 @@ def _measurement(
         "metrics": metrics,
         "failed_requests": failed,
         "percentiles": _percentiles(runs),
-        "cost": None if any(failed.values()) else price_per_hour and _cost(metrics, price_per_hour),
+        "cost": None if any(failed.values()) else settings.price_per_hour and _cost(metrics, settings.price_per_hour),
         "expected": {}
-        if len(facts) == 1
+        if len(sides) == 1
         else expected_gains(
-            facts["original"],
-            facts["pruned"],
+            sides["original"].facts,
+            sides["pruned"].facts,
             input_len=workload.input_len,
             output_len=workload.output_len,
             concurrency=in_flight(workload, medians),
@@ -177,9 +158,9 @@ def _median_percentiles(repeats: Sequence[Mapping[str, float] | None]) -> dict[s
     return {percent: median(each[percent] for each in found) for percent in found[0]} if found else None
 
 
-def _peaks(told: Mapping[str, Mapping[str, Any]], facts: Mapping[str, ModelFacts]) -> DevicePeaks | None:
+def _peaks(original: Side) -> DevicePeaks | None:
     """This device's, now that nothing else runs on it; ``None`` where the servers are elsewhere or it fails."""
-    device, precision = told["original"].get("device"), facts["original"].precision
+    device, precision = original.engine_report.get("device"), original.facts.precision
     if device is None:
         return None
     # Quantised weights are multiplied in 16 bits or fewer; what torch can do in 8 or 4 bits is no peak of theirs.
@@ -192,24 +173,26 @@ def _peaks(told: Mapping[str, Mapping[str, Any]], facts: Mapping[str, ModelFacts
 def _against_roofline(
     measurement: Mapping[str, Any],
     workload: Workload,
-    facts: Mapping[str, ModelFacts],
+    sides: Mapping[str, Side],
     peaks: DevicePeaks,
-    layout: Sequence[LayerLayout],
-    told: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
+    facts = {name: side.facts for name, side in sides.items()}
     medians = {
         side: {name: metric[side]["median"] for name, metric in measurement["metrics"].items()} for side in SIDES
     }
     concurrency, output_len = in_flight(workload, medians["original"]), workload.output_len
     expected = roofline(facts, peaks, input_len=workload.input_len, output_len=output_len, concurrency=concurrency)
     busy = [run[side].get("client_cpu_cores") for run in measurement["runs"] for side in SIDES]
-    causes = explain(
-        facts, expected, medians, layout=layout, context=workload.input_len + output_len // 2, concurrency=concurrency,
-        kv_cache_tokens={side: told[side].get("kv_cache_tokens") for side in SIDES},
+    seen = Observations(
+        kv_cache_tokens={name: side.engine_report.get("kv_cache_tokens") for name, side in sides.items()},
         client_cpu_cores=max((each for each in busy if each is not None), default=None),
         throttled=sorted({reason for run in measurement["runs"] for side in SIDES
                           for reason in (run[side]["gpu"] or {}).get("throttled", ())}),
-        not_compiled=next(filter(None, (told[side].get("not_compiled") for side in SIDES)), None),
+        not_compiled=next(filter(None, (side.engine_report.get("not_compiled") for side in sides.values())), None),
+    )  # fmt: skip
+    causes = explain(
+        facts, expected, medians, layout=sides["pruned"].layout, context=workload.input_len + output_len // 2,
+        concurrency=concurrency, seen=seen,
     )  # fmt: skip
     return {"roofline": expected, "why_not_more": causes}
 
@@ -230,7 +213,8 @@ def describe(workload: Workload) -> dict[str, Any]:
     return {**content, "ignore_eos": True, "prompts": f"{said}, the same for both models"}
 
 
-def _goodput(runs: list[dict[str, Any]], slo: Slo) -> dict[str, Any]:
+def _goodput(journal: Journal, settings: BenchmarkSettings, slo: Slo, sides: Sequence[str]) -> dict[str, Any]:
+    runs = _runs(journal, len(settings.workloads), settings.repeats, sides)
     return {
         "slo_ms": slo.limits,
         "attainment": ATTAINMENT,
@@ -239,16 +223,16 @@ def _goodput(runs: list[dict[str, Any]], slo: Slo) -> dict[str, Any]:
     }
 
 
-def _sizes(
-    engine: str, facts: Mapping[str, ModelFacts], told: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    sizes = compare_sizes(facts["original"], facts.get("pruned"))
-    place = "vllm" if engine.startswith("vllm") else "cpu" if told["original"]["device"] == "cpu" else "cuda"
-    peaks = [told.get(side, {}).get("peak_memory_bytes") for side in SIDES]
+def _sizes(spec: EngineSpec, sides: Mapping[str, Side]) -> dict[str, dict[str, Any]]:
+    original, pruned = sides["original"], sides.get("pruned")
+    reports = [original.engine_report, pruned.engine_report if pruned else {}]
+    sizes = compare_sizes(original.facts, pruned.facts if pruned else None)
+    place = "vllm" if spec.is_vllm else "cpu" if original.engine_report["device"] == "cpu" else "cuda"
+    peaks = [each.get("peak_memory_bytes") for each in reports]
     sizes["peak_memory_bytes"] = size_entry(*peaks, unit="bytes", formula=_PEAK_FORMULA[place])
-    if engine.startswith("vllm"):
-        tokens = [told.get(side, {}).get("kv_cache_tokens") for side in SIDES]
+    if spec.is_vllm:
+        tokens = [each.get("kv_cache_tokens") for each in reports]
         sizes["kv_cache_tokens"] = size_entry(*tokens, unit="tokens", formula=_KV_TOKENS_FORMULA)
-    startup = [told.get(side, {}).get("startup_s") for side in SIDES]
+    startup = [each.get("startup_s") for each in reports]
     sizes["startup_s"] = size_entry(*startup, unit="s", formula=_STARTUP_FORMULA)
     return sizes

@@ -9,11 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from serving.engines.spec import engine_spec
 from toolchain.errors import SenteiError
 from toolchain.json_files import read_json_lines
 
-# Engines that answer requests as they come.
-SERVERS = ("vllm", "onnx-server")
 # Added to the seed: a warm-up with a repeat's own prompts would leave them in a prefix cache.
 WARMUP_SEED = 1_000_003
 _PROMPT_HINT = 'Write {"prompt": "...", "output_tokens": 128}; --output-len stands in for output_tokens.'
@@ -153,28 +152,27 @@ def make_workloads(
     concurrency: Sequence[int] = (1,),
     request_rate: Sequence[float] = (),
     num_prompts: int | None = None,
-    seed: int = 0,
     range_ratio: float = 0.0,
     prompts: Prompts | None = None,
 ) -> tuple[Workload, ...]:
     """One workload for each concurrency and each request rate, in that order.
 
     Args:
-        engine: ``transformers``, ``onnx`` or ``vllm``.
+        engine: A name of :data:`serving.engines.spec.ENGINES`.
         input_len: Prompt tokens.
         output_len: Tokens generated for every prompt.
         concurrency: Requests in flight.
         request_rate: Requests a second; vLLM alone.
         num_prompts: Requests a repeat; by default one batch of ``concurrency``, four of them for vLLM, and as many as
             arrive in 30 seconds at a request rate.
-        seed: Of prompts and arrivals.
         range_ratio: See :class:`Workload`; vLLM alone, since the others decode one batch of one length.
         prompts: In place of random token ids, with their own lengths; each is asked once by default. vLLM alone.
 
     Raises:
         SenteiError: A setting that cannot be.
     """
-    if engine not in SERVERS and (request_rate or prompts or range_ratio):
+    spec = engine_spec(engine)
+    if not spec.is_server and (request_rate or prompts or range_ratio):
         raise SenteiError(
             f"Request rates, files of prompts and ranges of lengths need a server; engine {engine} has none.",
             "Use vllm.",
@@ -191,9 +189,9 @@ def make_workloads(
                 raise SenteiError(f"{name} is {value}; it must be a number above 0.")
     if prompts:
         input_len, output_len, num_prompts = prompts.input_len, prompts.output_len, num_prompts or len(prompts.lines)
-    common: dict[str, Any] = {"input_len": input_len, "output_len": output_len, "seed": seed, "prompts": prompts,
+    common: dict[str, Any] = {"input_len": input_len, "output_len": output_len, "seed": 0, "prompts": prompts,
                               "range_ratio": range_ratio}  # fmt: skip
-    batches = 4 if engine in (*SERVERS, "vllm-offline") else 1
+    batches = 1 if spec.in_worker else 4
     workloads = [
         Workload(concurrency=each, num_prompts=num_prompts or batches * each, **common) for each in concurrency
     ]

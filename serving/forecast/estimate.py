@@ -1,7 +1,7 @@
 """What a plan promises on this device, before anything is pruned: from shapes and a probe alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import Checkpoint, open_checkpoint
 from toolchain.errors import SenteiError
 
+_SIDES = ("original", "pruned")
 _PHASE_METRICS = ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "output_throughput")
 
 
@@ -48,13 +49,7 @@ def estimate(
     if min(input_len, output_len, concurrency) < 1:
         raise SenteiError("Lengths and concurrency must be at least 1.")
     checkpoint = open_checkpoint(model)
-    if len(layout) != len(checkpoint.layout):
-        raise SenteiError(f"The plan has {len(layout)} layers, and {model} has {len(checkpoint.layout)}.")
-    for number, (planned_layer, layer) in enumerate(zip(layout, checkpoint.layout, strict=True)):
-        if planned_layer.intermediate_size > layer.intermediate_size or planned_layer.attention > layer.attention:
-            raise SenteiError(f"The plan keeps more of layer {number} than {model} has.", "Give the plan's original.")
-    if tuple(layout) == tuple(checkpoint.layout):
-        raise SenteiError(f"The plan removes nothing from {model}.", "Is that the pruned model? Give the original.")
+    _check_plan_is_for(checkpoint, layout)
     planned = planned_checkpoint(checkpoint, layout)
     facts = {
         "original": facts_of(checkpoint, dtype, size_on_disk_bytes=checkpoint.weight_bytes),
@@ -63,29 +58,27 @@ def estimate(
     if input_len + output_len > (most := facts["original"].max_len):
         raise SenteiError(f"{input_len + output_len} tokens, input and output, do not fit {model}, which takes {most}.")
     expected = roofline(facts, peaks, input_len=input_len, output_len=output_len, concurrency=concurrency)
-    times = {
-        side: _request(
-            concurrency * expected["prefill"][side]["at_least_ms"],
-            expected["decode"][side]["at_least_ms"],
-            output_len,
-            concurrency,
-        )
-        for side in facts
-    }
-    gains = {name: _gain(name, times["original"][name], times["pruned"][name]) for name in _PHASE_METRICS}
     return {
         "roofline": expected,
-        "metrics": {
-            name: {**{side: times[side][name] for side in times}, "gain": gains[name]} for name in _PHASE_METRICS
-        },
+        "metrics": _metrics(expected, output_len, concurrency),
         "weight_bytes": {side: each.weight_bytes for side, each in facts.items()},
         "limits": explain(
             facts, expected, {side: {"mean_tpot_ms": None} for side in facts}, layout=layout,
-            context=input_len + output_len // 2, concurrency=concurrency, kv_cache_tokens={}, client_cpu_cores=None,
-            not_compiled=None,
+            context=input_len + output_len // 2, concurrency=concurrency,
         ),
         "peaks": peaks,
     }  # fmt: skip
+
+
+def _check_plan_is_for(checkpoint: Checkpoint, layout: Sequence[LayerLayout]) -> None:
+    model = checkpoint.directory
+    if len(layout) != len(checkpoint.layout):
+        raise SenteiError(f"The plan has {len(layout)} layers, and {model} has {len(checkpoint.layout)}.")
+    for number, (planned_layer, layer) in enumerate(zip(layout, checkpoint.layout, strict=True)):
+        if planned_layer.intermediate_size > layer.intermediate_size or planned_layer.attention > layer.attention:
+            raise SenteiError(f"The plan keeps more of layer {number} than {model} has.", "Give the plan's original.")
+    if tuple(layout) == tuple(checkpoint.layout):
+        raise SenteiError(f"The plan removes nothing from {model}.", "Is that the pruned model? Give the original.")
 
 
 def planned_checkpoint(checkpoint: Checkpoint, layout: Sequence[LayerLayout]) -> Checkpoint:
@@ -105,6 +98,28 @@ def planned_checkpoint(checkpoint: Checkpoint, layout: Sequence[LayerLayout]) ->
             shape[side[0]] = side[1] * layer.intermediate_size
         tensors[name] = replace(info, shape=tuple(shape))
     return replace(checkpoint, layout=tuple(layout), tensors=tensors)
+
+
+def _metrics(
+    expected: Mapping[str, Mapping[str, Any]], output_len: int, concurrency: int
+) -> dict[str, dict[str, float]]:
+    """By metric, both models' best value and the gain."""
+    times = {
+        side: _request(
+            concurrency * expected["prefill"][side]["at_least_ms"],
+            expected["decode"][side]["at_least_ms"],
+            output_len,
+            concurrency,
+        )
+        for side in _SIDES
+    }
+    return {
+        name: {
+            **{side: times[side][name] for side in _SIDES},
+            "gain": _gain(name, times["original"][name], times["pruned"][name]),
+        }
+        for name in _PHASE_METRICS
+    }
 
 
 def _request(ttft_ms: float, tpot_ms: float, output_len: int, concurrency: int) -> dict[str, float]:

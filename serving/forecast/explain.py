@@ -1,6 +1,7 @@
 """Why a measured gain falls short of the expected one: each cause that shows in the numbers, with those numbers."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from serving.forecast.model_facts import ModelFacts
@@ -47,6 +48,26 @@ MESSAGES = (
 Told = tuple[str, dict[str, Any]]  # a message, and the values that go into it
 
 
+@dataclass(frozen=True, kw_only=True)
+class Observations:
+    """What was seen while both models were measured; nothing by default, as where nothing ran.
+
+    Attributes:
+        kv_cache_tokens: By side, tokens that the server's cache holds.
+        client_cpu_cores: Processor seconds a second of the load generator.
+        not_compiled: The line of the server's log that says so.
+        throttled: What slowed a GPU down; see :mod:`serving.benchmark.gpu_watch`.
+    """
+
+    kv_cache_tokens: Mapping[str, int | None] = field(default_factory=dict)
+    client_cpu_cores: float | None = None
+    not_compiled: str | None = None
+    throttled: Sequence[str] = ()
+
+
+_NOTHING = Observations()
+
+
 def explain(
     facts: Mapping[str, ModelFacts],
     roofline: Mapping[str, Mapping[str, Any]],
@@ -55,10 +76,7 @@ def explain(
     layout: Sequence[LayerLayout],
     context: int,
     concurrency: int,
-    kv_cache_tokens: Mapping[str, int | None],
-    client_cpu_cores: float | None,
-    not_compiled: str | None,
-    throttled: Sequence[str] = (),
+    seen: Observations = _NOTHING,
 ) -> list[dict[str, Any]]:
     """Every cause found; an empty list says that nothing here explains a shortfall.
 
@@ -69,10 +87,7 @@ def explain(
         layout: The pruned model's layers; empty if not known.
         context: Mean tokens of a sequence while it is decoded.
         concurrency: Sequences decoded together.
-        kv_cache_tokens: By side, tokens that the server's cache holds.
-        client_cpu_cores: Processor seconds a second of the load generator.
-        not_compiled: The line of the server's log that says so.
-        throttled: What slowed a GPU down while it was measured; see :mod:`serving.benchmark.gpu_watch`.
+        seen: While they were measured.
 
     Returns:
         ``cause`` (a fixed word), ``message`` with its ``values`` put in as ``text``, so that it can be said in another
@@ -82,11 +97,11 @@ def explain(
         "untileable_widths": _untileable(layout),
         "head": _head(facts["pruned"], context, concurrency),
         "kv_cache": _kv_cache(facts["pruned"], context, concurrency),
-        "kv_cache_full": _kv_full(kv_cache_tokens, context, concurrency),
+        "kv_cache_full": _kv_full(seen.kv_cache_tokens, context, concurrency),
         "overhead": _overhead(roofline["decode"], medians, concurrency),
-        "client": _client(client_cpu_cores),
-        "throttled": (THROTTLED, {"reasons": ", ".join(throttled)}) if throttled else None,
-        "not_compiled": (NOT_COMPILED, {"said": not_compiled}) if not_compiled else None,
+        "client": _client(seen.client_cpu_cores),
+        "throttled": (THROTTLED, {"reasons": ", ".join(seen.throttled)}) if seen.throttled else None,
+        "not_compiled": (NOT_COMPILED, {"said": seen.not_compiled}) if seen.not_compiled else None,
     }
     return [
         {"cause": cause, "message": told[0], "values": told[1], "text": told[0] % told[1]}

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from serving.onnx_export.files import check_graph, damaged, read_settings
+from serving.onnx_export.files import OnnxSettings, damaged, read_settings
+from serving.onnx_export.graph_check import load_graph
 from toolchain.architecture.context_length import context_length
 from toolchain.architecture.layout import positive
 from toolchain.checkpoint.directory import Checkpoint, dtype_name
@@ -97,7 +98,7 @@ def checkpoint_facts(directory: Path, dtype: str | None) -> ModelFacts:
     Raises:
         SenteiError: Not a good checkpoint.
     """
-    return facts_of(open_servable(directory), dtype, size_on_disk_bytes=_size_on_disk(directory))
+    return facts_of(open_servable(directory), dtype, size_on_disk_bytes=size_on_disk(directory))
 
 
 def facts_of(checkpoint: Checkpoint | QuantizedCheckpoint, dtype: str | None, *, size_on_disk_bytes: int) -> ModelFacts:
@@ -153,8 +154,12 @@ def onnx_facts(directory: Path) -> ModelFacts:
         SenteiError: Not an export, or a damaged one.
         MissingDependencyError: onnx is not installed.
     """
-    settings = read_settings(directory)
-    graph = check_graph(directory).graph
+    return facts_of_export(directory, read_settings(directory))
+
+
+def facts_of_export(directory: Path, settings: OnnxSettings) -> ModelFacts:
+    """Facts of an ONNX export whose settings were read; see :func:`onnx_facts`."""
+    graph = load_graph(directory, settings.filename).graph
     try:
         counts = _OnnxCounts(import_onnx_library("onnx"), graph)
         caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
@@ -166,7 +171,7 @@ def onnx_facts(directory: Path) -> ModelFacts:
         precision=counts.precision,
         num_parameters=counts.num_parameters,
         weight_bytes=counts.weight_bytes,
-        size_on_disk_bytes=_size_on_disk(directory),
+        size_on_disk_bytes=size_on_disk(directory),
         kv_bytes_per_token=settings.num_key_value_heads * settings.head_size * kv_itemsize * len(caches),
         vocab_size=settings.vocab_size,
         max_len=settings.context_length,
@@ -233,7 +238,8 @@ def _bits(onnx: Any, data_type: int) -> int:
     return 8 * int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
 
 
-def _size_on_disk(directory: Path) -> int:
+def size_on_disk(directory: Path) -> int:
+    """Bytes of all files below a directory."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 import torch
 
+from serving.engines.spec import ENGINES, EngineSpec
 from serving.engines.transformers import Engine, TransformersEngine
 from serving.onnx_export.files import is_onnx_export
 from serving.verify import decilm as nemotron_nas
@@ -47,6 +48,7 @@ from toolchain.outputs import write_text
 
 VERIFICATION_FILE = "verification.json"
 EngineName = Literal["auto", "transformers", "vllm", "onnx"]
+Checks = dict[str, dict[str, Any]]  # by name, as they are written
 _TOP_K = 10
 _GREEDY_PROMPTS, _GREEDY_TOKENS = 4, 16
 _WINDOWS, _WINDOW_TOKENS = 8, 64
@@ -153,12 +155,7 @@ _LARGEST_MARGIN = 1.0
 
 
 def verify(
-    exported: Path,
-    against: Path,
-    *,
-    engine: EngineName = "auto",
-    text: Path | None = None,
-    device: str = "cpu",
+    exported: Path, against: Path, *, engine: EngineName = "auto", text: Path | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
     """Compares an export with its checkpoint; the verdict goes into its ``verification.json`` and model card.
 
@@ -178,60 +175,34 @@ def verify(
     """
     source = open_checkpoint(against)
     picked = _pick_engine(exported, engine)
-    prompts = _prompts(source, text, long=picked == "onnx")
+    prompts = _prompts(source, text, long=picked.reads_onnx)
     precision = _precision(exported, picked, source)
-    not_run = ""
-    if picked == "onnx":
-        answers, not_run = _ask_onnx(exported, prompts)
-    else:
-        answers = _ask(_start(exported, picked, device, source), prompts)
+    answers, not_run = _ask_export(exported, picked, device, source, prompts)
     reference = TransformersEngine(against, dtype=torch.float32, device=device)
-    checks: dict[str, dict[str, Any]] = {}
-    rounding: dict[str, float] = {}
     noise: dict[str, float] = {}
-    if answers and (precision in _ROUNDING_EFFECTS or precision in QUANTISED):
-        before = compare(reference, prompts, answers)
-        rounding = {f"rounding_{name}": value for name, value in asdict(before).items()}
-    if picked == "onnx":
-        from serving.verify import onnx_weights
-
-        graph = exported / "model.onnx"
-        checks["differing_tensors"] = check_limit(onnx_weights.count_differing(reference.model, graph), 0)
-        if precision in _ROUNDING_EFFECTS:
-            checks |= rounding_checks(onnx_weights.replace_with_rounded(reference.model, graph))
-        if rounding:
-            other, factor = _ROUNDING_EFFECTS[precision]
-            checks["rounding_top1_disagreement"] = check_limit(1 - rounding["rounding_top1_agreement"], other)
-            checks["rounding_perplexity_ratio"] = check_limit(rounding["rounding_perplexity_ratio"], factor)
+    rounding = _rounding_effects(reference, prompts, answers) if answers and _is_rounded(precision) else {}
+    if picked.reads_onnx:
+        checks = _check_onnx_weights(exported, reference, precision, rounding)
     elif precision in QUANTISED:
-        from serving.verify import quantized_weights as compressed_weights
-
-        quantised = open_quantized(exported)
-        unrounded = _answers(reference, prompts) if quantised.scheme.input_bits else None
-        checks["differing_tensors"] = check_limit(compressed_weights.count_differing(source, quantised), 0)
-        checks |= rounding_checks(compressed_weights.replace_with_rounded(reference.model, quantised))
-        noise = asdict(compare(reference, prompts, unrounded)) if unrounded else {}
+        checks, noise = _check_quantised_weights(exported, source, reference, prompts)
     else:
-        checks["differing_tensors"] = check_limit(_count_differing(source, _open(exported, source)), 0)
-    differences = compare(reference, prompts, answers) if answers else None
+        checks = {"differing_tensors": check_limit(_count_differing(source, _open(exported, source)), 0)}
+    differences = asdict(compare(reference, prompts, answers)) if answers else {}
     reference.close()
-    tolerances = {
-        name: limit + noise.get(name, 0.0) for name, limit in asdict(TOLERANCES[precision]).items() if limit is not None
-    }
-    if differences:
-        checks |= {name: check_limit(getattr(differences, name), limit) for name, limit in tolerances.items()}
+    tolerances = _tolerances(precision, noise)
+    checks |= {name: check_limit(differences[name], limit) for name, limit in tolerances.items() if differences}
     verdict = {
         "schema_version": 1,
         "sentei_version": version("sentei"),
         "passed": all(check["passed"] for check in checks.values()),
-        "engine": picked,
+        "engine": picked.name,
         "dtype": precision.removeprefix("onnx-"),
         "not_run": not_run,
         "source_fingerprint": source.fingerprint,
         "prompts": text.name if text else "built-in",
         "num_prompts": len(prompts),
         "num_tokens": sum(map(len, prompts)),
-        **(asdict(differences) if differences else {}),
+        **differences,
         **rounding,
         "tolerances": tolerances,
         "checks": checks,
@@ -239,6 +210,65 @@ def verify(
     write_text(exported / VERIFICATION_FILE, json.dumps(verdict, indent=2) + "\n")
     write_into_card(exported, verdict)
     return verdict
+
+
+def _tolerances(precision: str, noise: Mapping[str, float]) -> dict[str, float]:
+    limits = asdict(TOLERANCES[precision])
+    return {name: limit + noise.get(name, 0.0) for name, limit in limits.items() if limit is not None}
+
+
+def _is_rounded(precision: str) -> bool:
+    return precision in _ROUNDING_EFFECTS or precision in QUANTISED
+
+
+def _rounding_effects(
+    reference: TransformersEngine, prompts: Sequence[Sequence[int]], answers: Answers
+) -> dict[str, float]:
+    """What rounding did to the model; the reference must still have the source's weights."""
+    return {f"rounding_{name}": value for name, value in asdict(compare(reference, prompts, answers)).items()}
+
+
+def _check_onnx_weights(
+    exported: Path, reference: TransformersEngine, precision: str, rounding: Mapping[str, float]
+) -> Checks:
+    """Checks the weights and what their rounding did; afterwards the reference carries the export's own matrices."""
+    from serving.verify import onnx_weights
+
+    graph = exported / "model.onnx"
+    checks = {"differing_tensors": check_limit(onnx_weights.count_differing(reference.model, graph), 0)}
+    if precision in _ROUNDING_EFFECTS:
+        checks |= rounding_checks(onnx_weights.replace_with_rounded(reference.model, graph))
+    if rounding:
+        other, factor = _ROUNDING_EFFECTS[precision]
+        checks["rounding_top1_disagreement"] = check_limit(1 - rounding["rounding_top1_agreement"], other)
+        checks["rounding_perplexity_ratio"] = check_limit(rounding["rounding_perplexity_ratio"], factor)
+    return checks
+
+
+def _check_quantised_weights(
+    exported: Path, source: Checkpoint, reference: TransformersEngine, prompts: Sequence[Sequence[int]]
+) -> tuple[Checks, dict[str, float]]:
+    """Checks the weights; afterwards the reference carries the export's own matrices.
+
+    Returns:
+        The checks, and how far the reference itself moves where the scheme rounds what goes into a matrix.
+    """
+    from serving.verify import quantized_weights as compressed_weights
+
+    quantised = open_quantized(exported)
+    unrounded = _answers(reference, prompts) if quantised.scheme.input_bits else None
+    checks = {"differing_tensors": check_limit(compressed_weights.count_differing(source, quantised), 0)}
+    checks |= rounding_checks(compressed_weights.replace_with_rounded(reference.model, quantised))
+    return checks, asdict(compare(reference, prompts, unrounded)) if unrounded else {}
+
+
+def _ask_export(
+    exported: Path, engine: EngineSpec, device: str, source: Checkpoint, prompts: Sequence[Sequence[int]]
+) -> tuple[Answers | None, str]:
+    """The export's answers, and what could not be run."""
+    if engine.reads_onnx:
+        return _ask_onnx(exported, prompts)
+    return _ask(_start(exported, engine, device, source), prompts), ""
 
 
 def _ask_onnx(exported: Path, prompts: Sequence[Sequence[int]]) -> tuple[Answers | None, str]:
@@ -318,43 +348,46 @@ def _divergence(expected: Mapping[int, float], found: Mapping[int, float]) -> fl
     return sum(math.exp(p) * (p - q) for p, q in zip(with_rest(expected), with_rest(found), strict=True))
 
 
-def _pick_engine(exported: Path, engine: EngineName) -> str:
+def _pick_engine(exported: Path, engine: EngineName) -> EngineSpec:
     if is_nemotron_nas(exported):
-        if engine not in ("auto", "vllm"):
-            raise SenteiError(f"{exported} is a nemotron-nas export; engine {engine!r} cannot run it.", "Use vllm.")
-        return "vllm"
+        return _vllm_alone(exported, engine, "a nemotron-nas export", hint="Use vllm.")
     is_onnx = is_onnx_export(exported)
     if not is_onnx and is_quantized(exported):
-        if engine not in ("auto", "vllm"):
-            raise SenteiError(f"{exported} is quantised; engine {engine!r} cannot run it.", "Use --engine vllm.")
-        return "vllm"
+        return _vllm_alone(exported, engine, "quantised", hint="Use --engine vllm.")
+    picked: str = engine
     if engine == "auto":
-        engine = "onnx" if is_onnx else "vllm" if importlib.util.find_spec("vllm") else "transformers"
-    if is_onnx != (engine == "onnx"):
+        picked = "onnx" if is_onnx else "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    if is_onnx != ENGINES[picked].reads_onnx:
         kind = "an ONNX export" if is_onnx else "no ONNX export"
-        raise SenteiError(f"{exported} is {kind}; engine {engine!r} cannot run it.", "Use --engine auto.")
-    return engine
+        raise SenteiError(f"{exported} is {kind}; engine {picked!r} cannot run it.", "Use --engine auto.")
+    return ENGINES[picked]
+
+
+def _vllm_alone(exported: Path, engine: EngineName, kind: str, *, hint: str) -> EngineSpec:
+    if engine != "auto" and not ENGINES[engine].is_vllm:
+        raise SenteiError(f"{exported} is {kind}; engine {engine!r} cannot run it.", hint)
+    return ENGINES["vllm"]
 
 
 def _open(exported: Path, source: Checkpoint) -> Checkpoint:
     return nemotron_nas.open_nas(exported, source) if is_nemotron_nas(exported) else open_checkpoint(exported)
 
 
-def _start(exported: Path, engine: str, device: str, source: Checkpoint) -> Engine:
+def _start(exported: Path, engine: EngineSpec, device: str, source: Checkpoint) -> Engine:
     if is_nemotron_nas(exported):
         return nemotron_nas.start_vllm(exported, source)
-    if engine == "vllm":
+    if engine.is_vllm:
         from serving.engines.vllm import VllmEngine
 
         return VllmEngine(exported)
     return TransformersEngine(exported, device=device)
 
 
-def _precision(exported: Path, engine: str, source: Checkpoint) -> str:
+def _precision(exported: Path, engine: EngineSpec, source: Checkpoint) -> str:
     """The key into :data:`TOLERANCES`."""
-    if engine == "vllm" and is_quantized(exported):
+    if engine.is_vllm and is_quantized(exported):
         return open_quantized(exported).scheme.name
-    if engine != "onnx":
+    if not engine.reads_onnx:
         return dtype_name(_open(exported, source).dtype)
     path = exported / "sentei_export.json"
     try:

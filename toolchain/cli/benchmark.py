@@ -120,6 +120,7 @@ def benchmark(
     output = Output(as_json=as_json, quiet=quiet)
     pick_dtype(dtype, auto=None)
     from serving.benchmark.run import benchmark as run
+    from serving.benchmark.settings import BenchmarkSettings
     from serving.benchmark.workload import PRESETS, make_workloads, parse_slo, read_prompts
     from toolchain.checkpoint.directory import resolve_model
 
@@ -144,11 +145,8 @@ def benchmark(
         prompts=read_prompts(prompts, output_len=output_len, tokenizer=directory) if prompts else None,
     )
     try:
-        results = run(
-            directory,
-            None if pruned is None else resolve_model(pruned),
+        settings = BenchmarkSettings(
             engine=engine.value,
-            out=out,
             workloads=workloads,
             slo=None if slo is None else parse_slo(slo),
             repeats=repeats,
@@ -160,6 +158,12 @@ def benchmark(
             api_key=_api_key(api_key_env),
             price_per_hour=price_per_hour,
             stall_timeout_s=stall_timeout,
+        )
+        results = run(
+            directory,
+            None if pruned is None else resolve_model(pruned),
+            settings,
+            out=out,
             force=force,
             resume=resume,
             on_progress=output.note,

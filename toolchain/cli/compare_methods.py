@@ -109,15 +109,20 @@ def compare_methods(
 
     def measure_speed(pruned: Path) -> dict[str, Any]:
         from serving.benchmark.run import benchmark
+        from serving.benchmark.settings import BenchmarkSettings
         from serving.benchmark.workload import make_workloads
 
-        workloads = make_workloads(engine="transformers", input_len=_INPUT_LEN, output_len=_OUTPUT_LEN)
+        engine = "transformers"
+        settings = BenchmarkSettings(
+            engine=engine,
+            workloads=make_workloads(engine=engine, input_len=_INPUT_LEN, output_len=_OUTPUT_LEN),
+            repeats=_REPEATS,
+            device=picked_device,
+            dtype=dtype_name(computed_in),
+        )
         # Beside the model, among what is unfinished: what a process that dies leaves is replaced by the next.
         place = beside(pruned, "speed")
-        results = benchmark(
-            directory, pruned, engine="transformers", out=place, workloads=workloads, repeats=_REPEATS,
-            device=picked_device, dtype=dtype_name(computed_in), force=True, on_progress=output.note,
-        )  # fmt: skip
+        results = benchmark(directory, pruned, settings, out=place, force=True, on_progress=output.note)
         shutil.rmtree(place)
         [measurement] = results["measurements"]
         return {"workload": measurement["workload"], **measurement["metrics"][results["primary_metric"]]}

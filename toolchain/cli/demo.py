@@ -2,6 +2,7 @@
 
 import importlib.util
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,17 +146,18 @@ def _evaluate(directory: Path, output: Output) -> dict[str, float]:
 def _export(directory: Path, output: Output) -> dict[str, bool]:
     from export.onnx_graph import export_onnx
     from export.vllm import export_vllm
-    from serving.verify.verify import verify
+    from serving.verify.verify import EngineName, verify
 
-    exports = {"onnx-original": "original", "onnx": "pruned", "vllm": "pruned"}
+    exports: tuple[tuple[str, str, Callable[[Path, Path], object], EngineName], ...] = (
+        ("onnx-original", "original", export_onnx, "onnx"),
+        ("onnx", "pruned", export_onnx, "onnx"),
+        ("vllm", "pruned", export_vllm, "transformers"),
+    )
     verdicts = {}
     with output.progress("Export and verify", len(exports)) as advance:
-        for name, source in exports.items():
-            if name == "vllm":
-                export_vllm(directory / source, directory / name)
-            else:
-                export_onnx(directory / source, directory / name)
-            verdict = verify(directory / name, directory / source, engine="onnx" if "onnx" in name else "transformers")
+        for name, source, export, engine in exports:
+            export(directory / source, directory / name)
+            verdict = verify(directory / name, directory / source, engine=engine)
             verdicts[name] = bool(verdict["passed"])
             advance()
     if failed := [name for name, passed in verdicts.items() if not passed]:
@@ -165,22 +167,26 @@ def _export(directory: Path, output: Output) -> dict[str, bool]:
 
 def _benchmark(directory: Path, output: Output, *, has_vllm: bool) -> dict[str, dict[str, float]]:
     from serving.benchmark.run import benchmark
+    from serving.benchmark.settings import BenchmarkSettings
     from serving.benchmark.workload import make_workloads
 
-    pairs: dict[str, tuple[str, str]] = {"onnx": ("onnx-original", "onnx")}
+    # Engine, original, pruned, options.
+    pairs: list[tuple[str, str, str, tuple[str, ...]]] = [("onnx", "onnx-original", "onnx", ())]
     if has_vllm:
-        pairs["vllm"] = ("original", "vllm")
+        pairs.append(("vllm", "original", "vllm", _VLLM_OPTIONS))
     gains = {}
-    for engine, (original, pruned) in pairs.items():
+    for engine, original, pruned, options in pairs:
         results = benchmark(
             directory / original,
             directory / pruned,
-            engine=engine,  # type: ignore[arg-type]
+            BenchmarkSettings(
+                engine=engine,
+                workloads=make_workloads(engine=engine, **_LENGTHS),  # type: ignore[arg-type]
+                repeats=_REPEATS,
+                engine_options=options,
+            ),
             out=directory / f"benchmark-{engine}",
-            repeats=_REPEATS,
-            engine_options=_VLLM_OPTIONS if engine == "vllm" else (),
             on_progress=output.note,
-            workloads=make_workloads(engine=engine, **_LENGTHS),  # type: ignore[arg-type]
         )
         gain = results["measurements"][0]["metrics"]["output_throughput"]["gain"]
         if gain is None:

@@ -140,7 +140,7 @@ def _show_readiness(console: Console, readiness: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    if engine == "vllm" and "vllm" in readiness:
+    if "vllm" in readiness:
         table.add_row("vLLM", readiness["vllm"] or "not installed")
         needs = "this model needs it" if readiness["needs_plugin"] else "not needed"
         table.add_row("vLLM plugin", needs)

@@ -11,6 +11,8 @@ from toolchain.cli.options import DeviceOption, DtypeOption, JsonOption, QuietOp
 from toolchain.cli.terminal import printable
 from toolchain.errors import MissingDependencyError, SenteiError
 
+_AUTO, _SERVABLE = "auto", ("vllm", "onnx")
+
 
 def serve(
     context: typer.Context,
@@ -20,12 +22,13 @@ def serve(
     engine: Annotated[str, typer.Option(help="vllm or onnx; auto goes by what DIR is.")] = "auto",
 ) -> None:
     """Start an OpenAI server on loopback: vLLM with the sentei plugin, or ONNX Runtime. Options after -- are its."""
+    from serving.engines.spec import ENGINES
     from serving.onnx_export.files import is_onnx_export
 
     is_onnx = is_onnx_export(directory)
-    if engine not in ("auto", "vllm", "onnx"):
+    if engine not in (_AUTO, *_SERVABLE):
         raise SenteiError(f"--engine {engine!r} is not known.", "Choose auto, vllm or onnx.")
-    if engine != "auto" and is_onnx != (engine == "onnx"):
+    if engine != _AUTO and is_onnx != ENGINES[engine].reads_onnx:
         kind = "an ONNX export" if is_onnx else "no ONNX export"
         raise SenteiError(f"{directory} is {kind}; engine {engine!r} cannot serve it.", "Use --engine auto.")
     if is_onnx:

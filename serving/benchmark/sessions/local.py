@@ -1,7 +1,7 @@
 """Transformers and ONNX Runtime in the benchmark: a worker process for each model and repeat, one up at a time."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +10,10 @@ from typing import Any
 from serving.benchmark.gpu_watch import energy, watched_gpus
 from serving.benchmark.metrics import RequestTimes, request_metrics, request_percentiles
 from serving.benchmark.sessions.sides import SideProcesses, free_log
-from serving.benchmark.sessions.vllm_client import STALL_TIMEOUT_S
 from serving.benchmark.sessions.worker_process import Worker, running_worker
+from serving.benchmark.settings import BenchmarkSettings
+from serving.benchmark.side import Side
 from serving.benchmark.workload import WARMUP_SEED, Slo, Workload
-from serving.forecast.model_facts import ModelFacts
 from serving.server.vllm import START_TIMEOUT_S
 
 _WARMUP_TOKENS = 16
@@ -25,42 +25,32 @@ class LocalSession:
 
     Attributes:
         both_up: Never.
-        told: What each engine told of itself.
     """
 
     both_up = False
 
     def __init__(
         self,
-        engine: str,
-        directories: Mapping[str, Path],
-        facts: Mapping[str, ModelFacts],
-        workloads: Sequence[Workload],
+        sides: Mapping[str, Side],
+        settings: BenchmarkSettings,
         out: Path,
-        *,
-        device: str,
-        dtype: str | None,
-        stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         """Starts nothing yet; the workers' logs go to ``out``, and see :func:`patience_s` for ``stall_timeout_s``."""
-        self.told: dict[str, dict[str, Any]] = {}
-        self._settings = {"engine": engine, "device": device, "dtype": dtype}
-        self._directories, self._out, self._stall_timeout_s = directories, out, stall_timeout_s
-        self._vocab_size = min(each.vocab_size for each in facts.values())
-        self._widest = max(workloads, key=lambda workload: workload.width)
+        self._settings, self._out = settings, out
+        self._vocab_size = min(side.facts.vocab_size for side in sides.values())
         self._workers = SideProcesses(self._start)
 
     def measure(
-        self, side: str, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
+        self, side: Side, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
     ) -> dict[str, Any]:
         """Asks one model one load; limits are vLLM's alone.
 
         See :meth:`serving.benchmark.sessions.server.ServerSession.measure`.
         """
         worker = self._workers.get(side, repeat)
-        with watched_gpus(self.told[side]["device"]) as gpus:
+        with watched_gpus(side.engine_report["device"]) as gpus:
             answer = self._ask(worker, workload, workload.seed + repeat, workload.output_len)
-        self.told[side]["peak_memory_bytes"] = answer["peak_memory_bytes"]
+        side.engine_report["peak_memory_bytes"] = answer["peak_memory_bytes"]
         requests = [
             RequestTimes(start_s=each["start_s"], token_times_s=tuple(each["token_times_s"]))
             for each in answer["requests"]
@@ -72,7 +62,7 @@ class LocalSession:
             "completed": len(requests), "failed": 0, "first_error": None, "client_cpu_cores": None,
         }  # fmt: skip
 
-    def drop(self, side: str) -> None:
+    def drop(self, side: Side) -> None:
         """Ends a side's worker; the next measurement starts another."""
         self._workers.drop(side)
 
@@ -80,18 +70,21 @@ class LocalSession:
         """Ends everything."""
         self._workers.close()
 
-    def _start(self, side: str, repeat: int, stack: ExitStack) -> Worker:
-        worker = stack.enter_context(running_worker(side, free_log(self._out, side, repeat)))
-        directory = str(self._directories[side].resolve())
-        self.told[side] = worker.ask("load", timeout_s=START_TIMEOUT_S, directory=directory, **self._settings)
-        tokens = min(self._widest.output_len, _WARMUP_TOKENS)
-        warmup = replace(self._widest, num_prompts=self._widest.width)
+    def _start(self, side: Side, repeat: int, stack: ExitStack) -> Worker:
+        worker = stack.enter_context(running_worker(side.name, free_log(self._out, side, repeat)))
+        side.engine_report = worker.ask(
+            "load", timeout_s=START_TIMEOUT_S, directory=str(side.directory.resolve()), engine=self._settings.engine,
+            device=self._settings.device, dtype=self._settings.dtype,
+        )  # fmt: skip
+        widest = self._settings.widest
+        tokens = min(widest.output_len, _WARMUP_TOKENS)
+        warmup = replace(widest, num_prompts=widest.width)
         self._ask(worker, warmup, warmup.seed + WARMUP_SEED, tokens)
         return worker
 
     def _ask(self, worker: Worker, workload: Workload, seed: int, output_len: int) -> dict[str, Any]:
         return worker.ask(
-            "measure", timeout_s=patience_s(workload, self._stall_timeout_s), num_prompts=workload.num_prompts,
+            "measure", timeout_s=patience_s(workload, self._settings.stall_timeout_s), num_prompts=workload.num_prompts,
             input_len=workload.input_len, vocab_size=self._vocab_size, seed=seed, output_len=output_len,
             batch_size=workload.width,
         )  # fmt: skip

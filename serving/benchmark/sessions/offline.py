@@ -3,7 +3,7 @@
 import json
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,16 +11,15 @@ from typing import Any
 from serving.benchmark.gpu_watch import energy, watched_gpus
 from serving.benchmark.metrics import DISTRIBUTED, METRICS, PERCENTILES, percentile
 from serving.benchmark.sessions.server import engine_facts, engine_options_for, vllm_device
-from serving.benchmark.sessions.vllm_client import STALL_TIMEOUT_S
 from serving.benchmark.sessions.worker_process import EngineFailedError
+from serving.benchmark.settings import BenchmarkSettings
+from serving.benchmark.side import Side
 from serving.benchmark.workload import Slo, Workload
 from serving.child_process import child_process
 from serving.server.vllm import checked_options, launcher_command, launcher_environment, refusal, tail
 from toolchain.errors import SenteiError
 
 _POLL_S, _BATCHES = 0.25, 3
-# Without a stream of tokens there is none of the times in between.
-UNDEFINED = frozenset({"mean_ttft_ms", "mean_tpot_ms", "mean_itl_ms", "p99_itl_ms"})
 
 
 class OfflineSession:
@@ -28,43 +27,34 @@ class OfflineSession:
 
     Attributes:
         both_up: Always: neither keeps the other from being started.
-        told: What each engine told of itself.
     """
 
     both_up = True
 
     def __init__(
         self,
-        directories: Mapping[str, Path],
+        sides: Mapping[str, Side],
+        settings: BenchmarkSettings,
         out: Path,
-        *,
-        dtype: str | None,
-        engine_options: Sequence[str],
-        stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         """Starts nothing yet; see :class:`serving.benchmark.sessions.server.ServerSession`.
 
         Args:
-            directories: ``original`` and ``pruned`` checkpoints.
+            sides: Checkpoints.
+            settings: ``stall_timeout_s`` is how long vLLM may write nothing, not even progress.
             out: Existing directory; vLLM's own result files and logs go to ``vllm/``.
-            dtype: Computed in; by default the checkpoint's own.
-            engine_options: Of vLLM's engine, the same for both.
-            stall_timeout_s: How long vLLM may write nothing, not even progress.
 
         Raises:
             SenteiError: An option that would run code from the checkpoint.
         """
-        engine_options = checked_options(engine_options)
-        self.told: dict[str, dict[str, Any]] = {}
-        self._directories, self._out, self._stall_timeout_s = directories, out / "vllm", stall_timeout_s
-        self._options = {
-            side: engine_options_for(directory, dtype, engine_options) for side, directory in directories.items()
-        }
+        options = checked_options(settings.engine_options)
+        self._out, self._stall_timeout_s = out / "vllm", settings.stall_timeout_s
+        self._options = {side: engine_options_for(side, settings.dtype, options) for side in sides.values()}
         self._device = vllm_device()
         self._out.mkdir(exist_ok=True)
 
     def measure(
-        self, side: str, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
+        self, side: Side, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
     ) -> dict[str, Any]:
         """All requests at once for the throughput, then batches of ``concurrency`` for the latency of a request.
 
@@ -100,41 +90,41 @@ class OfflineSession:
             "duration": throughput["elapsed_time"],
         }  # fmt: skip
 
-    def drop(self, side: str) -> None:
+    def drop(self, side: Side) -> None:
         """Nothing is up."""
 
     def close(self) -> None:
         """Nothing is up."""
 
-    def _run(self, side: str, command: str, options: list[str], name: str) -> dict[str, Any]:
+    def _run(self, side: Side, command: str, options: list[str], name: str) -> dict[str, Any]:
         result_file, log = self._out / f"{name}.json", self._out / f"{name}.log"
         result_file.unlink(missing_ok=True)
         arguments = [
-            "bench", command, "--model", str(self._directories[side].resolve()), *options,
+            "bench", command, "--model", str(side.directory.resolve()), *options,
             "--output-json", str(result_file.resolve()), *self._options[side],
         ]  # fmt: skip
         with child_process(launcher_command(*arguments), launcher_environment(), log) as process:
             self._wait(process, log, side)
         said = log.read_text(encoding="utf-8", errors="replace")
         if process.returncode == 2 and (refused := refusal(said)):
-            raise SenteiError(f"vllm bench {command} of the {side} model: {refused}")
+            raise SenteiError(f"vllm bench {command} of the {side.name} model: {refused}")
         try:
             result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise EngineFailedError(
-                f"vllm bench {command} of the {side} model failed (exit code {process.returncode}):\n{tail(said)}"
+                f"vllm bench {command} of the {side.name} model failed (exit code {process.returncode}):\n{tail(said)}"
             ) from error
-        self.told[side] = {"device": self._device, "engine_options": self._options[side], **engine_facts(said)}
+        side.engine_report = {"device": self._device, "engine_options": self._options[side], **engine_facts(said)}
         return result
 
-    def _wait(self, process: subprocess.Popen[bytes], log: Path, side: str) -> None:
+    def _wait(self, process: subprocess.Popen[bytes], log: Path, side: Side) -> None:
         size, moved_s = -1, time.monotonic()
         while process.poll() is None:
             if (now := log.stat().st_size) != size:
                 size, moved_s = now, time.monotonic()
             if time.monotonic() - moved_s > self._stall_timeout_s:
                 raise EngineFailedError(
-                    f"vLLM hung with the {side} model: it wrote nothing for {self._stall_timeout_s:.0f} s. The end of "
-                    f"its log:\n{tail(log.read_text(encoding='utf-8', errors='replace'))}"
+                    f"vLLM hung with the {side.name} model: it wrote nothing for {self._stall_timeout_s:.0f} s. The "
+                    f"end of its log:\n{tail(log.read_text(encoding='utf-8', errors='replace'))}"
                 )
             time.sleep(_POLL_S)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.engines.spec import ENGINES
 from serving.onnx_export.files import check_files, check_graph, read_settings
 from toolchain.checkpoint.directory import dtype_name
 from toolchain.devices import parse_device
@@ -170,7 +171,7 @@ class _Session:
 
     def load(self, *, engine: str, directory: str, device: str, dtype: str | None) -> dict[str, Any]:
         loader = {"transformers": load_transformers, "onnx": load_onnx}[engine]
-        if engine == "onnx":
+        if ENGINES[engine].reads_onnx:
             check_files(Path(directory))  # not part of what is measured
         start_s = time.perf_counter()
         self._decode, facts = loader(Path(directory), device, dtype)

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from serving.benchmark.metrics import METRICS
-from serving.benchmark.run import benchmark
 from serving.benchmark.sessions import server as bench_server
-from serving.benchmark.workload import make_workloads
 from serving.server.vllm import launcher_command, launcher_environment, running_server
+from tests.serving.benchmark.asking import ask_benchmark
 from tests.serving.slow_server import FACTOR
 
 pytestmark = [
@@ -44,8 +43,8 @@ def slow_model(demo_model, tmp_path, monkeypatch):
     slow.symlink_to(demo_model)
     plain = bench_server.engine_options_for
 
-    def options_for(directory, *rest):
-        return plain(directory, *rest) + (["--middleware", "tests.serving.slow_server.SlowDown"] * (directory == slow))
+    def options_for(side, *rest):
+        return plain(side, *rest) + (["--middleware", "tests.serving.slow_server.SlowDown"] * (side.directory == slow))
 
     monkeypatch.setattr(bench_server, "engine_options_for", options_for)
     return slow
@@ -53,8 +52,7 @@ def slow_model(demo_model, tmp_path, monkeypatch):
 
 def measure(original, pruned, out, *, engine="vllm", **settings):
     """One run; its primary metric."""
-    workloads = make_workloads(engine=engine, **SHAPE)
-    results = benchmark(original, pruned, engine=engine, workloads=workloads, repeats=REPEATS, out=out, **settings)
+    results = ask_benchmark(original, pruned, engine=engine, repeats=REPEATS, out=out, **SHAPE, **settings)
     metric = results["measurements"][0]["metrics"]["output_throughput"]
     gain = metric["gain"]
     print(f"{gain['value']:.4f} ({gain['low']:.4f} to {gain['high']:.4f}), {metric['verdict']}", flush=True)
@@ -82,8 +80,7 @@ def test_a_known_slow_down_is_found(demo_model, slow_model, tmp_path):
 
 
 def test_figures_are_those_of_vllms_client_by_hand(demo_model, server, tmp_path):
-    workloads = make_workloads(engine="vllm", **SHAPE)
-    results = benchmark(demo_model, None, engine="vllm", workloads=workloads, urls=[server], out=tmp_path / "out")
+    results = ask_benchmark(demo_model, None, engine="vllm", urls=[server], out=tmp_path / "out", **SHAPE)
     for run in results["measurements"][0]["runs"]:
         written = json.loads((tmp_path / "out" / "vllm" / f"original-{run['repeat']}.json").read_text())
         assert {m.name: run["original"][m.name] for m in METRICS} == {m.name: written[m.name] for m in METRICS}

@@ -20,17 +20,11 @@ from serving.child_process import child_process
 from serving.forecast.model_facts import checkpoint_facts, expected_gains, onnx_facts
 from tests.command_line import sentei
 from tests.conftest import make_pico, prune_by_hand
+from tests.serving.benchmark.asking import ask_benchmark as benchmark
 from toolchain.checkpoint.directory import copy_companions, open_checkpoint, write_weights
 from toolchain.errors import SenteiError
 
 TINY = {"input_len": 12, "output_len": 4, "repeats": 3}
-LOAD = ("input_len", "output_len", "concurrency", "num_prompts")
-
-
-def benchmark(original, pruned, *, engine, **settings):
-    load = {name: settings.pop(name) for name in LOAD if name in settings}
-    workloads = make_workloads(engine=engine, **load)
-    return benchmark_module.benchmark(original, pruned, engine=engine, workloads=workloads, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +298,7 @@ def test_a_worker_that_keeps_dying_stops_the_benchmark_which_resumes(pico_model,
 
 
 def test_an_interrupted_benchmark_says_how_to_go_on(pico_model, pruned_pico, tmp_path, monkeypatch):
-    def interrupted(original, pruned, *, out, **settings):
+    def interrupted(original, pruned, settings, *, out, **how):
         out.with_name("out.unfinished").mkdir()
         raise KeyboardInterrupt
 

@@ -4,7 +4,7 @@ import pytest
 
 from serving.forecast.device_probe import DevicePeaks, probe_device
 from serving.forecast.estimate import estimate, planned_checkpoint
-from serving.forecast.explain import explain
+from serving.forecast.explain import Observations, explain
 from serving.forecast.model_facts import checkpoint_facts, facts_of
 from serving.forecast.roofline import phase_costs, roofline
 from tests.conftest import make_pico, prune_by_hand
@@ -92,12 +92,11 @@ def test_each_cause_is_found_where_it_is_and_only_there(models, changed, cause, 
     expected = roofline(facts, PEAKS, **SHAPE)
 
     def causes(tpot=expected["decode"]["pruned"]["at_least_ms"], **changed):
-        settings = {
-            "layout": (), "context": 12, "concurrency": 3, "kv_cache_tokens": {}, "client_cpu_cores": 0.2,
-            "not_compiled": None,
-        }  # fmt: skip
+        shape = {name: changed.pop(name, value) for name, value in (("context", 12), ("concurrency", 3))}
+        seen = Observations(**({"client_cpu_cores": 0.2} | changed))
         medians = {side: {"mean_tpot_ms": tpot} for side in facts}
-        return {each["cause"]: each["text"] for each in explain(facts, expected, medians, **(settings | changed))}
+        found = explain(facts, expected, medians, layout=(), **shape, seen=seen)
+        return {each["cause"]: each["text"] for each in found}
 
     assert cause not in causes()
     assert says in causes(**changed)[cause]

@@ -180,21 +180,23 @@ def test_bad_chats(client: openai.OpenAI) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_the_benchmark_starts_it_and_vllms_load_generator_drives_it(demo_onnx: Path, tmp_path: Path) -> None:
     from serving.benchmark.sessions.server import ServerSession
+    from serving.benchmark.settings import BenchmarkSettings
+    from serving.benchmark.side import open_sides
     from serving.benchmark.workload import make_workloads
 
     workloads = make_workloads(engine="onnx-server", input_len=16, output_len=4, concurrency=[2], num_prompts=4)
-    session = ServerSession(
-        {"original": demo_onnx}, workloads, tmp_path, dtype=None, engine_options=(), onnx_context=8192
-    )
+    settings = BenchmarkSettings(engine="onnx-server", workloads=workloads)
+    sides = open_sides(demo_onnx, None, settings)
+    session = ServerSession(sides, settings, tmp_path)
     try:
-        measured = session.measure("original", 0, workloads[0], name="original-0")
+        measured = session.measure(sides["original"], 0, workloads[0], name="original-0")
     finally:
         session.close()
     assert (measured["completed"], measured["failed"], measured["first_error"]) == (4, 0, None)
     assert all(measured[f"mean_{name}_ms"] > 0 for name in ("ttft", "tpot", "itl", "e2el"))
     kept = json.loads((tmp_path / "vllm" / "original-0.json").read_text())
     assert (kept["total_output_tokens"], kept["output_throughput"]) == (16, measured["output_throughput"])
-    assert session.told["original"]["server_options"] == ["--max-num-seqs", "2", "--max-model-len", "36"]
+    assert sides["original"].engine_report["server_options"] == ["--max-num-seqs", "2", "--max-model-len", "36"]
 
 
 def test_what_cannot_be_served_is_told_before_it_starts(demo_onnx: Path, pico_model: Path, tmp_path: Path) -> None:

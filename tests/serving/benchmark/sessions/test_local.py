@@ -10,13 +10,16 @@ import onnx
 import pytest
 import torch
 
-from serving.benchmark import run as benchmark
 from serving.benchmark.sessions import local as bench_local
 from serving.benchmark.sessions.local import LocalSession
 from serving.benchmark.sessions.worker import load_onnx, peak_memory_bytes
+from serving.benchmark.settings import BenchmarkSettings
+from serving.benchmark.side import check_one_device
 from serving.benchmark.workload import make_workloads
 from serving.forecast import device_probe
 from serving.forecast.device_probe import measure_peaks
+from serving.onnx_export.files import read_settings
+from tests.serving.benchmark.asking import sides_of
 from toolchain.errors import SenteiError
 
 
@@ -45,32 +48,35 @@ def workers(monkeypatch):
 @pytest.fixture
 def session(tmp_path):
     workloads = make_workloads(engine="onnx", concurrency=[1, 4], num_prompts=40)
-    directories = {"original": tmp_path, "pruned": tmp_path}
-    facts = dict.fromkeys(directories, SimpleNamespace(vocab_size=100))
-    return LocalSession("onnx", directories, facts, workloads, tmp_path, device="auto", dtype=None), workloads
+    sides = sides_of(tmp_path)
+    return (
+        LocalSession(sides, BenchmarkSettings(engine="onnx", workloads=workloads), tmp_path),
+        workloads,
+        sides["pruned"],
+    )
 
 
 def test_a_warm_up_is_one_batch_as_wide_as_the_widest_load(workers, session):
-    local, workloads = session
-    local.measure("pruned", 0, workloads[1], name="pruned-0")
+    local, workloads, pruned = session
+    local.measure(pruned, 0, workloads[1], name="pruned-0")
     _, warmup, measured = workers.asked
     assert (warmup["num_prompts"], warmup["batch_size"]) == (4, 4)
     assert (measured["num_prompts"], measured["batch_size"]) == (40, 4)
 
 
 def test_a_second_attempt_keeps_the_log_of_the_worker_that_died(workers, session):
-    local, workloads = session
-    local.measure("pruned", 0, workloads[1], name="pruned-0")
-    local.drop("pruned")
-    local.measure("pruned", 0, workloads[1], name="pruned-0")
+    local, workloads, pruned = session
+    local.measure(pruned, 0, workloads[1], name="pruned-0")
+    local.drop(pruned)
+    local.measure(pruned, 0, workloads[1], name="pruned-0")
     assert workers.logs == ["pruned-0.log", "pruned-0-start2.log"]
 
 
 def test_energy_is_that_of_the_device_that_the_worker_runs_on(workers, session, monkeypatch):
     watched, watch = [], bench_local.watched_gpus
     monkeypatch.setattr(bench_local, "watched_gpus", lambda device: (watched.append(device), watch(None))[1])
-    local, workloads = session
-    local.measure("pruned", 0, workloads[0], name="pruned-0")
+    local, workloads, pruned = session
+    local.measure(pruned, 0, workloads[0], name="pruned-0")
     assert watched == ["cpu"]
 
 
@@ -117,10 +123,11 @@ def test_an_export_runs_on_its_own_device_or_the_one_named(
 
 
 def test_exports_for_unlike_devices_are_not_compared(tmp_path):
-    exports = {"original": write_export(tmp_path / "a", "cuda"), "pruned": write_export(tmp_path / "b", "cpu")}
+    exports = {name: read_settings(write_export(tmp_path / name, name)).device for name in ("cuda", "cpu")}
+    original, pruned = (sides_of(tmp_path, export_device=exports[name])["original"] for name in ("cuda", "cpu"))
     with pytest.raises(SenteiError, match="original is exported for cuda and the pruned model for cpu"):
-        benchmark._check_one_device(exports)
-    benchmark._check_one_device({**exports, "original": exports["pruned"]})
+        check_one_device({"original": original, "pruned": pruned})
+    check_one_device({"original": pruned, "pruned": pruned})
 
 
 def test_of_many_gpus_the_one_that_is_used_is_asked(monkeypatch):

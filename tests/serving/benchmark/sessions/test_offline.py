@@ -7,13 +7,15 @@ import sys
 import pytest
 
 from serving.benchmark import results as bench_results
-from serving.benchmark import run as benchmark_module
 from serving.benchmark.sessions import offline as bench_offline
 from serving.benchmark.sessions.offline import OfflineSession
 from serving.benchmark.sessions.worker_process import EngineFailedError
+from serving.benchmark.settings import BenchmarkSettings
+from serving.benchmark.side import open_sides
 from serving.benchmark.workload import make_workloads
 from serving.forecast.device_probe import DevicePeaks
 from serving.server import vllm as vllm_server
+from tests.serving.benchmark.asking import ask_benchmark
 from toolchain.errors import SenteiError
 
 LOAD = {"input_len": 16, "output_len": 4, "concurrency": [2]}
@@ -43,18 +45,17 @@ def asked(monkeypatch):
     return record
 
 
-def session(directory, out, **settings):
-    return OfflineSession(
-        {"original": directory, "pruned": directory}, out, dtype=settings.pop("dtype", None),
-        engine_options=settings.pop("options", ()), **settings,
-    )  # fmt: skip
+def session(directory, out, **chosen):
+    """A session, both sides, and the load."""
+    settings = BenchmarkSettings(
+        engine="vllm-offline", workloads=make_workloads(engine="vllm-offline", **LOAD), **chosen
+    )
+    sides = open_sides(directory, directory, settings)
+    return OfflineSession(sides, settings, out), sides, settings.workloads[0]
 
 
 def test_figures_are_vllms_own(pico_model, asked, tmp_path):
-    workloads = make_workloads(engine="vllm-offline", **LOAD)
-    results = benchmark_module.benchmark(
-        pico_model, pico_model, engine="vllm-offline", workloads=workloads, out=tmp_path / "out", repeats=3
-    )
+    results = ask_benchmark(pico_model, pico_model, engine="vllm-offline", out=tmp_path / "out", repeats=3, **LOAD)
     metrics = results["measurements"][0]["metrics"]
     medians = {name: metric["original"]["median"] for name, metric in metrics.items()}
     assert medians["output_throughput"] == 8 * 4 / 2.0
@@ -68,10 +69,9 @@ def test_figures_are_vllms_own(pico_model, asked, tmp_path):
 
 
 def test_both_are_asked_the_same(pico_model, asked, tmp_path):
-    (workload,) = make_workloads(engine="vllm-offline", **LOAD)
-    running = session(pico_model, tmp_path, options=["--max-model-len", "64"])
-    for side in ("original", "pruned"):
-        running.measure(side, 1, workload, name=side)
+    running, sides, workload = session(pico_model, tmp_path, engine_options=["--max-model-len", "64"])
+    for name, side in sides.items():
+        running.measure(side, 1, workload, name=name)
     original, pruned = asked["commands"][:2], asked["commands"][2:]
     assert [[each.replace("original", "pruned") for each in command] for command in original] == list(map(list, pruned))
     throughput, latency = asked["commands"][:2]
@@ -86,41 +86,39 @@ def test_both_are_asked_the_same(pico_model, asked, tmp_path):
 
 def test_a_failure_is_told_with_the_end_of_the_log(pico_model, asked, tmp_path):
     asked["script"] = "import sys; print('out of memory'); sys.exit(1)"
-    (workload,) = make_workloads(engine="vllm-offline", **LOAD)
+    running, sides, workload = session(pico_model, tmp_path)
     with pytest.raises(
         EngineFailedError, match=r"(?s)throughput of the pruned model failed \(exit code 1\).*out of mem"
     ):
-        session(pico_model, tmp_path).measure("pruned", 0, workload, name="x")
+        running.measure(sides["pruned"], 0, workload, name="x")
 
 
 def test_a_silent_process_is_given_up(pico_model, asked, tmp_path):
     asked["script"] = "import time; print('loading', flush=True); time.sleep(60)"
-    (workload,) = make_workloads(engine="vllm-offline", **LOAD)
+    running, sides, workload = session(pico_model, tmp_path, stall_timeout_s=2)
     with pytest.raises(EngineFailedError, match=r"(?s)hung with the original model: it wrote nothing for 2 s.*loading"):
-        session(pico_model, tmp_path, stall_timeout_s=2).measure("original", 0, workload, name="x")
+        running.measure(sides["original"], 0, workload, name="x")
 
 
 def test_what_cannot_be_asked_is_refused(pico_model, tmp_path):
     with pytest.raises(SenteiError, match="need a server"):
         make_workloads(engine="vllm-offline", input_len=8, output_len=4, request_rate=[1.0])
     with pytest.raises(SenteiError, match="run code from the checkpoint"):
-        session(pico_model, tmp_path, options=["--trust-remote-code"])
+        session(pico_model, tmp_path, engine_options=["--trust-remote-code"])
     with pytest.raises(SenteiError, match="mean_ttft_ms is undefined with this engine"):
-        benchmark_module.benchmark(
-            pico_model, pico_model, engine="vllm-offline", out=tmp_path / "out", primary="mean_ttft_ms",
-            workloads=make_workloads(engine="vllm-offline", **LOAD),
-        )  # fmt: skip
+        ask_benchmark(
+            pico_model, pico_model, engine="vllm-offline", out=tmp_path / "out", primary="mean_ttft_ms", **LOAD
+        )
 
 
 @pytest.mark.acceptance
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_the_real_vllm(pruned_demo, tmp_path):
-    (workload,) = make_workloads(engine="vllm-offline", **LOAD)
     options = ["--max-model-len", "128", "--enforce-eager"]
-    running = session(pruned_demo, tmp_path, dtype="bfloat16", options=options)
-    measured = running.measure("original", 0, workload, name="original-0")
+    running, sides, workload = session(pruned_demo, tmp_path, dtype="bfloat16", engine_options=options)
+    measured = running.measure(sides["original"], 0, workload, name="original-0")
     assert measured["total_token_throughput"] == pytest.approx(5 * measured["output_throughput"])  # (16 + 4) / 4
     assert measured["completed"] == 8
     assert measured["output_throughput"] == pytest.approx(4 * measured["request_throughput"])
     assert measured["mean_e2el_ms"] > 0
-    assert running.told["original"]["kv_cache_tokens"] > 128
+    assert sides["original"].engine_report["kv_cache_tokens"] > 128

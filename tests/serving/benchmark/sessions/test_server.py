@@ -14,21 +14,20 @@ from serving.benchmark.compare_runs import compare_results
 from serving.benchmark.metrics import PERCENTILES
 from serving.benchmark.sessions import server as bench_server
 from serving.benchmark.sessions.worker_process import EngineFailedError
+from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.workload import Slo, make_workloads, read_prompts
 from serving.forecast.device_probe import DevicePeaks
 from serving.report.render import render_report
 from tests.conftest import make_pico
+from tests.serving.benchmark.asking import ask_benchmark, sides_of
 from toolchain.errors import SenteiError
 
 PEAKS = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e11, bytes_per_s=1e10)
 TINY = {"input_len": 8, "output_len": 4, "repeats": 3}
-LOAD = ("input_len", "output_len", "concurrency", "request_rate", "num_prompts", "prompts")
 
 
-def benchmark(original, pruned, **settings):
-    load = {name: settings.pop(name) for name in LOAD if name in settings}
-    workloads = make_workloads(engine="vllm", **load)
-    return benchmark_module.benchmark(original, pruned, engine="vllm", workloads=workloads, **settings)
+def benchmark(original, pruned, *, engine="vllm", **asked):
+    return ask_benchmark(original, pruned, engine=engine, **asked)
 
 
 @pytest.fixture
@@ -301,11 +300,8 @@ def test_settings_that_would_not_be_recorded_or_not_be_heeded_are_refused(pico_m
         with pytest.raises(SenteiError, match=r"--dtype would hide .* Use --dtype"):
             benchmark(pico_model, pico_model, out=tmp_path / "out", engine_options=options, **TINY)
     for engine in ("vllm", "vllm-offline", "onnx-server"):
-        workloads = make_workloads(engine=engine, input_len=8, output_len=4)
         with pytest.raises(SenteiError, match=f"Engine {engine} takes no --device"):
-            benchmark_module.benchmark(
-                pico_model, pico_model, engine=engine, workloads=workloads, out=tmp_path / "out", device="cpu"
-            )
+            benchmark(pico_model, pico_model, engine=engine, out=tmp_path / "out", device="cpu", **TINY)
     assert not list(tmp_path.iterdir())
 
 
@@ -349,36 +345,31 @@ def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path,
     # The module stands in for itself: what it starts is what the fixture starts.
     stand_in = SimpleNamespace(running_server=bench_server.running_server, DEFAULT_MAX_NUM_SEQS=8)
     monkeypatch.setitem(sys.modules, "serving.server.onnx", stand_in)
-    monkeypatch.setattr(bench_server, "read_settings", lambda directory: SimpleNamespace(device="cpu"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10, concurrency=[1, 6])
-    directories = {"original": pico_model, "pruned": pico_model}
-    session = bench_server.ServerSession(
-        directories, workloads, tmp_path, dtype=None, engine_options=["--max-model-len=100"], onnx_context=256
-    )
+    sides = sides_of(pico_model, max_len=256, export_device="cpu")
+    settings = BenchmarkSettings(engine="onnx-server", workloads=workloads, engine_options=["--max-model-len=100"])
+    session = bench_server.ServerSession(sides, settings, tmp_path)
     try:
-        assert session.measure("pruned", 0, workloads[1], name="pruned-0")["completed"] == 24
+        assert session.measure(sides["pruned"], 0, workloads[1], name="pruned-0")["completed"] == 24
     finally:
         session.close()
     options = ["--max-model-len=100", "--max-num-seqs", "6"]
     assert [each for _, each in asked["servers"]] == [options]
-    assert session.told["pruned"]["device"] == "cpu"
-    session = bench_server.ServerSession(
-        directories, workloads[:1], tmp_path, dtype=None, engine_options=(), onnx_context=256, searches_rate=True
-    )
+    assert sides["pruned"].engine_report["device"] == "cpu"
+    settings = BenchmarkSettings(engine="onnx-server", workloads=workloads[:1], slo=Slo(ttft=500))
+    session = bench_server.ServerSession(sides, settings, tmp_path)
     try:
-        session.measure("pruned", 1, workloads[0], name="pruned-1")
+        session.measure(sides["pruned"], 1, workloads[0], name="pruned-1")
     finally:
         session.close()
     assert asked["servers"][-1][1] == ["--max-num-seqs", "8", "--max-model-len", "46"]
 
 
 def test_lengths_may_vary(pico_model, asked, tmp_path):
-    workloads = make_workloads(engine="vllm", input_len=100, output_len=20, range_ratio=0.5)
-    assert workloads[0].longest == 180
-    benchmark_module.benchmark(
-        pico_model, pico_model, engine="vllm", workloads=workloads, out=tmp_path / "out", repeats=3
-    )
+    lengths = {"input_len": 100, "output_len": 20, "range_ratio": 0.5}
+    assert make_workloads(engine="vllm", **lengths)[0].longest == 180
+    benchmark(pico_model, pico_model, out=tmp_path / "out", repeats=3, **lengths)
     for _, options, _ in asked["loads"]:
         assert options[options.index("--random-range-ratio") + 1] == "0.5"
     with pytest.raises(SenteiError, match="need a server"):
@@ -386,8 +377,7 @@ def test_lengths_may_vary(pico_model, asked, tmp_path):
     with pytest.raises(SenteiError, match="below 1"):
         make_workloads(engine="vllm", range_ratio=1.0)
     with pytest.raises(SenteiError, match="do not fit"):
-        too_long = make_workloads(engine="vllm", input_len=200, output_len=20, range_ratio=0.5)
-        benchmark_module.benchmark(pico_model, pico_model, engine="vllm", workloads=too_long, out=tmp_path / "x")
+        benchmark(pico_model, pico_model, out=tmp_path / "x", **(lengths | {"input_len": 200}))
 
 
 def test_why_kernels_are_not_compiled_is_told_without_the_logs_own_marks():

@@ -1,0 +1,150 @@
+"""What a user chooses for a benchmark, and whether these choices go together."""
+
+import importlib.util
+import urllib.parse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from serving.benchmark.metrics import DEFAULT_PRIMARY, check_primary
+from serving.benchmark.sessions.vllm_client import STALL_TIMEOUT_S
+from serving.benchmark.workload import Slo, Workload
+from serving.engines.spec import SERVERS, EngineSpec, engine_spec
+from serving.server.vllm import HOST
+from toolchain.devices import parse_device
+from toolchain.errors import MissingDependencyError, SenteiError
+
+MIN_REPEATS = 3
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """How both models are measured.
+
+    Attributes:
+        engine: What runs both; a name of :data:`serving.engines.spec.ENGINES`.
+        workloads: See :func:`serving.benchmark.workload.make_workloads`. The verdict is about the first.
+        slo: If given, the highest request rate that meets these limits is searched for too; servers alone.
+        repeats: How often both are measured.
+        primary: The metric that decides; the others are marked as exploratory.
+        device: ``auto``, ``cpu`` or ``cuda``, of Transformers and ONNX; ``auto`` is an ONNX export's own. Servers and
+            vLLM have theirs.
+        dtype: Computed in; by default the checkpoint's own. An ONNX export has its precision built in.
+        engine_options: Options for vLLM or the server, for both models.
+        urls: Servers that run already, the original's and then the pruned model's; servers alone.
+        api_key: What these servers ask for. It is never written.
+        price_per_hour: Of the machine, in any currency; gives the cost of a million output tokens.
+        stall_timeout_s: How long an engine may go without a token before it counts as hung; without a server, each
+            2048 tokens of a batch's prompts have as long.
+    """
+
+    engine: str
+    workloads: Sequence[Workload]
+    slo: Slo | None = None
+    repeats: int = 5
+    primary: str = DEFAULT_PRIMARY
+    device: str = "auto"
+    dtype: str | None = None
+    engine_options: Sequence[str] = ()
+    urls: Sequence[str] = ()
+    api_key: str | None = field(default=None, repr=False)
+    price_per_hour: float | None = None
+    stall_timeout_s: float = STALL_TIMEOUT_S
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What is known of the engine.
+
+        Raises:
+            SenteiError: There is no such engine.
+        """
+        return engine_spec(self.engine)
+
+    @property
+    def widest(self) -> Workload:
+        """The workload with the most requests in flight: a warm-up must be as wide."""
+        return max(self.workloads, key=lambda workload: workload.width)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The choices beside engine and load, as ``results.json`` has them."""
+        return {
+            "device": self.device, "dtype": self.dtype, "repeats": self.repeats,
+            "engine_options": list(self.engine_options), "urls": list(self.urls), "primary": self.primary,
+            "price_per_hour": self.price_per_hour,
+        }  # fmt: skip
+
+
+def check_settings(settings: BenchmarkSettings, num_models: int) -> None:
+    """Refuses what cannot be measured, before anything is read.
+
+    Raises:
+        SenteiError: A setting that cannot be, or that this engine does not take.
+        MissingDependencyError: The engine is not installed.
+    """
+    if not settings.workloads:
+        raise SenteiError("There is nothing to measure: no load is given.")
+    spec = settings.spec
+    check_primary(settings.primary, output_len=settings.workloads[0].output_len, undefined=spec.undefined)
+    if settings.repeats < MIN_REPEATS:
+        raise SenteiError(
+            f"{settings.repeats} repeats cannot give an interval worth printing.",
+            f"Use at least {MIN_REPEATS}, better 5.",
+        )
+    if not spec.is_server and (settings.urls or settings.slo):
+        raise SenteiError(f"Engine {spec.name} takes no --url and no --slo.", f"They are for {' and '.join(SERVERS)}.")
+    if settings.urls:
+        _check_urls(settings.urls, num_models)
+    elif num_models == 1:
+        raise SenteiError(
+            "There is nothing to compare with.", "Give the pruned model too, or one running server's --url."
+        )
+    _check_device_and_dtype(settings)
+    _check_engine_options(settings)
+    for module, library, extra in spec.libraries:
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(library, extra)
+
+
+def _check_device_and_dtype(settings: BenchmarkSettings) -> None:
+    spec, dtype = settings.spec, settings.dtype
+    parse_device(settings.device)
+    if dtype is not None and (dtype not in _DTYPES or spec.reads_onnx):
+        allowed = "leave it out: an ONNX export has its precision built in" if spec.reads_onnx else ", ".join(_DTYPES)
+        raise SenteiError(f"dtype {dtype!r} is not possible with engine {spec.name}.", f"Allowed: {allowed}.")
+    if settings.device != "auto" and not spec.in_worker:
+        owner = "its export" if spec.reads_onnx else "the vLLM that is installed"
+        raise SenteiError(f"Engine {spec.name} takes no --device: {owner} decides.", "Leave it out.")
+
+
+def _check_engine_options(settings: BenchmarkSettings) -> None:
+    spec, names = settings.spec, [option.split("=")[0] for option in settings.engine_options]
+    if names and spec.in_worker:
+        raise SenteiError(f"Engine {spec.name} takes no engine options.", "They are for vLLM and for servers.")
+    if names and settings.urls:
+        raise SenteiError("Engine options are for servers that sentei starts; with --url it starts none.")
+    if not spec.reads_onnx and "--dtype" in names:
+        raise SenteiError("The engine option --dtype would hide the precision from the results.", "Use --dtype.")
+    if any(name.replace("_", "-") == "--api-key" for name in names):
+        raise SenteiError("--api-key would be written into the results.", "Set VLLM_API_KEY: both sides take it.")
+
+
+def _check_urls(urls: Sequence[str], num_models: int) -> None:
+    """Refuses anything but one server for each model."""
+    if len(urls) != num_models or any(not url.startswith(("http://", "https://")) for url in urls):
+        raise SenteiError(
+            f"--url takes one server for each model, the original's first; given: {', '.join(urls)}.",
+            "Write --url http://127.0.0.1:8000 --url http://127.0.0.1:8001, or name one model.",
+        )
+    if len(set(map(_address, urls))) < len(urls):
+        raise SenteiError(f"--url {urls[0]} is given for both models.", "Give each model's own server.")
+
+
+def _address(url: str) -> tuple[str, str | None, int | None, str]:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = HOST if parts.hostname == "localhost" else parts.hostname
+        return parts.scheme, host, parts.port, parts.path.rstrip("/")
+    except ValueError as error:
+        raise SenteiError(f"--url {url} is no URL ({error}).", "Write it like http://127.0.0.1:8000.") from error
