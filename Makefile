@@ -36,6 +36,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/write_schemas.py --check
 
 # Builds an environment for each version of vLLM that is supported, of 4 GB each.
 vllm-versions:

@@ -16,12 +16,11 @@ from toolchain.checkpoint.directory import (
     write_config,
     write_weights,
 )
+from toolchain.checkpoint.verification_document import VERIFICATION_FILE, CheckRecord, ExportVerification
 from toolchain.errors import CheckFailedError
 from toolchain.json_files import read_json_object
 from toolchain.model.decilm import ARCHITECTURE, CONFIG_CLASS_FILE, NasForm, config_class_source, nas_form
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
-
-VERIFICATION_FILE = "verification.json"
 
 
 @writes_directory
@@ -63,19 +62,19 @@ def export_nemotron_nas(
             shutil.copyfile(directory / "plan.json", partial / "plan.json")
         (partial / "README.md").write_text(_readme(checkpoint, form), encoding="utf-8")
         _compare(checkpoint, form, partial, on_tensor)
-        verification = {
-            "schema_version": 1,
-            "sentei_version": version("sentei"),
-            "passed": True,
-            "engine": "safetensors",
-            "dtype": form.config["dtype"],
-            "source_fingerprint": checkpoint.fingerprint,
-            "num_tensors": len(form.tensors),
-            "llama_cpp_obstacle": form.llama_cpp_obstacle,
-            "checks": {"differing_tensors": {"passed": True, "value": 0, "limit": 0}},
-        }
-        (partial / VERIFICATION_FILE).write_text(json.dumps(verification, indent=2) + "\n", encoding="utf-8")
-    return verification
+        verification = ExportVerification(
+            schema_version=1,
+            sentei_version=version("sentei"),
+            passed=True,
+            engine="safetensors",
+            dtype=form.config["dtype"],
+            source_fingerprint=checkpoint.fingerprint,
+            num_tensors=len(form.tensors),
+            llama_cpp_obstacle=form.llama_cpp_obstacle,
+            checks={"differing_tensors": CheckRecord(passed=True, value=0, limit=0)},
+        )
+        (partial / VERIFICATION_FILE).write_text(verification.to_json(), encoding="utf-8")
+    return verification.content()
 
 
 def _drop_remote_tokenizer(directory: Path) -> None:

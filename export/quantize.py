@@ -30,12 +30,12 @@ from toolchain.checkpoint.directory import (
 )
 from toolchain.checkpoint.quantized import QuantizedCheckpoint, open_quantized
 from toolchain.checkpoint.rounding_error import measure_rounding, rounding_checks
+from toolchain.checkpoint.verification_document import VERIFICATION_FILE, ExportVerification
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.json_files import read_json_object
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
 from toolchain.safetensors_files import let_others_read
 
-VERIFICATION_FILE = "verification.json"
 PYTHON_VARIABLE = "SENTEI_QUANTIZE_PYTHON"
 _ROOT = Path(__file__).resolve().parents[1]
 # What vLLM has fast int4 kernels for; a larger group needs less room, a smaller one divides more widths.
@@ -99,9 +99,10 @@ def quantize(
         versions = _run(python, job, Path(scratch), on_line)
         let_others_read(partial)
         _dress(checkpoint, partial, scheme)
-        verification = _compare(checkpoint, partial, scheme) | {"quantised_with": versions}
-        (partial / VERIFICATION_FILE).write_text(json.dumps(verification, indent=2) + "\n", encoding="utf-8")
-    return verification
+        found = _compare(checkpoint, partial, scheme) | {"quantised_with": versions}
+        verification = ExportVerification.model_validate(found)
+        (partial / VERIFICATION_FILE).write_text(verification.to_json(), encoding="utf-8")
+    return verification.content()
 
 
 def pick_group_size(checkpoint: Checkpoint) -> int:

@@ -1,6 +1,5 @@
 """A directory that stock vLLM serves with the sentei plugin: dtype, shards, and shapes that fit the parallelism."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -21,10 +20,10 @@ from toolchain.checkpoint.directory import (
     write_weights,
 )
 from toolchain.checkpoint.tensor_parallel import head_counts, ranks_for_heads
+from toolchain.checkpoint.verification_document import VERIFICATION_FILE, CheckRecord, ExportVerification
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
 
-VERIFICATION_FILE = "verification.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CARRIED = ("plan.json", "README.md")
 
@@ -71,21 +70,21 @@ def export_vllm(
     with new_directory(out, force=force) as partial:
         _write(checkpoint, partial, dtype, max_shard_bytes, on_tensor)
         num_tensors = _compare(checkpoint, partial, dtype, on_tensor)
-        verification = {
-            "schema_version": 1,
-            "sentei_version": version("sentei"),
-            "passed": True,
-            "engine": "safetensors",
-            "dtype": dtype_name(stored),
-            "tensor_parallel": tensor_parallel,
-            "source_fingerprint": checkpoint.fingerprint,
-            "num_tensors": num_tensors,
-            "tolerances": {"max_difference": 0.0},
-            "max_difference": 0.0,
-            "checks": {"differing_tensors": {"passed": True, "value": 0, "limit": 0}},
-        }
-        (partial / VERIFICATION_FILE).write_text(json.dumps(verification, indent=2) + "\n", encoding="utf-8")
-    return verification
+        verification = ExportVerification(
+            schema_version=1,
+            sentei_version=version("sentei"),
+            passed=True,
+            engine="safetensors",
+            dtype=dtype_name(stored),
+            tensor_parallel=tensor_parallel,
+            source_fingerprint=checkpoint.fingerprint,
+            num_tensors=num_tensors,
+            tolerances={"max_difference": 0.0},
+            max_difference=0.0,
+            checks={"differing_tensors": CheckRecord(passed=True, value=0, limit=0)},
+        )
+        (partial / VERIFICATION_FILE).write_text(verification.to_json(), encoding="utf-8")
+    return verification.content()
 
 
 def check_tensor_parallel(checkpoint: Checkpoint, tensor_parallel: int) -> None:
