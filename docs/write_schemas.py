@@ -10,6 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from serving.benchmark.journal import RESULTS_FILE
+from serving.benchmark.results_document import ResultsDocument
 from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
 from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
 from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument
@@ -25,6 +27,7 @@ _DOCUMENTS: dict[str, type[BaseModel]] = {
     SWEEP_FILE: SweepDocument,
     EXPORT_FILE: ExportRecord,
     VERIFICATION_FILE: VerificationDocument,
+    RESULTS_FILE: ResultsDocument,
     EVALUATION_FILE: EvaluationDocument,
 }
 

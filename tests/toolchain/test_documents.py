@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from serving.benchmark.journal import RESULTS_FILE
+from serving.benchmark.results_document import ResultsDocument
 from serving.report.render import render_report
 from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
 from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
@@ -21,6 +23,7 @@ MODELS = {
     SWEEP_FILE: SweepDocument,
     EXPORT_FILE: ExportRecord,
     VERIFICATION_FILE: VerificationDocument,
+    RESULTS_FILE: ResultsDocument,
 }
 FILES = [path for path in sorted(WRITTEN.rglob("*.json")) if path.name in MODELS]
 
@@ -37,7 +40,8 @@ def test_every_kind_of_file_is_there():
 def test_a_file_is_read_and_written_with_the_same_bytes(path):
     document = read_document(path, MODELS[path.name])
     document = getattr(document, "root", document)
-    assert document.to_json() == path.read_text(encoding="utf-8")
+    layout = {"indent": 1, "ensure_ascii": False} if path.name == RESULTS_FILE else {}
+    assert document.to_json(**layout) == path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
