@@ -46,6 +46,7 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/structure.py --check
+	$(BIN)/python docs/write_schemas.py --check
 
 # Writes docs/structure.md from the modules' docstrings.
 structure:

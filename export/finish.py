@@ -1,14 +1,13 @@
 """What every export ends with: what its checkpoint has beside the weights, and the record that it was compared."""
 
-import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from toolchain.checkpoint.directory import Checkpoint, copy_companions
+from toolchain.checkpoint.verification_document import VERIFICATION_FILE, ExportVerification
 
-VERIFICATION_FILE = "verification.json"
 ALL_TENSORS_ARE_THE_SAME: dict[str, dict[str, Any]] = {
     "differing_tensors": {"passed": True, "value": 0, "limit": 0},
 }
@@ -49,14 +48,16 @@ def write_verification(
     Returns:
         The file's content.
     """
-    verification = {
-        "schema_version": 1,
-        "sentei_version": version("sentei"),
-        "passed": True,
-        "engine": "safetensors",
-        **stored,
-        "source_fingerprint": checkpoint.fingerprint,
-        **found,
-    }
-    (out / VERIFICATION_FILE).write_text(json.dumps(verification, indent=2) + "\n", encoding="utf-8")
-    return verification
+    verification = ExportVerification.model_validate(
+        {
+            "schema_version": 1,
+            "sentei_version": version("sentei"),
+            "passed": True,
+            "engine": "safetensors",
+            **stored,
+            "source_fingerprint": checkpoint.fingerprint,
+            **found,
+        }
+    )
+    (out / VERIFICATION_FILE).write_text(verification.to_json(), encoding="utf-8")
+    return verification.content()

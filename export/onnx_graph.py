@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import logging
 import sys
 import tempfile
@@ -12,16 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from export.finish import VERIFICATION_FILE, carry_over
+from export.finish import carry_over
 from toolchain.checkpoint.directory import Checkpoint, open_checkpoint
+from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord, FileRecord
+from toolchain.checkpoint.verification_document import VERIFICATION_FILE
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.json_files import read_json_object
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Device = Literal["cpu", "cuda"]
-SUMMARY_FILE = "sentei_export.json"
-_WRITTEN_LATER = (SUMMARY_FILE, VERIFICATION_FILE, "README.md")
+_WRITTEN_LATER = (EXPORT_FILE, VERIFICATION_FILE, "README.md")
 
 
 @writes_directory
@@ -63,8 +63,8 @@ def export_onnx(
         _build(checkpoint, partial, precision, device, on_progress)
         on_progress("Hashing")
         summary = _summary(checkpoint, partial, precision, device)
-        (partial / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return summary
+        (partial / EXPORT_FILE).write_text(summary.to_json(), encoding="utf-8")
+    return summary.content()
 
 
 def _refuse_failed(directory: Path) -> None:
@@ -144,29 +144,29 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
     return facts
 
 
-def _summary(checkpoint: Checkpoint, out: Path, precision: Precision, device: Device) -> dict[str, Any]:
+def _summary(checkpoint: Checkpoint, out: Path, precision: Precision, device: Device) -> ExportRecord:
     layout = checkpoint.layout
-    return {
-        "schema_version": 1,
-        "format": "onnx",
-        "precision": precision,
-        "device": device,
-        "sentei_version": version("sentei"),
-        "onnx_ir_version": version("onnx-ir"),
-        "source_fingerprint": checkpoint.fingerprint,
-        "num_hidden_layers": len(layout),
-        "removed_attention": [index for index, layer in enumerate(layout) if not layer.attention],
-        "removed_ffn": [index for index, layer in enumerate(layout) if layer.intermediate_size == 0],
-        "intermediate_size": [layer.intermediate_size for layer in layout],
-        "files": _hashes(out),
-    }
+    return ExportRecord(
+        schema_version=1,
+        format="onnx",
+        precision=precision,
+        device=device,
+        sentei_version=version("sentei"),
+        onnx_ir_version=version("onnx-ir"),
+        source_fingerprint=checkpoint.fingerprint,
+        num_hidden_layers=len(layout),
+        removed_attention=[index for index, layer in enumerate(layout) if not layer.attention],
+        removed_ffn=[index for index, layer in enumerate(layout) if layer.intermediate_size == 0],
+        intermediate_size=[layer.intermediate_size for layer in layout],
+        files=_hashes(out),
+    )
 
 
-def _hashes(out: Path) -> dict[str, dict[str, Any]]:
+def _hashes(out: Path) -> dict[str, FileRecord]:
     """Size and hash of every file that stays as it is, by its path inside the export."""
     paths = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
     return {
-        name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        name: FileRecord(bytes=path.stat().st_size, sha256=_sha256(path))
         for name, path in sorted(paths.items())
         if name not in _WRITTEN_LATER
     }

@@ -10,16 +10,17 @@ import torch
 
 from serving.engines.onnxruntime import missing_provider
 from serving.forecast.model_facts import checkpoint_facts
-from serving.onnx_export.files import SUMMARY_FILE, check_graph, is_onnx_export, listed_files, read_settings
+from serving.onnx_export.files import check_graph, is_onnx_export, listed_files, read_settings
 from serving.onnx_export.members import member
 from serving.server.vllm import has_cxx_compiler
 from serving.server.vllm_launcher import is_cpu_build
 from toolchain.architecture.families import check_vllm_follows
 from toolchain.checkpoint.directory import Checkpoint, read_headers
+from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
 from toolchain.checkpoint.quantized import QuantizedCheckpoint, open_servable
 from toolchain.checkpoint.tensor_parallel import possible_ranks
+from toolchain.documents import read_document
 from toolchain.errors import MissingDependencyError, SenteiError
-from toolchain.json_files import read_json_object
 from toolchain.memory import available_bytes
 from toolchain.model.decilm import ARCHITECTURE, CONFIG_CLASS_FILE, is_nemotron_nas
 
@@ -151,13 +152,8 @@ def _examine_onnx(directory: Path, findings: dict[str, Any]) -> None:
         if importlib.util.find_spec(name) is None:
             problems.append(str(MissingDependencyError(name.replace("_", "-"), "onnx")))
     settings = read_settings(directory)
-    summary = read_json_object(directory / SUMMARY_FILE, hint="Export the model again.")
-    try:
-        attending = int(summary["num_hidden_layers"]) - len(summary["removed_attention"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SenteiError(
-            f"{directory / SUMMARY_FILE} is damaged ({type(error).__name__}: {error}).", "Export the model again."
-        ) from error
+    record = read_document(directory / EXPORT_FILE, ExportRecord, hint="Export the model again.")
+    attending = record.num_hidden_layers - len(record.removed_attention)
     sizes = {name: size for name, (size, _) in listed_files(directory).items()}
     weight_bytes = sum(size for name, size in sizes.items() if name.startswith(settings.filename))
     device = settings.device

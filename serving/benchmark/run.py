@@ -1,6 +1,5 @@
 """A/B benchmark: original and pruned, alternating, the same prompts and lengths; writes ``results.json``."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -12,6 +11,7 @@ from serving.benchmark.goodput import Probe, find_highest_rate
 from serving.benchmark.journal import RESULTS_FILE, Journal, open_journal
 from serving.benchmark.ratios import SIDES
 from serving.benchmark.results import assemble_results, describe
+from serving.benchmark.results_document import ResultsDocument
 from serving.benchmark.sessions.local import LocalSession
 from serving.benchmark.sessions.offline import OfflineSession
 from serving.benchmark.sessions.server import ServerSession
@@ -106,7 +106,8 @@ def benchmark(
         results = assemble_results(journal, settings, sides)
         write_text(journal.directory / "results.md", as_markdown(results))
         write_text(journal.directory / "results.csv", as_csv(results))
-        write_text(journal.directory / RESULTS_FILE, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        document = ResultsDocument.model_validate(results)
+        write_text(journal.directory / RESULTS_FILE, document.to_json(indent=1, ensure_ascii=False))
     return results
 
 

@@ -1,7 +1,6 @@
 """What an ONNX export's files say of themselves, and whether they are still what was written."""
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,15 @@ from typing import Any
 from serving.onnx_export.genai_config import parse_genai_config
 from serving.onnx_export.graph_check import load_graph
 from serving.onnx_export.members import member
+from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
+from toolchain.documents import read_document
 from toolchain.errors import SenteiError
 from toolchain.json_files import read_json_object
 
-SUMMARY_FILE = "sentei_export.json"
 _SETTINGS_FILE = "genai_config.json"
 _MAX_SETTINGS_BYTES = 256 * 1024
 # Where it is, onnxruntime-genai takes the directory for a package and reads its settings elsewhere.
 _PACKAGE_FILE = "manifest.json"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "Export the model again."
 
 
@@ -134,17 +133,11 @@ def listed_files(directory: Path) -> dict[str, tuple[int, str]]:
     Raises:
         SenteiError: The list is damaged.
     """
-    path = directory / SUMMARY_FILE
+    path = directory / EXPORT_FILE
     if not path.is_file():
         return {}
-    listed = read_json_object(path, hint=_AGAIN).get("files")
-    files = {}
-    for name, facts in listed.items() if isinstance(listed, dict) else [("files", None)]:
-        size, sha256 = (facts.get("bytes"), facts.get("sha256")) if isinstance(facts, dict) else (None, None)
-        if type(size) is not int or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-            raise SenteiError(f"{path} is damaged (size or hash of {name[:100]!a}).", _AGAIN)
-        files[name] = size, sha256
-    return files
+    record = read_document(path, ExportRecord, hint=_AGAIN)
+    return {name: (file.bytes, file.sha256) for name, file in record.files.items()}
 
 
 def damaged(directory: Path, error: Exception) -> SenteiError:

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from serving.benchmark.journal import RESULTS_FILE
 from serving.saved_json import Source, checked
+from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
+from toolchain.documents import check_document
 from toolchain.errors import SenteiError
+from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument
 from toolchain.json_files import read_json_object
 from toolchain.plan.plan import PLAN_FILE, PruningPlan, load_plan
-
-SUMMARY_FILE, EVALUATION_FILE = "pruning_summary.json", "evaluation.json"
-VERIFICATION_FILE = "verification.json"
+from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +68,9 @@ def read_inputs(directories: Sequence[Path]) -> ReportInputs:
             )
     inputs = ReportInputs(
         plan=load_plan(plan_files[0], needs_scores=False) if plan_files else None,
-        summary=checked(summaries[0]) if summaries else None,
-        evaluations=tuple(checked(source) for source in _distinct(_find(directories, EVALUATION_FILE))),
-        verifications=tuple(checked(source) for source in _find(directories, VERIFICATION_FILE)),
+        summary=_as(PruningSummary, summaries[0]) if summaries else None,
+        evaluations=tuple(_as(EvaluationDocument, source) for source in _distinct(_find(directories, EVALUATION_FILE))),
+        verifications=tuple(_as(VerificationDocument, source) for source in _find(directories, VERIFICATION_FILE)),
         benchmarks=tuple(checked(source) for source in _distinct(_find(directories, RESULTS_FILE))),
     )
     if len(inputs.missing) == 5:
@@ -85,6 +88,16 @@ def _find(directories: Sequence[Path], name: str) -> list[Source]:
             if path.is_file() and not path.parent.name.endswith(".partial"):
                 paths.setdefault(path.resolve(), path)
     return [Source(path=path, content=read_json_object(path)) for path in paths.values()]
+
+
+def _as(model: type[BaseModel], source: Source) -> Source:
+    """The source, if it holds what the model says.
+
+    Raises:
+        SenteiError: It does not.
+    """
+    check_document(checked(source).content, str(source.path), model)
+    return source
 
 
 def _distinct(sources: Sequence[Source]) -> list[Source]:

@@ -21,7 +21,6 @@ one; greedy tokens by how much less likely than its own first choice the referen
 """
 
 import importlib.util
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,15 +37,16 @@ from serving.onnx_export.files import is_onnx_export
 from serving.verify import decilm as nemotron_nas
 from serving.verify.card import write_into_card
 from toolchain.checkpoint.directory import Checkpoint, dtype_name, open_checkpoint, same_bits
+from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
 from toolchain.checkpoint.quantized import is_quantized, open_quantized
 from toolchain.checkpoint.rounding_error import check_limit, rounding_checks
+from toolchain.checkpoint.verification_document import VERIFICATION_FILE, AnswersVerification
+from toolchain.documents import read_document
 from toolchain.errors import SenteiError
-from toolchain.json_files import read_json_object
 from toolchain.model.decilm import is_nemotron_nas
 from toolchain.model.loading import bos_of, load_tokenizer
 from toolchain.outputs import write_text
 
-VERIFICATION_FILE = "verification.json"
 EngineName = Literal["auto", "transformers", "vllm", "onnx"]
 Checks = dict[str, dict[str, Any]]  # by name, as they are written
 _TOP_K = 10
@@ -207,7 +207,7 @@ def verify(
         "tolerances": tolerances,
         "checks": checks,
     }
-    write_text(exported / VERIFICATION_FILE, json.dumps(verdict, indent=2) + "\n")
+    write_text(exported / VERIFICATION_FILE, AnswersVerification.model_validate(verdict).to_json())
     write_into_card(exported, verdict)
     return verdict
 
@@ -389,12 +389,12 @@ def _precision(exported: Path, engine: EngineSpec, source: Checkpoint) -> str:
         return open_quantized(exported).scheme.name
     if not engine.reads_onnx:
         return dtype_name(_open(exported, source).dtype)
-    path = exported / "sentei_export.json"
+    path = exported / EXPORT_FILE
     try:
-        precision = read_json_object(path)["precision"]
-    except (SenteiError, KeyError) as error:
+        precision = read_document(path, ExportRecord).precision
+    except SenteiError as error:
         raise SenteiError(f"{path} is missing or damaged, so the precision is unknown.", "Export again.") from error
-    if not isinstance(precision, str) or precision not in _ONNX_PRECISIONS:
+    if precision not in _ONNX_PRECISIONS:
         raise SenteiError(f"{path}: precision {precision!r} is not known.", f"Known: {', '.join(_ONNX_PRECISIONS)}.")
     return _ONNX_PRECISIONS[precision]
 

@@ -8,7 +8,7 @@ import pytest
 from tests.command_line import sentei
 from toolchain.checkpoint.directory import open_checkpoint, same_bits
 from toolchain.plan.plan import load_plan
-from toolchain.prune.apply import SUMMARY_FILE
+from toolchain.plan.summary_document import SUMMARY_FILE
 
 # Fitted to two of three windows of 32 tokens, the demo model's third one gets worse: 55.8 to 60.4.
 TOO_LITTLE = ("--sparsity", 0.25, "--samples", 3, "--seq-len", 32)

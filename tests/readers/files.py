@@ -44,6 +44,7 @@ from toolchain.model.gguf_header import read_gguf_header
 from toolchain.model.loading import load_model, load_tokenizer
 from toolchain.parts_cache import Parts
 from toolchain.plan.plan import load_plan, load_sweep
+from toolchain.plan.sweep_document import SweepDocument, SweptPlan
 from toolchain.plan.views import difference, reasons
 from toolchain.prune.unfinished import SearchState
 from toolchain.text.sources import read_documents
@@ -104,7 +105,15 @@ def _sweep(directory: Path) -> None:
     for name in ("one", "other"):
         (directory / name).mkdir()
         write_plan(directory / name)
-    (directory / "sweep.json").write_text(json.dumps({"plans": [{"directory": "one"}, {"directory": "other"}]}))
+    base = load_plan(directory / "one").document.base_model
+    common = {"target_sparsity": 0.25, "sparsity": 0.25, "num_block_parameters": 7_500, "metric": 26.0}
+    swept = [
+        SweptPlan(directory=name, num_attention_removals=1, stopped_because=None, **common) for name in ("one", "other")
+    ]
+    sweep = SweepDocument(
+        schema_version=1, kind="sweep", base_model=base, metric="perplexity", metric_original=20.0, plans=swept
+    )
+    (directory / "sweep.json").write_text(sweep.to_json())
 
 
 def _results(directory: Path) -> None:

@@ -9,15 +9,15 @@ from statistics import geometric_mean
 from typing import Any
 
 from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.documents import read_document
 from toolchain.errors import SenteiError
 from toolchain.evaluate.document import EvaluationDocument, TextOverlap, overlap_warning
 from toolchain.evaluate.run import EvaluationSettings, evaluate
-from toolchain.json_files import read_json_object
 from toolchain.outputs import write_text
 from toolchain.parts_cache import Parts, digest_of
 from toolchain.plan.plan import load_plan
+from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
 from toolchain.progress import Progress, no_progress
-from toolchain.prune.apply import SUMMARY_FILE
 from toolchain.prune.methods import METHODS
 from toolchain.prune.pipeline import PruneSettings, possible_allocations, prune
 from toolchain.prune.unfinished import search_directory
@@ -127,7 +127,7 @@ def _row(
             directory.parent.mkdir(parents=True, exist_ok=True)
             resume = search_directory(directory).exists()
             prune(asked.model, directory, settings, model_name=asked.name, resume=resume, progress=titled)
-        summary = read_json_object(directory / SUMMARY_FILE)
+        summary = read_document(directory / SUMMARY_FILE, PruningSummary)
         evaluated = evaluate(directory, asked.model, asked.evaluation, parts, progress=titled)
         speed = asked.measure_speed(directory) if asked.measure_speed else None
         kept.mkdir(parents=True, exist_ok=True)
@@ -137,10 +137,10 @@ def _row(
         return {
             "method": name,
             "target_sparsity": settings.sparsity,
-            "sparsity": summary["sparsity"],
-            "num_parameters": summary["pruned"]["num_parameters"],
-            "num_block_parameters": summary["pruned"]["num_block_parameters"],
-            "pruning_s": summary["duration_s"],
+            "sparsity": summary.sparsity,
+            "num_parameters": summary.pruned.num_parameters,
+            "num_block_parameters": summary.pruned.num_block_parameters,
+            "pruning_s": summary.duration_s,
             **_quality(evaluated, "pruned"),
             "perplexity_ratio": {each.text: each.perplexity_ratio.model_dump() for each in evaluated.text_comparisons},
             "task_difference": {each.task: each.difference.model_dump() for each in evaluated.task_comparisons},

@@ -43,8 +43,8 @@ from toolchain.outputs import (
 )
 from toolchain.plan.document import HealingRecord
 from toolchain.plan.plan import PruningPlan, load_plan
+from toolchain.plan.summary_document import SUMMARY_FILE
 from toolchain.progress import Progress, no_progress
-from toolchain.prune.apply import SUMMARY_FILE
 from toolchain.resuming import interrupted, made_otherwise
 from toolchain.text.fingerprints import merge_hashes
 from toolchain.text.sources import TextSource, local_paths

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from toolchain.architecture.layout import LayerLayout
+from toolchain.documents import read_document
 from toolchain.errors import SenteiError, reason_of
-from toolchain.json_files import read_json, read_json_object
+from toolchain.json_files import read_json
 from toolchain.outputs import write_text
 from toolchain.plan.document import (
     SCHEMA_VERSION,
@@ -32,9 +33,10 @@ from toolchain.plan.document import (
     Rung,
     document_to_json,
 )
+from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument
 from toolchain.safetensors_files import check_header_size
 
-PLAN_FILE, SCORES_FILE, SWEEP_FILE = "plan.json", "plan.safetensors", "sweep.json"
+PLAN_FILE, SCORES_FILE = "plan.json", "plan.safetensors"
 _HASHES = "text_hashes."
 _LONGEST_NAME = 200
 # What text was read for.
@@ -308,10 +310,7 @@ def load_sweep(directory: Path) -> dict[str, PruningPlan] | None:
     file = directory / SWEEP_FILE
     if not file.is_file():
         return None
-    try:
-        names = [str(entry["directory"]) for entry in read_json_object(file)["plans"]]
-    except (KeyError, TypeError) as error:
-        raise SenteiError(f"{file} does not have the fields it should ({type(error).__name__}: {error}).") from error
+    names = [entry.directory for entry in read_document(file, SweepDocument).plans]
     if outside := [name for name in names if Path(name).name != name or name == ".." or len(name) > _LONGEST_NAME]:
         raise SenteiError(f"{file}: {outside[0]!r} is not a directory beside it.")
     if not names:

@@ -1,6 +1,5 @@
 """A plan becomes a checkpoint: cut → compensate → write → prove."""
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,13 +22,18 @@ from toolchain.outputs import check_output_directory, new_directory, write_text,
 from toolchain.plan.document import CompensationRecord
 from toolchain.plan.model_card import model_card
 from toolchain.plan.plan import PruningPlan
+from toolchain.plan.summary_document import (
+    SUMMARY_FILE,
+    CalibrationMetricRecord,
+    CompensationSummary,
+    PruningSummary,
+    SizeRecord,
+)
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.compensation import compensate
 from toolchain.text import embedded as embedded_text
 from toolchain.text.sources import TextSource, local_paths
 from toolchain.text.windows import load_mixture
-
-SUMMARY_FILE = "pruning_summary.json"
 
 
 def remove_planned(walk: LayerWalk, plan: PruningPlan) -> None:
@@ -205,9 +209,9 @@ def write_planned(
             if metric is not None:
                 measured = perplexity if metric is proof else measure(walk, metric)
         summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
-        write_text(partial / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-        write_text(partial / "README.md", model_card(plan, summary))
-    return summary
+        write_text(partial / SUMMARY_FILE, summary.to_json())
+        write_text(partial / "README.md", model_card(plan, summary.content()))
+    return summary.content()
 
 
 def _compensate(
@@ -280,42 +284,47 @@ def _check_as_planned(plan: PruningPlan, measured: float, planned: float | None)
 
 def summarise(
     original: Checkpoint, pruned: Checkpoint, plan: PruningPlan, measured: float | None, duration_s: float
-) -> dict[str, Any]:
-    """What was removed and what it cost on the calibration window; the content of ``pruning_summary.json``."""
-    document = plan.document
-
-    def sizes(checkpoint: Checkpoint) -> dict[str, int]:
-        return {
-            "num_parameters": checkpoint.num_parameters,
-            "num_block_parameters": checkpoint.num_block_parameters,
-            "weight_bytes": checkpoint.weight_bytes,
-        }
-
-    return {
-        "schema_version": 1,
-        "kind": "pruning_summary",
-        "original": {"name": document.base_model.name, **sizes(original)},
-        "pruned": {"name": f"{document.base_model.name}, pruned", **sizes(pruned)},
-        "sparsity": 1 - pruned.num_block_parameters / original.num_block_parameters,
-        "removed_attention": list(plan.removed_attention),
-        "intermediate_size": [layer.intermediate_size for layer in plan.layout],
-        "calibration_metric": {
-            "name": document.metric,
-            "source": document.metric_source,
-            "original": document.metric_original,
-            "after_stage_1": None if document.block_steps else document.metric_after_stage_1,
-            "after_stage_2": document.metric_at_end,
-            "pruned": measured,
-        },
-        "num_refitted": len(document.compensation.refits) if document.compensation else 0,
-        "compensation": _compensation_summary(document.compensation),
-        "stopped_because": document.stopped_because,
-        "duration_s": round(duration_s, 1),
-    }
+) -> PruningSummary:
+    """What was removed and what it cost on the calibration window."""
+    document, name = plan.document, plan.document.base_model.name
+    return PruningSummary(
+        schema_version=1,
+        kind="pruning_summary",
+        original=_size(name, original),
+        pruned=_size(f"{name}, pruned", pruned),
+        sparsity=1 - pruned.num_block_parameters / original.num_block_parameters,
+        removed_attention=list(plan.removed_attention),
+        intermediate_size=[layer.intermediate_size for layer in plan.layout],
+        calibration_metric=CalibrationMetricRecord(
+            name=document.metric,
+            source=document.metric_source,
+            original=document.metric_original,
+            after_stage_1=None if document.block_steps else document.metric_after_stage_1,
+            after_stage_2=document.metric_at_end,
+            pruned=measured,
+        ),
+        num_refitted=len(document.compensation.refits) if document.compensation else 0,
+        compensation=_compensation_summary(document.compensation),
+        stopped_because=document.stopped_because,
+        duration_s=round(duration_s, 1),
+    )
 
 
-def _compensation_summary(record: CompensationRecord | None) -> dict[str, Any] | None:
+def _size(name: str, checkpoint: Checkpoint) -> SizeRecord:
+    return SizeRecord(
+        name=name,
+        num_parameters=checkpoint.num_parameters,
+        num_block_parameters=checkpoint.num_block_parameters,
+        weight_bytes=checkpoint.weight_bytes,
+    )
+
+
+def _compensation_summary(record: CompensationRecord | None) -> CompensationSummary | None:
     """Whether re-fitted weights were taken, and why; ``None`` where none were made."""
     if record is None or record.held_out_perplexity_after is None:
         return None
-    return record.model_dump(include={"taken", "held_out_perplexity_before", "held_out_perplexity_after"})
+    return CompensationSummary(
+        held_out_perplexity_before=record.held_out_perplexity_before,
+        held_out_perplexity_after=record.held_out_perplexity_after,
+        taken=record.taken,
+    )

@@ -1,6 +1,5 @@
 """Plans for several sparsities of one model, which share the statistics of its neurons."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,8 @@ from toolchain.checkpoint.directory import Checkpoint, opened
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
 from toolchain.plan.document import PlanDocument
-from toolchain.plan.plan import PLAN_FILE, SWEEP_FILE, PruningPlan
+from toolchain.plan.plan import PLAN_FILE, PruningPlan
+from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument, SweptPlan
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.pipeline import Job, PruneSettings, directory_of, prepare, run_search
 from toolchain.prune.unfinished import SearchState, search_directory
@@ -57,12 +57,12 @@ def sweep(
     plans = _search_all(jobs, unfinished, resume=resume, progress=progress)
     result = _sweep_summary(plans)
     with new_directory(out, force=force) as partial:
-        for plan, entry in zip(plans, result["plans"], strict=True):
-            (partial / entry["directory"]).mkdir()
-            plan.save(partial / entry["directory"])
-        write_text(partial / SWEEP_FILE, json.dumps(result, indent=2) + "\n")
+        for plan, entry in zip(plans, result.plans, strict=True):
+            (partial / entry.directory).mkdir()
+            plan.save(partial / entry.directory)
+        write_text(partial / SWEEP_FILE, result.to_json())
     shutil.rmtree(unfinished, ignore_errors=True)
-    return result
+    return result.content()
 
 
 def _check_unfinished(unfinished: Path, *, force: bool, resume: bool) -> None:
@@ -102,24 +102,24 @@ def _same_start(blank: PlanDocument, other: PruningPlan) -> PruningPlan:
     return replace(other, document=blank.model_copy(update=measured)).at([], [])
 
 
-def _sweep_summary(plans: Sequence[PruningPlan]) -> dict[str, Any]:
+def _sweep_summary(plans: Sequence[PruningPlan]) -> SweepDocument:
     document = plans[0].document
-    return {
-        "schema_version": 1,
-        "kind": "sweep",
-        "base_model": document.base_model.model_dump(),
-        "metric": document.metric,
-        "metric_original": document.metric_original,
-        "plans": [
-            {
-                "directory": f"{plan.document.target_sparsity:g}",
-                "target_sparsity": plan.document.target_sparsity,
-                "sparsity": 1 - plan.steps[-1].num_block_parameters / plan.steps[0].num_block_parameters,
-                "num_block_parameters": plan.steps[-1].num_block_parameters,
-                "metric": plan.steps[-1].metric,
-                "num_attention_removals": len(plan.document.trace),
-                "stopped_because": plan.document.stopped_because,
-            }
+    return SweepDocument(
+        schema_version=1,
+        kind="sweep",
+        base_model=document.base_model,
+        metric=document.metric,
+        metric_original=document.metric_original,
+        plans=[
+            SweptPlan(
+                directory=f"{plan.document.target_sparsity:g}",
+                target_sparsity=plan.document.target_sparsity,
+                sparsity=1 - plan.steps[-1].num_block_parameters / plan.steps[0].num_block_parameters,
+                num_block_parameters=plan.steps[-1].num_block_parameters,
+                metric=plan.steps[-1].metric,
+                num_attention_removals=len(plan.document.trace),
+                stopped_because=plan.document.stopped_because,
+            )
             for plan in plans
         ],
-    }
+    )

@@ -59,12 +59,22 @@ def write_summary(directory, name="tiny"):
         "kind": "pruning_summary", "sparsity": 0.251, "duration_s": 1.0,
         "original": {"name": name, "num_parameters": 2_000_000, "num_block_parameters": 10, "weight_bytes": 8_000_000},
         "pruned": {"name": name, "num_parameters": 1_500_000, "num_block_parameters": 8, "weight_bytes": 6_000_000},
-        "calibration_metric": {"name": "perplexity", "original": 20.0, "after_stage_1": 24.0, "pruned": 26.0},
+        "removed_attention": [2], "intermediate_size": [32, 40, 32, 40],
+        "calibration_metric": {"name": "perplexity", "source": None, "original": 20.0, "after_stage_1": 24.0,
+                               "after_stage_2": 26.0, "pruned": 26.0},
+        "num_refitted": 0, "compensation": None, "stopped_because": None,
     })  # fmt: skip
 
 
 def write_evaluation(directory, text="held-out.txt"):
-    common = {"directory": "d", "text": text, "num_tokens": 100, "num_windows": 4, "seq_len": 26}
+    common = {
+        "directory": "d",
+        "text": text,
+        "text_sha256": "ef" * 32,
+        "num_tokens": 100,
+        "num_windows": 4,
+        "seq_len": 26,
+    }
     write(directory, "evaluation.json", {"kind": "evaluation", "evaluations": [
         {**common, "model": "original", "perplexity": 30.0, "standard_error": 1.5},
         {**common, "model": "pruned", "perplexity": 45.0, "standard_error": None},
@@ -73,8 +83,11 @@ def write_evaluation(directory, text="held-out.txt"):
 
 def write_verification(directory, *, passed=True):
     write(directory, "verification.json", {
-        "passed": passed, "engine": "onnx", "dtype": "float32", "tolerances": {"max_difference": 0.001},
-        "differences": {"max": 0.000123, "mean": 0.00001}, "top1_agreement": 1.0,
+        "sentei_version": "0.1.0", "passed": passed, "engine": "onnx", "dtype": "float32", "not_run": "",
+        "source_fingerprint": "ab" * 32, "prompts": "built-in", "num_prompts": 12, "num_tokens": 300,
+        "max_difference": 0.000123, "mean_difference": 0.00001, "top1_agreement": 1.0,
+        "tolerances": {"max_difference": 0.001},
+        "checks": {"max_difference": {"passed": passed, "value": 0.000123, "limit": 0.001}},
     })  # fmt: skip
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from tests.serving.report.test_render import write_plan, write_summary
 from toolchain.plan.model_card import model_card
 from toolchain.plan.plan import load_plan
+from toolchain.plan.summary_document import SUMMARY_FILE
 from toolchain.plan.views import difference
-from toolchain.prune.apply import SUMMARY_FILE
 
 
 def test_the_card_names_what_the_cost_was_measured_on(tmp_path: Path):

@@ -1,0 +1,76 @@
+"""The files in tests/fixtures/written were written before they had models; they are read, and stay as they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from serving.benchmark.journal import RESULTS_FILE
+from serving.benchmark.results_document import ResultsDocument
+from serving.report.render import render_report
+from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
+from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
+from toolchain.documents import read_document
+from toolchain.errors import SenteiError
+from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument
+from toolchain.plan.plan import PLAN_FILE, load_plan, load_sweep
+from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
+from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument
+
+WRITTEN = Path(__file__).parents[1] / "fixtures" / "written"
+MODELS = {
+    SUMMARY_FILE: PruningSummary,
+    SWEEP_FILE: SweepDocument,
+    EXPORT_FILE: ExportRecord,
+    VERIFICATION_FILE: VerificationDocument,
+    RESULTS_FILE: ResultsDocument,
+}
+FILES = [path for path in sorted(WRITTEN.rglob("*.json")) if path.name in MODELS]
+
+
+def named(path):
+    return str(path.relative_to(WRITTEN))
+
+
+def test_every_kind_of_file_is_there():
+    assert {path.name for path in FILES} == set(MODELS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_a_file_is_read_and_written_with_the_same_bytes(path):
+    document = read_document(path, MODELS[path.name])
+    document = getattr(document, "root", document)
+    layout = {"indent": 1, "ensure_ascii": False} if path.name == RESULTS_FILE else {}
+    assert document.to_json(**layout) == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+@pytest.mark.parametrize(
+    "spoil, field",
+    [
+        (lambda content: content | {"colour": "red"}, "colour"),
+        (lambda content: content | {"schema_version": 2}, "schema_version"),
+        (lambda content: {key: value for key, value in content.items() if key != "schema_version"}, "schema_version"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(path, spoil, field, tmp_path):
+    spoiled = tmp_path / path.name
+    spoiled.write_text(json.dumps(spoil(json.loads(path.read_text(encoding="utf-8")))))
+    with pytest.raises(SenteiError, match=rf"{path.name} does not have the fields it should \(.*{field}: [^\n]*\)\."):
+        read_document(spoiled, MODELS[path.name])
+
+
+def test_plans():
+    plans = [load_plan(path, needs_scores=False) for path in sorted(WRITTEN.rglob(PLAN_FILE))]
+    assert {"2ssp", "shortgpt"} <= {plan.document.method.partition(",")[0] for plan in plans}
+    assert len(load_sweep(WRITTEN / "sweep") or ()) == 2
+
+
+def test_evaluation():
+    document = read_document(WRITTEN / "evaluation" / EVALUATION_FILE, EvaluationDocument)
+    assert document.generation is not None
+
+
+@pytest.mark.parametrize("directory", sorted(path for path in WRITTEN.iterdir() if path.name != "sweep"), ids=named)
+def test_reports(directory, tmp_path):
+    render_report([directory], tmp_path / "report.md")
