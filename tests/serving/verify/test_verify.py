@@ -62,7 +62,10 @@ def test_a_right_export_passes(pruned_demo, tmp_path, dtype):
 
 
 # Layer 17 is the demo model's least sensitive one.
-@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.05), (torch.bfloat16, 1.5)])
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [(torch.float32, 1.05), pytest.param(torch.bfloat16, 1.5, marks=pytest.mark.acceptance)],
+)
 def test_one_damaged_matrix_fails_by_its_answers_alone(demo_model, tmp_path, dtype, factor):
     export_vllm(damaged(demo_model, tmp_path / "damaged", factor), tmp_path / "out", dtype=dtype)
     verdict = verify(tmp_path / "out", demo_model, engine="transformers")
@@ -99,7 +102,9 @@ def test_onnx_fails_when_rounding_ruins_the_model(pruned_demo, tmp_path):
     assert failures <= {"rounding_perplexity_ratio", "rounding_top1_disagreement"}
 
 
-@pytest.mark.parametrize(("precision", "factor"), [("fp32", 1.05), ("int4", 1.5)])
+@pytest.mark.parametrize(
+    ("precision", "factor"), [("fp32", 1.05), pytest.param("int4", 1.5, marks=pytest.mark.acceptance)]
+)
 def test_onnx_fails_when_damaged(demo_model, tmp_path, precision, factor):
     export_onnx(damaged(demo_model, tmp_path / "damaged", factor), tmp_path / "out", precision=precision)
     verdict = verify(tmp_path / "out", demo_model)
@@ -110,7 +115,7 @@ def test_onnx_fails_when_damaged(demo_model, tmp_path, precision, factor):
         assert "max_difference" in failed(verdict)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.acceptance)])
 def test_swapped_neurons_fail(demo_model, tmp_path, dtype):
     export_vllm(swapped(demo_model, tmp_path / "swapped"), tmp_path / "out", dtype=dtype)
     assert "differing_tensors" in failed(verify(tmp_path / "out", demo_model, engine="transformers"))
