@@ -12,6 +12,7 @@ difference names the key; durations, versions and places are left out. Model car
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,9 @@ _METHODS = {
     "sliding-window": ("--method", "sliding-window"),
 }
 _LEFT_OUT = {"duration_s", "pruning_s", "sentei_version", "environment", "versions", "date", "created"}
+# Of the parts of an evaluation: what they were computed from, with the times of files, and its hash in their names.
+_IDENTITY = "identity"
+_HASH_IN_NAME = re.compile(r"-[0-9a-f]{16}(?=\.json)")
 
 
 def main(out: Annotated[Path, typer.Option("-o", help="JSON file to write.")]) -> None:
@@ -41,7 +45,7 @@ def main(out: Annotated[Path, typer.Option("-o", help="JSON file to write.")]) -
             name: value
             for path in sorted(Path(scratch).rglob("*"))
             if path.is_file() and path.name != "README.md"
-            for name, value in _hashes(path, str(path.relative_to(scratch)), scratch)
+            for name, value in _hashes(path, _HASH_IN_NAME.sub("", str(path.relative_to(scratch))), scratch)
         }
     out.write_text(json.dumps(hashes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -84,11 +88,14 @@ def _hashes(path: Path, name: str, scratch: str) -> Iterator[tuple[str, str]]:
 
 
 def _leaves(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """The values of a JSON document that have no keys of their own; lists are one value each."""
+    """The values of a JSON document that have no keys of their own; other lists than lists of documents are one."""
     if isinstance(value, dict) and depth < 4:
         for name, each in value.items():
-            if name not in _LEFT_OUT:
+            if name not in _LEFT_OUT and name != _IDENTITY:
                 yield from _leaves(each, f"{key}.{name}", depth + 1)
+    elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value) and depth < 4:
+        for number, each in enumerate(value):
+            yield from _leaves(each, f"{key}.{number}", depth + 1)
     else:
         yield key, value
 
