@@ -32,7 +32,8 @@ _METHODS = {
     "sliding-window": ("--method", "sliding-window"),
 }
 _LEFT_OUT = {"duration_s", "pruning_s", "sentei_version", "environment", "versions", "date", "created"}
-# Of the parts of an evaluation: what they were computed from, with the times of files, and its hash in their names.
+# A part of an evaluation holds what it was computed from, which includes the times of files, and has its hash in its
+# name. Both differ between two runs.
 _IDENTITY = "identity"
 _HASH_IN_NAME = re.compile(r"-[0-9a-f]{16}(?=\.json)")
 

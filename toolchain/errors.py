@@ -4,6 +4,10 @@ Raised anywhere below ``toolchain.cli``, caught once in ``toolchain.cli.app.main
 plugin raises these inside somebody else's server.
 """
 
+# The exit code of a command that Ctrl-C ended, as shells have it: 128 and the signal's number.
+INTERRUPTED = 130
+# Signals that come within these seconds of each other are one wish to stop.
+SAME_WISH_S = 2.0
 _LONGEST_LINE = 1000
 
 

@@ -6,9 +6,9 @@ What an engine or the machine tells of itself depends on the engine and its vers
 from typing import Any, Literal
 
 from toolchain.documents import Document, Number, Record
+from toolchain.significance import Verdict
 
 Side = Literal["original", "pruned"]
-Verdict = Literal["better", "worse", "no difference shown"]
 
 
 class IntervalRecord(Record):

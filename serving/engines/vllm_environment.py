@@ -5,7 +5,7 @@ import tempfile
 
 from toolchain.errors import SenteiError
 
-# Of a socket's path, 107 bytes on Linux, less a slash and the name that vLLM gives it.
+# Linux allows a socket's path 107 bytes. vLLM appends a slash and a name of 36 characters to the directory.
 _LONGEST_SOCKET_PLACE = 107 - 1 - 36
 
 

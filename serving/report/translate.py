@@ -1,4 +1,4 @@
-"""The report's words. English is the message itself; every other language is a table of messages in ``messages/``."""
+"""The report's words. English is the message itself; every other language is a table of messages in ``locale/``."""
 
 import tomllib
 from functools import cache

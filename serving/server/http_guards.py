@@ -116,7 +116,7 @@ def _parse(content: bytes, body_type: type[BodyT]) -> BodyT:
     try:
         return body_type.model_validate(parse_json(content, "The request"))
     except ValidationError as error:
-        # Of a field that takes several kinds, the kind that fits best is the one that went wrong furthest inside.
+        # A field that takes several kinds has an error per kind. The kind that fits best went wrong furthest inside.
         found = error.errors(include_input=False, include_url=False)
         worst = max(found, key=lambda each: (len(each["loc"]), each["type"] not in ("string_type", "list_type")))
         place = ".".join(str(part) for part in worst["loc"] if not _is_kind(part)) or "body"

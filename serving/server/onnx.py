@@ -19,11 +19,10 @@ from serving.server.api_keys import KEY_VARIABLE, api_keys, warn_if_open
 from serving.server.http_connections import MOST_HEADER_BYTES, BoundedConnection
 from serving.server.onnx_api import OnnxApi
 from serving.server.vllm import HOST, START_TIMEOUT_S, free_port, running_process
-from toolchain.errors import SenteiError
+from toolchain.errors import INTERRUPTED, SenteiError
 from toolchain.lifetime import end_with_parent
 
 DEFAULT_MAX_NUM_SEQS = 8
-_INTERRUPTED = 130
 
 
 def serve(directory: Path, options: Sequence[str]) -> None:
@@ -127,7 +126,7 @@ def main() -> None:
     except SenteiError as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from toolchain.errors import INTERRUPTED, SAME_WISH_S
 from toolchain.lifetime import end_with_multiprocessing_parent, end_with_parent
-
-_INTERRUPTED = 130
-# Several signals within these seconds are one wish: a terminal's go to a whole process group, some launchers' to each.
-_SAME_WISH_S = 2.0
 
 
 def main() -> None:
@@ -37,7 +34,7 @@ def main() -> None:
     finally:
         if signal.SIGINT in heard:
             print("Interrupted.", file=sys.stderr, flush=True)
-            sys.exit(_INTERRUPTED)
+            sys.exit(INTERRUPTED)
 
 
 def hear_signals() -> list[int]:
@@ -59,7 +56,7 @@ def hear_signals() -> list[int]:
         def hear(*given: Any) -> None:
             heard.append(number)
             first_at.append(time.monotonic())
-            if first_at[-1] - first_at[0] > _SAME_WISH_S:
+            if first_at[-1] - first_at[0] > SAME_WISH_S:
                 print("Interrupted.", file=sys.stderr, flush=True)
                 os._exit(128 + number)
             callback(*given)

@@ -34,7 +34,7 @@ import torch
 from serving.engines.spec import ENGINES, EngineSpec
 from serving.engines.transformers import Engine, TransformersEngine
 from serving.onnx_export.files import is_onnx_export
-from serving.verify import decilm as nemotron_nas
+from serving.verify import decilm
 from serving.verify.card import write_into_card
 from toolchain.checkpoint.directory import Checkpoint, dtype_name, open_checkpoint, same_bits
 from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
@@ -253,12 +253,12 @@ def _check_quantised_weights(
     Returns:
         The checks, and how far the reference itself moves where the scheme rounds what goes into a matrix.
     """
-    from serving.verify import quantized_weights as compressed_weights
+    from serving.verify import quantized_weights
 
     quantised = open_quantized(exported)
     unrounded = _answers(reference, prompts) if quantised.scheme.input_bits else None
-    checks = {"differing_tensors": check_limit(compressed_weights.count_differing(source, quantised), 0)}
-    checks |= rounding_checks(compressed_weights.replace_with_rounded(reference.model, quantised))
+    checks = {"differing_tensors": check_limit(quantized_weights.count_differing(source, quantised), 0)}
+    checks |= rounding_checks(quantized_weights.replace_with_rounded(reference.model, quantised))
     return checks, asdict(compare(reference, prompts, unrounded)) if unrounded else {}
 
 
@@ -370,12 +370,12 @@ def _vllm_alone(exported: Path, engine: EngineName, kind: str, *, hint: str) -> 
 
 
 def _open(exported: Path, source: Checkpoint) -> Checkpoint:
-    return nemotron_nas.open_nas(exported, source) if is_nemotron_nas(exported) else open_checkpoint(exported)
+    return decilm.open_nas(exported, source) if is_nemotron_nas(exported) else open_checkpoint(exported)
 
 
 def _start(exported: Path, engine: EngineSpec, device: str, source: Checkpoint) -> Engine:
     if is_nemotron_nas(exported):
-        return nemotron_nas.start_vllm(exported, source)
+        return decilm.start_vllm(exported, source)
     if engine.is_vllm:
         from serving.engines.vllm import VllmEngine
 
@@ -420,7 +420,7 @@ def _prompts(source: Checkpoint, text: Path | None, *, long: bool) -> list[list[
 def _count_differing(source: Checkpoint, exported: Checkpoint) -> int:
     """Tensors of the export that are not their source's, cast."""
     if is_nemotron_nas(exported.directory):
-        return nemotron_nas.count_differing(source, exported)
+        return decilm.count_differing(source, exported)
     names = set(source.tensors) ^ set(exported.tensors)
     return len(names) + sum(1 for _ in _differing(source, exported))
 

@@ -34,11 +34,8 @@ from toolchain.cli import (
 )
 from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.terminal import prepare_streams, printable
-from toolchain.errors import SenteiError, is_out_of_memory, is_panic
+from toolchain.errors import INTERRUPTED, SAME_WISH_S, SenteiError, is_out_of_memory, is_panic
 
-_INTERRUPTED = 130
-# Ctrl-C that is pressed again within these seconds says nothing new, and would break off the clearing away.
-_SAME_WISH_S = 2.0
 _ENDS_A_COMMAND = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -96,7 +93,8 @@ def main() -> None:
     interrupted: list[float] = []
 
     def interrupt(_number: int, _frame: object) -> None:
-        if interrupted and time.monotonic() - interrupted[-1] < _SAME_WISH_S:
+        # The second would break off the clearing away.
+        if interrupted and time.monotonic() - interrupted[-1] < SAME_WISH_S:
             return
         interrupted.append(time.monotonic())
         raise KeyboardInterrupt
@@ -108,7 +106,7 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code == _INTERRUPTED:  # Typer ends silently on Ctrl-C
+        if end.code == INTERRUPTED:  # Typer ends silently on Ctrl-C
             typer.echo("Interrupted.", err=True)
         raise
     except BaseException as error:
@@ -118,7 +116,7 @@ def main() -> None:
         # A library that was interrupted in its C++ code says something else.
         if interrupted or isinstance(error, KeyboardInterrupt):
             typer.echo("Interrupted.", err=True)
-            sys.exit(_INTERRUPTED)
+            sys.exit(INTERRUPTED)
         if os.environ.get("SENTEI_TRACEBACK"):
             raise
         sentence, exit_code = _told(error)

@@ -7,6 +7,8 @@ import resource
 import sys
 from contextlib import suppress
 
+from toolchain.errors import INTERRUPTED
+
 # Twice what NumPy and SciPy take up with their libraries, in a process with one thread.
 _BLAS_BYTES = 512 * 1024 * 1024
 
@@ -18,7 +20,7 @@ def main() -> None:
         from toolchain.cli.app import main as run
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     run()
 
 

@@ -31,7 +31,7 @@ from toolchain.plan.summary_document import (
 )
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.compensation import compensate
-from toolchain.text import embedded as embedded_text
+from toolchain.text import embedded
 from toolchain.text.sources import TextSource, local_paths
 from toolchain.text.windows import load_mixture
 
@@ -110,7 +110,7 @@ def apply_plan(
 def _windows_of(plan: PruningPlan, checkpoint: Checkpoint, calibration: Sequence[TextSource]) -> torch.Tensor:
     """The windows that a plan was made with, from the same text again."""
     record = plan.document.calibration
-    if not calibration and record.source != embedded_text.SOURCE:
+    if not calibration and record.source != embedded.SOURCE:
         raise SenteiError(
             f"This plan compensates: it re-fits weights on calibration text, which was {record.source}.",
             f"Give that text with --calibration ({record.num_samples} windows of {record.seq_len} tokens are taken).",

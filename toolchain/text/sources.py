@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from toolchain.errors import MissingDependencyError, SenteiError, is_out_of_memory, reason_of
 from toolchain.json_files import read_json_lines
-from toolchain.text import embedded as embedded_text
+from toolchain.text import embedded
 
 _HUB = "hub:"
 # With or without the mark that some editors put in front.
@@ -105,7 +105,7 @@ def _split_weight(given: str) -> tuple[float | None, Text]:
 def text_name(text: Text) -> str:
     """What plans and reports call it: never the path of a file, which may be private."""
     if text is None:
-        return embedded_text.SOURCE
+        return embedded.SOURCE
     if isinstance(text, Path):
         return text.resolve().name
     return ":".join((text.name, text.config or "", text.split)) if text.config else f"{text.name}:{text.split}"
@@ -125,7 +125,7 @@ def read_documents(text: Text) -> Iterator[str]:
         MissingDependencyError: A parquet file without pyarrow, or a data set without datasets.
     """
     if text is None:
-        return iter(embedded_text.documents())
+        return iter(embedded.documents())
     if isinstance(text, HubDataset):
         return _read_hub(text)
     files = text_files(text)

@@ -29,12 +29,7 @@ class LocalSession:
 
     both_up = False
 
-    def __init__(
-        self,
-        sides: Mapping[str, Side],
-        settings: BenchmarkSettings,
-        out: Path,
-    ) -> None:
+    def __init__(self, sides: Mapping[str, Side], settings: BenchmarkSettings, out: Path) -> None:
         """Starts nothing yet; the workers' logs go to ``out``, and see :func:`patience_s` for ``stall_timeout_s``."""
         self._settings, self._out = settings, out
         self._vocab_size = min(side.facts.vocab_size for side in sides.values())

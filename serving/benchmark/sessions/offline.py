@@ -31,12 +31,7 @@ class OfflineSession:
 
     both_up = True
 
-    def __init__(
-        self,
-        sides: Mapping[str, Side],
-        settings: BenchmarkSettings,
-        out: Path,
-    ) -> None:
+    def __init__(self, sides: Mapping[str, Side], settings: BenchmarkSettings, out: Path) -> None:
         """Starts nothing yet; see :class:`serving.benchmark.sessions.server.ServerSession`.
 
         Args:

@@ -44,12 +44,7 @@ class ServerSession:
         both_up: Whether both are up together: servers that run already.
     """
 
-    def __init__(
-        self,
-        sides: Mapping[str, Side],
-        settings: BenchmarkSettings,
-        out: Path,
-    ) -> None:
+    def __init__(self, sides: Mapping[str, Side], settings: BenchmarkSettings, out: Path) -> None:
         """Starts nothing yet.
 
         Args:
