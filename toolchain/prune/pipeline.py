@@ -18,6 +18,7 @@ from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.metrics.choose import choose_metric, question_file
 from toolchain.metrics.function import FunctionMetric
 from toolchain.metrics.token_metrics import Metric
+from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_tokenizer
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
 from toolchain.plan.document import (
@@ -30,7 +31,7 @@ from toolchain.plan.document import (
 )
 from toolchain.plan.plan import PruningPlan
 from toolchain.progress import Progress, no_progress
-from toolchain.prune.apply import Computing, write_planned
+from toolchain.prune.apply import Computing, Planned, realise, write_planned
 from toolchain.prune.block_methods.run import num_blocks_to_remove, remove_blocks
 from toolchain.prune.budget.allocation import (
     Allocation,
@@ -186,11 +187,23 @@ def prune(
     job = prepare(model, settings, model_name)
     plan = state.load(job.blank) if resume else None
     with _kept_if_worth_it(state):
-        plan = run_search(job, plan, state, progress)
-        _check_something_goes(plan, out, force=force)
+        planned = _search_and_realise(job, plan, state, out, force=force, progress=progress)
         return write_planned(
-            job.checkpoint, plan, out, job.computing, job.metric, started, force=force, progress=progress
+            job.checkpoint, planned, out, job.computing, job.metric, started, force=force, progress=progress
         )
+
+
+def _search_and_realise(
+    job: Job, plan: PruningPlan | None, state: SearchState, out: Path, *, force: bool, progress: Progress
+) -> Planned:
+    """The plan and its weights. The model is gone from memory when it returns, and makes room for what is written."""
+    walk = job.computing.open(job.checkpoint)
+    plan = run_search(job, walk, plan, state, progress)
+    _check_something_goes(plan, out, force=force)
+    return realise(
+        walk, job.checkpoint, plan, job.computing, state.directory / "compensation", metric=job.metric,
+        progress=progress,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -361,15 +374,24 @@ def _blank_plan(
     )
 
 
-def run_search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Progress) -> PruningPlan:
-    """Loads the model and searches, from the beginning or from ``plan``, saving each step in ``state``.
+def run_search(
+    job: Job, walk: LayerWalk, plan: PruningPlan | None, state: SearchState, progress: Progress
+) -> PruningPlan:
+    """Searches, from the beginning or from ``plan``, saving each step in ``state``.
+
+    Args:
+        job: What to do.
+        walk: Over the unpruned model; afterwards with what the plan leaves of it.
+        plan: To go on from.
+        state: Where steps are saved.
+        progress: Told of every window and candidate.
 
     Raises:
         SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
     """
     transformers.set_seed(job.settings.seed)
     running = Search(
-        walk=job.computing.open(job.checkpoint),
+        walk=walk,
         sizes=block_parameters(job.checkpoint),
         windows=job.windows.ids,
         metric=job.metric,

@@ -83,12 +83,14 @@ def _search_all(jobs: Sequence[Job], unfinished: Path, *, resume: bool, progress
     """Searches one job after another; each begins with what the first one measured."""
     states = [SearchState(unfinished / f"{job.settings.sparsity:g}") for job in jobs]
     plans: list[PruningPlan] = []
+    walk = jobs[0].computing.open(jobs[0].checkpoint)
     try:
         for job, state in zip(jobs, states, strict=True):
+            walk.layers.restore()
             plan = state.load(job.blank) if resume else None
             if plan is None and plans:
                 plan = _same_start(job.blank, plans[0])
-            plans.append(run_search(job, plan, state, progress))
+            plans.append(run_search(job, walk, plan, state, progress))
     except SenteiError:
         if not any(state.worth_keeping for state in states):
             shutil.rmtree(unfinished, ignore_errors=True)
