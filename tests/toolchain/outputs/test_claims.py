@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from toolchain.errors import SenteiError
-from toolchain.output_checks import check_unfinished
 from toolchain.outputs import (
     check_output_directory,
     claimed_directory,
@@ -218,16 +217,6 @@ def test_what_no_command_left_is_never_touched(tmp_path, suffix, kind):
             pass
     assert (other.lstat().st_mode, names(tmp_path)) == before
     assert (tmp_path / "mine").read_text() == "mine"
-
-
-def test_what_is_to_be_resumed_must_be_of_a_command(tmp_path):
-    check_unfinished(tmp_path / "out.search", "plan.*")
-    check_unfinished(tmp_path, "plan.*")
-    (tmp_path / "precious").touch()
-    with pytest.raises(SenteiError, match="no interrupted command left"):
-        check_unfinished(tmp_path, "plan.*")
-    (tmp_path / "plan.json").touch()
-    check_unfinished(tmp_path, "plan.*")
 
 
 @pytest.mark.parametrize("gone", ["out.partial", "."])
