@@ -121,12 +121,12 @@ def open_journal(
     Args:
         out: Where the benchmark's directory will be.
         settings: JSON of everything that the measurements depend on.
-        force: Replace ``out``, and forget an unfinished benchmark.
-        resume: Go on with an unfinished one, if there is one.
+        force: Replace ``out``, and forget an interrupted benchmark.
+        resume: Go on with an interrupted one, if there is one.
         inputs: What is measured; never replaced.
 
     Raises:
-        SenteiError: ``out`` is not free, or an unfinished benchmark is there and not resumed, or had other settings.
+        SenteiError: ``out`` is not free, or an interrupted benchmark is there and not resumed, or had other settings.
     """
     with claimed_directory(out, force=force):
         check_output_directory(out, force=force, inputs=inputs)

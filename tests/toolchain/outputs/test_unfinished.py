@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from toolchain.errors import SenteiError
-from toolchain.outputs import BENCHMARK, HEALING, PARTS, SEARCH, Unfinished, claimed_directory, whole_file
+from toolchain.outputs import BENCHMARK, HEALING, PARTS, SEARCH, Unfinished, claimed_directory
 
 INPUTS = {"seed": 0, "text": {"name": "a", "sources": [{"weight": 0.5}, {"weight": 0.5}]}, "loads": [1, 2]}
 
@@ -121,15 +121,3 @@ def test_a_kill_while_it_is_deleted_leaves_no_half_of_it(tmp_path, monkeypatch):
         assert names(tmp_path) == ["out.lock", "out.partial/part"]
     with claimed_directory(tmp_path / "out", force=False):
         assert names(tmp_path) == ["out.lock"]
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path):
-    (file := tmp_path / "file").write_text("old")
-    with pytest.raises(KeyError), whole_file(file) as partial:
-        partial.write_text("half")
-        raise KeyError
-    assert file.read_text() == "old"
-    with whole_file(file) as partial:
-        partial.write_text("new")
-        assert file.read_text() == "old"
-    assert (names(tmp_path), file.read_text()) == (["file"], "new")
