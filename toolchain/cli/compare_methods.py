@@ -94,7 +94,7 @@ def compare_methods(
     from toolchain.evaluate.run import EvaluationSettings
     from toolchain.outputs import beside, check_output_directory, new_directory
     from toolchain.parts_cache import unfinished_parts
-    from toolchain.prune.pipeline import PruneSettings
+    from toolchain.prune.settings import PruneSettings
     from toolchain.text.sources import parse_sources, parse_text
 
     chosen = list(dict.fromkeys(methods.split(","))) if methods else list(METHODS)

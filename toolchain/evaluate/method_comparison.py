@@ -19,7 +19,8 @@ from toolchain.plan.plan import load_plan
 from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.methods import METHODS
-from toolchain.prune.pipeline import PruneSettings, possible_allocations, prune
+from toolchain.prune.pipeline import possible_allocations, prune
+from toolchain.prune.settings import PruneSettings
 from toolchain.significance import check_statistics
 from toolchain.text.sources import Text, text_files
 
