@@ -35,6 +35,7 @@ from toolchain.cli.options import (
 )
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
+from toolchain.plan.summary_words import limit_in_words, two_removals_in_words
 from toolchain.prune.methods import DEFAULT, METHODS, MethodName, PruningMethod
 
 # More plans than anybody looks at; each takes a search.
@@ -338,6 +339,8 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     )
     console.print(f"  FFN widths   {min(widths)} to {max(widths)}")
     console.print(f"  attention    removed in layers {removed}")
+    if found := summary.get("two_removals"):
+        console.print(f"  KV cache     {two_removals_in_words(found)}")
     if damage["pruned"] is None:
         console.print("  damage       not measured: sentei evaluate does")
     elif damage["after_stage_1"] is None:
@@ -359,6 +362,8 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
                 f"  compensation not taken: on windows it was not fitted to, perplexity would go from {before:.4g} to "
                 f"{after:.4g}. More or longer windows (--samples, --seq-len) help."
             )
+    if limit := summary.get("limit"):
+        console.print(f"  limit        {limit_in_words(limit)}")
     if summary["stopped_because"]:
         console.print(f"  stopped      {summary['stopped_because']}")
 

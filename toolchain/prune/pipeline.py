@@ -13,13 +13,14 @@ import transformers
 from toolchain.architecture.context_length import check_window
 from toolchain.checkpoint.directory import Checkpoint, dtype_name, opened
 from toolchain.checkpoint.tensor_parallel import width_unit
+from toolchain.documents import read_document
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.metrics.choose import choose_metric
+from toolchain.metrics.choose import TOKEN_METRICS, choose_metric
 from toolchain.metrics.function import FunctionMetric
 from toolchain.metrics.token_metrics import Metric
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_tokenizer
-from toolchain.outputs import check_output_directory, new_directory, writes_directory
+from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
 from toolchain.plan.document import (
     SCHEMA_VERSION,
     BaseModelRecord,
@@ -27,8 +28,10 @@ from toolchain.plan.document import (
     CompensationRecord,
     PlanDocument,
     ProtectedRecord,
+    TextSourceRecord,
 )
 from toolchain.plan.plan import PruningPlan
+from toolchain.plan.summary_document import TwoRemovalsSummary
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.apply import Computing, Planned, realise, write_planned
 from toolchain.prune.block_methods.run import num_blocks_to_remove, remove_blocks
@@ -41,10 +44,12 @@ from toolchain.prune.budget.allocation import (
 )
 from toolchain.prune.budget.limits import limit_asked
 from toolchain.prune.memory_needed import check_memory
+from toolchain.prune.search.two_removals import asks_for_two_removals, two_removals
 from toolchain.prune.search.two_stage import Search
 from toolchain.prune.settings import PruneSettings
 from toolchain.prune.unfinished import SearchState, find_search, identity_of, read_identity
-from toolchain.text.windows import TokenWindows, load_mixture
+from toolchain.prune.within_limit import WithinLimit
+from toolchain.text.windows import TokenWindows, load_mixture, windows_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ class Job:
         allocations: See :func:`possible_allocations`.
         windows: Calibration.
         metric: Decides what is removed.
-        limit_metric: What the limit looks at, if that is another metric.
+        limit_metric: What the limit looks at, if that is another metric or other windows.
         blank: The plan that the search begins with.
     """
 
@@ -75,6 +80,19 @@ class Job:
         settings = self.settings
         return Computing(
             windows=self.windows.ids, dtype=settings.dtype, device=settings.device, offload=settings.offload
+        )
+
+    def search(self, walk: LayerWalk, state: SearchState, progress: Progress) -> Search:
+        """The search, over an unpruned model."""
+        return Search(
+            walk=walk,
+            sizes=block_parameters(self.checkpoint),
+            windows=self.windows.ids,
+            metric=self.metric,
+            allocations=self.allocations,
+            limit_metric=self.limit_metric,
+            save=state.save,
+            progress=progress,
         )
 
 
@@ -117,7 +135,7 @@ def prune(
     job = prepare(model, settings, model_name)
     with work.working(identity_of(job.blank), read=read_identity):
         planned = _search_and_realise(job, SearchState(work, work.directory), progress)
-        if not _removes_nothing(planned.plan):
+        if not removes_nothing(planned.plan):
             return write_planned(
                 job.checkpoint, planned, out, job.computing, job.metric, started, force=force, progress=progress
             )
@@ -130,18 +148,61 @@ def prune(
 
 
 def _search_and_realise(job: Job, state: SearchState, progress: Progress) -> Planned:
-    """The plan and its weights. The model is gone from memory when it returns, and makes room for what is written."""
+    """The plan and its weights, as far as the limit allows. No model is in memory when it returns."""
+    limited = within_limit(job, state, progress)
+    plan, target, two_removals = _realised_target(job, state, limited, progress)
+    if removes_nothing(plan):
+        return Planned(plan)
+    planned = target if limited is None else limited.furthest(plan, target)
+    assert planned is not None
+    # Of a plan with fewer steps something else would be true.
+    return replace(planned, two_removals=None if planned.plan.document.stopped_because else two_removals)
+
+
+def _realised_target(
+    job: Job, state: SearchState, limited: WithinLimit | None, progress: Progress
+) -> tuple[PruningPlan, Planned | None, TwoRemovalsSummary | None]:
+    """What the search ends with, and its weights unless it removes nothing or is known to break the limit."""
     walk = job.computing.open(job.checkpoint)
     plan = run_search(job, walk, state.load(), state, progress)
-    if _removes_nothing(plan):
-        return Planned(plan)
-    return realise(
-        walk, job.checkpoint, plan, job.computing, state.directory / "compensation", metric=job.metric,
+    if removes_nothing(plan) or (limited is not None and limited.breaks(plan)):
+        return plan, None, None
+    found = _two_removals(job, walk, plan, state, progress)
+    directory = limited.compensation_of(plan) if limited else state.directory / "compensation"
+    planned = realise(walk, job.checkpoint, plan, job.computing, directory, metric=job.metric, progress=progress)
+    return plan, planned, found
+
+
+def _two_removals(
+    job: Job, walk: LayerWalk, plan: PruningPlan, state: SearchState, progress: Progress
+) -> TwoRemovalsSummary | None:
+    """What removing attentions would cost and gain, where the search removes none; measured once."""
+    if not asks_for_two_removals(plan):
+        return None
+    file = state.directory / "two_removals.json"
+    if file.exists():
+        return read_document(file, TwoRemovalsSummary, hint="Use --force to start over.")
+    found = two_removals(job.search(walk, state, progress), job.checkpoint, plan)
+    write_text(file, found.model_dump_json() + "\n")
+    return found
+
+
+def within_limit(job: Job, state: SearchState, progress: Progress) -> WithinLimit | None:
+    """What finds out how far the compensated model may go; ``None`` where the search itself does, or has no limit."""
+    if job.blank.limit is None or job.blank.compensation is None:
+        return None
+    return WithinLimit(
+        checkpoint=job.checkpoint,
+        computing=job.computing,
+        metric=job.metric,
+        limit_metric=job.limit_metric or job.metric,
+        search=lambda walk: job.search(walk, state, progress),
+        directory=state.directory,
         progress=progress,
-    )  # fmt: skip
+    )
 
 
-def _removes_nothing(plan: PruningPlan) -> bool:
+def removes_nothing(plan: PruningPlan) -> bool:
     """Whether the limit does not allow even the first step."""
     return len(plan.steps) == 1 and plan.document.stopped_because is not None
 
@@ -168,14 +229,19 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str) 
         settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len, bos=bos
     )
     metric = choose_metric(settings.metric, windows.first_of_each, tokenizer, bos=bos)
-    limit_metric = None
-    if settings.limit_metric not in (None, settings.metric):
-        if not settings.limit.given:
+    limit_metric, apart = None, tuple[TextSourceRecord, ...]()
+    name = settings.limit_metric or settings.metric
+    if not settings.limit.given:
+        if name != settings.metric:
             raise SenteiError("--limit-metric needs a limit.", "Add --max-degradation, --max-metric or --min-metric.")
-        limit_metric = choose_metric(str(settings.limit_metric), windows.first_of_each, tokenizer, bos=bos)
+    elif name in TOKEN_METRICS:
+        ids, apart = windows_apart(settings.calibration, tokenizer, windows)
+        limit_metric = choose_metric(name, ids, tokenizer, bos=bos)
+    elif name != settings.metric:
+        limit_metric = choose_metric(name, windows.first_of_each, tokenizer, bos=bos)
     _check_combination(settings, metric, limit_metric)
     blank = _blank_plan(checkpoint, settings, allocations, windows, metric, model_name)
-    blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric)})
+    blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric, apart)})
     return Job(
         checkpoint=checkpoint, settings=settings, allocations=allocations, windows=windows, metric=metric,
         limit_metric=limit_metric, blank=blank,
@@ -226,7 +292,7 @@ def _as_recorded(checkpoint: Checkpoint, settings: PruneSettings) -> PruneSettin
 def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None:
     if settings.offload and any(isinstance(metric, FunctionMetric) for metric in metrics):
         raise SenteiError("--offload keeps one layer in memory, and a metric function needs the whole model.")
-    if settings.search == "racing" and settings.metric not in ("perplexity", "kl"):
+    if settings.search == "racing" and settings.metric not in TOKEN_METRICS:
         raise SenteiError(f"--search racing cannot race by {settings.metric}.", "Race by perplexity or kl.")
     if settings.compensate and settings.num_samples < 2:
         raise SenteiError("Compensation needs at least 2 calibration windows.", "Raise --samples or --no-compensate.")
@@ -307,15 +373,6 @@ def run_search(
         SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
     """
     transformers.set_seed(job.settings.seed)
-    running = Search(
-        walk=walk,
-        sizes=block_parameters(job.checkpoint),
-        windows=job.windows.ids,
-        metric=job.metric,
-        allocations=job.allocations,
-        limit_metric=job.limit_metric,
-        save=state.save,
-        progress=progress,
-    )
+    running = job.search(walk, state, progress)
     plan = replace(plan or running.begin(job.blank), text_hashes={"calibration": job.windows.passage_hashes})
     return remove_blocks(running, plan) if job.settings.of_method.removes_blocks else running.finish(plan)
