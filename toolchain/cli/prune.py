@@ -163,14 +163,19 @@ def prune(
     resume: Annotated[bool, resume_option("search", panel=_SEARCH)] = False,
     max_degradation: Annotated[
         float | None,
-        typer.Option(help="Stop before the metric is this many times worse, such as 1.10.", rich_help_panel=_LIMIT),
+        typer.Option(
+            help="The model as written is at most this many times worse, such as 1.10, on text kept apart.",
+            rich_help_panel=_LIMIT,
+        ),
     ] = None,
     max_metric: Annotated[
-        float | None, typer.Option(help="Stop before the metric is above this.", rich_help_panel=_LIMIT)
+        float | None, typer.Option(help="The metric of the model as written is at most this.", rich_help_panel=_LIMIT)
     ] = None,
     min_metric: Annotated[
         float | None,
-        typer.Option(help="Stop before the metric, such as accuracy, is below this.", rich_help_panel=_LIMIT),
+        typer.Option(
+            help="The metric of the model as written, such as accuracy, is at least this.", rich_help_panel=_LIMIT
+        ),
     ] = None,
     limit_metric: Annotated[
         str | None, typer.Option(help="The limit's metric, if it is not --metric.", rich_help_panel=_LIMIT)

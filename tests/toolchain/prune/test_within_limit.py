@@ -1,7 +1,6 @@
 """A limit is about the model that is written: compensated, and on text that decided nothing else."""
 
 import json
-import random
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch.nn.functional import kl_div
-from transformers import PreTrainedTokenizerFast
 
-from tests.families import make_family_pico
+from tests.toolchain.prune.conftest import NUM_SAMPLES, SEQ_LEN
 from tests.toolchain.prune.test_unfinished import SETTINGS
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.metrics.token_metrics import measure
@@ -29,28 +24,13 @@ from toolchain.prune.settings import PruneSettings
 from toolchain.prune.sweep import sweep
 from toolchain.text.sources import TextSource
 
-SEQ_LEN, NUM_SAMPLES, LIMIT = 32, 16, 0.28
+LIMIT = 0.28
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose tokens are words, with a text of just as many as are needed."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    make_family_pico(directory, "llama", "grouped")
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(96)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
-    draw = random.Random(0)
-    (directory / "text.txt").write_text(
-        " ".join(f"w{draw.randrange(3, 96)}" for _ in range((NUM_SAMPLES + 2) * SEQ_LEN))
-    )
-    return directory
-
-
-def settings(model: Path, limit: float | None = LIMIT, **others: Any) -> PruneSettings:
+def settings(worded_model: Path, limit: float | None = LIMIT, **others: Any) -> PruneSettings:
     asked = replace(
         SETTINGS, sparsity=0.5, num_samples=NUM_SAMPLES, seq_len=SEQ_LEN, align=4, compensate=True, widths="ranked",
-        attention_removals=2, calibration=[TextSource(model / "text.txt")],
+        attention_removals=2, calibration=[TextSource(worded_model / "text.txt")],
     )  # fmt: skip
     if limit is not None:
         asked = replace(asked, limit_metric="kl", limit=LimitSettings(max_metric=limit))
@@ -58,13 +38,14 @@ def settings(model: Path, limit: float | None = LIMIT, **others: Any) -> PruneSe
 
 
 @torch.inference_mode()
-def divergence(model: Path, pruned: Path) -> float:
+def divergence(worded_model: Path, pruned: Path) -> float:
     """From the original, on the tokens behind those of the calibration; by the models as they load, in nats."""
-    ids = torch.tensor([[int(word[1:]) for word in (model / "text.txt").read_text().split()]])[
+    ids = torch.tensor([[int(word[1:]) for word in (worded_model / "text.txt").read_text().split()]])[
         :, NUM_SAMPLES * SEQ_LEN :
     ]
     p, q = (
-        load_model(each, dtype=torch.float32)(ids.view(2, SEQ_LEN)).logits.log_softmax(-1) for each in (model, pruned)
+        load_model(each, dtype=torch.float32)(ids.view(2, SEQ_LEN)).logits.log_softmax(-1)
+        for each in (worded_model, pruned)
     )
     return float(kl_div(q, p, log_target=True, reduction="sum")) / p[..., 0].numel()
 
@@ -89,7 +70,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def limited(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def limited(worded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     directory = tmp_path_factory.mktemp("limited")
     out, killed, descriptions, count = directory / "out", directory / "killed.search", [], 0
 
@@ -102,7 +83,7 @@ def limited(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(within_limit, "measure", measuring)
-        summary = prune(model, out, settings(model), model_name="tiny", progress=Told(descriptions))
+        summary = prune(worded_model, out, settings(worded_model), model_name="tiny", progress=Told(descriptions))
     return Run(out, summary, killed, count, descriptions)
 
 
@@ -124,28 +105,28 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def unlimited(model: Path, tmp_path_factory: pytest.TempPathFactory) -> PruningPlan:
+def unlimited(worded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> PruningPlan:
     """The same search without a limit."""
     out = tmp_path_factory.mktemp("unlimited") / "out"
-    prune(model, out, settings(model, limit=None), model_name="tiny")
+    prune(worded_model, out, settings(worded_model, limit=None), model_name="tiny")
     return load_plan(out)
 
 
 def test_the_written_model_holds_the_limit_and_the_next_step_does_not(
-    model: Path, limited: Run, unlimited: PruningPlan, tmp_path: Path
+    worded_model: Path, limited: Run, unlimited: PruningPlan, tmp_path: Path
 ):
     plan = load_plan(limited.out)
     limit = plan.document.limit
     assert limit is not None
-    assert limit.measured == pytest.approx(divergence(model, limited.out), rel=1e-4)
+    assert limit.measured == pytest.approx(divergence(worded_model, limited.out), rel=1e-4)
     assert limit.measured <= LIMIT
     num_steps = len(plan.steps) - 1
     assert len(plan.document.stage_1) < num_steps + 1 < len(unlimited.steps), "the limit is beyond stage 1"
     # The search itself is that without a limit.
     assert plan.document.trace == unlimited.document.trace[: len(plan.document.trace)]
-    text = [TextSource(model / "text.txt")]
-    apply_plan(unlimited.cut(num_steps + 1), model, tmp_path / "next", calibration=text)
-    further = divergence(model, tmp_path / "next")
+    text = [TextSource(worded_model / "text.txt")]
+    apply_plan(unlimited.cut(num_steps + 1), worded_model, tmp_path / "next", calibration=text)
+    further = divergence(worded_model, tmp_path / "next")
     assert further > LIMIT
     reason = plan.document.stopped_because
     assert reason is not None
@@ -153,11 +134,11 @@ def test_the_written_model_holds_the_limit_and_the_next_step_does_not(
     assert "compensated, on 2 windows kept apart; the limit is 0.28" in reason
 
 
-def test_what_was_measured_is_said(model: Path, limited: Run):
+def test_what_was_measured_is_said(worded_model: Path, limited: Run):
     assert limited.summary["limit"] == {
         "metric": "kl", "source": None, "higher_is_better": False, "value": LIMIT, "original": 0,
-        "measured": pytest.approx(divergence(model, limited.out), rel=1e-4), "compensated": True, "num_windows": 2,
-        "text": "text.txt",
+        "measured": pytest.approx(divergence(worded_model, limited.out), rel=1e-4), "compensated": True,
+        "num_windows": 2, "text": "text.txt",
     }  # fmt: skip
     card = (limited.out / "README.md").read_text()
     assert "the written, compensated model, on 2 windows of text.txt that decided nothing else" in card
@@ -168,16 +149,16 @@ def test_what_was_measured_is_said(model: Path, limited: Run):
     assert not limited.out.with_name("out.search").exists()
 
 
-def test_compensation_lets_more_go(model: Path, limited: Run, tmp_path: Path):
-    done = prune(model, tmp_path / "out", settings(model, compensate=False), model_name="tiny")
+def test_compensation_lets_more_go(worded_model: Path, limited: Run, tmp_path: Path):
+    done = prune(worded_model, tmp_path / "out", settings(worded_model, compensate=False), model_name="tiny")
     assert 0 < done["sparsity"] < limited.summary["sparsity"]
-    assert divergence(model, tmp_path / "out") <= LIMIT
-    assert done["limit"]["measured"] == pytest.approx(divergence(model, tmp_path / "out"), rel=1e-4)
+    assert divergence(worded_model, tmp_path / "out") <= LIMIT
+    assert done["limit"]["measured"] == pytest.approx(divergence(worded_model, tmp_path / "out"), rel=1e-4)
     assert not done["limit"]["compensated"]
 
 
 def test_killed_between_models_it_goes_on_to_the_same_weights(
-    model: Path, limited: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worded_model: Path, limited: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     shutil.copytree(limited.killed, tmp_path / "out.search")
     assert (tmp_path / "out.search" / "limit" / "model").is_dir()
@@ -190,44 +171,46 @@ def test_killed_between_models_it_goes_on_to_the_same_weights(
         return measure(*arguments)
 
     monkeypatch.setattr(within_limit, "measure", measuring)
-    summary = prune(model, tmp_path / "out", settings(model), model_name="tiny", resume=True)
+    summary = prune(worded_model, tmp_path / "out", settings(worded_model), model_name="tiny", resume=True)
     assert {**summary, "duration_s": 0} == {**limited.summary, "duration_s": 0}
     assert again == limited.measured - 2
     for file in ("model.safetensors", "plan.json", "plan.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (limited.out / file).read_bytes(), file
 
 
-def test_a_limit_inside_stage_1_is_met_between_two_of_its_steps(model: Path, unlimited: PruningPlan, tmp_path: Path):
-    done = prune(model, tmp_path / "out", settings(model, limit=0.08), model_name="tiny")
+def test_a_limit_inside_stage_1_is_met_between_two_of_its_steps(
+    worded_model: Path, unlimited: PruningPlan, tmp_path: Path
+):
+    done = prune(worded_model, tmp_path / "out", settings(worded_model, limit=0.08), model_name="tiny")
     plan = load_plan(tmp_path / "out")
     assert not plan.document.trace
     assert plan.document.stage_1[-1] not in unlimited.document.stage_1
-    assert divergence(model, tmp_path / "out") <= 0.08
+    assert divergence(worded_model, tmp_path / "out") <= 0.08
     assert done["stopped_because"].startswith("kl would be 0.0")
     assert "with narrower FFNs, compensated" in done["stopped_because"]
 
 
-def test_where_nothing_may_go_the_plan_says_so(model: Path, tmp_path: Path):
+def test_where_nothing_may_go_the_plan_says_so(worded_model: Path, tmp_path: Path):
     with pytest.raises(CheckFailedError, match=r"Nothing was removed: kl would be .* with narrower FFNs, compensated"):
-        prune(model, tmp_path / "out", settings(model, limit=1e-5, num_samples=2), model_name="tiny")
+        prune(worded_model, tmp_path / "out", settings(worded_model, limit=1e-5, num_samples=2), model_name="tiny")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json", "plan.safetensors"}
 
 
-def test_a_sweep_holds_the_limit_too(model: Path, limited: Run, tmp_path: Path):
+def test_a_sweep_holds_the_limit_too(worded_model: Path, limited: Run, tmp_path: Path):
     shutil.copytree(limited.killed, tmp_path / "out.search" / "0.5")
-    found = sweep(model, tmp_path / "out", settings(model), [0.5], model_name="tiny", resume=True)
+    found = sweep(worded_model, tmp_path / "out", settings(worded_model), [0.5], model_name="tiny", resume=True)
     assert found["plans"][0]["sparsity"] == limited.summary["sparsity"]
     plan, alone = load_plan(tmp_path / "out" / "0.5").document, load_plan(limited.out).document
     assert alone.limit is not None
     assert (plan.limit, plan.stopped_because, plan.trace) == (alone.limit, alone.stopped_because, alone.trace)
 
 
-def test_text_for_the_limit_is_missed_before_anything_is_computed(model: Path, tmp_path: Path):
-    few = (model / "text.txt").read_text().split()[:-1]
+def test_text_for_the_limit_is_missed_before_anything_is_computed(worded_model: Path, tmp_path: Path):
+    few = (worded_model / "text.txt").read_text().split()[:-1]
     (tmp_path / "short.txt").write_text(" ".join(few))
     with pytest.raises(SenteiError, match="A limit is checked on text of its own, 2 windows after the 16"):
         prune(
-            model, tmp_path / "out", settings(model, calibration=[TextSource(tmp_path / "short.txt")]),
+            worded_model, tmp_path / "out", settings(worded_model, calibration=[TextSource(tmp_path / "short.txt")]),
             model_name="tiny",
         )  # fmt: skip
     assert not list(tmp_path.glob("out*"))
