@@ -1,4 +1,4 @@
-"""Where no attention is removed, the KV cache gains nothing: summary, card and report say so, and what two would cost."""
+"""Where no attention is removed, KV cache gains nothing: summary, card and report say so, and what two would cost."""
 
 from dataclasses import replace
 from pathlib import Path
