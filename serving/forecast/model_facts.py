@@ -16,10 +16,10 @@ import torch
 
 from serving.onnx_export.files import OnnxSettings, damaged, read_settings
 from serving.onnx_export.graph_check import load_graph
-from toolchain.architecture.context_length import context_length
 from toolchain.architecture.layout import positive
 from toolchain.checkpoint.directory import Checkpoint, dtype_name
 from toolchain.checkpoint.quantized import QuantizedCheckpoint, open_servable
+from toolchain.model.context_length import context_length
 from toolchain.onnx_libraries import import_onnx_library
 
 PREFILL_FORMULA = (

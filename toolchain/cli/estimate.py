@@ -30,8 +30,8 @@ def estimate(
     pick_dtype(dtype, auto=None)
     from serving.forecast.device_probe import probe_device
     from serving.forecast.estimate import estimate as run
-    from toolchain.architecture.context_length import check_context
     from toolchain.checkpoint.directory import dtype_name, open_checkpoint, resolve_model
+    from toolchain.model.context_length import check_context
     from toolchain.plan.plan import load_plan
 
     loaded, directory = load_plan(plan, needs_scores=False), resolve_model(model)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from toolchain.architecture.context_length import check_window
 from toolchain.checkpoint.directory import Checkpoint, dtype_name, model_name, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluate import writing as damage
@@ -50,6 +49,7 @@ from toolchain.evaluate.lm_eval_tasks import (
 )
 from toolchain.evaluate.text_overlap import find_overlap, text_hashes
 from toolchain.metrics.perplexity import summarise_losses, token_losses
+from toolchain.model.context_length import check_window
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, check_same_vocabulary, load_tokenizer

@@ -19,7 +19,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from toolchain.architecture.context_length import check_window
 from toolchain.checkpoint.directory import (
     Checkpoint,
     copy_companions,
@@ -32,6 +31,7 @@ from toolchain.checkpoint.directory import (
 from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
 from toolchain.json_files import read_json_object
 from toolchain.metrics.token_metrics import perplexity_of
+from toolchain.model.context_length import check_window
 from toolchain.model.loading import bos_of, check_same_vocabulary, load_model, load_tokenizer
 from toolchain.output_checks import check_unfinished
 from toolchain.outputs import (

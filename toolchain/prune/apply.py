@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from toolchain.architecture.context_length import check_context
 from toolchain.checkpoint.directory import Checkpoint, TensorInfo, open_checkpoint
 from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
 from toolchain.metrics.token_metrics import Metric, PerplexityMetric, measure
+from toolchain.model.context_length import check_context
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_tokenizer
