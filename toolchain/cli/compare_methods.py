@@ -128,7 +128,7 @@ def compare_methods(
         return {"workload": measurement["workload"], **measurement["metrics"][results["primary_metric"]]}
 
     asked = Comparison(
-        model=directory,
+        model=checkpoint,
         name=model_name(directory),
         methods=chosen,
         sparsities=sparsities,

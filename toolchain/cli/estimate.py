@@ -46,15 +46,17 @@ def estimate(
     from toolchain.model.context_length import check_context
     from toolchain.plan.plan import load_plan
 
-    loaded, directory = load_plan(plan, needs_scores=False), resolve_model(model)
-    computed = dtype_name(open_checkpoint(directory).dtype) if dtype == "auto" else dtype
+    loaded = load_plan(plan, needs_scores=False)
+    directory = resolve_model(model)
+    checkpoint = open_checkpoint(directory)
+    computed = dtype_name(checkpoint.dtype) if dtype == "auto" else dtype
     chosen = pick_device(device)
     asked = f"--input-len {input_len} and --output-len {output_len}"
-    config = open_checkpoint(directory).config
-    check_context(directory, config, input_len + output_len, asked=asked, hint="Give less.", note=output.note)
+    most = input_len + output_len
+    check_context(directory, checkpoint.config, most, asked=asked, hint="Give less.", note=output.note)
     output.note("Measuring this device, a few seconds ...")
     result = run(
-        directory,
+        checkpoint,
         loaded.layout,
         probe_device(chosen, computed),
         dtype=computed,

@@ -110,12 +110,12 @@ def evaluate(
         offload=offload,
     )
     if out is None:
-        document = run(directory, original, settings, Parts(None), progress=output.progress)
+        document = run(checkpoint, original, settings, Parts(None), progress=output.progress)
     else:
         models = [directory] if original is None else [directory, original]
         check_output_directory(out, force=force, inputs=[*models, *settings.input_files])
         with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
-            document = run(directory, original, settings, Parts(work), progress=output.progress)
+            document = run(checkpoint, original, settings, Parts(work), progress=output.progress)
             with new_directory(out, force=force) as partial:
                 document.save(partial)
                 shutil.copytree(work, partial / "parts", ignore=shutil.ignore_patterns("*.partial"))
