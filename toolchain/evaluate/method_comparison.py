@@ -16,7 +16,7 @@ from toolchain.evaluate.run import EvaluationSettings, evaluate
 from toolchain.outputs import write_text
 from toolchain.parts_cache import Parts, digest_of
 from toolchain.plan.plan import load_plan
-from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE, PruningSummary
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.methods import METHODS
 from toolchain.prune.pipeline import PruneSettings, possible_allocations, prune
@@ -126,7 +126,7 @@ def _row(
             directory.parent.mkdir(parents=True, exist_ok=True)
             resume = search_directory(directory).exists()
             prune(asked.model, directory, settings, model_name=asked.name, resume=resume, progress=titled)
-        summary = read_document(directory / SUMMARY_FILE, PruningSummary)
+        summary = read_document(directory / PRUNING_SUMMARY_FILE, PruningSummary)
         evaluated = evaluate(directory, asked.model, asked.evaluation, parts, progress=titled)
         speed = asked.measure_speed(directory) if asked.measure_speed else None
         kept.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ from toolchain.outputs import (
 )
 from toolchain.plan.document import HealingRecord
 from toolchain.plan.plan import PruningPlan, load_plan
-from toolchain.plan.summary_document import SUMMARY_FILE
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE
 from toolchain.progress import Progress, no_progress
 from toolchain.resuming import interrupted, made_otherwise
 from toolchain.text.fingerprints import merge_hashes
@@ -372,8 +372,8 @@ def _carry_over(source: Path, plan: PruningPlan, record: HealingRecord, windows:
     if (before := plan.text_hashes.get("healing")) is not None:
         read = merge_hashes(before, read)
     replace(healed, text_hashes={**healed.text_hashes, "healing": read}).save(directory)
-    if (summary := source / SUMMARY_FILE).is_file():
-        shutil.copyfile(summary, directory / SUMMARY_FILE)
+    if (summary := source / PRUNING_SUMMARY_FILE).is_file():
+        shutil.copyfile(summary, directory / PRUNING_SUMMARY_FILE)
     if (card := source / "README.md").is_file():
         write_text(directory / "README.md", card.read_text(encoding="utf-8") + _paragraph(record))
 

@@ -23,7 +23,7 @@ from toolchain.plan.document import CompensationRecord
 from toolchain.plan.model_card import model_card
 from toolchain.plan.plan import PruningPlan
 from toolchain.plan.summary_document import (
-    SUMMARY_FILE,
+    PRUNING_SUMMARY_FILE,
     CalibrationMetricRecord,
     CompensationSummary,
     PruningSummary,
@@ -209,7 +209,7 @@ def write_planned(
             if metric is not None:
                 measured = perplexity if metric is proof else measure(walk, metric)
         summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
-        write_text(partial / SUMMARY_FILE, summary.to_json())
+        write_text(partial / PRUNING_SUMMARY_FILE, summary.to_json())
         write_text(partial / "README.md", model_card(plan, summary.content()))
     return summary.content()
 
