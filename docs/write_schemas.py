@@ -17,13 +17,13 @@ from toolchain.checkpoint.verification_document import VERIFICATION_FILE, Verifi
 from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument
 from toolchain.plan.document import PlanDocument
 from toolchain.plan.plan import PLAN_FILE
-from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE, PruningSummary
 from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument
 
 _DIRECTORY = Path(__file__).with_name("schemas")
 _DOCUMENTS: dict[str, type[BaseModel]] = {
     PLAN_FILE: PlanDocument,
-    SUMMARY_FILE: PruningSummary,
+    PRUNING_SUMMARY_FILE: PruningSummary,
     SWEEP_FILE: SweepDocument,
     EXPORT_FILE: ExportRecord,
     VERIFICATION_FILE: VerificationDocument,

@@ -11,7 +11,7 @@ from serving.forecast.explain import explain
 from serving.forecast.model_facts import facts_of
 from serving.forecast.roofline import roofline
 from toolchain.architecture.layout import LayerLayout
-from toolchain.checkpoint.directory import Checkpoint, open_checkpoint
+from toolchain.checkpoint.directory import Checkpoint, opened
 from toolchain.errors import SenteiError
 
 _SIDES = ("original", "pruned")
@@ -19,7 +19,7 @@ _PHASE_METRICS = ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "output_throug
 
 
 def estimate(
-    model: Path,
+    model: Path | Checkpoint,
     layout: Sequence[LayerLayout],
     peaks: DevicePeaks,
     *,
@@ -31,7 +31,7 @@ def estimate(
     """Roofline times of the model as it is and as planned.
 
     Args:
-        model: The unpruned checkpoint; only its headers are read.
+        model: The unpruned checkpoint: its directory, or opened already; only its headers are read.
         layout: The plan's.
         peaks: Of this device.
         dtype: Computed in; by default the checkpoint's own.
@@ -48,7 +48,7 @@ def estimate(
     """
     if min(input_len, output_len, concurrency) < 1:
         raise SenteiError("Lengths and concurrency must be at least 1.")
-    checkpoint = open_checkpoint(model)
+    checkpoint = opened(model)
     _check_plan_is_for(checkpoint, layout)
     planned = planned_checkpoint(checkpoint, layout)
     facts = {
@@ -56,7 +56,9 @@ def estimate(
         "pruned": facts_of(planned, dtype, size_on_disk_bytes=planned.weight_bytes),
     }
     if input_len + output_len > (most := facts["original"].max_len):
-        raise SenteiError(f"{input_len + output_len} tokens, input and output, do not fit {model}, which takes {most}.")
+        raise SenteiError(
+            f"{input_len + output_len} tokens, input and output, do not fit {checkpoint.directory}, which takes {most}."
+        )
     expected = roofline(facts, peaks, input_len=input_len, output_len=output_len, concurrency=concurrency)
     return {
         "roofline": expected,

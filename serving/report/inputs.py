@@ -14,7 +14,7 @@ from toolchain.errors import SenteiError
 from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument
 from toolchain.json_files import read_json_object
 from toolchain.plan.plan import PLAN_FILE, PruningPlan, load_plan
-from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE, PruningSummary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class ReportInputs:
         """Names of the files that were not found."""
         found = {
             PLAN_FILE: self.plan,
-            SUMMARY_FILE: self.summary,
+            PRUNING_SUMMARY_FILE: self.summary,
             EVALUATION_FILE: self.evaluations,
             VERIFICATION_FILE: self.verifications,
             RESULTS_FILE: self.benchmarks,
@@ -59,8 +59,8 @@ def read_inputs(directories: Sequence[Path]) -> ReportInputs:
         if not directory.is_dir():
             raise SenteiError(f"Directory {directory} does not exist.")
     plan_files = [source.path for source in _distinct(_find(directories, PLAN_FILE))]
-    summaries = _distinct(_find(directories, SUMMARY_FILE))
-    for name, paths in ((PLAN_FILE, plan_files), (SUMMARY_FILE, [source.path for source in summaries])):
+    summaries = _distinct(_find(directories, PRUNING_SUMMARY_FILE))
+    for name, paths in ((PLAN_FILE, plan_files), (PRUNING_SUMMARY_FILE, [source.path for source in summaries])):
         if len(paths) > 1:
             raise SenteiError(
                 f"{paths[0]} and {paths[1]} differ: a report is about one pruned model.",

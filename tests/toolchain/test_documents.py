@@ -14,12 +14,12 @@ from toolchain.documents import read_document
 from toolchain.errors import SenteiError
 from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument
 from toolchain.plan.plan import PLAN_FILE, load_plan, load_sweep
-from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE, PruningSummary
 from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument
 
 WRITTEN = Path(__file__).parents[1] / "fixtures" / "written"
 MODELS = {
-    SUMMARY_FILE: PruningSummary,
+    PRUNING_SUMMARY_FILE: PruningSummary,
     SWEEP_FILE: SweepDocument,
     EXPORT_FILE: ExportRecord,
     VERIFICATION_FILE: VerificationDocument,

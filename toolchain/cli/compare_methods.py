@@ -60,7 +60,7 @@ def compare_methods(
         mixture_option("Text, as for sentei prune; not that of --text.", panel=_PRUNING),
     ] = None,
     samples: Annotated[int, samples_option(panel=_PRUNING)] = 32,
-    seed: Annotated[int, seed_option("Of EvoPress.", panel=_PRUNING)] = 0,
+    seed: Annotated[int, seed_option("Seed of EvoPress.", panel=_PRUNING)] = 0,
     text: Annotated[
         list[str] | None,
         text_option("Perplexity on this; several times.", panel=_EVALUATION),
@@ -128,7 +128,7 @@ def compare_methods(
         return {"workload": measurement["workload"], **measurement["metrics"][results["primary_metric"]]}
 
     asked = Comparison(
-        model=directory,
+        model=checkpoint,
         name=model_name(directory),
         methods=chosen,
         sparsities=sparsities,

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.checkpoint.directory import Checkpoint
 from toolchain.documents import read_document
 from toolchain.errors import SenteiError
 from toolchain.evaluate.document import EvaluationDocument, TextOverlap, overlap_warning
@@ -16,7 +16,7 @@ from toolchain.evaluate.run import EvaluationSettings, evaluate
 from toolchain.outputs import write_text
 from toolchain.parts_cache import Parts, digest_of
 from toolchain.plan.plan import load_plan
-from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE, PruningSummary
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.methods import METHODS
 from toolchain.prune.pipeline import possible_allocations, prune
@@ -32,7 +32,7 @@ class Comparison:
     """What is compared, and how.
 
     Attributes:
-        model: Directory of the unpruned model.
+        model: The unpruned model.
         name: What plans call it.
         methods: Names out of :data:`toolchain.prune.methods.METHODS`.
         sparsities: For each of them.
@@ -42,7 +42,7 @@ class Comparison:
             ``gain`` as in ``results.json``.
     """
 
-    model: Path
+    model: Checkpoint
     name: str
     methods: Sequence[str]
     sparsities: Sequence[float]
@@ -69,10 +69,9 @@ def compare_methods(asked: Comparison, work: Path, *, progress: Progress = no_pr
     Raises:
         SenteiError: Bad input; sparsities that a method cannot reach are found before anything is pruned.
     """
-    checkpoint = open_checkpoint(asked.model)
     cells = _cells(asked)
     for _, settings in cells:
-        possible_allocations(checkpoint, settings)
+        possible_allocations(asked.model, settings)
     check_statistics("eval")
     parts = Parts(work)
     # Before anything is pruned: all that is wrong with texts and tasks is found here.
@@ -82,7 +81,7 @@ def compare_methods(asked: Comparison, work: Path, *, progress: Progress = no_pr
         "kind": "method_comparison",
         "model": asked.name,
         "settings": _identity(asked, asked.pruning),
-        "original": {"num_parameters": checkpoint.num_parameters, **_quality(original, "original")},
+        "original": {"num_parameters": asked.model.num_parameters, **_quality(original, "original")},
         "rows": [_row(asked, work, parts, name, settings, progress) for name, settings in cells],
     }
 
@@ -126,7 +125,7 @@ def _row(
         if not directory.exists():
             directory.parent.mkdir(parents=True, exist_ok=True)
             prune(asked.model, directory, settings, model_name=asked.name, resume=True, progress=titled)
-        summary = read_document(directory / SUMMARY_FILE, PruningSummary)
+        summary = read_document(directory / PRUNING_SUMMARY_FILE, PruningSummary)
         evaluated = evaluate(directory, asked.model, asked.evaluation, parts, progress=titled)
         speed = asked.measure_speed(directory) if asked.measure_speed else None
         kept.mkdir(parents=True, exist_ok=True)
@@ -172,7 +171,8 @@ def _identity(asked: Comparison, settings: PruneSettings) -> dict[str, Any]:
 
 def _pruning_identity(asked: Comparison, settings: PruneSettings) -> dict[str, Any]:
     """All that a cell's pruned model depends on."""
-    files = [*sorted(asked.model.glob("*.safetensors")), *_text_files(source.text for source in settings.calibration)]
+    files = sorted(asked.model.directory.glob("*.safetensors"))
+    files += _text_files(source.text for source in settings.calibration)
     return {"pruning": _as_json(asdict(settings)), "files": _described(files)}
 
 

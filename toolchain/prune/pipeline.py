@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import transformers
 
-from toolchain.architecture.context_length import check_window
 from toolchain.checkpoint.directory import Checkpoint, dtype_name, opened
 from toolchain.checkpoint.tensor_parallel import width_unit
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.metrics.choose import choose_metric
 from toolchain.metrics.function import FunctionMetric
 from toolchain.metrics.token_metrics import Metric
+from toolchain.model.context_length import check_window
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_tokenizer
 from toolchain.outputs import check_output_directory, new_directory, writes_directory

@@ -7,7 +7,7 @@ import pytest
 
 from serving.benchmark.goodput import GOODPUT_METRICS
 from serving.benchmark.metrics import METRICS
-from serving.benchmark.ratios import compare
+from serving.benchmark.ratios import compare_repeats
 from serving.forecast.explain import CLIENT
 from serving.report import render as report
 from serving.report.format import format_bytes, format_change, format_count, format_ratio
@@ -106,7 +106,7 @@ def write_results(directory, *, gains, expected=1.25, engine="onnx"):
         "sizes": {"weight_bytes": size, "peak_memory_bytes": {**size, "original": None, "pruned": None, "ratio": None}},
         "measurements": [{
             "workload": {"input_len": 64, "output_len": 8, "concurrency": 1, "num_prompts": 1, "seed": 0},
-            "metrics": compare(runs), "runs": runs, "failed_requests": {"original": 0, "pruned": 0},
+            "metrics": compare_repeats(runs), "runs": runs, "failed_requests": {"original": 0, "pruned": 0},
             "expected": {"output_throughput": {"phase": "decode", "gain": expected, "formula": "bytes"}},
         }],
         "environment": {"cpu": "A CPU", "accelerators": [], "versions": {"torch": "2.13.0"}},
@@ -131,7 +131,7 @@ def write_sweep(directory, *, failed=0):
     runs = [{"repeat": repeat, "original": tried, "pruned": better} for repeat in range(3)]
     results["goodput"] = {
         "slo_ms": {"ttft": 500, "tpot": 50}, "attainment": 0.9, "runs": runs,
-        "metrics": compare(runs, primary="max_request_rate", metrics=GOODPUT_METRICS),
+        "metrics": compare_repeats(runs, primary="max_request_rate", metrics=GOODPUT_METRICS),
     }  # fmt: skip
     (directory / "results.json").write_text(json.dumps(results))
 
