@@ -7,7 +7,7 @@ from typing import Any
 from toolchain.errors import SenteiError
 from toolchain.output_checks import check_unfinished
 from toolchain.outputs import beside
-from toolchain.plan.document import CompensationRecord, PlanDocument
+from toolchain.plan.document import PlanDocument
 from toolchain.plan.plan import PLAN_FILE, PruningPlan, load_plan
 from toolchain.resuming import interrupted, made_otherwise
 
@@ -22,7 +22,7 @@ _MEASURED: dict[str, Any] = {
     "stage_1": True,
     "trace": True,
     "block_steps": True,
-    "compensation": {*CompensationRecord.model_fields},
+    "compensation": True,
 }
 
 
@@ -77,7 +77,7 @@ class SearchState:
                 )
             return None
         plan = load_plan(self.directory)
-        before, now = plan.document.model_dump(exclude=_MEASURED), expected.model_dump(exclude=_MEASURED)
+        before, now = _asked(plan.document), _asked(expected)
         for key, value in now.items():
             if before[key] != value:
                 raise made_otherwise(self.directory, "searched", _describe(key, before[key], value))
@@ -94,6 +94,11 @@ class SearchState:
     def remove(self) -> None:
         """Forgets the search."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _asked(document: PlanDocument) -> dict[str, Any]:
+    """What must be the same to resume. The search only reads whether the plan compensates."""
+    return {**document.model_dump(exclude=_MEASURED), "compensation": document.compensation is not None}
 
 
 def _describe(key: str, before: object, now: object) -> str:

@@ -31,7 +31,7 @@ from toolchain.plan.plan import PruningPlan
 def write_plan(directory, name="tiny"):
     widths = [32, 40, 32, 40]
     document = PlanDocument(
-        schema_version=1, sentei_version="0.1.0", method="2ssp",
+        schema_version=2, sentei_version="0.1.0", method="2ssp",
         base_model=BaseModelRecord(
             name=name, model_type="llama", num_hidden_layers=4, intermediate_size=48, num_block_parameters=10_000,
             weights_sha256="ab" * 32,
