@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from serving.forecast.device_probe import DevicePeaks
+from serving.forecast.estimate_document import EstimateDocument
 from serving.forecast.explain import explain
 from serving.forecast.model_facts import facts_of
 from serving.forecast.roofline import roofline
@@ -27,7 +28,7 @@ def estimate(
     input_len: int,
     output_len: int,
     concurrency: int,
-) -> dict[str, Any]:
+) -> EstimateDocument:
     """Roofline times of the model as it is and as planned.
 
     Args:
@@ -40,8 +41,7 @@ def estimate(
         concurrency: Sequences at a time.
 
     Returns:
-        ``roofline`` by phase, ``metrics`` (each model's least TTFT, TPOT, E2EL and highest output throughput, and the
-        gain), ``weight_bytes``, ``limits`` (what will keep the gain down) and ``peaks``.
+        Its ``metrics`` are each model's least TTFT, TPOT, E2EL and highest output throughput, and the gain.
 
     Raises:
         SenteiError: Not a good checkpoint, one that the plan is not for, or a length below 1.
@@ -59,8 +59,11 @@ def estimate(
         raise SenteiError(
             f"{input_len + output_len} tokens, input and output, do not fit {checkpoint.directory}, which takes {most}."
         )
-    expected = roofline(facts, peaks, input_len=input_len, output_len=output_len, concurrency=concurrency)
-    return {
+    load = {"input_len": input_len, "output_len": output_len, "concurrency": concurrency}
+    expected = roofline(facts, peaks, **load)
+    content = {
+        "schema_version": 1,
+        "kind": "estimate",
         "roofline": expected,
         "metrics": _metrics(expected, output_len, concurrency),
         "weight_bytes": {side: each.weight_bytes for side, each in facts.items()},
@@ -68,8 +71,10 @@ def estimate(
             facts, expected, {side: {"mean_tpot_ms": None} for side in facts}, layout=layout,
             context=input_len + output_len // 2, concurrency=concurrency,
         ),
-        "peaks": peaks,
+        "peaks": asdict(peaks),
+        "workload": load,
     }  # fmt: skip
+    return EstimateDocument.model_validate(content)
 
 
 def _check_plan_is_for(checkpoint: Checkpoint, layout: Sequence[LayerLayout]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from serving.benchmark.journal import RESULTS_FILE
+from serving.benchmark.results_document import ResultsDocument
 from serving.saved_json import Source, checked
 from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
 from toolchain.documents import check_document
@@ -71,7 +72,7 @@ def read_inputs(directories: Sequence[Path]) -> ReportInputs:
         summary=_as(PruningSummary, summaries[0]) if summaries else None,
         evaluations=tuple(_as(EvaluationDocument, source) for source in _distinct(_find(directories, EVALUATION_FILE))),
         verifications=tuple(_as(VerificationDocument, source) for source in _find(directories, VERIFICATION_FILE)),
-        benchmarks=tuple(checked(source) for source in _distinct(_find(directories, RESULTS_FILE))),
+        benchmarks=tuple(_as(ResultsDocument, source) for source in _distinct(_find(directories, RESULTS_FILE))),
     )
     if len(inputs.missing) == 5:
         looked = ", ".join(str(directory) for directory in directories) or "no directory"

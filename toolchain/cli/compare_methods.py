@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -37,6 +37,9 @@ from toolchain.cli.prune import MAX_SPARSITIES, check_sparsities
 from toolchain.errors import SenteiError
 from toolchain.outputs import writes_directory
 from toolchain.prune.methods import METHODS
+
+if TYPE_CHECKING:
+    from toolchain.evaluate.method_comparison_document import ComparisonDocument
 
 _PRUNING, _EVALUATION = "Pruning", "Evaluation"
 _INPUT_LEN, _OUTPUT_LEN, _REPEATS = 128, 32, 3
@@ -161,7 +164,7 @@ def compare_methods(
         document = compare_methods(asked, work, progress=output.progress)
         with new_directory(out, force=force) as partial:
             save_comparison(asked, document, work, partial)
-    output.result({"directory": str(out), **document}, lambda console: _show(console, out, document))
+    output.result({"directory": str(out), **document.content()}, lambda console: _show(console, out, document))
 
 
 def _sparsities(given: str) -> list[float]:
@@ -176,11 +179,11 @@ def _sparsities(given: str) -> list[float]:
     return check_sparsities("--sparsity", sparsities)
 
 
-def _show(console: Console, out: Path, document: dict[str, Any]) -> None:
+def _show(console: Console, out: Path, document: "ComparisonDocument") -> None:
     from toolchain.evaluate.method_comparison import notes, table
 
     headers, rows = table(document)
-    shown = Table(title=document["model"], title_justify="left", box=None)
+    shown = Table(title=document.model, title_justify="left", box=None)
     for column, header in enumerate(headers):
         shown.add_column(header, justify="right" if column else "left")
     for row in rows:

@@ -1,7 +1,6 @@
 """``sentei estimate``."""
 
-from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +20,9 @@ from toolchain.cli.options import (
     input_len_option,
     output_len_option,
 )
+
+if TYPE_CHECKING:
+    from serving.forecast.estimate_document import EstimateDocument
 
 _UNITS = {"mean_ttft_ms": "ms", "mean_tpot_ms": "ms", "mean_e2el_ms": "ms", "output_throughput": "tokens/s"}
 
@@ -64,33 +66,31 @@ def estimate(
         output_len=output_len,
         concurrency=concurrency,
     )
-    load = {"input_len": input_len, "output_len": output_len, "concurrency": concurrency}
-    result = {**result, "peaks": asdict(result["peaks"]), "workload": load}
-    output.result(result, lambda console: _show(console, result))
+    output.result(result.content(), lambda console: _show(console, result))
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
-    peaks, load = result["peaks"], result["workload"]
+def _show(console: Console, result: "EstimateDocument") -> None:
+    peaks, load = result.peaks, result.workload
     console.print(
-        f"{peaks['device']}, {peaks['dtype']}: {peaks['flops_per_s'] / 1e9:,.0f} GFLOP/s, "
-        f"{peaks['bytes_per_s'] / 1e9:,.1f} GB/s read, measured just now",
+        f"{peaks.device}, {peaks.dtype}: {peaks.flops_per_s / 1e9:,.0f} GFLOP/s, "
+        f"{peaks.bytes_per_s / 1e9:,.1f} GB/s read, measured just now",
     )
     console.print(
-        f"{load['input_len']} tokens in, {load['output_len']} out, {load['concurrency']} at a time: the best that this "
+        f"{load.input_len} tokens in, {load.output_len} out, {load.concurrency} at a time: the best that this "
         "device allows (roofline); no server reaches it, but both models miss it alike",
     )
     table = Table(box=None)
     for header in ("", "original", "planned", "", "gain"):
         table.add_column(header, justify="right" if header in ("original", "planned", "gain") else "left")
     for name, unit in _UNITS.items():
-        metric = result["metrics"][name]
-        table.add_row(name, f"{metric['original']:.4g}", f"{metric['pruned']:.4g}", unit, f"{metric['gain']:.2f}x")
+        metric = result.metrics[name]
+        table.add_row(name, f"{metric.original:.4g}", f"{metric.pruned:.4g}", unit, f"{metric.gain:.2f}x")
     console.print(table)
-    for phase, entry in result["roofline"].items():
-        planned = entry["pruned"]
+    for phase, entry in result.roofline.items():
+        planned = entry.pruned
         console.print(
-            f"  {phase}: {planned['flops_per_token'] / 1e9:.3g} GFLOP and {planned['bytes_per_token'] / 1e6:.3g} MB a "
-            f"token, {planned['flops_per_byte']:.3g} FLOP a byte: bound by {planned['bound']}",
+            f"  {phase}: {planned.flops_per_token / 1e9:.3g} GFLOP and {planned.bytes_per_token / 1e6:.3g} MB a "
+            f"token, {planned.flops_per_byte:.3g} FLOP a byte: bound by {planned.bound}",
         )
-    for limit in result["limits"]:
-        console.print(f"  {limit['text']}")
+    for limit in result.limits:
+        console.print(f"  {limit.text}")

@@ -216,8 +216,7 @@ def possible_allocations(checkpoint: Checkpoint, settings: PruneSettings) -> lis
 def _as_recorded(checkpoint: Checkpoint, settings: PruneSettings) -> PruneSettings:
     """The settings as a plan records them."""
     if settings.of_method.removes_blocks:
-        search_kind = settings.evopress_budget if settings.of_method.has_budget else "exact"
-        return replace(settings, align=1, allocation=settings.method, widths="whole", search=search_kind)
+        return replace(settings, align=1)
     # From here on, and in the plan, only the multiple itself counts.
     unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
     return replace(settings, align=unit, tensor_parallel=1)
@@ -234,6 +233,13 @@ def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None
         raise SenteiError("--allocation auto chooses what --attention-removals says.", "Give one of them.")
 
 
+def _allocation(settings: PruneSettings) -> str | None:
+    """How the plan says that the target is split; null for methods that remove whole blocks."""
+    if settings.of_method.removes_blocks:
+        return None
+    return settings.allocation if settings.attention_removals is None else "given"
+
+
 def _blank_plan(
     checkpoint: Checkpoint,
     settings: PruneSettings,
@@ -243,13 +249,13 @@ def _blank_plan(
     model_name: str,
 ) -> PlanDocument:
     """The plan a search begins with: where it comes from and where it wants to go."""
-    published = None
-    if settings.allocation == "formula" and settings.widths == "uniform":
+    two_stage, published = not settings.of_method.removes_blocks, None
+    if two_stage and settings.allocation == "formula" and settings.widths == "uniform":
         [published] = allocations
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
         sentei_version=version("sentei"),
-        method=f"{settings.method}, compensated" if settings.compensate else settings.method,
+        method=settings.method,
         base_model=BaseModelRecord(
             name=model_name,
             model_type=checkpoint.family.model_type,
@@ -262,11 +268,12 @@ def _blank_plan(
         target_intermediate_size=list(published.widths) if published else [],
         target_attention_removals=published.num_attention_removals if published else 0,
         align=settings.align,
-        allocation=settings.allocation if settings.attention_removals is None else "given",
         attention_removals=settings.attention_removals,
-        widths=settings.widths,
+        allocation=_allocation(settings),
+        widths=settings.widths if two_stage else None,
         protected=ProtectedRecord(attention=sorted(settings.protected.attention), ffn=sorted(settings.protected.ffn)),
-        search=settings.search,
+        search=settings.search if two_stage else None,
+        evopress_budget=settings.evopress_budget if settings.of_method.has_budget else None,
         metric=metric.name,
         metric_source=metric.source,
         metric_source_sha256=metric.source_sha256,

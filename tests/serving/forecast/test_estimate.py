@@ -58,7 +58,7 @@ def test_the_roofline_is_the_higher_of_both_bounds(models):
 
 def test_an_estimate_of_a_plan(models):
     layout = open_checkpoint(models[1]).layout
-    result = estimate(models[0], layout, PEAKS, dtype=None, **SHAPE)
+    result = estimate(models[0], layout, PEAKS, dtype=None, **SHAPE).content()
     metrics = result["metrics"]
     for side in ("original", "pruned"):
         whole = metrics["mean_ttft_ms"][side] + 3 * metrics["mean_tpot_ms"][side]
