@@ -17,6 +17,7 @@ from toolchain.cli.options import (
     ForceOption,
     JsonOption,
     QuietOption,
+    chat_template_option,
     limit_option,
     offload_option,
     out_option,
@@ -46,8 +47,8 @@ def evaluate(
     text: Annotated[
         list[str] | None,
         text_option(
-            "Perplexity on .txt, .jsonl or .parquet (field text), a directory of them, or hub:NAME:CONFIG:SPLIT; "
-            "several times.",
+            "Perplexity on .txt, .jsonl or .parquet (field text, or messages: chats), a directory of them, or "
+            "hub:NAME:CONFIG:SPLIT; several times.",
             panel=_TEXT,
         ),
     ] = None,
@@ -72,6 +73,7 @@ def evaluate(
         questions_option('Your own, a line {"prompt", "choices", "answer"} each; several times.', panel=_TASKS),
     ] = None,
     limit: Annotated[int | None, limit_option(panel=_TASKS)] = None,
+    chat_template: Annotated[bool, chat_template_option("tasks and questions", panel=_TASKS)] = False,
     device: DeviceInPanelOption = "auto",
     dtype: DtypeInPanelOption = "auto",
     offload: Annotated[
@@ -105,6 +107,7 @@ def evaluate(
         seq_len=window_length(output, checkpoint, seq_len, SEQ_LEN),
         tasks=tuple(requests),
         limit=limit,
+        chat_template=chat_template,
         num_generations=generations,
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, checkpoint.dtype),

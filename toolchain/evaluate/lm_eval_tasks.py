@@ -3,21 +3,24 @@
 The only module that imports lm-eval.
 """
 
-import copy
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.evaluate.local_tasks import TASK_FILES
 from toolchain.model.loading import said_in_a_sentence
+from toolchain.text.chat_template import ANSWER_BEGINS, LAST_GOES_ON, ChatTemplate
+from toolchain.text.chats import check_template
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -120,8 +123,12 @@ def lm_eval_version() -> str:
     return version("lm_eval")
 
 
-def load_task(request: TaskRequest) -> LoadedTask:
+def load_task(request: TaskRequest, *, chat_template: bool = False) -> LoadedTask:
     """Loads the questions, from the file or from the hub.
+
+    Args:
+        request: What to load.
+        chat_template: It will be asked through a chat template.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
@@ -133,9 +140,8 @@ def load_task(request: TaskRequest) -> LoadedTask:
 
     disable_progress_bars()
     if request.file is not None:
-        manager = TaskManager(
-            include_path=str(TASK_FILES), include_defaults=False, metadata={"file": str(request.file)}
-        )
+        metadata = {"file": str(request.file), "chat_template": chat_template}
+        manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
         # Arrow's own errors and lm-eval's have no common class.
         with said_in_a_sentence(f"{request.file} cannot be read as questions of {request.name}"):
             parts = manager.load([request.name])["tasks"]
@@ -181,6 +187,7 @@ def run_task(
     *,
     limit: int | None,
     bos: int | None = None,
+    chat_template: bool = False,
     on_request: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Asks a model all questions.
@@ -190,44 +197,60 @@ def run_task(
         tokenizer: Its own.
         task: From :func:`load_task`.
         limit: The first so many questions; of each of a group's tasks.
-        bos: What each question begins with, see :func:`toolchain.model.loading.bos_of`; ``None`` for what the tokenizer
-            itself puts in front.
+        bos: What each question begins with, see :func:`toolchain.model.loading.bos_of`.
+        chat_template: Ask through the model's chat template, which then says what a question begins with.
         on_request: Called once a log-likelihood or generation, for progress.
 
     Returns:
-        ``metric``, ``num_fewshot`` and ``questions``: one mapping each, with ``id``, ``hash``, ``subject``,
-        ``question``, ``choices``, ``answer``, ``log_likelihoods`` and ``scores`` by metric.
+        ``metric``, ``num_fewshot``, ``num_cut`` (requests longer than the model's context, which lost their beginning)
+        and ``questions``: one mapping each, with ``id``, ``hash``, ``subject``, ``question``, ``choices``, ``answer``,
+        ``log_likelihoods`` and ``scores`` by metric.
 
     Raises:
-        SenteiError: The task has no metric that is a number a question.
+        SenteiError: The task has no metric that is a number a question, a choice alone is longer than the model's
+            context, or there is no chat template.
     """
     from lm_eval import simple_evaluate
 
-    results = simple_evaluate(
-        model=_lm_eval_model(model, tokenizer, bos, on_request),
-        tasks=list(task.parts.values()),
-        limit=limit,
-        bootstrap_iters=0,
-        task_manager=task.manager,
-    )
+    with _template_of(tokenizer) if chat_template else nullcontext() as template:
+        lm = _lm_eval_model(model, tokenizer, bos, template, on_request)
+        results = simple_evaluate(
+            model=lm,
+            tasks=list(task.parts.values()),
+            limit=limit,
+            bootstrap_iters=0,
+            task_manager=task.manager,
+            apply_chat_template=chat_template,
+        )
     assert results is not None
-    questions = _questions(task, results["samples"])
+    questions = _questions(task, results["samples"], chat_template=chat_template)
     shared = shared_metrics(questions)
     known = [name for name in (*_METRICS, *shared) if name in shared]
     if not known:
         raise SenteiError(f"Task {task.label} has no metric that gives every question a number.")
     fewshot = {part.config.num_fewshot or 0 for part in task.parts.values()}
-    return {"metric": known[0], "num_fewshot": max(fewshot), "questions": questions}
+    return {"metric": known[0], "num_fewshot": max(fewshot), "num_cut": lm.num_cut, "questions": questions}
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    check_template(tokenizer, "--chat-template takes")
+    return ChatTemplate(tokenizer)
 
 
 def _lm_eval_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: int | None, on_request: Callable[[], None]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    bos: int | None,
+    template: ChatTemplate | None,
+    on_request: Callable[[], None],
 ) -> Any:
     """lm-eval's wrapper around a loaded model; see :func:`run_task`."""
     from lm_eval.models.huggingface import HFLM
 
-    class QuietHFLM(HFLM):
-        """Without bars of its own, which no setting turns off."""
+    class ServedHFLM(HFLM):
+        """Reads as the model is served, counts what it cuts, and draws no bars, which no setting turns off."""
+
+        num_cut = 0
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -235,11 +258,56 @@ def _lm_eval_model(
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
 
-    if bos is not None:
-        # lm-eval leaves it to the tokenizer, and Gemma's puts it there only if tokenizer_config.json says so.
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_bos_token = True
-    lm = QuietHFLM(
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            ids = super().tok_encode(string, add_special_tokens=False)
+            if add_special_tokens is False or template or bos is None:
+                return ids
+            # A prompt may have been written with it.
+            return ids if ids[:1] == [bos] else [bos, *ids]
+
+        def tok_batch_encode(
+            self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
+        ) -> Any:
+            assert padding_side == "left"
+            rows = [self._cut(self.tok_encode(each), left_truncate_len) for each in strings]
+            longest = max(map(len, rows))
+            padding = [longest - len(row) for row in rows]
+            pad: Any = self.tokenizer.pad_token_id
+            ids = [[pad] * num + row for num, row in zip(padding, rows, strict=True)]
+            return torch.tensor(ids), torch.tensor([[0] * num + [1] * (longest - num) for num in padding])
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            # The last token is predicted, not read.
+            longest = self.max_length + 1
+            if too_long := [asked for asked, _, choice in requests if len(choice) >= longest]:
+                raise SenteiError(
+                    f"A choice is longer than the model's context of {self.max_length} tokens: {too_long[0][1]!r}.",
+                    "Leave that question out.",
+                )
+            within = [(asked, self._cut(prompt, longest - len(choice)), choice) for asked, prompt, choice in requests]
+            return super()._loglikelihood_tokens(within, disable_tqdm=disable_tqdm, override_bs=override_bs)
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            assert template is not None
+            ending = ANSWER_BEGINS if add_generation_prompt else LAST_GOES_ON
+            try:
+                return template.render(chat_history, ending=ending)
+            except SenteiError:
+                # Some templates know no system's turn, where lm-eval has a task's description; it leaves it out too.
+                others = [each for each in chat_history if each["role"] != "system"]
+                if len(others) == len(chat_history):
+                    raise
+                return template.render(others, ending=ending)
+
+        def _cut(self, prompt: list[int], length: int | None) -> list[int]:
+            """A prompt without its beginning, where it is too long, but with BOS."""
+            if length is None or (excess := len(prompt) - length) <= 0:
+                return prompt
+            self.num_cut += 1
+            num_kept = min(length, int(bos is not None and prompt[:1] == [bos]))
+            return [*prompt[:num_kept], *prompt[num_kept + excess :]]
+
+    lm = ServedHFLM(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=_BATCH_SIZES["cuda" if model.device.type == "cuda" else "cpu"],
@@ -250,7 +318,9 @@ def _lm_eval_model(
     return lm
 
 
-def _questions(task: LoadedTask, samples_by_part: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def _questions(
+    task: LoadedTask, samples_by_part: Mapping[str, Sequence[Mapping[str, Any]]], *, chat_template: bool
+) -> list[dict[str, Any]]:
     """Every question of a task, in the order of its parts and of their documents."""
     questions = []
     for name, samples in samples_by_part.items():
@@ -258,7 +328,13 @@ def _questions(task: LoadedTask, samples_by_part: Mapping[str, Sequence[Mapping[
         subject = (part.config.task_alias or name) if len(task.parts) > 1 else None
         # A task that reads its answers in several ways has a sample for each; the first is the one it is known by.
         counted = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-        questions += [_question(part, sample, subject) for sample in sorted(counted, key=lambda each: each["doc_id"])]
+        found = [_question(part, sample, subject) for sample in sorted(counted, key=lambda each: each["doc_id"])]
+        if chat_template:
+            # What the template puts around a question would hide it.
+            for question, sample in zip(found, sorted(counted, key=lambda each: each["doc_id"]), strict=True):
+                if isinstance(text := part.doc_to_text(sample["doc"]), str):
+                    question["question"] = text
+        questions += found
     return questions
 
 
