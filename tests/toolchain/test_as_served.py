@@ -300,8 +300,8 @@ def test_questions_through_the_chat_template_are_asked_as_they_are_served(
     model = load_model(llama)
     task = load_task(TaskRequest(name="questions", file=questions), chat_template=True)
     found = run_task(model, tokenizer, task, limit=None, bos=0, chat_template=True)["questions"]
-    walk = LayerWalk(model, open_checkpoint(llama).family)
-    for question, loaded, answered in zip(QUESTIONS, load_questions(questions), found, strict=True):
+    rows = []
+    for question, answered in zip(QUESTIONS, found, strict=True):
         prompt = served_chat(tokenizer, [{"role": "user", "content": question["prompt"]}], add_generation_prompt=True)
         assert prompt[0] == 0 and prompt.count(0) == 1
         for choice, log_likelihood in zip(question["choices"], answered["log_likelihoods"], strict=True):
@@ -310,9 +310,12 @@ def test_questions_through_the_chat_template_are_asked_as_they_are_served(
             expected = sum(float(logs[place - 1, ids[place]]) for place in range(len(prompt), len(ids)))
             assert log_likelihood == pytest.approx(expected, abs=1e-3)
         assert answered["question"] == question["prompt"]
-        metric = AccuracyMetric([loaded], tokenizer, source="q", seq_len=64, bos=0, chat_template=True)
-        assert metric.source == "q, in the chat template"
-        assert measure(walk, metric) == answered["scores"]["acc_norm"]
+            rows.append(ids)
+    metric = AccuracyMetric(load_questions(questions), tokenizer, source="q", seq_len=64, bos=0, chat_template=True)
+    assert metric.source == "q, in the chat template"
+    assert [row[: len(ids)] for row, ids in zip(metric.ids.tolist(), rows, strict=True)] == rows
+    right = [each["scores"]["acc_norm"] for each in found]
+    assert measure(LayerWalk(model, open_checkpoint(llama).family), metric) == sum(right) / len(right)
 
 
 def test_what_the_context_cuts_is_counted_and_keeps_bos(

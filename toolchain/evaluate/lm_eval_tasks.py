@@ -265,6 +265,14 @@ def _lm_eval_model(
             # A prompt may have been written with it.
             return ids if ids[:1] == [bos] else [bos, *ids]
 
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            if not template or not context.endswith("\n"):
+                return super()._encode_pair(context, continuation)
+            # lm-eval would count the line break, with which the template ends, to each choice.
+            whole, num_asked = self.tok_encode(context + continuation), len(self.tok_encode(context))
+            num_asked = min(num_asked, len(whole) - 1)
+            return whole[:num_asked], whole[num_asked:]
+
         def tok_batch_encode(
             self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
         ) -> Any:
