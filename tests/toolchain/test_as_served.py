@@ -309,8 +309,8 @@ def test_questions_through_the_chat_template_are_asked_as_they_are_served(
             logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             expected = sum(float(logs[place - 1, ids[place]]) for place in range(len(prompt), len(ids)))
             assert log_likelihood == pytest.approx(expected, abs=1e-3)
-        assert answered["question"] == question["prompt"]
             rows.append(ids)
+        assert answered["question"] == question["prompt"]
     metric = AccuracyMetric(load_questions(questions), tokenizer, source="q", seq_len=64, bos=0, chat_template=True)
     assert metric.source == "q, in the chat template"
     assert [row[: len(ids)] for row, ids in zip(metric.ids.tolist(), rows, strict=True)] == rows
