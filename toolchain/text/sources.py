@@ -269,9 +269,7 @@ def _read_hub(data: HubDataset) -> Iterator[str | Chat]:
                 yield _chat(f"{where} row {number}", row)
                 continue
             if not isinstance(text, str):
-                raise SenteiError(
-                    f'{where} has no column "text" of strings, and no "messages"; it has {", ".join(row)}.'
-                )
+                raise SenteiError(f'{where} has no column "text" of strings; it has {", ".join(row)}.')
             yield text
     except SenteiError:
         raise
