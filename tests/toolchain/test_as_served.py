@@ -22,7 +22,8 @@ from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluate import run as evaluation_run
 from toolchain.evaluate import writing as damage
-from toolchain.evaluate.lm_eval_tasks import TaskRequest, _lm_eval_model, load_task, run_task
+from toolchain.evaluate.lm_eval_model import ServedHFLM
+from toolchain.evaluate.lm_eval_tasks import TaskRequest, load_task, run_task
 from toolchain.metrics.accuracy import AccuracyMetric, load_questions
 from toolchain.metrics.token_metrics import measure
 from toolchain.model.layer_walk import LayerWalk
@@ -329,7 +330,7 @@ def test_what_the_context_cuts_is_counted_and_keeps_bos(
     assert said in " ".join(done.stdout.split())
     [task] = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
     assert task["num_cut"] == 2
-    lm = _lm_eval_model(load_model(llama), tokenizer, 0, None, lambda: None)
+    lm = ServedHFLM(load_model(llama), tokenizer, 0, None, lambda: None)
     ids, mask = lm.tok_batch_encode(["many words " * 9, "few"], left_truncate_len=8)
     whole = tokenizer("many words " * 9)["input_ids"]
     assert ids[0].tolist() == [0, *whole[-7:]]

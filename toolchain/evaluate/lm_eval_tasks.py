@@ -1,6 +1,6 @@
 """Tasks through lm-eval: its prompts, its model wrapper and its metrics, around a model that sentei loaded.
 
-The only module that imports lm-eval.
+Only this module and lm_eval_model import lm-eval.
 """
 
 import hashlib
@@ -13,13 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.evaluate.local_tasks import TASK_FILES
 from toolchain.model.loading import said_in_a_sentence
-from toolchain.text.chat_template import ANSWER_BEGINS, LAST_GOES_ON, ChatTemplate
+from toolchain.text.chat_template import ChatTemplate
 from toolchain.text.chats import check_template
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 USER_QUESTIONS = "questions"
 # Of lm-eval's metrics the one that is reported and tested, where a task has several.
 _METRICS = ("acc_norm", "acc", "exact_match")
-_BATCH_SIZES = {"cpu": 4, "cuda": 16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +210,10 @@ def run_task(
     """
     from lm_eval import simple_evaluate
 
+    from toolchain.evaluate.lm_eval_model import ServedHFLM
+
     with _template_of(tokenizer) if chat_template else nullcontext() as template:
-        lm = _lm_eval_model(model, tokenizer, bos, template, on_request)
+        lm = ServedHFLM(model, tokenizer, bos, template, on_request)
         results = simple_evaluate(
             model=lm,
             tasks=list(task.parts.values()),
@@ -235,95 +235,6 @@ def run_task(
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     check_template(tokenizer, "--chat-template takes")
     return ChatTemplate(tokenizer)
-
-
-def _lm_eval_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    bos: int | None,
-    template: ChatTemplate | None,
-    on_request: Callable[[], None],
-) -> Any:
-    """lm-eval's wrapper around a loaded model; see :func:`run_task`."""
-    from lm_eval.models.huggingface import HFLM
-
-    class ServedHFLM(HFLM):
-        """Reads as the model is served, counts what it cuts, and draws no bars, which no setting turns off."""
-
-        num_cut = 0
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            ids = super().tok_encode(string, add_special_tokens=False)
-            if add_special_tokens is False or template or bos is None:
-                return ids
-            # A prompt may have been written with it.
-            return ids if ids[:1] == [bos] else [bos, *ids]
-
-        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            if not template or not context.endswith("\n"):
-                return super()._encode_pair(context, continuation)
-            # lm-eval would count the line break, with which the template ends, to each choice.
-            whole, num_asked = self.tok_encode(context + continuation), len(self.tok_encode(context))
-            num_asked = min(num_asked, len(whole) - 1)
-            return whole[:num_asked], whole[num_asked:]
-
-        def tok_batch_encode(
-            self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
-        ) -> Any:
-            assert padding_side == "left"
-            rows = [self._cut(self.tok_encode(each), left_truncate_len) for each in strings]
-            longest = max(map(len, rows))
-            padding = [longest - len(row) for row in rows]
-            pad: Any = self.tokenizer.pad_token_id
-            ids = [[pad] * num + row for num, row in zip(padding, rows, strict=True)]
-            return torch.tensor(ids), torch.tensor([[0] * num + [1] * (longest - num) for num in padding])
-
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
-            # The last token is predicted, not read.
-            longest = self.max_length + 1
-            if too_long := [asked for asked, _, choice in requests if len(choice) >= longest]:
-                raise SenteiError(
-                    f"A choice is longer than the model's context of {self.max_length} tokens: {too_long[0][1]!r}.",
-                    "Leave that question out.",
-                )
-            within = [(asked, self._cut(prompt, longest - len(choice)), choice) for asked, prompt, choice in requests]
-            return super()._loglikelihood_tokens(within, disable_tqdm=disable_tqdm, override_bs=override_bs)
-
-        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-            assert template is not None
-            ending = ANSWER_BEGINS if add_generation_prompt else LAST_GOES_ON
-            try:
-                return template.render(chat_history, ending=ending)
-            except SenteiError:
-                # Some templates know no system's turn, where lm-eval has a task's description; it leaves it out too.
-                others = [each for each in chat_history if each["role"] != "system"]
-                if len(others) == len(chat_history):
-                    raise
-                return template.render(others, ending=ending)
-
-        def _cut(self, prompt: list[int], length: int | None) -> list[int]:
-            """A prompt without its beginning, where it is too long, but with BOS."""
-            if length is None or (excess := len(prompt) - length) <= 0:
-                return prompt
-            self.num_cut += 1
-            num_kept = min(length, int(bos is not None and prompt[:1] == [bos]))
-            return [*prompt[:num_kept], *prompt[num_kept + excess :]]
-
-    lm = ServedHFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=_BATCH_SIZES["cuda" if model.device.type == "cuda" else "cpu"],
-        # Half precision would make ties of close choices.
-        softmax_dtype="float32",
-    )
-    lm.set_cache_hook(_RequestCounter(on_request))
-    return lm
 
 
 def _questions(
@@ -367,13 +278,3 @@ def _question(task: "Task", sample: Mapping[str, Any], subject: str | None) -> d
         "log_likelihoods": [float(response[0]) for response in sample["filtered_resps"]] if is_choice else [],
         "scores": {name: float(sample[name]) for name in sample["metrics"] if isinstance(sample[name], int | float)},
     }
-
-
-class _RequestCounter:
-    """Stands where lm-eval would cache responses: is told of each one."""
-
-    def __init__(self, on_request: Callable[[], None]) -> None:
-        self._on_request = on_request
-
-    def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        self._on_request()
