@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 
-from serving.verify.answers import GREEDY_TOKENS, Differences
+from serving.verify.answers import Differences
 from toolchain.checkpoint.rounding_error import check_limit
 
 Checks = dict[str, dict[str, Any]]  # by name, as they are written
 
 # Times the noise. Maxima come from a few tokens to which a model is very sensitive; outside float32 they tell nothing.
+# Greedy tokens are few, so their noise is that of the likeliest tokens after every prefix of the prompts.
 MARGINS: Mapping[str, float] = {
     "max_difference": 4.0,
     "mean_difference": 2.0,
-    "median_difference": 2.0,
-    "choice_margin": 2.0,
+    "median_difference": 1.5,
+    "greedy_margin": 4.0,
 }
 # Below this, in nats, engines differ by how they write a log-probability down in float32.
 FLOOR = 1e-5
-# Greedy tokens are few: two may be ones on which noise decides.
-_UNLUCKY_TOKENS = 2
+# Of 64 greedy tokens, two may be ones after which the model does not know its own mind, and count as 1 nat.
+_GREEDY_FLOOR = 2 / 64
 # By what rounding to a format may do: largest fraction of other likeliest tokens, and factor on perplexity. Measured on
 # the demo model: int8 0.016 | 1.002, int4 0.16 | 1.12; on itself with attention gone in layers 12 and 27: int8 0.057 |
 # 1.011, int4 0.32 | 1.42. With attention gone in layers 0 and 12 it has lost most of what it knew; int8 does 0.085 |
@@ -47,12 +48,22 @@ def limits_from(noise: Differences, *, judges_maxima: bool) -> dict[str, float]:
         noise: The model's own.
         judges_maxima: Whether the largest difference is looked at.
     """
-    measured = asdict(noise)
+    measured = noise_by_check(noise)
     limits = {name: margin * measured[name] + FLOOR for name, margin in MARGINS.items()}
-    limits["greedy_margin"] = limits["choice_margin"] + _UNLUCKY_TOKENS / (4 * GREEDY_TOKENS)
+    limits["greedy_margin"] += _GREEDY_FLOOR
     if not judges_maxima:
         del limits["max_difference"]
     return limits
+
+
+def noise_by_check(noise: Differences) -> dict[str, float]:
+    """A model's noise, by the names of what is judged by it."""
+    return {
+        "max_difference": noise.max_difference,
+        "mean_difference": noise.mean_difference,
+        "median_difference": noise.median_difference,
+        "greedy_margin": noise.choice_margin,
+    }
 
 
 def judge(differences: Differences, limits: Mapping[str, float]) -> Checks:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from serving.verify.answers import Answers, Differences, Sequences, answers_of, compare
-from serving.verify.judge import MARGINS, other_dtype
+from serving.verify.judge import MARGINS, noise_by_check, other_dtype
 from serving.verify.reference import CheckpointReference, Computing
 from serving.verify.rounded import RoundedMatrices
 from toolchain.checkpoint.directory import Checkpoint, dtype_name
@@ -34,12 +34,11 @@ class Measured:
     def content(self) -> dict[str, Any]:
         """As ``verification.json`` has it."""
         rounding = {} if self.rounding is None else asdict(self.rounding)
-        noise = asdict(self.noise)
         return {
             **asdict(self.differences),
             **{f"rounding_{name}": value for name, value in rounding.items()},
             "reference": self.reference,
-            "noise": {"dtype": dtype_name(self.noise_dtype), **{name: noise[name] for name in MARGINS}},
+            "noise": {"dtype": dtype_name(self.noise_dtype), **noise_by_check(self.noise)},
             "margins": dict(MARGINS),
         }
 

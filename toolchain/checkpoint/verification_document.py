@@ -65,7 +65,7 @@ class NoiseRecord(Record):
     max_difference: Number
     mean_difference: Number
     median_difference: Number
-    choice_margin: Number
+    greedy_margin: Number
 
 
 class AnswersVerification(Document):
