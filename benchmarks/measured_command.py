@@ -10,9 +10,12 @@
 - **Asked of read** is ``rchar``: what ``read`` returned, cached or not. It counts no mapped file, so none of the
   weights that safetensors maps; it is kept to show what the other number leaves out.
 
+    python benchmarks/measured_command.py -o prune.json --reads MODEL -- prune MODEL -o OUT --sparsity 0.25 --force
+
 Linux only.
 """
 
+import json
 import os
 import re
 import resource
@@ -24,11 +27,15 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from serving.benchmark.environment import describe_environment
 from serving.benchmark.gpu_watch import used_memory_bytes
 from serving.child_process import own_environment
 from toolchain.lifetime import tied
+from toolchain.outputs import beside, write_text
 
 SENTEI = "from toolchain.lifetime import end_with_parent; end_with_parent(); from toolchain.cli.app import main; main()"
 _SAMPLE_S = 0.05
@@ -123,7 +130,12 @@ class _Watch:
 
 
 def measure_sentei(
-    arguments: Sequence[str], *, log: Path, reads: Sequence[Path], environment: Mapping[str, str] | None = None
+    arguments: Sequence[str],
+    *,
+    log: Path,
+    reads: Sequence[Path],
+    limit_s: float = float("inf"),
+    environment: Mapping[str, str] | None = None,
 ) -> Measured:
     """Runs ``sentei`` with these arguments and measures it. It ends with this process, however that ends.
 
@@ -131,6 +143,7 @@ def measure_sentei(
         arguments: Of the command.
         log: File for its stderr, each line with the seconds since the start.
         reads: Files, and directories of files, that are put out of the page cache.
+        limit_s: It is killed after so long; the stages that it finished are kept.
         environment: Added to this process's own.
     """
     files = [file for path in reads for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
@@ -150,10 +163,12 @@ def measure_sentei(
     for thread in threads:
         thread.start()
     try:
-        evicted, gpu = started, GpuMemory()
+        evicted, gpu, is_late = started, GpuMemory(), False
         # The process is looked at, not yet reaped: the counters of what it read stay until then.
         while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             watch.look(gpu.used_bytes())
+            if is_late := time.monotonic() - started > limit_s:
+                break
             if time.monotonic() - evicted > _EVICT_S:
                 evict(files)
                 evicted = time.monotonic()
@@ -169,7 +184,8 @@ def measure_sentei(
         "wall_s": round(wall_s, 2), "cpu_s": round(_cpu_s_of_children() - cpu_before, 2), **watch.peaks.document(),
         "bytes_from_disk": from_disk, "bytes_asked_of_read": asked, "stages": watch.stages,
     }  # fmt: skip
-    return Measured(exit_code=exit_code, stdout="".join(printed), error=_error(exit_code, log), cost=cost)
+    error = f"Not finished after {limit_s:.0f} s." if is_late else _error(exit_code, log)
+    return Measured(exit_code=exit_code, stdout="".join(printed), error=error, cost=cost)
 
 
 def _kill_group(pid: int) -> None:
@@ -271,3 +287,29 @@ def _cpu_s_of_children() -> float:
     """Processor time of all that was started and has ended: unlike the clock, hardly longer beside other work."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def main(
+    arguments: Annotated[list[str], typer.Argument(help="Of sentei, after --; --json is added.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write; .log beside it.")],
+    reads: Annotated[list[Path], typer.Option(help="What it reads; several times.")] = [],  # noqa: B006
+    limit_s: Annotated[float, typer.Option(help="It is killed after so many seconds.")] = float("inf"),
+) -> None:
+    """Measures one command. What did not succeed is written to OUT.unfinished, and the exit code is 1."""
+    done = measure_sentei([*arguments, "--json"], log=out.with_suffix(".log"), reads=reads, limit_s=limit_s)
+    told = json.loads(done.stdout) if done.error is None else {}
+    told.pop("directory", None)
+    document = {
+        "schema_version": 1, "kind": "measured_command", "error": done.error, "cost": done.cost, "said": told,
+        "environment": describe_environment(),
+    }  # fmt: skip
+    unfinished = beside(out, "unfinished")
+    write_text(unfinished if done.error else out, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    if done.error:
+        raise SystemExit(f"{out.stem}: {done.error}")
+    unfinished.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
