@@ -4,7 +4,7 @@
 # same command goes on after whatever ended it. A step of `prune` or `export` that did not finish leaves
 # OUT/STEP.json.unfinished, which holds the stages that it did finish; `benchmark` goes on where it was.
 #
-#   benchmarks/gpu.sh OUT [STEP...]     without a STEP: all that are missing; the first call makes the original too
+#   benchmarks/gpu.sh OUT [STEP...]     without a STEP: all that are missing
 #
 #   prune-0.25       the default `sentei prune`: its stages' times and peak memory (OUT/prune-0.25.json)
 #   shape-0.14 -0.25 the default's ranked plan without its compensation, which changes no shape: what is served below
@@ -46,57 +46,92 @@ else
 fi
 original=$models/original
 
-step() { # NAME COMMAND...: which writes OUT/NAME.json when it is done
-  local name=$1
-  shift
-  [[ ! -f $out/$name.json ]] || return 0
-  [[ ${#wanted[@]} -eq 0 || " ${wanted[*]} " == *" $name "* ]] || return 0
-  echo "== $name"
-  timeout --kill-after=20 "$limit" "$@" || { echo "$name: not finished (exit code $?)" && failed+=("$name"); }
+step() { # NAME: runs it unless its JSON is there, or others were asked for
+  [[ ! -f $out/$1.json ]] || return 0
+  [[ ${#wanted[@]} -eq 0 || " ${wanted[*]} " == *" $1 "* ]] || return 0
+  make_step "$1" || failed+=("$1")
+}
+
+need() { # DIRECTORY STEP: what a step reads, made again where a machine was lent anew
+  [[ -d $models/$1 ]] || make_step "$2"
+}
+
+make_step() { # NAME
+  local name=$1 sparsity precision side
+  sparsity=${name##*-}
+  case $name in
+    model) "${python[@]}" benchmarks/random_checkpoint.py "$models" --shape "$shape" ;;
+    shape-*)
+      measured "$name" "$original" prune "$original" -o "$models/ranked-$sparsity" --sparsity "$sparsity" --no-compensate \
+        "${prune[@]}" --device "$device" --force
+      ;;
+    rates-*) rates "$name" "$vllm" ;;
+    fp8-*) rates "$name" "$vllm $fp8" ;;
+    prune-*)
+      measured "$name" "$original" prune "$original" -o "$models/compensated" --sparsity "$sparsity" "${prune[@]}" \
+        --device "$device" --force && rm -rf "$models/compensated"
+      ;;
+    onnx-*-rates)
+      precision=${name#onnx-} precision=${precision%-rates}
+      for side in original pruned; do need "onnx-$precision-$side" "onnx-$precision-$side" || return 1; done
+      compared "$name" "$models/onnx-$precision-original" "$models/onnx-$precision-pruned" --engine onnx \
+        --device "$device" "${one[@]}" && rm -rf "$models/onnx-$precision-"*
+      ;;
+    onnx-*)
+      precision=${name#onnx-} precision=${precision%-*}
+      local source=$original
+      [[ $name != *-pruned ]] || source=$models/ranked-0.25
+      need ranked-0.25 shape-0.25 &&
+        measured "$name" "$source" export onnx "$source" -o "$models/$name" --device "$device" \
+          --precision "$precision" --force
+      ;;
+    benchmark-*)
+      need "ranked-$sparsity" "shape-$sparsity" &&
+        compared "$name" "$original" "$models/ranked-$sparsity" --engine vllm "${chat[@]}"
+      ;;
+    *) echo "There is no step $name." >&2 && return 2 ;;
+  esac
+}
+
+limited() { # NAME COMMAND...: which writes OUT/NAME.json when it is done
+  echo "== $1"
+  timeout --kill-after=20 "$limit" "${@:2}" || { echo "$1: not finished (exit code $?)" && return 1; }
 }
 
 measured() { # NAME MODEL_THAT_IS_READ ARGUMENTS_OF_SENTEI...
-  local name=$1 reads=$2
-  shift 2
-  step "$name" "${python[@]}" benchmarks/measured_command.py -o "$out/$name.json" --reads "$reads" --limit-s "$((limit - 20))" -- "$@"
+  need original model &&
+    limited "$1" "${python[@]}" benchmarks/measured_command.py -o "$out/$1.json" --reads "$2" --limit-s "$((limit - 20))" -- \
+      "${@:3}"
+}
+
+rates() { # NAME OPTIONS_OF_VLLM
+  local pruned=ranked-${1##*-}
+  need "$pruned" "shape-${1##*-}" &&
+    limited "$1" "${python[@]}" benchmarks/two_servers.py "$original" "$models/$pruned" --options "$2" "${load[@]}" \
+      -o "$out/$1.json"
 }
 
 compared() { # NAME ORIGINAL PRUNED OPTIONS_OF_BENCHMARK...; not watched from outside, which would take time of the processor
-  local name=$1
-  shift
   # shellcheck disable=SC2016 # expanded by the shell that is started
-  step "$name" bash -c '"${@:3}" --repeats 3 --resume -o "$1" && cp "$1/results.json" "$2"' - "$out/$name" "$out/$name.json" \
-    "${python[@]}" -c 'from toolchain.cli.entry import main; main()' benchmark "$@"
-}
-
-rates() { # NAME PRUNED OPTIONS_OF_VLLM
-  step "$1" "${python[@]}" benchmarks/two_servers.py "$original" "$2" --options "$3" "${load[@]}" -o "$out/$1.json"
+  limited "$1" bash -c '"${@:3}" --repeats 3 --resume -o "$1" && cp "$1/results.json" "$2"' - "$out/$1" "$out/$1.json" \
+    "${python[@]}" -c 'from toolchain.cli.entry import main; main()' benchmark "${@:2}"
 }
 
 mkdir -p "$out"
 failed=()
-[[ -d $original ]] || "${python[@]}" benchmarks/random_checkpoint.py "$models" --shape "$shape"
 for sparsity in 0.14 0.25; do
-  measured "shape-$sparsity" "$original" prune "$original" -o "$models/ranked-$sparsity" --sparsity "$sparsity" \
-    --no-compensate "${prune[@]}" --device "$device" --force
-  rates "rates-$sparsity" "$models/ranked-$sparsity" "$vllm"
+  step "shape-$sparsity"
+  step "rates-$sparsity"
 done
-rates fp8-0.25 "$models/ranked-0.25" "$vllm $fp8"
-measured prune-0.25 "$original" prune "$original" -o "$models/compensated" --sparsity 0.25 "${prune[@]}" \
-  --device "$device" --force
-rm -rf "$models/compensated"
+step fp8-0.25
+step prune-0.25
 for precision in "${precisions[@]}"; do
-  [[ ! -f $out/onnx-$precision-rates.json ]] || continue
-  for side in original pruned; do
-    source=$original
-    [[ $side == original ]] || source=$models/ranked-0.25
-    measured "onnx-$precision-$side" "$source" export onnx "$source" -o "$models/onnx-$precision-$side" \
-      --device "$device" --precision "$precision" --force
-  done
-  compared "onnx-$precision-rates" "$models/onnx-$precision-original" "$models/onnx-$precision-pruned" --engine onnx \
-    --device "$device" "${one[@]}"
-  if [[ -f $out/onnx-$precision-rates.json ]]; then rm -rf "$models/onnx-$precision-"*; fi
+  if [[ ! -f $out/onnx-$precision-rates.json ]]; then
+    step "onnx-$precision-original"
+    step "onnx-$precision-pruned"
+  fi
+  step "onnx-$precision-rates"
 done
-compared benchmark-0.25 "$original" "$models/ranked-0.25" --engine vllm "${chat[@]}"
+step benchmark-0.25
 echo "There are now: $(cd "$out" && echo *.json)"
 [[ ${#failed[@]} -eq 0 ]] || { echo "Not finished: ${failed[*]}" && exit 1; }
