@@ -6,7 +6,8 @@
 - **Read from disk** is ``read_bytes`` of ``/proc/PID/io``: what had to come from the disk, for ``read`` and for mapped
   files. The page cache would hide all of it on a machine with memory to spare, so the model's files are put out of the
   cache before the command and four times a second while it runs: each further pass over the weights counts, as on a
-  machine whose memory the model fills. Pages that stay mapped stay in memory, and are not read again.
+  machine whose memory the model fills. Pages that stay mapped stay in memory, and are not read again; what
+  the system read ahead may be read twice; programs and libraries count where the system had dropped them.
 - **Asked of read** is ``rchar``: what ``read`` returned, cached or not. It counts no mapped file, so none of the
   weights that safetensors maps; it is kept to show what the other number leaves out.
 
