@@ -93,9 +93,9 @@ make_step() { # NAME
   esac
 }
 
-limited() { # NAME COMMAND...: which writes OUT/NAME.json when it is done
+limited() { # NAME COMMAND...
   echo "== $1"
-  timeout --kill-after=20 "$limit" "${@:2}" || { echo "$1: not finished (exit code $?)" && return 1; }
+  timeout --kill-after=40 "$limit" "${@:2}" || { echo "$1: not finished (exit code $?)" && return 1; }
 }
 
 measured() { # NAME MODEL_THAT_IS_READ ARGUMENTS_OF_SENTEI...
@@ -111,10 +111,9 @@ rates() { # NAME OPTIONS_OF_VLLM
       -o "$out/$1.json"
 }
 
-compared() { # NAME ORIGINAL PRUNED OPTIONS_OF_BENCHMARK...; not watched from outside, which would take time of the processor
-  # shellcheck disable=SC2016 # expanded by the shell that is started
-  limited "$1" bash -c '"${@:3}" --repeats 3 --resume -o "$1" && cp "$1/results.json" "$2"' - "$out/$1" "$out/$1.json" \
-    "${python[@]}" -c 'from toolchain.cli.entry import main; main()' benchmark "${@:2}"
+compared() { # NAME ORIGINAL PRUNED OPTIONS_OF_BENCHMARK...; not watched from outside, which would take processor time
+  limited "$1" "${python[@]}" -c 'from toolchain.cli.entry import main; main()' benchmark "${@:2}" --repeats 3 --resume \
+    -o "$out/$1" && cp "$out/$1/results.json" "$out/$1.json"
 }
 
 mkdir -p "$out"
