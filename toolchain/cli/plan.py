@@ -230,7 +230,7 @@ def _show(console: Console, plan: "PruningPlan") -> None:
     document = plan.document
     full = document.base_model.intermediate_size
     steps = {step.removed: (number, step.metric) for number, step in enumerate(document.trace, 1)}
-    table = Table(title=f"{document.base_model.name}, {document.method}", title_justify="left", box=None)
+    table = Table(title=f"{document.base_model.name}, {document.described_method}", title_justify="left", box=None)
     for header in ("layer", "attention", "intermediate_size"):
         table.add_column(header, justify="right" if header == "layer" else "left")
     for layer in document.layers:
@@ -261,7 +261,9 @@ def _show(console: Console, plan: "PruningPlan") -> None:
     calibration = document.calibration
     console.print(
         f"calibration: {'; '.join(sources_of(calibration))}; "
-        f"{calibration.num_samples} windows of {calibration.seq_len} tokens",
+        f"{calibration.num_samples} windows of {calibration.seq_len} tokens"
+        + (f", the first of them BOS ({calibration.bos})" if calibration.bos is not None else "")
+        + (", chats through the chat template" if calibration.chat_template else ""),
     )
     if document.compensation is not None:
         console.print(f"compensation: {_done_by(document.compensation)}")

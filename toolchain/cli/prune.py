@@ -21,10 +21,12 @@ from toolchain.cli.options import (
     ModelArgument,
     OffloadInPanelOption,
     OffloadOption,
+    OriginalArgument,
     OutOption,
     PlanArgument,
     QuietOption,
     align_option,
+    chat_template_option,
     device_option,
     evopress_budget_option,
     mixture_option,
@@ -32,6 +34,7 @@ from toolchain.cli.options import (
     samples_option,
     seed_option,
     seq_len_option,
+    tensor_parallel_option,
 )
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
@@ -88,10 +91,7 @@ def prune(
     ] = 64,
     tensor_parallel: Annotated[
         int,
-        typer.Option(
-            help="GPUs a server will split each layer over; each then holds a multiple of --align.",
-            rich_help_panel=_TARGET,
-        ),
+        tensor_parallel_option("; each then holds a multiple of --align", panel=_TARGET),
     ] = 1,
     method: Annotated[
         MethodName | None,
@@ -142,7 +142,7 @@ def prune(
     calibration: Annotated[
         list[str] | None,
         mixture_option(
-            "Text like your users': .txt, .jsonl or .parquet (field text), a directory of them, or "
+            "Text like your users': .txt, .jsonl or .parquet (field text, or messages: chats), a directory of them, or "
             "hub:NAME:CONFIG:SPLIT; several times for a mixture, as in 0.7:en.txt. Without it: Python's manual.",
             panel=_TEXT,
         ),
@@ -156,6 +156,7 @@ def prune(
             rich_help_panel=_SEARCH,
         ),
     ] = "perplexity",
+    chat_template: Annotated[bool, chat_template_option("the questions of --metric accuracy", panel=_SEARCH)] = False,
     search: Annotated[
         SearchKind,
         typer.Option(help="exact, or racing: several times faster, nearly the same.", rich_help_panel=_SEARCH),
@@ -223,6 +224,7 @@ def prune(
         protected=parse_protected(protect or []),
         search=search.value,
         metric=metric,
+        chat_template=chat_template,
         limit=LimitSettings(max_degradation=max_degradation, max_metric=max_metric, min_metric=min_metric),
         limit_metric=limit_metric,
         evopress_budget=evopress_budget.value,
@@ -301,7 +303,7 @@ def check_sparsities(option: str, sparsities: list[float]) -> list[float]:
 @writes_directory
 def apply(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The original model: directory or hub id.")],
+    model: OriginalArgument,
     *,
     out: OutOption,
     calibration: Annotated[

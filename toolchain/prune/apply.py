@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 
-from toolchain.architecture.context_length import check_context
 from toolchain.checkpoint.directory import Checkpoint, TensorInfo, open_checkpoint
 from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
 from toolchain.metrics.token_metrics import Metric, PerplexityMetric, measure
+from toolchain.model.context_length import check_context
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
-from toolchain.model.loading import bos_of, load_tokenizer
+from toolchain.model.loading import load_tokenizer, needed_bos
 from toolchain.model.slicing import write_pruned
 from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
 from toolchain.plan.document import CompensationRecord, PlanDocument
 from toolchain.plan.model_card import model_card
 from toolchain.plan.plan import PruningPlan
 from toolchain.plan.summary_document import (
-    SUMMARY_FILE,
+    PRUNING_SUMMARY_FILE,
     CalibrationMetricRecord,
     CompensationSummary,
     LimitSummary,
@@ -127,13 +127,9 @@ def _windows_of(plan: PruningPlan, checkpoint: Checkpoint, calibration: Sequence
         hint="Prune again with shorter ones.",
     )  # fmt: skip
     tokenizer = load_tokenizer(checkpoint.directory)
-    windows = load_mixture(
-        calibration,
-        tokenizer,
-        num_samples=record.num_samples,
-        seq_len=record.seq_len,
-        bos=bos_of(checkpoint.family, tokenizer),
-    )
+    # Of plans that do not say, those of a family that needs BOS have it.
+    bos = record.bos if record.bos is not None else needed_bos(checkpoint.family, tokenizer)
+    windows = load_mixture(calibration, tokenizer, num_samples=record.num_samples, seq_len=record.seq_len, bos=bos)
     if windows.sha256 != record.sha256:
         raise SenteiError(
             f"{windows.source} is not the text this plan was made with ({record.source}): its tokens differ.",
@@ -288,7 +284,7 @@ def write_planned(
                 measured = perplexity if metric is proof.metric else measure(walk, metric)
         summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
         summary = summary.model_copy(update={"two_removals": planned.two_removals})
-        write_text(partial / SUMMARY_FILE, summary.to_json())
+        write_text(partial / PRUNING_SUMMARY_FILE, summary.to_json())
         write_text(partial / "README.md", model_card(plan, summary.content()))
     return summary.content()
 

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 import transformers
 
-from toolchain.architecture.context_length import check_window
 from toolchain.checkpoint.directory import Checkpoint, dtype_name, opened
 from toolchain.checkpoint.tensor_parallel import width_unit
 from toolchain.documents import read_document
 from toolchain.errors import CheckFailedError, SenteiError
+from toolchain.metrics.accuracy import AccuracyMetric
 from toolchain.metrics.choose import TOKEN_METRICS, choose_metric
 from toolchain.metrics.function import FunctionMetric
 from toolchain.metrics.token_metrics import Metric
+from toolchain.model.context_length import check_window
 from toolchain.model.layer_walk import LayerWalk
-from toolchain.model.loading import bos_of, load_tokenizer
+from toolchain.model.loading import bos_of, load_tokenizer, needed_bos
 from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
 from toolchain.plan.document import (
     SCHEMA_VERSION,
@@ -224,11 +225,15 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str) 
     check_memory(checkpoint, settings)
     settings = _as_recorded(checkpoint, settings)
     tokenizer = load_tokenizer(checkpoint.directory)
-    bos = bos_of(checkpoint.family, tokenizer)
+    bos = (bos_of if settings.as_served else needed_bos)(checkpoint.family, tokenizer)
     windows = load_mixture(
         settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len, bos=bos
     )
-    metric = choose_metric(settings.metric, windows.first_of_each, tokenizer, bos=bos)
+
+    def chosen(name: str, ids: torch.Tensor) -> Metric:
+        return choose_metric(name, ids, tokenizer, bos=bos, chat_template=settings.chat_template)
+
+    metric = chosen(settings.metric, windows.first_of_each)
     limit_metric, apart = None, tuple[TextSourceRecord, ...]()
     name = settings.limit_metric or settings.metric
     if not settings.limit.given:
@@ -236,9 +241,9 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str) 
             raise SenteiError("--limit-metric needs a limit.", "Add --max-degradation, --max-metric or --min-metric.")
     elif name in TOKEN_METRICS:
         ids, apart = windows_apart(settings.calibration, tokenizer, windows)
-        limit_metric = choose_metric(name, ids, tokenizer, bos=bos)
+        limit_metric = chosen(name, ids)
     elif name != settings.metric:
-        limit_metric = choose_metric(name, windows.first_of_each, tokenizer, bos=bos)
+        limit_metric = chosen(name, windows.first_of_each)
     _check_combination(settings, metric, limit_metric)
     blank = _blank_plan(checkpoint, settings, allocations, windows, metric, model_name)
     blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric, apart)})
@@ -282,8 +287,7 @@ def possible_allocations(checkpoint: Checkpoint, settings: PruneSettings) -> lis
 def _as_recorded(checkpoint: Checkpoint, settings: PruneSettings) -> PruneSettings:
     """The settings as a plan records them."""
     if settings.of_method.removes_blocks:
-        search_kind = settings.evopress_budget if settings.of_method.has_budget else "exact"
-        return replace(settings, align=1, allocation=settings.method, widths="whole", search=search_kind)
+        return replace(settings, align=1)
     # From here on, and in the plan, only the multiple itself counts.
     unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
     return replace(settings, align=unit, tensor_parallel=1)
@@ -292,12 +296,24 @@ def _as_recorded(checkpoint: Checkpoint, settings: PruneSettings) -> PruneSettin
 def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None:
     if settings.offload and any(isinstance(metric, FunctionMetric) for metric in metrics):
         raise SenteiError("--offload keeps one layer in memory, and a metric function needs the whole model.")
+    if settings.chat_template and not any(isinstance(metric, AccuracyMetric) for metric in metrics):
+        raise SenteiError(
+            "--chat-template is for the questions of --metric accuracy:FILE, and there are none.",
+            "Leave it out: chats in a text (field messages) go through the chat template by themselves.",
+        )
     if settings.search == "racing" and settings.metric not in TOKEN_METRICS:
         raise SenteiError(f"--search racing cannot race by {settings.metric}.", "Race by perplexity or kl.")
     if settings.compensate and settings.num_samples < 2:
         raise SenteiError("Compensation needs at least 2 calibration windows.", "Raise --samples or --no-compensate.")
     if settings.allocation == "auto" and settings.attention_removals is not None:
         raise SenteiError("--allocation auto chooses what --attention-removals says.", "Give one of them.")
+
+
+def _allocation(settings: PruneSettings) -> str | None:
+    """How the plan says that the target is split; null for methods that remove whole blocks."""
+    if settings.of_method.removes_blocks:
+        return None
+    return settings.allocation if settings.attention_removals is None else "given"
 
 
 def _blank_plan(
@@ -309,13 +325,13 @@ def _blank_plan(
     model_name: str,
 ) -> PlanDocument:
     """The plan a search begins with: where it comes from and where it wants to go."""
-    published = None
-    if settings.allocation == "formula" and settings.widths == "uniform":
+    two_stage, published = not settings.of_method.removes_blocks, None
+    if two_stage and settings.allocation == "formula" and settings.widths == "uniform":
         [published] = allocations
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
         sentei_version=version("sentei"),
-        method=f"{settings.method}, compensated" if settings.compensate else settings.method,
+        method=settings.method,
         base_model=BaseModelRecord(
             name=model_name,
             model_type=checkpoint.family.model_type,
@@ -328,11 +344,12 @@ def _blank_plan(
         target_intermediate_size=list(published.widths) if published else [],
         target_attention_removals=published.num_attention_removals if published else 0,
         align=settings.align,
-        allocation=settings.allocation if settings.attention_removals is None else "given",
         attention_removals=settings.attention_removals,
-        widths=settings.widths,
+        allocation=_allocation(settings),
+        widths=settings.widths if two_stage else None,
         protected=ProtectedRecord(attention=sorted(settings.protected.attention), ffn=sorted(settings.protected.ffn)),
-        search=settings.search,
+        search=settings.search if two_stage else None,
+        evopress_budget=settings.evopress_budget if settings.of_method.has_budget else None,
         metric=metric.name,
         metric_source=metric.source,
         metric_source_sha256=metric.source_sha256,
@@ -348,6 +365,8 @@ def _blank_plan(
             num_samples=len(windows.ids),
             seq_len=windows.ids.shape[1],
             sources=list(windows.sources),
+            bos=windows.bos,
+            chat_template=windows.holds_chats,
         ),
         compensation=CompensationRecord() if settings.compensate else None,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
