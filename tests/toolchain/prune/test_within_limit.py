@@ -1,20 +1,25 @@
 """A limit is about the model that is written: compensated, and on text that decided nothing else."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import kl_div
+from torch.nn.functional import cross_entropy, kl_div
 
+from tests.command_line import PROGRAM, sentei
 from tests.toolchain.prune.conftest import NUM_SAMPLES, SEQ_LEN
 from tests.toolchain.prune.test_unfinished import SETTINGS
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.metrics.token_metrics import measure
-from toolchain.model.loading import load_model
+from toolchain.model.loading import load_model, load_tokenizer
 from toolchain.plan.plan import PruningPlan, load_plan
 from toolchain.prune import within_limit
 from toolchain.prune.apply import apply_plan
@@ -23,6 +28,7 @@ from toolchain.prune.pipeline import prune
 from toolchain.prune.settings import PruneSettings
 from toolchain.prune.sweep import sweep
 from toolchain.text.sources import TextSource
+from toolchain.text.windows import load_windows
 
 LIMIT = 0.28
 
@@ -214,3 +220,49 @@ def test_text_for_the_limit_is_missed_before_anything_is_computed(worded_model: 
             model_name="tiny",
         )  # fmt: skip
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.acceptance
+def test_the_demo_model_as_written_is_at_most_a_fifth_worse(demo_model: Path, tmp_path: Path):
+    settings = ("--sparsity", 0.4, "--samples", 8, "--seq-len", 128, "--max-degradation", 1.2)
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    command = ["prune", demo_model, "-o", out, *settings]
+    process = subprocess.Popen([PROGRAM, *map(str, command)], stderr=subprocess.DEVNULL)
+    trials = tmp_path / "out.search" / "limit" / "trials.json"
+    try:
+        deadline = time.monotonic() + 900
+        while not (trials.exists() and len(json.loads(trials.read_text())["trials"]) == 2):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    before = json.loads(trials.read_text())["trials"]
+    done = sentei(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "Limit: model 3 " in done.stderr
+    assert not any(f"Limit: model {number} " in done.stderr for number in (1, 2)), "those were measured"
+    whole = sentei("prune", demo_model, "-o", tmp_path / "whole", *settings)
+    assert whole.returncode == 0, whole.stderr
+    for file in ("model.safetensors", "plan.json"):
+        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+    # Independently: the ninth window of the text, by the models as they load.
+    words = load_windows(None, load_tokenizer(demo_model), num_samples=9, seq_len=128).ids[8:]
+
+    @torch.inference_mode()
+    def perplexity(directory: Path) -> float:
+        logits = load_model(directory, dtype=torch.float32)(words).logits
+        return float(cross_entropy(logits[0, :-1], words[0, 1:]).exp())
+
+    original, found = perplexity(demo_model), perplexity(out)
+    limit = load_plan(out).document.limit
+    assert limit is not None
+    assert limit.measured == pytest.approx(found, rel=1e-3)
+    assert original < found <= 1.2 * original * (1 + 1e-4)
+    assert all(each["measured"] > limit.value for each in before[:1]), "the target breaks the limit"
+    uncompensated = sentei("prune", demo_model, "-o", plain, *settings, "--no-compensate")
+    assert uncompensated.returncode == 0, uncompensated.stderr
+    removed = [json.loads((each / "pruning_summary.json").read_text())["sparsity"] for each in (plain, out)]
+    assert 0 < removed[0] < removed[1] < 0.4
+    assert perplexity(plain) <= 1.2 * original * (1 + 1e-3)
