@@ -183,7 +183,11 @@ def _two_removals(
     file = state.directory / "two_removals.json"
     if file.exists():
         return read_document(file, TwoRemovalsSummary, hint="Use --force to start over.")
-    found = two_removals(job.search(walk, state, progress), job.checkpoint, plan)
+    try:
+        found = two_removals(job.search(walk, state, progress), job.checkpoint, plan)
+    except SenteiError:
+        # Nobody asked for those models: that one of them cannot be measured is no reason to fail.
+        return None
     write_text(file, found.model_dump_json() + "\n")
     return found
 
