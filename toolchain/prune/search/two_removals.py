@@ -21,8 +21,8 @@ from toolchain.prune.search.candidates import embedded_states
 from toolchain.prune.search.two_stage import Search
 
 _NUM_REMOVALS = 2
-# So many tokens of each window say which two attentions do least damage.
-_NUM_TOKENS = 256
+# This share of each window says which two attentions do least damage: a few percent of a run, at any length.
+_SHARE_OF_WINDOW = 1 / 8
 
 
 def asks_for_two_removals(plan: PruningPlan) -> bool:
@@ -55,7 +55,8 @@ def two_removals(search: Search, checkpoint: Checkpoint, plan: PruningPlan) -> T
     walk.layers.restore()
     widths = _widths_with_removals(search, plan)
     with walk.only_neurons([top_neurons(*each) for each in zip(plan.importance, widths, strict=True)]):
-        layers = _least_damaging(search, metric.ids[:, :_NUM_TOKENS], plan.document.protected.attention)
+        start = metric.ids[:, : max(2, int(metric.ids.shape[1] * _SHARE_OF_WINDOW))]
+        layers = _least_damaging(search, start, plan.document.protected.attention)
         with_removals = measure(walk, metric, without_attention=layers)
     without = plan.document.metric_at_end
     if metric is not search.metric:
