@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,45 +10,28 @@ from typing import Any
 
 from toolchain.errors import SenteiError
 from toolchain.json_files import read_json_object
-from toolchain.output_checks import check_unfinished
-from toolchain.outputs import beside, write_text
-from toolchain.resuming import interrupted
+from toolchain.outputs import PARTS, Unfinished, write_text
 
 # Of tasks with many thousands of questions.
 _MOST_BYTES = 256 * 1024 * 1024
 
 
-def parts_directory(out: Path) -> Path:
-    """``<out>.parts``, which exists while the evaluation that will write ``out`` is unfinished."""
-    return beside(out, "parts")
-
-
 @contextmanager
-def unfinished_parts(out: Path, *, force: bool, resume: bool, note: Callable[[str], None]) -> Iterator[Path]:
+def unfinished_parts(out: Path, *, force: bool, resume: bool) -> Iterator[Path]:
     """Yields ``<out>.parts``. It is deleted when the context ends well, and stays for ``--resume`` when it does not.
 
     Args:
         out: What is to be written.
-        force: Forget an interrupted evaluation.
+        force: Forget an interrupted run.
         resume: Go on with one, whatever ``force`` is.
-        note: Told if there is something to go on with.
 
     Raises:
-        SenteiError: An interrupted evaluation is there, and neither was asked for.
+        SenteiError: An interrupted run is there, and neither was asked for.
     """
-    directory = parts_directory(out)
-    check_unfinished(directory, "*-????????????????.json*", "models", "plans")
-    if force and not resume:
-        shutil.rmtree(directory, ignore_errors=True)
-    elif not resume:
-        Parts(directory).check_free()
-    try:
-        yield directory
-    except BaseException:
-        if directory.exists():
-            note(f"{directory} holds what is finished. The same command with --resume goes on.")
-        raise
-    shutil.rmtree(directory, ignore_errors=True)
+    work = Unfinished(out, PARTS, force=force, resume=resume)
+    with work.working():
+        work.worth_keeping = True  # every part, from the first on
+        yield work.directory
 
 
 def digest_of(identity: Mapping[str, Any]) -> str:
@@ -67,15 +49,6 @@ class Parts:
     def __init__(self, directory: Path | None) -> None:
         """``None`` keeps nothing; a directory is created with the first part."""
         self._directory = directory
-
-    def check_free(self) -> None:
-        """Refuses to mix with an interrupted evaluation.
-
-        Raises:
-            SenteiError: There is one.
-        """
-        if self._directory is not None and self._directory.exists():
-            raise interrupted(self._directory, "run")
 
     def known(self, name: str, identity: Mapping[str, Any]) -> bool:
         """Whether a part is there already."""

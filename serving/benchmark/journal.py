@@ -2,28 +2,26 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.json_files import read_json_lines, read_json_object
-from toolchain.output_checks import check_unfinished
+from toolchain.json_files import read_json_lines
 from toolchain.outputs import (
-    beside,
+    BENCHMARK,
+    Unfinished,
     check_output_directory,
     claimed_directory,
     replace_directory,
-    write_text,
 )
 
 RESULTS_FILE = "results.json"
-_SETTINGS, _MEASURED = "settings.json", "measured.jsonl"
+_MEASURED = "measured.jsonl"
 _NOT_STARTED = "not_started.json"  # the settings of what ended before anything was measured
 _REPORT = "told"  # an older name, which journals have that are still to be resumed
-_BEGIN_AGAIN = "Begin again with --force."
+_START_OVER = "Use --force to start over."
 Key = tuple[int, int, str]  # repeat, number of the load, side
 
 
@@ -47,7 +45,7 @@ class Journal:
         file = directory / _MEASURED
         if file.is_file():
             _drop_half_line(file)
-            for where, entry in read_json_lines(file, hint=_BEGIN_AGAIN):
+            for where, entry in read_json_lines(file, hint=_START_OVER):
                 self._take_read(where, entry)
 
     def get(self, key: Key) -> dict[str, Any] | None:
@@ -82,7 +80,7 @@ class Journal:
             self._take(entry)
         except (KeyError, TypeError, ValueError) as error:
             raise SenteiError(
-                f"{where} does not have the fields it should ({type(error).__name__}: {error}).", _BEGIN_AGAIN
+                f"{where} does not have the fields it should ({type(error).__name__}: {error}).", _START_OVER
             ) from error
 
     def _append(self, entry: dict[str, Any]) -> None:
@@ -106,14 +104,9 @@ def _drop_half_line(file: Path) -> None:
         opened.truncate(content.rfind(b"\n") + 1)
 
 
-def unfinished_directory(out: Path) -> Path:
-    """Where a benchmark is until it is finished."""
-    return beside(out, "unfinished")
-
-
 def holds_only_logs(out: Path) -> bool:
     """Whether a benchmark that ended before anything was measured has left its log where it was until then."""
-    return (unfinished_directory(out) / _NOT_STARTED).is_file()
+    return (BENCHMARK.directory(out) / _NOT_STARTED).is_file()
 
 
 @contextmanager
@@ -128,55 +121,35 @@ def open_journal(
     Args:
         out: Where the benchmark's directory will be.
         settings: JSON of everything that the measurements depend on.
-        force: Replace ``out``, and forget an unfinished benchmark.
-        resume: Go on with an unfinished one, if there is one.
+        force: Replace ``out``, and forget an interrupted benchmark.
+        resume: Go on with an interrupted one, if there is one.
         inputs: What is measured; never replaced.
 
     Raises:
-        SenteiError: ``out`` is not free, or an unfinished benchmark is there and not resumed, or had other settings.
+        SenteiError: ``out`` is not free, or an interrupted benchmark is there and not resumed, or had other settings.
     """
     with claimed_directory(out, force=force):
         check_output_directory(out, force=force, inputs=inputs)
-        unfinished = unfinished_directory(out)
-        check_unfinished(unfinished, f"{_SETTINGS}*", f"{_MEASURED}*", _NOT_STARTED)
-        if holds_only_logs(out):
-            shutil.rmtree(unfinished)
-        if unfinished.exists() and not resume:
-            if not force:
-                raise SenteiError(
-                    f"{unfinished} holds an unfinished benchmark.", "Go on with --resume, or begin again with --force."
-                )
-            shutil.rmtree(unfinished)
-        if (unfinished / _SETTINGS).is_file():
-            _check_same(unfinished, settings)
-        else:
-            unfinished.mkdir(parents=True, exist_ok=True)
-            write_text(unfinished / _SETTINGS, json.dumps(settings, indent=1))
-        journal = Journal(unfinished)
-        try:
-            yield journal
-        except BaseException:
-            if not len(journal) and not journal.failures:
-                _keep_logs_alone(unfinished)
-            raise
-        check_output_directory(out, force=force)
-        replace_directory(unfinished, out)
+        gives_way = holds_only_logs(out)
+        work = Unfinished(out, BENCHMARK, force=force or gives_way, resume=resume and not gives_way)
+        with work.working(settings):
+            journal = Journal(work.directory)
+            try:
+                yield journal
+            except BaseException:
+                work.worth_keeping = bool(len(journal) or journal.failures)
+                if not work.worth_keeping:
+                    _keep_log(work)
+                raise
+            work.worth_keeping = True
+            check_output_directory(out, force=force)
+            replace_directory(work.directory, out)
 
 
-def _keep_logs_alone(unfinished: Path) -> None:
-    """What did not start says why in its log, and nowhere else; without one there is nothing to keep."""
-    if any(log.stat().st_size for log in unfinished.rglob("*.log")):
-        (unfinished / _SETTINGS).rename(unfinished / _NOT_STARTED)
-    else:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _check_same(unfinished: Path, settings: Mapping[str, Any]) -> None:
-    before = read_json_object(unfinished / _SETTINGS, hint=_BEGIN_AGAIN)
-    now = json.loads(json.dumps(settings))
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise SenteiError(
-                f"{unfinished} was begun with another {name}: {before.get(name)!r}, now {now.get(name)!r}.",
-                "Give the same, or begin again with --force.",
-            )
+def _keep_log(work: Unfinished) -> None:
+    """Keeps the log of what did not start, if there is one: it says why, and nothing else does."""
+    directory = work.directory
+    if any(log.stat().st_size for log in directory.rglob("*.log")):
+        (directory / str(BENCHMARK.identity_file)).rename(directory / _NOT_STARTED)
+        work.worth_keeping = True
+        work.what_stays = f"{directory} holds the log. Nothing was measured: the same command begins again."

@@ -108,7 +108,7 @@ def test_a_killed_evaluation_goes_on(pico_model: Path, text: Path, work: Path, n
         running.kill(number)
     if number is signal.SIGTERM:
         assert names(work) == ["out.parts"]
-        assert "The same command with --resume goes on." in running.stderr
+        assert "The same command with --resume goes on from there." in running.stderr
     refused(sentei(*command), "out.parts holds an interrupted run.", "Add --resume")
     assert names(work) == ["out.parts"]
     assert sentei(*command, "--resume").returncode == 0
@@ -123,7 +123,7 @@ def test_a_terminated_healing_says_how_to_go_on(pico_model: Path, text: Path, wo
     with stopped(work.parent / "said", *command, at="toolchain.heal.heal:_write_weights") as running:
         assert running.kill(signal.SIGTERM) == 130
     assert names(work) == ["out.heal"]
-    assert "out.heal holds the healing so far. The same command with --resume" in running.stderr.replace("\n", " ")
+    assert "out.heal holds what was done so far. The same command with --resume" in running.stderr.replace("\n", " ")
 
 
 def test_a_terminated_comparison_says_how_to_go_on(pico_model: Path, text: Path, work: Path):
@@ -132,4 +132,4 @@ def test_a_terminated_comparison_says_how_to_go_on(pico_model: Path, text: Path,
     with stopped(work.parent / "said", *command, at="toolchain.evaluate.method_comparison:prune") as running:
         assert running.kill(signal.SIGTERM) == 130
     assert names(work) == ["out.parts"]
-    assert "The same command with --resume goes on." in running.stderr
+    assert "The same command with --resume goes on from there." in running.stderr

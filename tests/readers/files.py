@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,17 @@ from tests.serving.report.test_render import (
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.checkpoint.quantized import open_servable
 from toolchain.evaluate.local_tasks import load_hellaswag, load_user_questions
-from toolchain.heal.heal import _unfinished
+from toolchain.heal.heal import _kept_if_trained
 from toolchain.model import gguf as gguf_import
 from toolchain.model.decilm import is_nemotron_nas
 from toolchain.model.gguf_header import read_gguf_header
 from toolchain.model.loading import load_model, load_tokenizer
+from toolchain.outputs import HEALING, Unfinished
 from toolchain.parts_cache import Parts
 from toolchain.plan.plan import load_plan, load_sweep
 from toolchain.plan.sweep_document import SweepDocument, SweptPlan
 from toolchain.plan.views import difference, reasons
-from toolchain.prune.unfinished import SearchState
+from toolchain.prune.unfinished import read_identity
 from toolchain.text.sources import read_documents
 
 
@@ -165,27 +167,27 @@ def _journal(directory: Path) -> None:
 
 def _reopen(directory: Path) -> None:
     shutil.rmtree(directory / "out", ignore_errors=True)
+    shutil.copyfile(directory / "measured.jsonl", directory / "out.unfinished" / "measured.jsonl")
     with open_journal(directory / "out", {"repeats": 3}, force=False, resume=True, inputs=()):
-        (directory / "out.unfinished" / "keep.log").write_text("x")
+        pass
+
+
+_INPUTS = {"steps": 3, "text": "a", "sources": []}
 
 
 def _training(directory: Path) -> None:
-    checkpoint = directory / "heal" / "checkpoint-1"
+    checkpoint = directory / "out.heal" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
-    (directory / "heal" / "inputs.json").write_text(json.dumps({"steps": 3, "text": "a", "sources": []}))
+    (directory / "out.heal" / "inputs.json").write_text(json.dumps(_INPUTS))
 
 
 def _go_on(directory: Path) -> None:
-    with _unfinished(directory / "heal", {"steps": 3, "text": "a", "sources": []}, resume=True):
-        _training_again(directory)
-
-
-def _training_again(directory: Path) -> None:
-    state = directory / "heal" / "checkpoint-1" / "trainer_state.json"
-    if not state.exists():
-        state.parent.mkdir(parents=True, exist_ok=True)
-        state.write_text(json.dumps({"global_step": 1}))
+    if not (inputs := directory / "out.heal" / "inputs.json").exists():  # the last state was no good
+        inputs.write_text(json.dumps(_INPUTS))
+    work = Unfinished(directory / "out", HEALING, force=False, resume=True)
+    with suppress(KeyboardInterrupt), work.working(_INPUTS), _kept_if_trained(work):
+        raise KeyboardInterrupt  # and what a checkpoint says of itself is read
 
 
 def _part(directory: Path) -> None:
@@ -281,9 +283,7 @@ READERS: dict[str, Reader] = {
     "special tokens": Reader(make=_tokenizer, file="special_tokens_map.json", read=load_tokenizer),
     "plan": Reader(make=write_plan, file="plan.json", read=_views),
     "scores": Reader(make=write_plan, file="plan.safetensors", read=_views, spoiled=spoiled_bytes),
-    "interrupted search": Reader(
-        make=write_plan, file="plan.json", read=lambda d: SearchState(d).worth_keeping
-    ),
+    "interrupted search": Reader(make=write_plan, file="plan.json", read=read_identity),
     "sweep": Reader(make=_sweep, file="sweep.json", read=_curve, slow=2),
     "plan of a sweep": Reader(make=_sweep, file="one/plan.json", read=_curve, slow=2),
     **{
@@ -316,7 +316,7 @@ READERS: dict[str, Reader] = {
                       read=lambda d: check_adapters(d / "model", ["--lora-modules", f"a={d}"])),
     "journal": Reader(make=_journal, file="measured.jsonl", read=Journal, spoiled=spoiled_bytes),
     "settings of a benchmark": Reader(make=_journal, file="out.unfinished/settings.json", read=_reopen),
-    "inputs of a healing": Reader(make=_training, file="heal/inputs.json", read=_go_on),
-    "state of a training": Reader(make=_training, file="heal/checkpoint-1/trainer_state.json", read=_go_on),
+    "inputs of a healing": Reader(make=_training, file="out.heal/inputs.json", read=_go_on),
+    "state of a training": Reader(make=_training, file="out.heal/checkpoint-1/trainer_state.json", read=_go_on),
     "part of an evaluation": Reader(make=_part, file="part.json", read=_read_part),
 }  # fmt: skip

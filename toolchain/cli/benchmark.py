@@ -144,7 +144,7 @@ def benchmark(
         range_ratio=range_ratio,
         prompts=read_prompts(prompts, output_len=output_len, tokenizer=directory) if prompts else None,
     )
-    try:
+    with output.telling_what_stays():
         settings = BenchmarkSettings(
             engine=engine.value,
             workloads=workloads,
@@ -168,26 +168,12 @@ def benchmark(
             resume=resume,
             on_progress=output.note,
         )
-    except (KeyboardInterrupt, OSError, SenteiError) as error:
-        _note_what_stays(output, out, error)
-        raise
     output.result({"directory": str(out), **results}, lambda console: show_results(console, out, results))
     failed = sum(sum(each["failed_requests"].values()) for each in results["measurements"])
     if failed:
         raise CheckFailedError(
             f"{failed} requests failed; where they did, nothing is compared.", f"See {out}/results.json and the logs."
         )
-
-
-def _note_what_stays(output: Output, out: Path, error: BaseException) -> None:
-    """An error of ours says itself that --resume goes on, but not where the log of a failed start is."""
-    from serving.benchmark.journal import holds_only_logs, unfinished_directory
-
-    unfinished = unfinished_directory(out)
-    if holds_only_logs(out):
-        output.note(f"{unfinished} holds the log. Nothing was measured: the same command begins again.")
-    elif unfinished.exists() and not isinstance(error, SenteiError):
-        output.note(f"{unfinished} holds what was measured. The same command with --resume goes on from there.")
 
 
 def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ def calibration_text(
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, open_checkpoint(directory).dtype),
     )
-    with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
+    with output.telling_what_stays(), unfinished_parts(out, force=force, resume=resume) as work:
         documents = write_documents(directory, settings, Parts(work), progress=output.progress)
         write_text(out, "".join(json.dumps({"text": each}, ensure_ascii=False) + "\n" for each in documents))
     output.result(

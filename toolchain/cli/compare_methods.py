@@ -157,7 +157,7 @@ def compare_methods(
     )
     read = [*asked.pruning.input_files, *asked.evaluation.input_files]
     check_output_directory(out, force=force, inputs=[directory, *read])
-    with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
+    with output.telling_what_stays(), unfinished_parts(out, force=force, resume=resume) as work:
         document = compare_methods(asked, work, progress=output.progress)
         with new_directory(out, force=force) as partial:
             save_comparison(asked, document, work, partial)

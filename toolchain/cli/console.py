@@ -56,6 +56,17 @@ class Output:
         """Tells what is going on."""
         self.stderr.print(text)
 
+    @contextmanager
+    def telling_what_stays(self) -> Iterator[None]:
+        """Says where unfinished work lies and how to go on, if the command ends badly and any stays."""
+        try:
+            yield
+        except BaseException as error:
+            # Interrupted, out of disk, or failed late. Work inside other work says it first: the last note counts.
+            if (notes := getattr(error, "__notes__", ())) and "--resume" not in str(error):
+                self.note(notes[-1])
+            raise
+
     def progress(self, description: str, total: int) -> AbstractContextManager[Callable[[], None]]:
         """A :class:`toolchain.progress.Progress` that draws a bar on stderr."""
         return self._bar(description, total)

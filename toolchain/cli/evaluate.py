@@ -115,7 +115,7 @@ def evaluate(
     else:
         models = [directory] if original is None else [directory, original]
         check_output_directory(out, force=force, inputs=[*models, *settings.input_files])
-        with unfinished_parts(out, force=force, resume=resume, note=output.note) as work:
+        with output.telling_what_stays(), unfinished_parts(out, force=force, resume=resume) as work:
             document = run(directory, original, settings, Parts(work), progress=output.progress)
             with new_directory(out, force=force) as partial:
                 document.save(partial)

@@ -65,7 +65,7 @@ def heal(
     """Train a pruned model to say again what the original says; same shapes, same format."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint.directory import open_checkpoint, resolve_model
-    from toolchain.heal.heal import HealSettings, healing_directory
+    from toolchain.heal.heal import HealSettings
     from toolchain.heal.heal import heal as run
     from toolchain.text.sources import parse_sources
 
@@ -85,14 +85,10 @@ def heal(
         device=picked_device,
         dtype=_dtype(dtype, picked_device),
     )
-    try:
+    with output.telling_what_stays():
         result = run(
             directory, resolve_model(against), out, settings, force=force, resume=resume, progress=output.progress
         )
-    except BaseException as error:
-        if (unfinished := healing_directory(out)).exists() and "--resume" not in str(error):
-            output.note(f"{unfinished} holds the healing so far. The same command with --resume goes on from there.")
-        raise
     output.result({"directory": str(out), **result}, lambda console: _show(console, out, result))
 
 

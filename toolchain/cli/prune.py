@@ -189,7 +189,6 @@ def prune(
     from toolchain.prune.budget.allocation import parse_protected
     from toolchain.prune.budget.limits import LimitSettings
     from toolchain.prune.sweep import sweep as run_sweep
-    from toolchain.prune.unfinished import search_directory
     from toolchain.text.sources import parse_sources
 
     chosen = DEFAULT if method is None else METHODS[method.value]
@@ -227,7 +226,7 @@ def prune(
     if not calibration:
         output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
     name = model_name(directory)
-    try:
+    with output.telling_what_stays():
         if sweep is not None:
             result = run_sweep(
                 checkpoint, out, settings, sparsities, model_name=name, force=force, resume=resume,
@@ -239,11 +238,6 @@ def prune(
             checkpoint, out, settings, model_name=name, force=force, resume=resume, progress=output.progress
         )
         output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
-    except BaseException as error:
-        # Interrupted, out of disk, or failed late: what was found so far is not lost.
-        if (unfinished := search_directory(out)).exists() and "--resume" not in str(error):
-            output.note(f"{unfinished} holds the search so far. The same command with --resume goes on from there.")
-        raise
 
 
 def _check_options(context: typer.Context, method: PruningMethod) -> None:

@@ -20,7 +20,6 @@ from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.methods import METHODS
 from toolchain.prune.pipeline import PruneSettings, possible_allocations, prune
-from toolchain.prune.unfinished import search_directory
 from toolchain.significance import check_statistics
 from toolchain.text.sources import Text, text_files
 
@@ -125,8 +124,7 @@ def _row(
         kept = _kept_plan(asked, work, name, settings)
         if not directory.exists():
             directory.parent.mkdir(parents=True, exist_ok=True)
-            resume = search_directory(directory).exists()
-            prune(asked.model, directory, settings, model_name=asked.name, resume=resume, progress=titled)
+            prune(asked.model, directory, settings, model_name=asked.name, resume=True, progress=titled)
         summary = read_document(directory / SUMMARY_FILE, PruningSummary)
         evaluated = evaluate(directory, asked.model, asked.evaluation, parts, progress=titled)
         speed = asked.measure_speed(directory) if asked.measure_speed else None

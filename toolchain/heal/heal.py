@@ -5,7 +5,6 @@ Shapes, config and plan stay what they were, so everything that reads a pruned c
 """
 
 import gc
-import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -30,12 +29,11 @@ from toolchain.checkpoint.directory import (
     write_weights,
 )
 from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
-from toolchain.json_files import read_json_object
 from toolchain.metrics.token_metrics import perplexity_of
 from toolchain.model.loading import bos_of, check_same_vocabulary, load_model, load_tokenizer
-from toolchain.output_checks import check_unfinished
 from toolchain.outputs import (
-    beside,
+    HEALING,
+    Unfinished,
     check_output_directory,
     new_directory,
     write_text,
@@ -45,7 +43,6 @@ from toolchain.plan.document import HealingRecord
 from toolchain.plan.plan import PruningPlan, load_plan
 from toolchain.plan.summary_document import SUMMARY_FILE
 from toolchain.progress import Progress, no_progress
-from toolchain.resuming import interrupted, made_otherwise
 from toolchain.text.fingerprints import merge_hashes
 from toolchain.text.sources import TextSource, local_paths
 from toolchain.text.windows import TokenWindows, load_mixture
@@ -56,7 +53,6 @@ if TYPE_CHECKING:
 _MOST_HELD_OUT = 8
 # Weeks of training; their order is held in memory.
 _MOST_WINDOWS = 10_000_000
-_INPUTS_FILE = "inputs.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +80,6 @@ class HealSettings:
     seed: int
     device: str
     dtype: torch.dtype
-
-
-def healing_directory(out: Path) -> Path:
-    """``<out>.heal``, which exists while the healing that will write ``out`` is unfinished."""
-    return beside(out, "heal")
 
 
 @writes_directory
@@ -129,8 +120,7 @@ def heal(
 
     texts = local_paths(source.text for source in settings.data)
     check_output_directory(out, force=force, inputs=[directory, teacher_directory, *texts])
-    unfinished = healing_directory(out)
-    _check_unfinished(unfinished, force=force, resume=resume)
+    work = Unfinished(out, HEALING, force=force, resume=resume)
     _check_settings(settings)
     source, teacher = open_checkpoint(directory), open_checkpoint(teacher_directory)
     _check_pair(source, teacher, settings)
@@ -138,10 +128,10 @@ def heal(
     windows = _load_windows(source, settings)
     learnt, held_out = _split(windows)
     record = _record(teacher, windows, settings)
-    with _unfinished(unfinished, {"student": source.fingerprint, **record}, resume=resume):
+    with work.working({"student": source.fingerprint, **record}), _kept_if_trained(work):
         teacher_model = load_model(teacher, dtype=settings.dtype, device=settings.device)
         before = _compare(teacher_model, source, held_out, settings)
-        student = _train(teacher_model, source, learnt, settings, unfinished, progress)
+        student = _train(teacher_model, source, learnt, settings, work.directory, progress)
         with new_directory(out, force=force) as partial:
             _write_weights(source, student, partial, progress)
             del student
@@ -150,15 +140,7 @@ def heal(
             _check_closer(before, after)
             found = _measured_record(record, before, after, num_held_out=len(held_out))
             _carry_over(directory, plan, found, windows, partial)
-    shutil.rmtree(unfinished, ignore_errors=True)
     return found.model_dump()
-
-
-def _check_unfinished(unfinished: Path, *, force: bool, resume: bool) -> None:
-    """Refuses what is not an interrupted healing that may be gone on with or replaced."""
-    check_unfinished(unfinished, f"{_INPUTS_FILE}*")
-    if unfinished.exists() and not (resume or force):
-        raise interrupted(unfinished, "healing")
 
 
 def _load_windows(source: Checkpoint, settings: HealSettings) -> TokenWindows:
@@ -199,32 +181,19 @@ def _train(
 
 
 @contextmanager
-def _unfinished(directory: Path, inputs: dict[str, Any], *, resume: bool) -> Iterator[None]:
-    """Keeps what was trained so far in ``directory``, and from what; only if there is anything to go on from.
+def _kept_if_trained(work: Unfinished) -> Iterator[None]:
+    """Keeps what was trained if there is a checkpoint to go on from, but not where it did not help.
 
     Raises:
-        SenteiError: It was trained from other inputs, or memory ran out.
+        SenteiError: Memory ran out.
     """
     from toolchain.heal.distillation import last_checkpoint
 
-    file, inputs = directory / _INPUTS_FILE, json.loads(json.dumps(inputs))
-    if resume and file.exists():
-        before = read_json_object(file, hint="Use --force to start over.")
-        for key, value in inputs.items():
-            if before.get(key) != value:
-                raise made_otherwise(directory, "trained", f"{key}: {before.get(key)} then, {value} now")
-    else:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        write_text(file, json.dumps(inputs, indent=2) + "\n")
     try:
         yield
-    except CheckFailedError:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
     except BaseException as error:
-        if last_checkpoint(directory) is None:
-            shutil.rmtree(directory, ignore_errors=True)
+        did_not_help = isinstance(error, CheckFailedError)
+        work.worth_keeping = not did_not_help and last_checkpoint(work.directory) is not None
         if is_out_of_memory(error):
             raise SenteiError(
                 "Memory ran out.", "Lower --seq-len, train with LoRA instead of --full, or use a larger machine."

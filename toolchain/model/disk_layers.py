@@ -11,13 +11,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import Checkpoint
 from toolchain.memory import give_back_freed_memory, keep_freed_memory
-from toolchain.model.layer_walk import LayerWalk, without_neurons
+from toolchain.model.layer_walk import LayerWalk, cut_layer, without_neurons
 from toolchain.model.loading import (
     check_complete,
     decoder_layers,
@@ -65,11 +66,16 @@ class DiskLayers:
         """``model`` has the layers without their weights, on the meta device."""
         self._checkpoint, self._model, self._dtype = checkpoint, model, dtype
         self._layers = decoder_layers(model, checkpoint.family)
-        self._layout = list(checkpoint.layout)
-        self._kept: KeptNeurons = [np.arange(layer.intermediate_size) for layer in checkpoint.layout]
+        # Shapes alone: nothing is taken out of these.
+        self._whole = copy.deepcopy(self._layers)
         self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._last = -1
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-layer")
+        self._start_whole()
+
+    def _start_whole(self) -> None:
+        self._layout = list(self._checkpoint.layout)
+        self._kept = [np.arange(layer.intermediate_size) for layer in self._layout]
         self._reshaped()
 
     def __len__(self) -> int:
@@ -77,7 +83,7 @@ class DiskLayers:
         return len(self._layers)
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
+    def layer(self, index: int, *, read_ahead: bool = True) -> Iterator[nn.Module]:
         """See :class:`toolchain.model.layer_walk.Layers`; reads the layer, and meanwhile the next either way."""
         number, reading = self._next or (index, self._reader.submit(self._read, index))
         if number != index:
@@ -85,7 +91,7 @@ class DiskLayers:
         weights = reading.result()
         following = index - 1 if self._last == index + 1 else index + 1
         self._next, self._last = None, index
-        if 0 <= following < len(self):
+        if read_ahead and 0 <= following < len(self):
             self._next = following, self._reader.submit(self._read, following)
         module = self._layers[index]
         device = self._model.device
@@ -121,14 +127,29 @@ class DiskLayers:
         self._kept = [each[:0] if layer == index else each for layer, each in enumerate(self._kept)]
         self._reshaped()
 
+    def restore(self) -> None:
+        """See :class:`toolchain.model.layer_walk.Layers`; what was cut is whole on disk, too."""
+        for index, layer in enumerate(copy.deepcopy(self._whole)):
+            self._layers[index] = layer
+        self._start_whole()
+
+    def cut(self, index: int, kept: NDArray[np.int64], *, attention: bool) -> None:
+        """See :class:`toolchain.model.layer_walk.Layers`."""
+        cut_layer(self._layers[index], self._checkpoint.family, kept, attention=attention)
+        self._kept[index] = self._kept[index][kept]
+        self._layout[index] = LayerLayout(attention=attention, intermediate_size=len(kept))
+        # The layers that a thread reads meanwhile are others.
+        self._tensors = PrunedTensors(self._checkpoint, self._layout, self._kept)
+
     def _reshaped(self) -> None:
         self._tensors = PrunedTensors(self._checkpoint, self._layout, self._kept)
         self._next = None
 
     def _read(self, index: int) -> dict[str, torch.Tensor]:
         prefix = f"{self._checkpoint.family.layers}.{index}."
-        names = [name for name in self._tensors.shapes if name.startswith(prefix)]
-        weights = {name.removeprefix(prefix): self._tensors.read(name).to(self._dtype) for name in names}
+        tensors = self._tensors
+        names = [name for name in tensors.shapes if name.startswith(prefix)]
+        weights = {name.removeprefix(prefix): tensors.read(name).to(self._dtype) for name in names}
         if self._model.device.type == "cuda":
             return {name: weight.pin_memory() for name, weight in weights.items()}
         return weights

@@ -4,7 +4,9 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
@@ -13,7 +15,7 @@ from toolchain.architecture.families import Family
 from toolchain.architecture.parts import Part, SubBlock
 from toolchain.memory import available_bytes
 from toolchain.model.loading import decoder_layers, remove_attention, remove_ffn
-from toolchain.model.slicing import KeptNeurons, narrow_ffn
+from toolchain.model.slicing import KeptNeurons, narrow_layer
 
 # So many logits are made at a time, for at most so many tokens: a block of them stays in a CPU's cache, and is still
 # large enough to feed the matrix product.
@@ -36,8 +38,8 @@ class Layers(Protocol):
         """How many there are."""
         ...
 
-    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Lends a layer, ready to run."""
+    def layer(self, index: int, *, read_ahead: bool = True) -> AbstractContextManager[nn.Module]:
+        """Lends a layer, ready to run; ``read_ahead`` where the next one is to come soon and memory allows it."""
         ...
 
     def narrow(self, kept_neurons: KeptNeurons) -> None:
@@ -55,6 +57,17 @@ class Layers(Protocol):
         """Takes out a layer's whole FFN."""
         ...
 
+    def restore(self) -> None:
+        """Gives back all that was taken out, but for what :meth:`cut` did."""
+        ...
+
+    def cut(self, index: int, kept: NDArray[np.int64], *, attention: bool) -> None:
+        """Takes out of one layer, for good, all neurons but ``kept``, and its attention unless ``attention``.
+
+        Where the layer is lent at that time, the lent one is cut.
+        """
+        ...
+
 
 def without_neurons(kept_neurons: KeptNeurons) -> list[int]:
     """The layers that keep no neuron."""
@@ -68,30 +81,64 @@ class ResidentLayers:
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         """Takes the layers as they are."""
-        self._model, self._family = model, family
+        self._family = family
         self._layers = decoder_layers(model, family)
+        # What was taken out waits in here: no weight is in memory twice, and none is read twice.
+        self._undo: list[Callable[[], None]] = []
 
     def __len__(self) -> int:
         """How many there are."""
         return len(self._layers)
 
-    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
+    def layer(self, index: int, *, read_ahead: bool = True) -> AbstractContextManager[nn.Module]:
         """See :class:`Layers`."""
         return nullcontext(self._layers[index])
 
     def narrow(self, kept_neurons: KeptNeurons) -> None:
         """See :class:`Layers`."""
-        narrow_ffn(self._model, self._family, kept_neurons)
+        for layer, kept in zip(self._layers, kept_neurons, strict=True):
+            self._undo += narrow_layer(layer, self._family, kept)
         for index in without_neurons(kept_neurons):
             self.remove_ffn(index)
 
     def remove_attention(self, index: int) -> None:
         """See :class:`Layers`."""
+        self._undo.append(_remembered(self._layers[index], self._family.attention_parts))
         remove_attention(self._layers[index], self._family)
 
     def remove_ffn(self, index: int) -> None:
         """See :class:`Layers`."""
+        self._undo.append(_remembered(self._layers[index], self._family.ffn_parts))
         remove_ffn(self._layers[index], self._family)
+
+    def restore(self) -> None:
+        """See :class:`Layers`."""
+        while self._undo:
+            self._undo.pop()()
+
+    def cut(self, index: int, kept: NDArray[np.int64], *, attention: bool) -> None:
+        """See :class:`Layers`."""
+        cut_layer(self._layers[index], self._family, kept, attention=attention)
+
+
+def cut_layer(layer: nn.Module, family: Family, kept: NDArray[np.int64], *, attention: bool) -> None:
+    """Takes out of a layer all neurons but ``kept``, int64 ascending, and its attention unless ``attention``."""
+    narrow_layer(layer, family, kept)
+    if not len(kept):
+        remove_ffn(layer, family)
+    if not attention:
+        remove_attention(layer, family)
+
+
+def _remembered(layer: nn.Module, parts: Collection[str]) -> Callable[[], None]:
+    """What puts these parts of a layer back."""
+    before = {name: getattr(layer, name) for name in parts}
+
+    def put_back() -> None:
+        for name, part in before.items():
+            setattr(layer, name, part)
+
+    return put_back
 
 
 class LayerWalk:
@@ -316,14 +363,13 @@ def attention_removed(module: nn.Module, family: Family) -> AbstractContextManag
 def parts_removed(module: nn.Module, family: Family, parts: Collection[Part]) -> Iterator[None]:
     """Runs a layer as if some of its parts, and the norms that go with them, were gone."""
     modules = {"attention": (family.attention_parts, remove_attention), "ffn": (family.ffn_parts, remove_ffn)}
-    saved = {name: getattr(module, name) for part in parts for name in modules[part][0]}
+    put_back = _remembered(module, [name for part in parts for name in modules[part][0]])
     for part in parts:
         modules[part][1](module, family)
     try:
         yield
     finally:
-        for name, part in saved.items():
-            setattr(module, name, part)
+        put_back()
 
 
 def _logits_scaling(config: Any, family: Family) -> Callable[[torch.Tensor], torch.Tensor]:

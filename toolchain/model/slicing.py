@@ -1,6 +1,6 @@
 """Applies a plan: slices FFN weights and leaves removed parts out, on disk tensor by tensor or in a loaded model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -110,20 +110,65 @@ def narrow_ffn(model: PreTrainedModel, family: Family, kept_neurons: KeptNeurons
         kept_neurons: int64 ``[intermediate_size]`` a layer, ascending.
     """
     for layer, kept in zip(decoder_layers(model, family), kept_neurons, strict=True):
-        output = layer.get_submodule(family.ffn_output)
-        assert isinstance(output, nn.Linear)
-        device = output.weight.device
-        for name in family.ffn_inputs:
-            linear = layer.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            rows = _entries(kept, family.ffn_input_parts, linear.out_features).to(device)
-            linear.weight = nn.Parameter(linear.weight.data.index_select(0, rows), requires_grad=False)
-            if linear.bias is not None:
-                linear.bias = nn.Parameter(linear.bias.data.index_select(0, rows), requires_grad=False)
-            linear.out_features = len(rows)
-        columns = torch.from_numpy(kept).to(device)
-        output.weight = nn.Parameter(output.weight.data.index_select(1, columns), requires_grad=False)
-        output.in_features = len(kept)
+        narrow_layer(layer, family, kept)
+
+
+def narrow_layer(layer: nn.Module, family: Family, kept: NDArray[np.int64]) -> list[Callable[[], None]]:
+    """Slices the FFN of one layer in place.
+
+    Args:
+        layer: Changed in place.
+        family: Where its FFN lives.
+        kept: int64 ``[intermediate_size]``, ascending.
+
+    Returns:
+        What gives the neurons back, each to be called once. It holds the weights that were cut off, so that nothing is
+        in memory twice; drop it to forget them.
+    """
+    output = layer.get_submodule(family.ffn_output)
+    assert isinstance(output, nn.Linear)
+    if len(kept) == output.in_features:
+        return []
+    undo = []
+    for name in family.ffn_inputs:
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        rows = _entries(kept, family.ffn_input_parts, linear.out_features)
+        undo.append(_narrow(linear, "weight", 0, rows))
+        if linear.bias is not None:
+            undo.append(_narrow(linear, "bias", 0, rows))
+        undo.append(_resized(linear, "out_features", len(rows)))
+    undo.append(_narrow(output, "weight", 1, torch.from_numpy(kept)))
+    undo.append(_resized(output, "in_features", len(kept)))
+    return undo
+
+
+def _narrow(linear: nn.Linear, name: str, dimension: int, kept: torch.Tensor) -> Callable[[], None]:
+    """Keeps some entries of a parameter; returns what puts the others back where they were."""
+    whole = linear.get_parameter(name).data
+    size, kept = whole.shape[dimension], kept.to(whole.device)
+    is_gone = torch.ones(size, dtype=torch.bool, device=kept.device)
+    is_gone[kept] = False
+    gone = is_gone.nonzero().squeeze(1) if kept.device.type != "meta" else kept.new_empty(size - len(kept))
+    rest = whole.index_select(dimension, gone)
+    setattr(linear, name, nn.Parameter(whole.index_select(dimension, kept), requires_grad=False))
+
+    def put_back() -> None:
+        part = linear.get_parameter(name).data
+        shape = list(part.shape)
+        shape[dimension] = size
+        joined = part.new_empty(shape)
+        joined.index_copy_(dimension, kept, part).index_copy_(dimension, gone, rest)
+        setattr(linear, name, nn.Parameter(joined, requires_grad=False))
+
+    return put_back
+
+
+def _resized(linear: nn.Linear, name: str, size: int) -> Callable[[], None]:
+    """Sets what a linear layer says of its size; returns what sets it back."""
+    before = getattr(linear, name)
+    setattr(linear, name, size)
+    return lambda: setattr(linear, name, before)
 
 
 @dataclass(frozen=True, kw_only=True)

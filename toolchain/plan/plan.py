@@ -22,7 +22,7 @@ from toolchain.architecture.layout import LayerLayout
 from toolchain.documents import read_document
 from toolchain.errors import SenteiError, reason_of
 from toolchain.json_files import read_json
-from toolchain.outputs import write_text
+from toolchain.outputs import whole_file, write_text
 from toolchain.plan.document import (
     SCHEMA_VERSION,
     BlockStep,
@@ -205,13 +205,16 @@ class PruningPlan:
         }
 
     def save(self, directory: Path) -> None:
-        """Writes ``plan.json`` and ``plan.safetensors`` into an existing directory."""
+        """Writes ``plan.safetensors`` and then ``plan.json`` into an existing directory, each whole or not at all.
+
+        A process that is killed between the two leaves a plan that can be loaded: a search finds its scores before the
+        first of its plans is saved, and they stay the same.
+        """
         scores: dict[str, NDArray[Any]] = {f"importance.{layer}": each for layer, each in enumerate(self.importance)}
         scores |= {f"{_HASHES}{name}": each for name, each in self.text_hashes.items()}
-        partial = directory / f"{SCORES_FILE}.partial"
-        # Not by the library's save_file, which makes files that their owner alone may read.
-        partial.write_bytes(save(scores))
-        partial.replace(directory / SCORES_FILE)
+        with whole_file(directory / SCORES_FILE) as partial:
+            # Not by the library's save_file, which makes files that their owner alone may read.
+            partial.write_bytes(save(scores))
         write_text(directory / PLAN_FILE, document_to_json(self.document))
 
 

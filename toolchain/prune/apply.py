@@ -1,9 +1,9 @@
 """A plan becomes a checkpoint: cut → compensate → write → prove."""
 
+import hashlib
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +30,8 @@ from toolchain.plan.summary_document import (
     SizeRecord,
 )
 from toolchain.progress import Progress, no_progress
-from toolchain.prune.compensation import compensate
+from toolchain.prune.compensation import Compensated, compensate, held_out_windows
+from toolchain.prune.stage_files import StageFiles
 from toolchain.text import embedded
 from toolchain.text.sources import TextSource, local_paths
 from toolchain.text.windows import load_mixture
@@ -38,6 +39,7 @@ from toolchain.text.windows import load_mixture
 
 def remove_planned(walk: LayerWalk, plan: PruningPlan) -> None:
     """Leaves of the original model's layers what the plan leaves; compensation is not part of it."""
+    walk.layers.restore()
     walk.layers.narrow(plan.kept_neurons)
     for layer in plan.removed_attention:
         walk.layers.remove_attention(layer)
@@ -99,12 +101,15 @@ def apply_plan(
     check_output_directory(out, force=force, inputs=[model_directory, *texts])
     checkpoint = open_checkpoint(model_directory)
     check_plan_fits(plan, checkpoint)
-    computing = None
-    if plan.document.compensation is not None:
-        windows = _windows_of(plan, checkpoint, calibration)
-        dtype = getattr(torch, plan.document.dtype)
-        computing = Computing(windows=windows, dtype=dtype, device=device, offload=offload)
-    return write_planned(checkpoint, plan.unhealed(), out, computing, None, started, force=force, progress=progress)
+    plan = plan.unhealed()
+    if plan.document.compensation is None:
+        return write_planned(checkpoint, Planned(plan), out, None, None, started, force=force, progress=progress)
+    windows = _windows_of(plan, checkpoint, calibration)
+    dtype = getattr(torch, plan.document.dtype)
+    computing = Computing(windows=windows, dtype=dtype, device=device, offload=offload)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.refit-") as directory:
+        planned = realise(computing.open(checkpoint), checkpoint, plan, computing, Path(directory), progress=progress)
+        return write_planned(checkpoint, planned, out, computing, None, started, force=force, progress=progress)
 
 
 def _windows_of(plan: PruningPlan, checkpoint: Checkpoint, calibration: Sequence[TextSource]) -> torch.Tensor:
@@ -161,9 +166,84 @@ def check_plan_fits(plan: PruningPlan, checkpoint: Checkpoint) -> None:
         )
 
 
-def write_planned(
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What the written checkpoint must show.
+
+    Always perplexity: an accuracy jumps by a whole question where sums are rounded in another order, and a person's
+    function may draw at random.
+
+    Attributes:
+        metric: What is measured.
+        expected: Its value before the checkpoint was written.
+    """
+
+    metric: Metric
+    expected: float | None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan whose weights are known.
+
+    Attributes:
+        plan: What is removed, with the record of its compensation.
+        refitted: Where weights are that are not the original's any more, by name.
+        proof: What the checkpoint must show, if that is known.
+    """
+
+    plan: PruningPlan
+    refitted: Mapping[str, TensorInfo] = field(default_factory=dict)
+    proof: Proof | None = None
+
+
+def realise(
+    walk: LayerWalk,
     checkpoint: Checkpoint,
     plan: PruningPlan,
+    computing: Computing,
+    directory: Path,
+    *,
+    metric: Metric | None = None,
+    progress: Progress = no_progress,
+) -> Planned:
+    """Compensates if the plan says so, and notes what the checkpoint must show.
+
+    Args:
+        walk: Over the unpruned model, with or without what a search took out. Not to be used afterwards.
+        checkpoint: The same model.
+        plan: What to remove.
+        computing: What compensation takes.
+        directory: Where compensation keeps what it has done, and goes on with what it had; made if need be.
+        metric: What will be measured; without one, only what was compensated is.
+        progress: Told of every layer.
+
+    Raises:
+        SenteiError: Memory ran out.
+    """
+    if plan.document.compensation is not None and (plan.removed_attention or plan.narrows):
+        done = _compensate(walk, checkpoint, plan, computing, directory, progress)
+        record = _compensation_record(done)
+        plan = plan.changed({"compensation": record})
+        if record.taken:
+            proof = Proof(metric=PerplexityMetric(computing.windows[:1]), expected=done.perplexity)
+            return Planned(plan, done.tensors, proof)
+        proof = Proof(
+            metric=PerplexityMetric(held_out_windows(computing.windows)), expected=done.held_out_perplexity_before
+        )
+        return Planned(plan, {}, proof)
+    if metric is None:
+        return Planned(plan)
+    if isinstance(metric, PerplexityMetric):
+        return Planned(plan, {}, Proof(metric=metric, expected=plan.document.metric_at_end))
+    remove_planned(walk, plan)
+    first = PerplexityMetric(computing.windows[:1])
+    return Planned(plan, {}, Proof(metric=first, expected=measure(walk, first)))
+
+
+def write_planned(
+    checkpoint: Checkpoint,
+    planned: Planned,
     out: Path,
     computing: Computing | None,
     metric: Metric | None,
@@ -172,42 +252,36 @@ def write_planned(
     force: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Compensates if the plan says so, writes everything, and measures what was written against what was planned.
+    """Writes everything, and measures what was written against what was planned.
 
     Args:
         checkpoint: The unpruned model.
-        plan: What to remove.
+        planned: What to write.
         out: The directory to create.
-        computing: What compensation and measurement take; ``None`` for neither.
+        computing: What measurement takes; ``None`` for none.
         metric: What to measure; without one, only what was compensated is.
         started: When all of it began, by ``time.monotonic()``.
         force: Replace ``out`` if it is not empty.
-        progress: Told of every layer and tensor.
+        progress: Told of every tensor.
 
     Returns:
         The summary, as in ``pruning_summary.json``.
 
     Raises:
         CheckFailedError: The written checkpoint does not compute what was planned; it was deleted.
-        SenteiError: Memory ran out.
     """
-    with new_directory(out, force=force) as partial, ExitStack() as stack:
-        refitted: dict[str, TensorInfo] = {}
-        if plan.document.compensation is not None and (plan.removed_attention or plan.narrows):
-            assert computing is not None
-            directory = Path(stack.enter_context(TemporaryDirectory(dir=partial, prefix="refit-")))
-            plan, refitted = _compensate(checkpoint, plan, computing, directory, progress)
-        write_pruned(checkpoint, plan.layout, plan.kept_neurons, partial, refitted=refitted, progress=progress)
+    plan, proof = planned.plan, planned.proof
+    with new_directory(out, force=force) as partial:
+        write_pruned(checkpoint, plan.layout, plan.kept_neurons, partial, refitted=planned.refitted, progress=progress)
         plan.save(partial)
         pruned = open_checkpoint(partial)
         measured = None
-        if computing is not None and (metric is not None or refitted):
-            proof, planned = _planned_perplexity(checkpoint, plan, computing, metric, refitted=bool(refitted))
+        if computing is not None and proof is not None:
             walk = computing.open(pruned)
-            perplexity = measure(walk, proof)
-            _check_as_planned(plan, perplexity, planned)
+            perplexity = measure(walk, proof.metric)
+            _check_as_planned(plan, perplexity, proof.expected)
             if metric is not None:
-                measured = perplexity if metric is proof else measure(walk, metric)
+                measured = perplexity if metric is proof.metric else measure(walk, metric)
         summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
         write_text(partial / SUMMARY_FILE, summary.to_json())
         write_text(partial / "README.md", model_card(plan, summary.content()))
@@ -215,21 +289,22 @@ def write_planned(
 
 
 def _compensate(
-    checkpoint: Checkpoint, plan: PruningPlan, computing: Computing, directory: Path, progress: Progress
-) -> tuple[PruningPlan, dict[str, TensorInfo]]:
-    """Re-fits what the plan leaves; returns the plan with its record, and where the weights are.
-
-    Weights that predict held-out text worse than those from before are not taken: then there are none.
-    """
-    original, pruned = computing.open(checkpoint), computing.open(checkpoint)
-    remove_planned(pruned, plan)
+    walk: LayerWalk,
+    checkpoint: Checkpoint,
+    plan: PruningPlan,
+    computing: Computing,
+    directory: Path,
+    progress: Progress,
+) -> Compensated:
     try:
         with progress("Compensation", len(plan.layout)) as advance:
-            done = compensate(
-                original,
-                pruned,
+            walk.layers.restore()
+            return compensate(
+                walk,
+                plan.kept_neurons,
+                plan.removed_attention,
                 computing.windows,
-                directory,
+                StageFiles(directory, _digest_of_fit(plan)),
                 dtypes={name: info.dtype for name, info in checkpoint.tensors.items()},
                 on_layer=advance,
             )
@@ -240,35 +315,31 @@ def _compensate(
             "Memory ran out while weights were fitted again.",
             "Add --offload, prune with fewer --samples or --no-compensate, or use a larger machine.",
         ) from error
+
+
+def _digest_of_fit(plan: PruningPlan) -> str:
+    """Of all that re-fitted weights depend on."""
+    document = plan.document
+    digest = hashlib.sha256(
+        f"{document.base_model.weights_sha256} {document.calibration.sha256} {document.dtype} "
+        f"{sorted(plan.removed_attention)}".encode()
+    )
+    for kept in plan.kept_neurons:
+        digest.update(f" {len(kept)} ".encode() + kept.tobytes())
+    return digest.hexdigest()
+
+
+def _compensation_record(done: Compensated) -> CompensationRecord:
+    """For the plan; weights that predict held-out text worse than those from before are not taken."""
     held_out: dict[str, Any] = {
         "held_out_perplexity_before": done.held_out_perplexity_before,
         "held_out_perplexity_after": done.held_out_perplexity_after,
     }
     if done.made_worse:
-        return plan.changed({"compensation": CompensationRecord(taken=False, **held_out)}), {}
-    record = CompensationRecord(
+        return CompensationRecord(taken=False, **held_out)
+    return CompensationRecord(
         refits=done.records, final_norm_factor=done.final_norm_factor, perplexity=done.perplexity, **held_out
     )
-    return plan.changed({"compensation": record}), done.tensors
-
-
-def _planned_perplexity(
-    checkpoint: Checkpoint, plan: PruningPlan, computing: Computing, metric: Metric | None, *, refitted: bool
-) -> tuple[Metric, float | None]:
-    """The metric that proves the written checkpoint, and the value it should have.
-
-    Always perplexity: an accuracy jumps by a whole question where sums are rounded in another order, and a person's
-    function may draw at random.
-    """
-    if isinstance(metric, PerplexityMetric) and not refitted:
-        return metric, plan.document.metric_at_end
-    proof = PerplexityMetric(computing.windows[:1])
-    if refitted:
-        assert plan.document.compensation is not None
-        return proof, plan.document.compensation.perplexity
-    walk = computing.open(checkpoint)
-    remove_planned(walk, plan)
-    return proof, measure(walk, proof)
 
 
 def _check_as_planned(plan: PruningPlan, measured: float, planned: float | None) -> None:

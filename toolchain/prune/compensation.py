@@ -11,15 +11,16 @@ and SlimGPT's idea too (arXiv 2312.11983, 2412.18110); the target here is the re
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from numpy.typing import NDArray
+from scipy.linalg import lapack
 from torch import nn
 
-from toolchain.architecture.families import Family
 from toolchain.architecture.parts import Part
 from toolchain.checkpoint.directory import TensorInfo
 from toolchain.errors import SenteiError
@@ -27,6 +28,7 @@ from toolchain.metrics.token_metrics import PerplexityMetric, finite
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
 from toolchain.plan.document import RefitRecord
+from toolchain.prune.stage_files import StageFiles
 
 # Ridges that are tried, relative to each input's own energy; held-out windows choose.
 RIDGES = (0.1, 1.0, 10.0)
@@ -34,6 +36,8 @@ RIDGES = (0.1, 1.0, 10.0)
 _HELD_OUT_EVERY = 8
 # Errors below this share are rounding, not damage.
 _ROUNDING = 1e-6
+# So many rows of a matrix of moments are made at a time.
+_ROWS = 1024
 
 _Kept = TypeVar("_Kept")
 
@@ -66,21 +70,24 @@ class Compensated:
 
 @torch.inference_mode()
 def compensate(
-    original: LayerWalk,
-    pruned: LayerWalk,
+    walk: LayerWalk,
+    kept_neurons: Sequence[NDArray[np.int64]],
+    removed_attention: Collection[int],
     windows: torch.Tensor,
-    directory: Path,
+    files: StageFiles,
     *,
-    dtypes: dict[str, torch.dtype],
+    dtypes: Mapping[str, torch.dtype],
     on_layer: Callable[[], None] = lambda: None,
 ) -> Compensated:
-    """Re-fits the output projections of a pruned model, one layer in memory at a time.
+    """Prunes a model layer by layer and re-fits its output projections: one model in memory, each layer visited once.
 
     Args:
-        original: The unpruned model.
-        pruned: The same with its FFNs narrowed and attentions removed; resident layers are changed in place.
+        walk: Over the unpruned model. Its layers are not to be used afterwards.
+        kept_neurons: int64 ``[intermediate_size]`` per layer, ascending.
+        removed_attention: Layers.
         windows: Calibration, int64 ``[num_samples, seq_len]``, at least two; one in eight is held out.
-        directory: An existing directory for the weights, one file a layer.
+        files: Gets the weights, a file per layer, and what the next layer begins with. What was begun there with the
+            same arguments is gone on with.
         dtypes: Stored dtype of every weight, by name in the checkpoint: the fit goes on with the rounded weights.
         on_layer: Called after each layer, for progress.
 
@@ -89,109 +96,189 @@ def compensate(
     """
     if len(windows) < 2:
         raise SenteiError("Compensation needs at least 2 calibration windows.", "Raise --samples.")
-    pair = _Pair(original=original, pruned=pruned, factor=_residual_factor(original), dtypes=dtypes)
-    tensors: dict[str, TensorInfo] = {}
-    records: list[RefitRecord] = []
+    pruning = _Pruning(kept_neurons, frozenset(removed_attention), _residual_factor(walk), dtypes)
     held_out = torch.tensor([_is_held_out(number, len(windows)) for number in range(len(windows))])
-    before, after = original.embed(windows), pruned.embed(windows)
-    states = _States(before=before, after=after, plain=after[held_out])
-    del before, after
-    for index in range(len(original.layers)):
-        if refitted := _refit_layer(pair, index, states, records):
-            tensors |= _saved(refitted, directory / f"layer-{index}.safetensors")
+    states = _begun(files, walk) or _States.entering(walk, windows, held_out)
+    for _ in range(states.next_layer):
         on_layer()
-    perplexity_of_held_out = PerplexityMetric(windows[held_out])
-    perplexity_before = finite(perplexity_of_held_out(pruned, states.plain), "perplexity", pruned)
-    norm_factor = _final_norm_factor(original, pruned, states.before, states.after)
+    for index in range(states.next_layer, len(walk.layers)):
+        if refitted := _refit_layer(walk, pruning, index, states):
+            states.tensors |= files.save_tensors(f"layer-{index}", refitted)
+        states.next_layer = index + 1
+        states.save(files)
+        on_layer()
+    return _finished(walk, pruning, states, windows, held_out, files)
+
+
+def _finished(
+    walk: LayerWalk,
+    pruning: "_Pruning",
+    states: "_States",
+    windows: torch.Tensor,
+    held_out: torch.Tensor,
+    files: StageFiles,
+) -> Compensated:
+    """Scales the norm before the head, and measures what came out of it all."""
+    of_held_out = PerplexityMetric(windows[held_out])
+    before = finite(of_held_out(walk, states.plain), "perplexity", walk)
+    norm_factor, tensors = _final_norm_factor(walk, states.before, states.after), dict(states.tensors)
     if norm_factor != 1:
-        tensors |= _saved(_scale_final_norm(pair, norm_factor), directory / "final-norm.safetensors")
-    perplexity = PerplexityMetric(windows[:1])(pruned, states.after[:1])
+        tensors |= files.save_tensors("final-norm", _scale_final_norm(walk, pruning.dtypes, norm_factor))
+    perplexity = PerplexityMetric(windows[:1])(walk, states.after[:1])
     return Compensated(
         tensors=tensors,
-        records=records,
+        records=states.records,
         final_norm_factor=norm_factor,
-        perplexity=finite(perplexity, "perplexity", pruned),
-        held_out_perplexity_before=perplexity_before,
-        held_out_perplexity_after=finite(perplexity_of_held_out(pruned, states.after[held_out]), "perplexity", pruned),
+        perplexity=finite(perplexity, "perplexity", walk),
+        held_out_perplexity_before=before,
+        held_out_perplexity_after=finite(of_held_out(walk, states.after[held_out]), "perplexity", walk),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pair:
-    """The two models that run side by side.
+@dataclass(frozen=True)
+class _Pruning:
+    """What is done to each layer.
 
     Attributes:
-        original: The unpruned model.
-        pruned: The same with its FFNs narrowed and attentions removed.
+        kept_neurons: int64 ``[intermediate_size]`` per layer, ascending.
+        removed_attention: Layers.
         factor: See :func:`_residual_factor`.
         dtypes: Stored dtype of every weight, by name in the checkpoint.
     """
 
-    original: LayerWalk
-    pruned: LayerWalk
+    kept_neurons: Sequence[NDArray[np.int64]]
+    removed_attention: frozenset[int]
     factor: float
     dtypes: Mapping[str, torch.dtype]
 
 
 @dataclass(kw_only=True)
 class _States:
-    """What enters the next layer, ``[num_samples, seq_len, hidden_size]`` each.
+    """Where compensation is: what enters the next layer, and what was found below it.
 
     Attributes:
-        before: In the original.
-        after: In the pruned model as it is re-fitted.
+        before: In the original, ``[num_samples, seq_len, hidden_size]``.
+        after: In the pruned model as it is re-fitted, the same.
         plain: In the pruned model as it came; held-out windows alone.
+        next_layer: The layer.
+        records: See :class:`Compensated`.
+        tensors: See :class:`Compensated`.
     """
 
     before: torch.Tensor
     after: torch.Tensor
     plain: torch.Tensor
+    next_layer: int = 0
+    records: list[RefitRecord] = field(default_factory=list)
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+
+    @classmethod
+    def entering(cls, walk: LayerWalk, windows: torch.Tensor, held_out: torch.Tensor) -> "_States":
+        """What enters the first layer, which is the same in all three."""
+        before = walk.embed(windows)
+        return cls(before=before, after=before.clone(), plain=before[held_out])
+
+    def save(self, files: StageFiles) -> None:
+        """Leaves all of it on disk."""
+        found = {"next_layer": self.next_layer, "records": [each.model_dump(mode="json") for each in self.records]}
+        files.save("states", {"before": self.before, "after": self.after, "plain": self.plain}, found)
 
 
-def _refit_layer(pair: _Pair, index: int, states: _States, records: list[RefitRecord]) -> dict[str, torch.Tensor]:
-    """Runs both models through one layer and re-fits the output projections that the pruned one has left.
+def _begun(files: StageFiles, walk: LayerWalk) -> _States | None:
+    """Where an earlier run was; ``None`` if it had not finished a layer."""
+    if (found := files.load("states")) is None:
+        return None
+    tensors, said = found
+    # Arguments that the layers take belong to a length of windows, and are found out on the way.
+    walk.embed(torch.zeros(1, tensors["before"].shape[1], dtype=torch.int64))
+    weights: dict[str, TensorInfo] = {}
+    for index in range(said["next_layer"]):
+        weights |= files.saved_tensors(f"layer-{index}")
+    return _States(
+        **{name: tensor.to(walk.model.device) for name, tensor in tensors.items()},
+        next_layer=said["next_layer"],
+        records=[RefitRecord.model_validate(each) for each in said["records"]],
+        tensors=weights,
+    )
+
+
+def _refit_layer(walk: LayerWalk, pruning: _Pruning, index: int, states: _States) -> dict[str, torch.Tensor]:
+    """Runs one layer of the original, prunes it, and re-fits the output projections that it has left.
 
     Args:
-        pair: Both models.
+        walk: The model.
+        pruning: What is taken out, and how weights are stored.
         index: The layer.
-        states: What enters it; afterwards, what leaves it.
-        records: Gets one for each re-fitted projection.
+        states: What enters it; afterwards, what leaves it. Gets a record for each re-fitted projection.
 
     Returns:
         The re-fitted weights by name in the checkpoint.
     """
-    original, pruned, family = pair.original, pair.pruned, pair.original.family
+    family = walk.family
     # Each projection, and the half of the layer that is left out while it is looked at.
     parts: tuple[tuple[str, Part], ...] = ((family.attention_output, "ffn"), (family.ffn_output, "attention"))
-    with original.layers.layer(index) as module:
-        says, behind = _run_original(original, module, index, states.before, pair.factor)
     refitted: dict[str, torch.Tensor] = {}
-    with pruned.layers.layer(index) as module:
-        states.plain = pruned.run(module, index, states.plain)
+    # Fits take much longer than reading a layer, and the memory of another.
+    with walk.layers.layer(index, read_ahead=False) as module:
+        targets = _run_original(walk, module, index, states.before, pruning.factor)
+        walk.layers.cut(index, pruning.kept_neurons[index], attention=index not in pruning.removed_attention)
+        states.plain = walk.run(module, index, states.plain)
         for name, other in parts:
             projection = _projection(module, name)
             if projection is None:
                 continue
-            seen = [_run_part(pruned, module, index, row, name, without=other) for row in states.after.split(1)]
-            wanted = _wanted(says[name], behind[name], seen, pair.factor, family)
-            moments = _moments(projection, seen, wanted)
-            if not all(bool(torch.isfinite(each.energy)) for each in moments):
-                raise not_finite(f"Layer {index}: activations hold NaN or Inf", pruned.model, pruned.model.dtype)
+            run = partial(_run_part, walk, module, index, name=name, without=other)
             full_name = f"{family.layers}.{index}.{name}.weight"
-            result = refit(projection.weight, *moments, pair.dtypes[full_name])
-            if result.weight is not None:
-                refitted[full_name] = result.weight
-                projection.weight = nn.Parameter(result.weight.to(projection.weight), requires_grad=False)
-                records.append(_record(index, name, result))
-            if family.norms_outputs:
-                left = [pruned.run_without([other], module, index, row) for row in states.after.split(1)]
-            else:
-                # What running it again would say.
-                left = [each.state + pair.factor * (projection(each.inputs) - each.says) for each in seen]
-            states.after = torch.cat(left)
-            del seen, wanted, moments, left
-    states.before = behind[family.ffn_output]
+            found = _fit(walk, index, projection, run, targets[name], states.after, pruning, pruning.dtypes[full_name])
+            if found.weight is not None:
+                refitted[full_name] = found.weight
+                projection.weight = nn.Parameter(found.weight.to(projection.weight), requires_grad=False)
+                states.records.append(_record(index, name, found))
+            for number, row in enumerate(states.after.split(1)):
+                states.after[number] = walk.run_without([other], module, index, row)[0]
     return refitted
+
+
+def _fit(
+    walk: LayerWalk,
+    index: int,
+    projection: nn.Linear,
+    run: Callable[[torch.Tensor], "_Seen"],
+    target: "_Target",
+    states: torch.Tensor,
+    pruning: _Pruning,
+    dtype: torch.dtype,
+) -> "Refit":
+    """Fits a projection to the windows that are not held out, and lets the others choose.
+
+    One after the other, so that there is one matrix of moments at a time: it is by far the largest there is.
+
+    Args:
+        walk: The model.
+        index: The layer.
+        projection: Of the pruned layer.
+        run: Runs the part of the layer that ends with it, on one window.
+        target: What it should say.
+        states: What enters that part, ``[num_samples, seq_len, hidden_size]``.
+        pruning: Has the factor of the residual stream.
+        dtype: The weight is stored in.
+    """
+
+    def moments(*, held_out: bool) -> Moments:
+        found = Moments(projection.in_features, projection.out_features, projection.weight.device)
+        bias = 0.0 if projection.bias is None else projection.bias
+        for number, row in enumerate(states.split(1)):
+            if _is_held_out(number, len(states)) == held_out:
+                seen = run(row)
+                found.add(seen.inputs, target.of(number, seen, pruning.factor) - bias)
+                # Before the next window runs.
+                del seen
+        if not bool(torch.isfinite(found.energy)):
+            raise not_finite(f"Layer {index}: activations hold NaN or Inf", walk.model, walk.model.dtype)
+        return found
+
+    weights = ridge_fits(projection.weight, moments(held_out=False), dtype)
+    return best_fit(projection.weight, weights, moments(held_out=True))
 
 
 def _record(layer: int, projection: str, result: "Refit") -> RefitRecord:
@@ -205,20 +292,21 @@ def _record(layer: int, projection: str, result: "Refit") -> RefitRecord:
     )
 
 
-def _scale_final_norm(pair: _Pair, norm_factor: float) -> dict[str, torch.Tensor]:
-    """Multiplies what the pruned model's norm before the head gives out; returns its weight as it is stored."""
-    family, final_norm = pair.original.family, pair.pruned.final_norm
+def _scale_final_norm(
+    walk: LayerWalk, dtypes: Mapping[str, torch.dtype], norm_factor: float
+) -> dict[str, torch.Tensor]:
+    """Multiplies what the norm before the head gives out; returns its weight as it is stored."""
+    family, final_norm = walk.family, walk.final_norm
     name = f"{family.final_norm}.weight"
     old, offset = final_norm.get_parameter("weight"), family.norm_offset
-    scaled = (norm_factor * (old.double() + offset) - offset).to(pair.dtypes[name])
+    scaled = (norm_factor * (old.double() + offset) - offset).to(dtypes[name])
     final_norm.weight = nn.Parameter(scaled.to(old), requires_grad=False)
     return {name: scaled}
 
 
-def _saved(weights: dict[str, torch.Tensor], file: Path) -> dict[str, TensorInfo]:
-    """Writes weights into a file, and says that they are there."""
-    save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, file)
-    return {name: TensorInfo(file, tuple(weight.shape), weight.dtype) for name, weight in weights.items()}
+def held_out_windows(windows: torch.Tensor) -> torch.Tensor:
+    """The windows that no weight is fitted to, of int64 ``[num_samples, seq_len]``."""
+    return windows[[_is_held_out(number, len(windows)) for number in range(len(windows))]]
 
 
 def _is_held_out(number: int, num_windows: int) -> bool:
@@ -227,7 +315,7 @@ def _is_held_out(number: int, num_windows: int) -> bool:
     return place == (min(_HELD_OUT_EVERY, num_windows) - 1 - turn) % _HELD_OUT_EVERY
 
 
-def _final_norm_factor(original: LayerWalk, pruned: LayerWalk, before: torch.Tensor, after: torch.Tensor) -> float:
+def _final_norm_factor(walk: LayerWalk, before: torch.Tensor, after: torch.Tensor) -> float:
     """The factor that brings the normed last states closest to the original's: least squares over held-out windows.
 
     ``before`` and ``after`` are what left the last layers, ``[num_samples, seq_len, hidden_size]``. Windows that the
@@ -236,7 +324,7 @@ def _final_norm_factor(original: LayerWalk, pruned: LayerWalk, before: torch.Ten
     product = energy = 0.0
     for number, (one, other) in enumerate(zip(before, after, strict=True)):
         if _is_held_out(number, len(before)):
-            wanted, says = original.final_norm(one).double(), pruned.final_norm(other).double()
+            wanted, says = walk.final_norm(one).double(), walk.final_norm(other).double()
             product, energy = product + float((says * wanted).sum()), energy + float(says.square().sum())
     # States that have nothing in common with the original's are beyond a factor.
     return product / energy if product > 0 else 1.0
@@ -251,55 +339,65 @@ class _Seen:
     state: torch.Tensor
 
 
-def _wanted(
-    original_says: torch.Tensor, original_state: torch.Tensor, seen: Sequence[_Seen], factor: float, family: Family
-) -> Iterator[torch.Tensor]:
-    """What a projection should say, window by window."""
-    if family.norms_outputs:
-        yield from original_says.split(1)
-        return
-    for state, each in zip(original_state.split(1), seen, strict=True):
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """What the original has to say at a projection, in all windows, ``[num_samples, seq_len, hidden_size]``.
+
+    Attributes:
+        state: The residual stream behind it.
+        says: What the projection itself says; only where a norm stands between it and the residual stream.
+    """
+
+    state: torch.Tensor
+    says: torch.Tensor | None
+
+    def of(self, number: int, seen: _Seen, factor: float) -> torch.Tensor:
+        """What the pruned model's projection should say in window ``number``."""
+        if self.says is not None:
+            return self.says[number]
         # It is to say also what the residual stream lacks by now.
-        yield each.says + (state - each.state) / factor
-
-
-def _moments(
-    projection: nn.Linear, seen: Sequence[_Seen], wanted: Iterator[torch.Tensor]
-) -> tuple["Moments", "Moments"]:
-    """Moments of a projection's inputs and of what it should say, over the windows that fit and over those held out."""
-    fitted, held_out = (
-        Moments(projection.in_features, projection.out_features, projection.weight.device) for _ in range(2)
-    )
-    for number, (each, target) in enumerate(zip(seen, wanted, strict=True)):
-        bias = 0.0 if projection.bias is None else projection.bias
-        (held_out if _is_held_out(number, len(seen)) else fitted).add(each.inputs, target - bias)
-    return fitted, held_out
+        return seen.says + (self.state[number : number + 1] - seen.state) / factor
 
 
 class Moments:
-    """What a least-squares fit needs of its data: sums over tokens, in float64."""
+    """What a least-squares fit needs of its data: sums over tokens, in float64.
+
+    Attributes:
+        gram: Of the inputs, ``[num_inputs, num_inputs]``; above the diagonal it is only right after :meth:`complete`.
+        cross: Of targets and inputs, ``[num_outputs, num_inputs]``.
+        energy: Of the targets.
+    """
 
     def __init__(self, num_inputs: int, num_outputs: int, device: torch.device) -> None:
         self.gram = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(num_inputs, num_outputs, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(num_outputs, num_inputs, dtype=torch.float64, device=device)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """``inputs`` ``[..., num_inputs]`` and ``targets`` ``[..., num_outputs]``, one row a token."""
+        """``inputs`` ``[..., num_inputs]`` and ``targets`` ``[..., num_outputs]``, one row per token."""
         x, y = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
         with _bfloat16_products(inputs.dtype == targets.dtype == torch.bfloat16):
-            self.gram += x.T @ x
-            self.cross += x.T @ y
+            # The other half is the same.
+            for start, stop in self._blocks():
+                self.gram[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
+            self.cross += y.T @ x
         self.energy += y.double().square().sum()
 
+    def complete(self) -> None:
+        """Fills in what stands above the diagonal."""
+        for start, stop in self._blocks():
+            block = self.gram[start:stop, start:stop]
+            block.copy_(block.tril() + block.tril(-1).T)
+            self.gram[start:stop, stop:] = self.gram[stop:, start:stop].T
+
     def error(self, weight: torch.Tensor) -> float:
-        """``sum |W x - y|^2 / sum |y|^2``; ``weight`` is ``[num_outputs, num_inputs]``."""
-        columns = weight.double().T
-        residual = (columns * (self.gram @ columns)).sum() - 2 * (columns * self.cross).sum() + self.energy
+        """``sum |W x - y|^2 / sum |y|^2``; ``weight`` is ``[num_outputs, num_inputs]``. Of complete moments."""
+        rows = weight.double()
+        residual = (rows @ self.gram).mul_(rows).sum() - 2 * (rows * self.cross).sum() + self.energy
         return float(residual / self.energy.clamp_min(torch.finfo(torch.float64).tiny))
 
     def ridge_fit(self, weight: torch.Tensor, ridge: float) -> torch.Tensor:
-        """Minimises ``sum |W x - y|^2 + sum_j strength_j |W_j - weight_j|^2``.
+        """Minimises ``sum |W x - y|^2 + sum_j strength_j |W_j - weight_j|^2``. Of complete moments.
 
         ``strength_j`` is the ridge times ``sum x_j^2``, so that an input's unit does not matter, and the few inputs of
         huge activations do not hold the others back.
@@ -307,14 +405,33 @@ class Moments:
         Returns:
             float64 ``[num_outputs, num_inputs]``.
         """
-        energies = self.gram.diagonal()
+        energies = self.gram.diagonal().clone()
         # An input that is always zero would make the matrix singular.
         strengths = ridge * energies.clamp_min(_ROUNDING * energies.mean())
-        raised = self.gram.clone()
-        raised.diagonal().add_(strengths)
-        factor = torch.linalg.cholesky(raised)
-        del raised
-        return torch.cholesky_solve(self.cross + strengths[:, None] * weight.double().T, factor).T
+        right = (weight.double() * strengths).add_(self.cross)
+        self.gram.diagonal().add_(strengths)
+        try:
+            return self._solved(right)
+        finally:
+            self.gram.diagonal().copy_(energies)
+            self.complete()
+
+    def _solved(self, right: torch.Tensor) -> torch.Tensor:
+        """``right`` times the inverse of the matrix, which keeps only what stands below the diagonal."""
+        if self.gram.is_cuda:
+            factor = torch.linalg.cholesky(self.gram)
+            halfway = torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False)
+            return torch.linalg.solve_triangular(factor, halfway, upper=False, left=False)
+        # In place: torch would hold the matrix twice more. LAPACK counts by columns, so this is the upper triangle.
+        factor, failed = lapack.dpotrf(self.gram.numpy().T, lower=1, clean=0, overwrite_a=1)
+        if failed:
+            raise torch.linalg.LinAlgError("The matrix of a fit is not positive definite.")
+        solution, _ = lapack.dpotrs(factor, right.numpy().T, lower=1, overwrite_b=1)
+        return torch.from_numpy(solution.T)
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        size = len(self.gram)
+        return ((start, min(start + _ROWS, size)) for start in range(0, size, _ROWS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,22 +444,21 @@ class Refit:
     error_after: float
 
 
-def refit(weight: torch.Tensor, fitted: Moments, held_out: Moments, dtype: torch.dtype) -> Refit:
-    """Ridge regression towards ``weight``; held-out tokens choose the ridge.
+def ridge_fits(weight: torch.Tensor, moments: Moments, dtype: torch.dtype) -> dict[float, torch.Tensor]:
+    """Ridge regressions towards ``weight``, ``[num_outputs, num_inputs]``, by ridge; rounded to ``dtype``."""
+    moments.complete()
+    return {ridge: moments.ridge_fit(weight, ridge).to(dtype) for ridge in RIDGES}
 
-    Args:
-        weight: ``[num_outputs, num_inputs]``, as it is.
-        fitted: Moments of the tokens that fit.
-        held_out: Moments of those that choose.
-        dtype: The result is rounded to this before it is judged.
-    """
+
+def best_fit(weight: torch.Tensor, fits: Mapping[float, torch.Tensor], held_out: Moments) -> Refit:
+    """The weight that says best what held-out tokens ask for, if it is not the one there was."""
+    held_out.complete()
     before = held_out.error(weight)
-    trials = {ridge: fitted.ridge_fit(weight, ridge).to(dtype) for ridge in RIDGES}
-    errors = {ridge: held_out.error(trial) for ridge, trial in trials.items()}
+    errors = {ridge: held_out.error(fit) for ridge, fit in fits.items()}
     best = min(errors, key=errors.__getitem__)
     if before < _ROUNDING or not errors[best] < before:
         return Refit(weight=None, ridge=0.0, error_before=before, error_after=before)
-    return Refit(weight=trials[best], ridge=best, error_before=before, error_after=errors[best])
+    return Refit(weight=fits[best], ridge=best, error_before=before, error_after=errors[best])
 
 
 @contextmanager
@@ -378,19 +494,32 @@ def _observed(
 
 
 def _run_original(
-    walk: LayerWalk, module: nn.Module, index: int, hidden: torch.Tensor, factor: float
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """One layer of the original: what its projections say, and the residual stream behind each of them."""
-    names = (walk.family.attention_output, walk.family.ffn_output)
-    # Of all windows: inputs, which are several times as wide, would take the most memory of all.
-    with _observed(module, names, lambda _inputs, output: output) as outputs:
-        left = torch.cat([walk.run(module, index, row) for row in hidden.split(1)])
-    says = {name: torch.cat(outputs.pop(name)) for name in names}
-    return says, {names[0]: hidden + factor * says[names[0]], names[1]: left}
+    walk: LayerWalk, module: nn.Module, index: int, states: torch.Tensor, factor: float
+) -> dict[str, _Target]:
+    """Runs one layer of the original on all windows; ``states`` then holds what leaves it.
+
+    Returns:
+        What the pruned layer's projections are to say, by name.
+    """
+    attention, ffn = walk.family.attention_output, walk.family.ffn_output
+    says = {name: torch.empty_like(states) for name in (attention, ffn)} if walk.family.norms_outputs else {}
+    behind_attention = torch.empty_like(states)
+    for number, row in enumerate(states.split(1)):
+        with _observed(module, (attention, ffn), lambda _inputs, output: output) as outputs:
+            left = walk.run(module, index, row)
+        [said] = outputs[attention]
+        behind_attention[number] = row[0] + factor * said[0]
+        states[number] = left[0]
+        for name, kept in says.items():
+            kept[number] = outputs[name][0][0]
+    return {
+        attention: _Target(state=behind_attention, says=says.get(attention)),
+        ffn: _Target(state=states, says=says.get(ffn)),
+    }
 
 
 def _run_part(
-    walk: LayerWalk, module: nn.Module, index: int, hidden: torch.Tensor, name: str, *, without: Part
+    walk: LayerWalk, module: nn.Module, index: int, hidden: torch.Tensor, *, name: str, without: Part
 ) -> _Seen:
     """Runs a layer's attention or its FFN alone, on one window: the one that ends with the projection ``name``."""
     with _observed(module, [name], lambda inputs, output: (inputs, output)) as calls:

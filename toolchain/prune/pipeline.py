@@ -1,8 +1,7 @@
 """The main job: measure → plan → checkpoint."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.metrics.choose import choose_metric, question_file
 from toolchain.metrics.function import FunctionMetric
 from toolchain.metrics.token_metrics import Metric
+from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_tokenizer
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
 from toolchain.plan.document import (
@@ -30,7 +30,7 @@ from toolchain.plan.document import (
 )
 from toolchain.plan.plan import PruningPlan
 from toolchain.progress import Progress, no_progress
-from toolchain.prune.apply import Computing, write_planned
+from toolchain.prune.apply import Computing, Planned, realise, write_planned
 from toolchain.prune.block_methods.run import num_blocks_to_remove, remove_blocks
 from toolchain.prune.budget.allocation import (
     Allocation,
@@ -43,7 +43,7 @@ from toolchain.prune.budget.allocation import (
 from toolchain.prune.budget.limits import LimitSettings, limit_asked
 from toolchain.prune.methods import METHODS, MethodName, PruningMethod
 from toolchain.prune.search.two_stage import Search
-from toolchain.prune.unfinished import SearchState, search_directory
+from toolchain.prune.unfinished import SearchState, find_search, identity_of, read_identity
 from toolchain.text.sources import TextSource, local_paths
 from toolchain.text.windows import TokenWindows, load_mixture
 
@@ -156,9 +156,8 @@ def prune(
 ) -> dict[str, Any]:
     """Runs both stages of 2SSP, or another method, and writes the checkpoint with its plan, summary and model card.
 
-    Until it is done, the search lives in ``<out>.search``, a plan directory that is saved after every step. If the
-    search fails after it has removed an attention or a block, it stays there: what made it fail may be mended, and it
-    resumed.
+    Until it is done, the search lives in ``<out>.search``, a plan directory that is saved after every step. It stays
+    there whatever ends the run once the unpruned model was measured: what made it fail may be mended, and it resumed.
 
     Args:
         model: The unpruned model: its directory, or opened already.
@@ -173,48 +172,43 @@ def prune(
         The summary, as in ``pruning_summary.json``.
 
     Raises:
-        SenteiError: Bad input; nothing was written.
+        SenteiError: Bad input; nothing was written. Or what failed later, memory for instance; the search stays.
         CheckFailedError: The limit does not allow even the first step: ``out`` holds the plan alone, which removes
             nothing. Or the written checkpoint does not compute what was planned; it was deleted.
     """
     started = time.monotonic()
     check_output_directory(out, force=force, inputs=[directory_of(model), *settings.input_files])
-    state = SearchState(search_directory(out))
-    state.check_ours()
-    if not (resume or force):
-        state.check_free()
+    work = find_search(out, force=force, resume=resume)
     job = prepare(model, settings, model_name)
-    plan = state.load(job.blank) if resume else None
-    with _kept_if_worth_it(state):
-        plan = run_search(job, plan, state, progress)
-        _check_something_goes(plan, out, force=force)
-        return write_planned(
-            job.checkpoint, plan, out, job.computing, job.metric, started, force=force, progress=progress
-        )
-
-
-@contextmanager
-def _kept_if_worth_it(state: SearchState) -> Iterator[None]:
-    """Forgets an interrupted search when it succeeds, and when it fails before its first slow step."""
-    try:
-        yield
-    except SenteiError:
-        if not state.worth_keeping:
-            state.remove()
-        raise
-    state.remove()
-
-
-def _check_something_goes(plan: PruningPlan, out: Path, *, force: bool) -> None:
-    """Refuses a plan whose limit does not allow the first step; ``out`` then holds the plan alone."""
-    if len(plan.steps) > 1 or not plan.document.stopped_because:
-        return
-    with new_directory(out, force=force) as partial:
-        plan.save(partial)
+    with work.working(identity_of(job.blank), read=read_identity):
+        planned = _search_and_realise(job, SearchState(work, work.directory), progress)
+        if not _removes_nothing(planned.plan):
+            return write_planned(
+                job.checkpoint, planned, out, job.computing, job.metric, started, force=force, progress=progress
+            )
+        with new_directory(out, force=force) as partial:
+            planned.plan.save(partial)
     raise CheckFailedError(
-        f"Nothing was removed: {plan.document.stopped_because}.",
+        f"Nothing was removed: {planned.plan.document.stopped_because}.",
         f"{out} holds what was measured; allow more, or search by another metric.",
     )
+
+
+def _search_and_realise(job: Job, state: SearchState, progress: Progress) -> Planned:
+    """The plan and its weights. The model is gone from memory when it returns, and makes room for what is written."""
+    walk = job.computing.open(job.checkpoint)
+    plan = run_search(job, walk, state.load(), state, progress)
+    if _removes_nothing(plan):
+        return Planned(plan)
+    return realise(
+        walk, job.checkpoint, plan, job.computing, state.directory / "compensation", metric=job.metric,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _removes_nothing(plan: PruningPlan) -> bool:
+    """Whether the limit does not allow even the first step."""
+    return len(plan.steps) == 1 and plan.document.stopped_because is not None
 
 
 def directory_of(model: Path | Checkpoint) -> Path:
@@ -361,15 +355,24 @@ def _blank_plan(
     )
 
 
-def run_search(job: Job, plan: PruningPlan | None, state: SearchState, progress: Progress) -> PruningPlan:
-    """Loads the model and searches, from the beginning or from ``plan``, saving each step in ``state``.
+def run_search(
+    job: Job, walk: LayerWalk, plan: PruningPlan | None, state: SearchState, progress: Progress
+) -> PruningPlan:
+    """Searches, from the beginning or from ``plan``, saving each step in ``state``.
+
+    Args:
+        job: What to do.
+        walk: Over the unpruned model; afterwards with what the plan leaves of it.
+        plan: To go on from.
+        state: Where steps are saved.
+        progress: Told of every window and candidate.
 
     Raises:
         SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
     """
     transformers.set_seed(job.settings.seed)
     running = Search(
-        walk=job.computing.open(job.checkpoint),
+        walk=walk,
         sizes=block_parameters(job.checkpoint),
         windows=job.windows.ids,
         metric=job.metric,

@@ -1,21 +1,18 @@
 """Plans for several sparsities of one model, which share the statistics of its neurons."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from toolchain.checkpoint.directory import Checkpoint, opened
-from toolchain.errors import SenteiError
-from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
+from toolchain.outputs import Unfinished, check_output_directory, new_directory, write_text, writes_directory
 from toolchain.plan.document import PlanDocument
-from toolchain.plan.plan import PLAN_FILE, PruningPlan
+from toolchain.plan.plan import PruningPlan
 from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument, SweptPlan
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.pipeline import Job, PruneSettings, directory_of, prepare, run_search
-from toolchain.prune.unfinished import SearchState, search_directory
-from toolchain.resuming import interrupted
+from toolchain.prune.unfinished import SearchState, begin_search, find_search
 
 
 @writes_directory
@@ -46,53 +43,36 @@ def sweep(
         The content of ``sweep.json``.
 
     Raises:
-        SenteiError: Bad input; nothing was written, unless an attention was removed already, as in
+        SenteiError: Bad input; nothing was written. Or what failed later; the searches stay, as in
             :func:`toolchain.prune.pipeline.prune`.
     """
     check_output_directory(out, force=force, inputs=[directory_of(model), *settings.input_files])
-    unfinished = search_directory(out)
-    _check_unfinished(unfinished, force=force, resume=resume)
+    work = find_search(out, force=force, resume=resume, is_sweep=True)
     checkpoint = opened(model)
     jobs = [prepare(checkpoint, replace(settings, sparsity=sparsity), model_name) for sparsity in sparsities]
-    plans = _search_all(jobs, unfinished, resume=resume, progress=progress)
-    result = _sweep_summary(plans)
-    with new_directory(out, force=force) as partial:
-        for plan, entry in zip(plans, result.plans, strict=True):
-            (partial / entry.directory).mkdir()
-            plan.save(partial / entry.directory)
-        write_text(partial / SWEEP_FILE, result.to_json())
-    shutil.rmtree(unfinished, ignore_errors=True)
+    with work.working():
+        plans = _search_all(jobs, work, progress)
+        result = _sweep_summary(plans)
+        with new_directory(out, force=force) as partial:
+            for plan, entry in zip(plans, result.plans, strict=True):
+                (partial / entry.directory).mkdir()
+                plan.save(partial / entry.directory)
+            write_text(partial / SWEEP_FILE, result.to_json())
     return result.content()
 
 
-def _check_unfinished(unfinished: Path, *, force: bool, resume: bool) -> None:
-    """Refuses what is not an interrupted sweep that may be gone on with or replaced; removes what is replaced."""
-    SearchState(unfinished).check_ours()
-    if unfinished.exists() and not resume:
-        if not force:
-            raise interrupted(unfinished, "search")
-        shutil.rmtree(unfinished)
-    if (unfinished / PLAN_FILE).exists():
-        raise SenteiError(
-            f"{unfinished} holds an interrupted search for one sparsity.",
-            "Resume that search, or use --force to start over.",
-        )
-
-
-def _search_all(jobs: Sequence[Job], unfinished: Path, *, resume: bool, progress: Progress) -> list[PruningPlan]:
+def _search_all(jobs: Sequence[Job], work: Unfinished, progress: Progress) -> list[PruningPlan]:
     """Searches one job after another; each begins with what the first one measured."""
-    states = [SearchState(unfinished / f"{job.settings.sparsity:g}") for job in jobs]
     plans: list[PruningPlan] = []
-    try:
-        for job, state in zip(jobs, states, strict=True):
-            plan = state.load(job.blank) if resume else None
-            if plan is None and plans:
-                plan = _same_start(job.blank, plans[0])
-            plans.append(run_search(job, plan, state, progress))
-    except SenteiError:
-        if not any(state.worth_keeping for state in states):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    walk = jobs[0].computing.open(jobs[0].checkpoint)
+    for job in jobs:
+        state = SearchState(work, work.directory / f"{job.settings.sparsity:g}")
+        begin_search(state.directory, job.blank)
+        plan = state.load()
+        if plan is None and plans:
+            plan = _same_start(job.blank, plans[0])
+        walk.layers.restore()
+        plans.append(run_search(job, walk, plan, state, progress))
     return plans
 
 

@@ -1,15 +1,13 @@
 """An interrupted search on disk. Its state is a plan: readable, and as good to cut or apply as a finished one."""
 
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.output_checks import check_unfinished
-from toolchain.outputs import beside
+from toolchain.outputs import SEARCH, Unfinished, begin_with, identity_on_disk
 from toolchain.plan.document import CompensationRecord, PlanDocument
-from toolchain.plan.plan import PLAN_FILE, PruningPlan, load_plan
-from toolchain.resuming import interrupted, made_otherwise
+from toolchain.plan.plan import PLAN_FILE, SCORES_FILE, PruningPlan, load_plan
 
 # What the search itself fills in; everything else is its input, and must be the same to resume.
 _MEASURED: dict[str, Any] = {
@@ -26,84 +24,72 @@ _MEASURED: dict[str, Any] = {
 }
 
 
-def search_directory(out: Path) -> Path:
-    """``<out>.search``, which exists while the search that will write ``out`` is unfinished."""
-    return beside(out, "search")
-
-
 class SearchState:
-    """An unfinished search in a directory of its own."""
+    """The plan so far of one search, in a directory that is deleted with the rest of the unfinished work."""
 
-    def __init__(self, directory: Path) -> None:
-        """``directory`` is created when the first step is saved."""
+    def __init__(self, work: Unfinished, directory: Path) -> None:
+        """``directory`` is that of ``work``, or one below it for each search of a sweep."""
+        self._work = work
         self.directory = directory
 
-    def check_ours(self) -> None:
-        """Refuses a directory in which no search lies, nor a sweep's searches.
-
-        Raises:
-            SenteiError: It is somebody else's.
-        """
-        check_unfinished(self.directory, "plan.*", "*/plan.*")
-
-    def check_free(self) -> None:
-        """Refuses to overwrite an interrupted search, or a sweep's, which are in directories below.
-
-        Raises:
-            SenteiError: There is one.
-        """
-        if self.directory.is_dir() and any(self.directory.iterdir()):
-            raise interrupted(self.directory, "search")
-
     def save(self, plan: PruningPlan) -> None:
-        """Writes the plan as it is now."""
+        """Writes the plan as it is now. From the first on, what was measured stays however the command ends."""
         self.directory.mkdir(parents=True, exist_ok=True)
         plan.save(self.directory)
+        self._work.worth_keeping = True
 
-    def load(self, expected: PlanDocument) -> PruningPlan | None:
-        """The interrupted search, or ``None`` if nothing was saved yet.
-
-        Args:
-            expected: The plan a new search would begin with.
+    def load(self) -> PruningPlan | None:
+        """The plan of an interrupted search; ``None`` if none was saved yet.
 
         Raises:
-            SenteiError: The inputs are not those of the interrupted search; names the first that differs. Or it is a
-                sweep that was interrupted.
+            SenteiError: It is damaged.
         """
-        if not (self.directory / PLAN_FILE).exists():
-            if any(self.directory.glob(f"*/{PLAN_FILE}")):
-                raise SenteiError(
-                    f"{self.directory} holds an interrupted sweep.", "Resume the sweep, or use --force to start over."
-                )
-            return None
-        plan = load_plan(self.directory)
-        before, now = plan.document.model_dump(exclude=_MEASURED), expected.model_dump(exclude=_MEASURED)
-        for key, value in now.items():
-            if before[key] != value:
-                raise made_otherwise(self.directory, "searched", _describe(key, before[key], value))
-        return plan
-
-    @property
-    def worth_keeping(self) -> bool:
-        """Whether an attention or a block was removed already: only such steps take long."""
-        if not (self.directory / PLAN_FILE).exists():
-            return False
-        document = load_plan(self.directory).document
-        return bool(document.trace or document.block_steps)
-
-    def remove(self) -> None:
-        """Forgets the search."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        return load_plan(self.directory) if (self.directory / PLAN_FILE).exists() else None
 
 
-def _describe(key: str, before: object, now: object) -> str:
-    """Names what differs, down to the field of a nested record."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        inner = next(name for name in {**before, **now} if before.get(name) != now.get(name))
-        return _describe(f"{key}.{inner}", before.get(inner), now.get(inner))
-    return f"{key}: {_short(before)} then, {_short(now)} now"
+def find_search(out: Path, *, force: bool, resume: bool, is_sweep: bool = False) -> Unfinished:
+    """Looks for an interrupted search, or a sweep's, which are in directories below; see :class:`Unfinished`.
+
+    Raises:
+        SenteiError: See there; or a search would be resumed as a sweep, or a sweep as a search.
+    """
+    work = Unfinished(out, SEARCH, force=force, resume=resume)
+    if work.resumed:
+        directory, names = work.directory, (PLAN_FILE, str(SEARCH.identity_file))
+        of_one = any((directory / name).exists() for name in names)
+        if is_sweep and of_one:
+            raise SenteiError(
+                f"{directory} holds an interrupted search for one sparsity.",
+                "Resume that search, or use --force to start over.",
+            )
+        if not is_sweep and not of_one and any(any(directory.glob(f"*/{name}")) for name in names):
+            raise SenteiError(
+                f"{directory} holds an interrupted sweep.", "Resume the sweep, or use --force to start over."
+            )
+    return work
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+def identity_of(blank: PlanDocument) -> dict[str, Any]:
+    """What a search depends on: the plan that it begins with, but for what the search fills in."""
+    return blank.model_dump(mode="json", exclude=_MEASURED)
+
+
+def read_identity(directory: Path) -> Mapping[str, Any] | None:
+    """What the search in a directory was begun with; for :func:`toolchain.outputs.begin_with`.
+
+    The plan says it, and before there is one a file of its own; earlier versions wrote the plan alone.
+
+    Raises:
+        SenteiError: The plan or the file is damaged.
+    """
+    if (directory / PLAN_FILE).exists():
+        return identity_of(load_plan(directory).document)
+    if (before := identity_on_disk(directory, SEARCH)) is None:
+        # An earlier version was killed between these scores and the first plan: nothing is lost.
+        (directory / SCORES_FILE).unlink(missing_ok=True)
+    return before
+
+
+def begin_search(directory: Path, blank: PlanDocument) -> None:
+    """Takes one of a sweep's directories for a search; see :func:`toolchain.outputs.begin_with`."""
+    begin_with(directory, SEARCH, identity_of(blank), read=read_identity)

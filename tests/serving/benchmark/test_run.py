@@ -11,6 +11,7 @@ import torch
 
 from export.onnx_graph import export_onnx
 from serving.benchmark import run as benchmark_module
+from serving.benchmark.journal import open_journal
 from serving.benchmark.run import schedule
 from serving.benchmark.sessions.local import LocalSession, patience_s
 from serving.benchmark.sessions.worker import random_prompts
@@ -281,9 +282,9 @@ def test_a_worker_that_keeps_dying_stops_the_benchmark_which_resumes(pico_model,
     with pytest.raises(SenteiError, match=r"(?s)repeat 2 of 3: pruned: failed twice.*signal 9.*--resume goes on"):
         benchmark(pico_model, pruned_pico, **settings)
     assert not out.exists()
-    with pytest.raises(SenteiError, match="unfinished benchmark"):
+    with pytest.raises(SenteiError, match="interrupted benchmark"):
         benchmark(pico_model, pruned_pico, **settings)
-    with pytest.raises(SenteiError, match="begun with another repeats: 3, now 4"):
+    with pytest.raises(SenteiError, match="begun with another repeats: 3 then, 4 now"):
         benchmark(pico_model, pruned_pico, resume=True, **(settings | {"repeats": 4}))
     journal = tmp_path / "out.unfinished" / "measured.jsonl"
     before = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -299,8 +300,9 @@ def test_a_worker_that_keeps_dying_stops_the_benchmark_which_resumes(pico_model,
 
 def test_an_interrupted_benchmark_says_how_to_go_on(pico_model, pruned_pico, tmp_path, monkeypatch):
     def interrupted(original, pruned, settings, *, out, **how):
-        out.with_name("out.unfinished").mkdir()
-        raise KeyboardInterrupt
+        with open_journal(out, {}, force=False, resume=False, inputs=()) as journal:
+            journal.record((0, 0, "original"), {"output_throughput": 1.0}, {})
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(benchmark_module, "benchmark", interrupted)
     done = sentei("benchmark", pico_model, pruned_pico, "--engine", "transformers", "-o", tmp_path / "out")

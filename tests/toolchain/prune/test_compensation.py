@@ -20,8 +20,8 @@ from toolchain.model.loading import load_tokenizer
 from toolchain.plan.plan import load_plan
 from toolchain.progress import no_progress
 from toolchain.prune import apply as application
-from toolchain.prune import compensation
-from toolchain.prune.compensation import Moments, _is_held_out, compensate, refit
+from toolchain.prune.compensation import Compensated, Moments, Refit, _is_held_out, best_fit, compensate, ridge_fits
+from toolchain.prune.stage_files import StageFiles
 from toolchain.text.embedded import documents
 from toolchain.text.sources import TextSource
 from toolchain.text.windows import _together
@@ -35,7 +35,12 @@ SETTINGS = (
 def moments_of(x: torch.Tensor, y: torch.Tensor) -> Moments:
     moments = Moments(x.shape[1], y.shape[1], x.device)
     moments.add(x[None], y[None])
+    moments.complete()
     return moments
+
+
+def refit(weight: torch.Tensor, fitted: Moments, held_out: Moments, dtype: torch.dtype) -> Refit:
+    return best_fit(weight, ridge_fits(weight, fitted, dtype), held_out)
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def test_products_of_bfloat16_activations_lose_nothing(data):
     before = torch.get_float32_matmul_precision()
     x, y = (each.repeat(8, 8).bfloat16() for each in data[:2])
     moments = moments_of(x, y)
-    for got, wanted in ((moments.gram, x.double().T @ x.double()), (moments.cross, x.double().T @ y.double())):
+    for got, wanted in ((moments.gram, x.double().T @ x.double()), (moments.cross, y.double().T @ x.double())):
         assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert torch.get_float32_matmul_precision() == before
 
@@ -184,22 +189,30 @@ def walk_of(model: Path) -> LayerWalk:
     return open_walk(open_checkpoint(model), dtype=torch.float32, device="cpu", offload=False)
 
 
+NARROW = [np.arange(40) for _ in range(4)]
+
+
+def compensated(
+    walk: LayerWalk, model: Path, ids: torch.Tensor, directory: Path, kept=NARROW, removed=()
+) -> Compensated:
+    dtypes = {name: info.dtype for name, info in open_checkpoint(model).tensors.items()}
+    return compensate(walk, kept, removed, ids, StageFiles(directory, "this"), dtypes=dtypes)
+
+
 @pytest.mark.parametrize("family", VARIANTS)
 def test_every_familys_last_layer_comes_closer_to_the_original(family: str, tmp_path: Path):
     torch.manual_seed(0)
     for number, variant in enumerate(VARIANTS[family]):
         make_family_pico(model := tmp_path / f"model-{number}", family, variant)
         checkpoint, ids = open_checkpoint(model), torch.randint(3, 96, (16, 32))
-        dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
-        (weights := tmp_path / f"weights-{number}").mkdir()
-        unchanged = compensate(walk_of(model), walk_of(model), ids, weights, dtypes=dtypes)
+        whole = [np.arange(48) for _ in range(4)]
+        unchanged = compensated(walk_of(model), model, ids, tmp_path / f"whole-{number}", kept=whole)
         assert (unchanged.records, unchanged.final_norm_factor, unchanged.tensors) == ([], 1, {}), variant
 
         plain, pruned = walk_of(model), walk_of(model)
-        for walk in (plain, pruned):
-            walk.layers.narrow([np.arange(40) for _ in range(4)])
-            walk.layers.remove_attention(1)
-        done = compensate(walk_of(model), pruned, ids, weights, dtypes=dtypes)
+        plain.layers.narrow(NARROW)
+        plain.layers.remove_attention(1)
+        done = compensated(pruned, model, ids, tmp_path / f"weights-{number}", removed=[1])
         assert {each.layer for each in done.records} >= {0, 1}, variant
         assert all(each.error_after < each.error_before for each in done.records), variant
         with torch.inference_mode():
@@ -217,26 +230,18 @@ def test_every_familys_last_layer_comes_closer_to_the_original(family: str, tmp_
         assert torch.allclose(scaled, says * done.final_norm_factor, rtol=1e-2, atol=1e-3), variant
 
 
-def test_nothing_of_a_layer_stays_while_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_one_window_of_a_layer_is_in_memory_at_a_time(tmp_path: Path):
     make_family_pico(model := tmp_path / "model", "llama", "grouped")
-    original, pruned, ids = walk_of(model), walk_of(model), torch.randint(3, 96, (4, 16))
-    pruned.layers.narrow([np.arange(40) for _ in range(4)])
+    walk, ids = walk_of(model), torch.randint(3, 96, (4, 16))
     inputs: list[weakref.ref] = []
-    for layer in original.model.model.layers:
-        layer.mlp.down_proj.register_forward_hook(lambda _module, given, _says: inputs.append(weakref.ref(given[0])))
-    results: list[weakref.ref] = []
 
-    def watched(walk, module, index, hidden, factor):
-        assert not any(each() is not None for each in results), index
-        says, states = real(walk, module, index, hidden, factor)
-        assert not any(each() is not None for each in inputs), index
-        results[:] = [weakref.ref(each) for each in (*says.values(), states["self_attn.o_proj"])]
-        return says, states
+    def watch(_module, given, _says):
+        assert not any(each() is not None for each in inputs)
+        inputs[:] = [weakref.ref(given[0])]
 
-    real = compensation._run_original
-    monkeypatch.setattr(compensation, "_run_original", watched)
-    dtypes = {name: info.dtype for name, info in open_checkpoint(model).tensors.items()}
-    assert compensate(original, pruned, ids, tmp_path, dtypes=dtypes).records
+    for layer in walk.model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(watch)
+    assert compensated(walk, model, ids, tmp_path / "weights").records
     assert inputs
 
 
@@ -245,10 +250,10 @@ def test_memory_that_runs_out_is_one_sentence(tmp_path: Path, monkeypatch: pytes
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(application, "compensate", full)
-    monkeypatch.setattr(application, "remove_planned", lambda walk, plan: None)
-    checkpoint, plan, computing = SimpleNamespace(tensors={}), SimpleNamespace(layout=[]), MagicMock()
+    monkeypatch.setattr(application, "_digest_of_fit", lambda plan: "")
+    checkpoint, plan = SimpleNamespace(tensors={}), MagicMock(layout=[])
     with pytest.raises(SenteiError, match="Memory ran out"):
-        application._compensate(checkpoint, plan, computing, tmp_path, no_progress)  # type: ignore[arg-type]
+        application._compensate(MagicMock(), checkpoint, plan, MagicMock(), tmp_path, no_progress)  # type: ignore[arg-type]
 
 
 @pytest.mark.acceptance

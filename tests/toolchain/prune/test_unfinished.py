@@ -1,7 +1,10 @@
 """An interrupted sweep and an interrupted search are not taken for each other, and neither is deleted unasked. A
-resumed search has the inputs it had."""
+resumed search has the inputs it had. What was measured stays, whatever ends the search, at whichever instant."""
 
 import json
+import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +19,13 @@ from tests.serving.report.test_render import write_plan
 from toolchain.errors import SenteiError
 from toolchain.metrics.choose import choose_metric
 from toolchain.plan.plan import load_plan
+from toolchain.prune import apply
 from toolchain.prune.budget.limits import LimitSettings, limit_asked
 from toolchain.prune.pipeline import PruneSettings, prune
+from toolchain.prune.search import two_stage
 from toolchain.prune.sweep import sweep
-from toolchain.prune.unfinished import SearchState
+from toolchain.prune.unfinished import begin_search, find_search
+from toolchain.text.sources import TextSource
 
 SETTINGS = PruneSettings(
     sparsity=0.3,
@@ -59,7 +65,7 @@ def test_a_search_does_not_delete_an_interrupted_sweep(model: Path, tmp_path: Pa
 def test_a_sweep_is_not_resumed_as_a_search(tmp_path: Path):
     unfinished(tmp_path, "0.1/plan.json")
     with pytest.raises(SenteiError, match="interrupted sweep"):
-        SearchState(tmp_path / "out.search").load(None)  # type: ignore[arg-type]
+        find_search(tmp_path / "out", force=False, resume=True)
 
 
 def test_a_search_is_not_resumed_as_a_sweep(model: Path, tmp_path: Path):
@@ -83,13 +89,120 @@ def test_questions_that_were_edited_are_not_taken_for_those_of_before(tmp_path: 
         found.append(metric.source_sha256)
     assert found[0] != found[1]
 
-    state = SearchState(tmp_path / "out.search")
-    state.directory.mkdir()
-    write_plan(state.directory)
-    before, now = (
-        load_plan(state.directory).changed({"metric": "accuracy", "metric_source_sha256": each}) for each in found
-    )
-    state.save(before)
-    assert state.load(before.document) is not None
-    with pytest.raises(SenteiError, match="metric_source_sha256"):
-        state.load(now.document)
+    (directory := tmp_path / "out.search").mkdir()
+    write_plan(directory)
+    before, now = (load_plan(directory).changed({"metric": "accuracy", "metric_source_sha256": each}) for each in found)
+    before.save(directory)
+    begin_search(directory, before.document)
+    with pytest.raises(SenteiError, match="another metric_source_sha256"):
+        begin_search(directory, now.document)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is searched in a moment, with text of its own."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    make_family_pico(directory, "llama", "grouped")
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(96)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(directory)
+    draw = random.Random(0)
+    (directory / "text.txt").write_text(" ".join(f"w{draw.randrange(3, 96)}" for _ in range(200)))
+    return directory
+
+
+def run(model: Path, out: Path, settings: PruneSettings, **how: bool) -> dict[str, object]:
+    settings = replace(settings, calibration=[TextSource(model / "text.txt")])
+    return prune(model, out, settings, model_name="tiny", **how)
+
+
+@pytest.mark.parametrize("method", ["2ssp", "shortgpt"])
+def test_memory_that_runs_out_after_the_search_loses_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    # No attention is removed: once a reason to delete the search.
+    settings = replace(SETTINGS, num_samples=2, method=method, attention_removals=0, compensate=method == "2ssp")
+    whole = run(tiny, tmp_path / "whole", settings)
+
+    def without_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    late = "compensate" if method == "2ssp" else "write_pruned"
+    with monkeypatch.context() as patched, pytest.raises((SenteiError, MemoryError)) as raised:
+        patched.setattr(apply, late, without_memory)
+        run(tiny, tmp_path / "out", settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.search", "whole"]
+    assert "The same command with --resume goes on from there." in raised.value.__notes__[-1]
+    kept = load_plan(tmp_path / "out.search")
+    assert kept.steps[-1].metric == load_plan(tmp_path / "whole").steps[-1].metric
+
+    monkeypatch.setattr(two_stage, "neuron_importance", without_memory)  # it is not measured again
+    again = run(tiny, tmp_path / "out", settings, resume=True)
+    assert {**again, "duration_s": 0} == {**whole, "duration_s": 0}
+    assert not (tmp_path / "out.search").exists()
+
+
+def test_what_ends_before_anything_is_measured_leaves_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(two_stage, "neuron_importance", broken)
+    with pytest.raises(MemoryError):
+        run(tiny, tmp_path / "out", SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def instants(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The search on disk as a kill would leave it before and after each rename of a file; the last is whole."""
+    found: list[Path] = []
+    real, search = Path.replace, tmp_path / "killed.search"
+
+    def keep() -> None:
+        if search.exists():
+            found.append(tmp_path / f"{len(found)}.search")
+            shutil.copytree(search, found[-1])
+
+    def replacing(path: Path, to: Path) -> Path:
+        keep()
+        done = real(path, to)
+        keep()
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", replacing)
+        run(tiny, tmp_path / "killed", KILLED)
+    return found
+
+
+KILLED = replace(SETTINGS, attention_removals=1)
+
+
+def test_a_kill_at_any_instant_leaves_a_search_to_go_on_with(tiny: Path, tmp_path: Path, instants: list[Path]):
+    whole = (tmp_path / "killed" / "plan.json").read_bytes()
+    states = {  # each with the file that was being written, where there was one
+        tuple(sorted((file.name, file.read_bytes()) for file in place.iterdir() if file.suffix != ".partial")): place
+        for place in instants
+    }
+    assert len(states) > 8
+    for place in states.values():
+        out = place.with_suffix("")
+        run(tiny, out, KILLED, resume=True)
+        assert (out / "plan.json").read_bytes() == whole, sorted(path.name for path in place.iterdir())
+        assert not place.exists()
+
+
+def test_a_search_of_the_version_that_kept_the_plan_alone_goes_on(tiny: Path, tmp_path: Path, instants: list[Path]):
+    for place in instants:
+        (place / "inputs.json").unlink(missing_ok=True)
+    *_, last = instants
+    scores_alone = next(each for each in instants if [path.name for path in each.iterdir()] == ["plan.safetensors"])
+    for place in (last, scores_alone):
+        other = replace(KILLED, seed=1)
+        if place is last:
+            with pytest.raises(SenteiError, match="begun with another seed: 0 then, 1 now"):
+                run(tiny, place.with_suffix(""), other, resume=True)
+        run(tiny, place.with_suffix(""), KILLED, resume=True)
+        assert (place.with_suffix("") / "plan.json").read_bytes() == (tmp_path / "killed" / "plan.json").read_bytes()

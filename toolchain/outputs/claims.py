@@ -1,9 +1,4 @@
-"""Outputs that appear whole or not at all, that one command at a time writes, and that replace nothing unasked.
-
-What is unfinished lies beside the output, under its name: ``<out>.partial`` until it is renamed, and ``<out>.replaced``
-for the moment in which the new takes the place of the old. What a process that died left of them is put right by the
-next command that writes there.
-"""
+"""An output belongs to one command at a time, which first puts right what a process that died left there."""
 
 import functools
 import inspect
@@ -17,8 +12,9 @@ from tempfile import TemporaryFile
 from typing import ParamSpec, TypeVar
 
 from toolchain.errors import SenteiError
-from toolchain.output_checks import check_output_directory, check_output_file, is_empty_directory, kind_of
-from toolchain.output_lock import refuse_if_held, take_lock
+from toolchain.outputs.checks import check_output_directory, check_output_file, is_empty_directory, kind_of
+from toolchain.outputs.lock import refuse_if_held, take_lock
+from toolchain.outputs.names import LOCK, PARTIAL, REPLACED, beside
 from toolchain.ranks.launch import is_first
 
 _ANOTHER = "Choose another output."
@@ -28,14 +24,6 @@ _R = TypeVar("_R")
 
 # Which thread of this process has which output: a command that calls another one may write to the same place.
 _held: dict[Path, int] = {}
-
-
-def beside(out: Path, suffix: str) -> Path:
-    """``<out>.<suffix>``, where what belongs to an output lies while it is unfinished.
-
-    Unlike ``with_name`` it takes ``.`` and ``/``, so that :func:`check_output_directory` is what refuses them.
-    """
-    return out.parent / f"{out.name}.{suffix}"
 
 
 @contextmanager
@@ -110,10 +98,10 @@ def held(out: Path) -> Iterator[None]:
         return
     for parent in place.parents:
         if _held.get(parent) != threading.get_ident():
-            refuse_if_held(beside(parent, "lock"), out)
+            refuse_if_held(beside(parent, LOCK), out)
     with _parents(out):
         try:
-            lock = take_lock(beside(place, "lock"), out)
+            lock = take_lock(beside(place, LOCK), out)
         except OSError as error:
             raise SenteiError(
                 f"Output {out}: nothing can be written in {out.parent} ({error.strerror}).", _ANOTHER
@@ -182,7 +170,7 @@ def _parents(out: Path) -> Iterator[None]:
 
 
 def _unfinished(place: Path) -> tuple[Path, Path]:
-    return beside(place, "partial"), beside(place, "replaced")
+    return beside(place, PARTIAL), beside(place, REPLACED)
 
 
 def _refuse_others(place: Path, out: Path) -> None:
@@ -202,70 +190,15 @@ def _put_right(place: Path, out: Path) -> None:
     if os.path.lexists(replaced) and not os.path.lexists(place):
         replaced.rename(place)  # it died between two renames: what was there before it is whole
     for path in (partial, replaced):
-        _delete(path)
+        delete(path)
         if os.path.lexists(path):
             raise SenteiError(f"Output {out}: {path}, which an interrupted command left, cannot be deleted.", _ANOTHER)
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
     """Deletes a directory or a file as far as it can be."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
             path.unlink()
-
-
-@contextmanager
-def new_directory(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yields ``<out>.partial`` to write into; renames it to ``out`` on success, deletes it on failure.
-
-    With ``force`` an existing ``out`` is replaced as a whole, and only after everything was written.
-
-    Raises:
-        SenteiError: See :func:`claimed_directory`; or what was written was removed meanwhile, or something is in its
-            place now that was not there before.
-    """
-    with claimed_directory(out, force=force):
-        partial = beside(out, "partial")
-        try:
-            partial.mkdir()
-            yield partial
-            check_output_directory(out, force=force)
-            replace_directory(partial, out)
-        except Exception as error:
-            if not isinstance(error, SenteiError) and not partial.is_dir():
-                raise SenteiError(f"{partial} was removed while it was being written.", "Run it again.") from error
-            raise
-        finally:
-            _delete(partial)
-
-
-def replace_directory(finished: Path, out: Path) -> None:
-    """Renames a finished directory to ``out``; what was there is deleted last, and comes back if that fails."""
-    replaced = beside(out, "replaced")
-    try:
-        if out.exists():
-            out.rename(replaced)
-        finished.rename(out)
-    except BaseException:
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file beside its place, then renames it, so that a reader never sees half of it.
-
-    Raises:
-        SenteiError: ``path`` is no regular file.
-    """
-    check_output_file(path, force=True)
-    partial = beside(path, "partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

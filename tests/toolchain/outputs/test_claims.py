@@ -1,80 +1,19 @@
-"""Outputs that appear whole or not at all, what is never replaced, and what a run that died left."""
+"""One command at a time writes an output, and puts right what a run that died left there."""
 
 import os
-import shutil
 import threading
 from pathlib import Path
 
 import pytest
 
 from toolchain.errors import SenteiError
-from toolchain.output_checks import check_unfinished
-from toolchain.outputs import (
-    check_output_directory,
-    claimed_directory,
-    claimed_file,
-    held_in_place,
-    new_directory,
-    replace_directory,
-    write_text,
-    writes_directory,
-)
+from toolchain.outputs import claimed_directory, claimed_file, held_in_place, new_directory, writes_directory
 
 LOCK = '{"pid": 1, "host": "h", "command": "sentei prune", "since": "2026-01-01 00:00:00+00:00"}\n'
 
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
-
-
-@pytest.mark.parametrize("target", ["there", "nowhere"])
-def test_a_symbolic_link_is_refused_before_the_work(tmp_path, target):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "out").symlink_to(tmp_path / target)
-    with pytest.raises(SenteiError, match=r"out is a symbolic link, which cannot be replaced\. Choose"):
-        check_output_directory(tmp_path / "out", force=True)
-
-
-def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
-    with pytest.raises(SenteiError, match="is a mount point, which cannot be replaced"):
-        check_output_directory(tmp_path, force=False)
-    check_output_directory(tmp_path / "below", force=False)
-
-
-def test_what_is_there_comes_back_if_the_new_cannot_take_its_place(tmp_path, monkeypatch):
-    for name in ("out", "finished"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    rename = Path.rename
-
-    def fails(path, to):
-        if path.name == "finished":
-            raise OSError("broken")
-        return rename(path, to)
-
-    monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="broken"):
-        replace_directory(tmp_path / "finished", tmp_path / "out")
-    assert [(tmp_path / name / "file").read_text() for name in ("out", "finished")] == ["out", "finished"]
-
-
-def test_a_new_directory_replaces_the_old_one(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
-    with new_directory(out, force=True) as partial:
-        (partial / "new").touch()
-        assert (out / "old").exists()
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
-
-
-def test_a_failed_command_leaves_everything_as_it_was(tmp_path):
-    out = tmp_path / "a" / "b" / "out"
-    with pytest.raises(KeyError), new_directory(out) as partial:
-        (partial / "new").touch()
-        raise KeyError
-    assert not names(tmp_path)
 
 
 def test_parents_that_hold_something_else_stay(tmp_path):
@@ -119,13 +58,6 @@ def test_an_output_above_or_below_another_that_is_being_written_is_refused(tmp_p
     with claimed_directory(tmp_path / "a", force=True):
         [said] = in_another_thread(lambda: claimed_directory(tmp_path / "a" / "b" / "out", force=True))
         assert f"{tmp_path}/a, which is being written by process" in said
-
-
-@pytest.mark.parametrize("name", ["out.partial", "out.search", "out.parts", "out.heal", "out.unfinished", "out.lock"])
-def test_what_is_unfinished_of_another_output_is_no_output(tmp_path, name):
-    (tmp_path / name).mkdir()
-    with pytest.raises(SenteiError, match="as what is unfinished of another output does"):
-        check_output_directory(tmp_path / name, force=True)
 
 
 def test_a_lock_of_a_stranger_says_nothing_to_the_terminal(tmp_path):
@@ -218,47 +150,6 @@ def test_what_no_command_left_is_never_touched(tmp_path, suffix, kind):
             pass
     assert (other.lstat().st_mode, names(tmp_path)) == before
     assert (tmp_path / "mine").read_text() == "mine"
-
-
-def test_what_is_to_be_resumed_must_be_of_a_command(tmp_path):
-    check_unfinished(tmp_path / "out.search", "plan.*")
-    check_unfinished(tmp_path, "plan.*")
-    (tmp_path / "precious").touch()
-    with pytest.raises(SenteiError, match="no interrupted command left"):
-        check_unfinished(tmp_path, "plan.*")
-    (tmp_path / "plan.json").touch()
-    check_unfinished(tmp_path, "plan.*")
-
-
-@pytest.mark.parametrize("gone", ["out.partial", "."])
-def test_an_output_removed_beneath_a_command_ends_in_one_sentence(tmp_path, gone):
-    place = tmp_path / "place"
-    place.mkdir()
-    said = r"out\.partial was removed while it was being written"
-    with pytest.raises(SenteiError, match=said), new_directory(place / "out"):
-        shutil.rmtree(place / gone)
-
-
-def test_what_came_to_lie_there_meanwhile_is_not_replaced(tmp_path):
-    with pytest.raises(SenteiError, match="is not empty"), new_directory(tmp_path / "out"):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "mine").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
-
-
-@pytest.mark.parametrize("kind", ["FIFO", "symbolic link"])
-def test_a_file_takes_no_other_things_place(tmp_path, kind):
-    out = tmp_path / "out"
-    os.mkfifo(out) if kind == "FIFO" else out.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(SenteiError, match=f"is a {kind}, which is never replaced"):
-        write_text(out, "text")
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "out", "\udc80")
-    assert not names(tmp_path)
 
 
 def test_files_are_written_again_in_an_output_by_one_command_at_a_time(tmp_path):

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from toolchain.errors import SenteiError
-from toolchain.output_lock import refuse_if_held
+from toolchain.outputs.lock import refuse_if_held
+from toolchain.outputs.names import SUFFIXES
 
 _KINDS = {
     stat.S_IFREG: "file",
@@ -15,8 +16,7 @@ _KINDS = {
     stat.S_IFIFO: "FIFO",
     stat.S_IFSOCK: "socket",
 }
-_SUFFIXES = (".partial", ".replaced", ".lock", ".search", ".heal", ".parts", ".unfinished")
-_LONGEST_NAME = 255 - len(".unfinished")  # in bytes; the longest of the suffixes of what lies beside an output
+_LONGEST_NAME = 255 - max(len(f".{suffix}") for suffix in SUFFIXES)  # in bytes
 _ANOTHER = "Choose another output."
 
 
@@ -75,26 +75,6 @@ def kind_of(path: Path) -> str:
     return _KINDS.get(stat.S_IFMT(path.lstat().st_mode), "device")
 
 
-def check_unfinished(directory: Path, *names: str) -> None:
-    """Refuses to take for an interrupted command's what is somebody else's: it would be deleted in the end.
-
-    Args:
-        directory: Where a command keeps what is to be resumed.
-        names: Patterns, one of which is in each such directory.
-
-    Raises:
-        SenteiError: Something else is there.
-    """
-    if not os.path.lexists(directory) or is_empty_directory(directory):
-        return
-    if kind_of(directory) != "directory" or not any(any(directory.glob(name)) for name in names):
-        raise SenteiError(
-            f"{directory} is where what is unfinished would lie, and something is there that no interrupted command "
-            "left.",
-            "Choose another output, or move that away.",
-        )
-
-
 def is_empty_directory(path: Path) -> bool:
     """Whether a directory is there, not a link to one, and holds nothing."""
     return kind_of(path) == "directory" and not any(path.iterdir())
@@ -112,7 +92,7 @@ def _check_words(out: Path) -> None:
             "unfinished lies beside it, under a longer name.",
             "Choose a shorter one.",
         )
-    if out.suffix in _SUFFIXES:
+    if out.suffix.removeprefix(".") in SUFFIXES:
         raise SenteiError(
             f"Output {out} ends in {out.suffix}, as what is unfinished of another output does.", "Choose another name."
         )
