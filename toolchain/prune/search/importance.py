@@ -1,6 +1,6 @@
 """How much each FFN neuron matters (2SSP stage 1, arXiv 2501.17771, section 3.1)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,6 +10,8 @@ from torch import nn
 
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
+from toolchain.prune.search.window_sums import UNSHARED, Shared, sum_of_parts
+from toolchain.ranks.ranks import Ranks
 
 
 @torch.inference_mode()
@@ -17,7 +19,7 @@ def neuron_importance(
     walk: LayerWalk,
     windows: torch.Tensor,
     *,
-    shared: Shared = ALONE_AND_UNSAVED,
+    shared: Shared = UNSHARED,
     on_window: Callable[[], None] = lambda: None,
 ) -> tuple[NDArray[np.float32], ...]:
     """Scores every neuron by the size of its activation.
@@ -39,18 +41,17 @@ def neuron_importance(
         SenteiError: NaN or Inf among the activations; names the first such layer.
     """
     calls = walk.calls(windows)
-    widths: list[int] = []
 
     def norms_by_call(own: range) -> torch.Tensor:
         by_layer = _norms(walk, torch.cat([calls[number] for number in own]))
-        widths[:] = [each.shape[1] for each in by_layer]
         for _ in range(sum(len(calls[number]) for number in own)):
             on_window()
         return torch.cat(by_layer, dim=1)
 
     total = sum_of_parts(len(calls), norms_by_call, shared, at_once=_calls_at_once(walk, calls, shared.ranks))
     means = (total / len(windows)).float().numpy()
-    return tuple(np.split(means, np.cumsum(widths)[:-1]))
+    # The layers of a model that is not pruned are equally wide.
+    return tuple(np.split(means, len(walk.layers)))
 
 
 def _calls_at_once(walk: LayerWalk, calls: Sequence[torch.Tensor], ranks: Ranks) -> int:

@@ -32,6 +32,9 @@ class Shared:
     saved: tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None = None
 
 
+UNSHARED = Shared()
+
+
 def sum_of_parts(
     num_parts: int, of_parts: Callable[[range], torch.Tensor], shared: Shared, *, at_once: int = 1
 ) -> torch.Tensor:
