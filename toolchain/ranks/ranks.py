@@ -108,7 +108,7 @@ class Ranks:
         out = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)
         incoming, outgoing = [size * count for count in counts], [size * len(some) for some in sent]
         self._finish(lambda: dist.all_to_all_single(into, out, incoming, outgoing, async_op=True))
-        return list(into.split(size)) if size else []
+        return list(into.split(size)) if sum(counts) else []
 
     def check_same(self, what: Mapping[str, Any]) -> None:
         """Compares what the ranks are about to do with what rank 0 is.
