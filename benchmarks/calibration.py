@@ -31,7 +31,8 @@ from toolchain.model.loading import bos_of, load_tokenizer
 from toolchain.outputs import write_text
 from toolchain.plan.plan import PruningPlan, load_plan
 from toolchain.prune.methods import METHODS
-from toolchain.prune.pipeline import PruneSettings, prune
+from toolchain.prune.pipeline import prune
+from toolchain.prune.settings import PruneSettings
 from toolchain.text.sources import TextSource, parse_sources, parse_text
 from toolchain.text.windows import load_windows
 

@@ -33,7 +33,8 @@ from toolchain.errors import SenteiError
 from toolchain.model.gguf import demo_gguf, import_gguf
 from toolchain.model.loading import load_tokenizer
 from toolchain.outputs import write_text
-from toolchain.prune.pipeline import PruneSettings, prune
+from toolchain.prune.pipeline import prune
+from toolchain.prune.settings import PruneSettings
 from toolchain.significance import ratio_interval
 from toolchain.text.embedded import documents, write_halves
 from toolchain.text.sources import TextSource

@@ -12,23 +12,27 @@ from pydantic import BaseModel
 
 from serving.benchmark.journal import RESULTS_FILE
 from serving.benchmark.results_document import ResultsDocument
+from serving.forecast.estimate_document import EstimateDocument
 from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
 from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
 from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument
+from toolchain.evaluate.method_comparison_document import COMPARISON_FILE, ComparisonDocument
 from toolchain.plan.document import PlanDocument
 from toolchain.plan.plan import PLAN_FILE
-from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE, PruningSummary
 from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument
 
 _DIRECTORY = Path(__file__).with_name("schemas")
 _DOCUMENTS: dict[str, type[BaseModel]] = {
     PLAN_FILE: PlanDocument,
-    SUMMARY_FILE: PruningSummary,
+    PRUNING_SUMMARY_FILE: PruningSummary,
     SWEEP_FILE: SweepDocument,
     EXPORT_FILE: ExportRecord,
     VERIFICATION_FILE: VerificationDocument,
     RESULTS_FILE: ResultsDocument,
     EVALUATION_FILE: EvaluationDocument,
+    COMPARISON_FILE: ComparisonDocument,
+    "estimate.json": EstimateDocument,
 }
 
 

@@ -1,6 +1,9 @@
-"""No function outside the command line has more than 8 parameters or 60 lines."""
+"""The form of the code: small functions outside the command line, and a place for every module."""
 
 import ast
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +41,30 @@ def test_functions_stay_small() -> None:
         if num_parameters(function) > MOST_PARAMETERS or num_lines(function) > MOST_LINES
     }
     assert found == {}
+
+
+def test_each_folder_says_who_may_import_whom() -> None:
+    """Else a new folder would be without order. That a module has a place in its folder's list, lint-imports checks."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    ordered = {
+        container
+        for contract in settings["contracts"]
+        if contract["type"] == "layers" and contract["exhaustive"]
+        for container in contract["containers"]
+    }
+    folders = {
+        ".".join(file.parent.relative_to(ROOT).parts)
+        for package in settings["root_packages"]
+        for file in (ROOT / package).rglob("__init__.py")
+    }
+    assert folders == ordered
+
+
+def test_what_the_vllm_plugin_stands_on_needs_the_standard_library_alone() -> None:
+    """It runs inside a user's server: what it imports must not bring another version of anything."""
+    modules = [f"toolchain.architecture.{file.stem}" for file in (ROOT / "toolchain/architecture").glob("[!_]*.py")]
+    modules += [f"toolchain.{name}" for name in ("errors", "json_files", "lifetime", "safetensors_files")]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(modules)}"
+    # -S: without site-packages.
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ class Document(Record):
         """What the file holds; a field that was never set is left out."""
         return self.model_dump(exclude_unset=True)
 
-    def to_json(self, *, indent: int = 2, ensure_ascii: bool = True) -> str:
+    def to_json(self, *, indent: int | None = 2, ensure_ascii: bool = True) -> str:
         """The file's text."""
         return json.dumps(self.content(), indent=indent, ensure_ascii=ensure_ascii) + "\n"
 

@@ -7,9 +7,13 @@ from statistics import fmean
 from typing import Any
 
 from serving.benchmark.journal import RESULTS_FILE
-from serving.benchmark.ratios import SIDES, gain_of, verdict_on
-from serving.saved_json import Source, blamed_for_fields, checked
+from serving.benchmark.ratios import gain_of, verdict_on
+from serving.benchmark.results_document import GoodputRecord, MeasurementRecord, ResultsDocument
+from serving.forecast.estimate_document import Side
+from serving.saved_json import Source, checked
+from toolchain.documents import Number, check_document
 from toolchain.errors import SenteiError
+from toolchain.evaluate.metric_record import MetricRecord
 from toolchain.json_files import read_json_object
 from toolchain.significance import check_statistics, welch_interval
 
@@ -17,6 +21,8 @@ FORMULA = (
     "ratio = exp(mean ln B - mean ln A) over the repeats of each run, with Welch's 95 % t-interval: the repeats of two "
     "runs are not pairs. An interval that contains 1 shows no difference."
 )
+Metrics = Mapping[str, MetricRecord]
+SIDES: tuple[Side, ...] = ("original", "pruned")
 _SAME = ("engine", "primary_metric")
 _LENGTHS = ("input_len", "output_len", "range_ratio", "prompts", "ignore_eos")
 _LOAD = (*_LENGTHS, "concurrency", "request_rate", "num_prompts")
@@ -41,93 +47,100 @@ def compare_results(one: Path, other: Path) -> dict[str, Any]:
         MissingDependencyError: scipy is not installed.
     """
     check_statistics("demo")
-    runs = [_read(path) for path in (one, other)]
-    with blamed_for_fields(f"{one} or {other}"):
-        return _compare(runs, one, other)
+    return _compare(_read(one), _read(other), (one, other))
 
 
-def _compare(runs: Sequence[Mapping[str, Any]], one: Path, other: Path) -> dict[str, Any]:
-    for name in _SAME:
-        if runs[0][name] != runs[1][name]:
-            raise SenteiError(f"Not comparable: {name} is {runs[0][name]!r} in {one} and {runs[1][name]!r} in {other}.")
-    originals = [run["models"]["original"] for run in runs]
-    if originals[0]["weights_sha256"] != originals[1]["weights_sha256"]:
-        raise SenteiError(
-            "Not comparable: the originals differ, "
-            + " and ".join(f"{each['name']} (SHA-256 {each['weights_sha256'][:16]})" for each in originals) + "."
-        )  # fmt: skip
-    for side in SIDES:
-        precisions = [run["models"].get(side, {}).get("precision") for run in runs]
-        if precisions[0] != precisions[1]:
-            raise SenteiError(f"Not comparable: the {side} model is {precisions[0]} in A and {precisions[1]} in B.")
-    loads = [{_load(each): each for each in run["measurements"]} for run in runs]
+def _compare(one: ResultsDocument, other: ResultsDocument, where: Sequence[Path]) -> dict[str, Any]:
+    _check_same_model(one, other, where)
+    loads = [{_load(each): each for each in run.measurements} for run in (one, other)]
     shared = [load for load in loads[0] if load in loads[1]]
     if not shared:
         raise SenteiError(
             "Not comparable: no load was measured in both (lengths, requests, how many in flight, rate, prompts)."
         )
-    _check_formulas(*(run["measurements"][0]["metrics"] for run in runs))
-    goodput = _compare_goodput(*runs)
+    _check_formulas(one.measurements[0].metrics, other.measurements[0].metrics)
+    goodput = _compare_goodput(one, other)
     return {
         "formula": FORMULA,
-        "changed": _changed(_circumstances(runs[0]), _circumstances(runs[1])),
+        "changed": _changed(_circumstances(one), _circumstances(other)),
         "loads": [_compare_load(loads[0][load], loads[1][load]) for load in shared],
         "left_out": len(loads[0]) + len(loads[1]) - 2 * len(shared),
         "goodput": goodput,
-        "goodput_left_out": goodput is None and any(run.get("goodput") for run in runs),
+        "goodput_left_out": goodput is None and bool(one.goodput or other.goodput),
     }
 
 
-def _check_formulas(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+def _check_same_model(one: ResultsDocument, other: ResultsDocument, where: Sequence[Path]) -> None:
+    for name in _SAME:
+        if (before := getattr(one, name)) != (after := getattr(other, name)):
+            raise SenteiError(f"Not comparable: {name} is {before!r} in {where[0]} and {after!r} in {where[1]}.")
+    originals = [run.models.original for run in (one, other)]
+    if originals[0].weights_sha256 != originals[1].weights_sha256:
+        raise SenteiError(
+            "Not comparable: the originals differ, "
+            + " and ".join(f"{each.name} (SHA-256 {each.weights_sha256[:16]})" for each in originals) + "."
+        )  # fmt: skip
+    for side in SIDES:
+        models = [getattr(run.models, side) for run in (one, other)]
+        before, after = (model.precision if model else None for model in models)
+        if before != after:
+            raise SenteiError(f"Not comparable: the {side} model is {before} in A and {after} in B.")
+
+
+def _check_formulas(one: Metrics, other: Metrics) -> None:
     for name in one.keys() & other.keys():
-        if one[name]["formula"] != other[name]["formula"]:
+        if one[name].formula != other[name].formula:
             raise SenteiError(f"Not comparable: {name} was computed in another way.", "Measure again with one sentei.")
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> ResultsDocument:
     file = path / RESULTS_FILE if path.is_dir() else path
     if not file.is_file():
         raise SenteiError(f"There is no {file}.", f"Give a benchmark's {RESULTS_FILE}, or its directory.")
     content = read_json_object(file)
     if content.get("kind") != "benchmark":
         raise SenteiError(f"{file} is not a benchmark's {RESULTS_FILE}.")
-    return checked(Source(path=file, content=content)).content
+    return check_document(checked(Source(path=file, content=content)).content, str(file), ResultsDocument)
 
 
-def _load(measurement: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(measurement["workload"].get(name) for name in _LOAD)
+def _load(measurement: MeasurementRecord) -> tuple[Any, ...]:
+    return tuple(getattr(measurement.workload, name) for name in _LOAD)
 
 
-def _compare_load(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _compare_load(one: MeasurementRecord, other: MeasurementRecord) -> dict[str, Any]:
     # Rates and times of the requests that got through say nothing of those that did not.
-    failed = {side: sum(each["failed_requests"].get(side, 0) for each in (one, other)) for side in SIDES}
+    failed = {side: sum(each.failed_requests.get(side, 0) for each in (one, other)) for side in SIDES}
     sides = [side for side in SIDES if not failed[side]]
-    metrics = _compare_metrics(one["metrics"], other["metrics"], sides)
-    return {"workload": one["workload"], "failed_requests": failed, "metrics": metrics}
+    metrics = _compare_metrics(one.metrics, other.metrics, sides)
+    return {"workload": one.workload.model_dump(), "failed_requests": failed, "metrics": metrics}
 
 
-def _compare_goodput(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any] | None:
+def _compare_goodput(one: ResultsDocument, other: ResultsDocument) -> dict[str, Any] | None:
     """The highest rates, if both runs searched for them under the same limits, with requests of the same lengths."""
-    if not one.get("goodput") or not other.get("goodput") or _objectives(one) != _objectives(other):
+    if (
+        one.goodput is None
+        or other.goodput is None
+        or _objectives(one, one.goodput) != _objectives(other, other.goodput)
+    ):
         return None
-    before, after = one["goodput"]["metrics"], other["goodput"]["metrics"]
+    before, after = (dict(each.metrics) for each in (one.goodput, other.goodput))
     _check_formulas(before, after)
     rates = [each["max_request_rate"] for each in (before, after)]
-    unmet = [side for side in SIDES if not all(value for rate in rates for value in rate[side]["values"])]
-    return {"slo_ms": one["goodput"]["slo_ms"], "metrics": _compare_metrics(before, after, SIDES), "unmet": unmet}
+    unmet = [side for side in SIDES if not all(value for rate in rates for value in getattr(rate, side).values)]
+    return {"slo_ms": one.goodput.slo_ms, "metrics": _compare_metrics(before, after, SIDES), "unmet": unmet}
 
 
-def _objectives(run: Mapping[str, Any]) -> tuple[Any, ...]:
+def _objectives(run: ResultsDocument, goodput: GoodputRecord) -> tuple[Any, ...]:
     # The search asks requests of the first load's lengths.
-    asked, goodput = run["measurements"][0]["workload"], run["goodput"]
-    return goodput["slo_ms"], goodput["attainment"], [asked.get(name) for name in _LENGTHS]
+    asked = run.measurements[0].workload
+    return goodput.slo_ms, goodput.attainment, [getattr(asked, name) for name in _LENGTHS]
 
 
-def _compare_metrics(one: Mapping[str, Any], other: Mapping[str, Any], sides: Sequence[str]) -> dict[str, Any]:
+def _compare_metrics(one: Metrics, other: Metrics, sides: Sequence[Side]) -> dict[str, Any]:
     return {
         name: {
-            "unit": metric["unit"],
-            "role": metric["role"],
+            "unit": metric.unit,
+            "role": metric.role,
             **{side: _compare_side(metric, other[name], side) if side in sides else None for side in SIDES},
         }
         for name, metric in one.items()
@@ -135,17 +148,23 @@ def _compare_metrics(one: Mapping[str, Any], other: Mapping[str, Any], sides: Se
     }
 
 
-def _compare_side(one: Mapping[str, Any], other: Mapping[str, Any], side: str) -> dict[str, Any] | None:
-    values = [metric[side]["values"] for metric in (one, other)]
-    if not all(values) or any(value is None or value <= 0 for each in values for value in each):
+def _compare_side(one: MetricRecord, other: MetricRecord, side: Side) -> dict[str, Any] | None:
+    before, after = (_all_positive(getattr(metric, side).values) for metric in (one, other))
+    if not before or not after:
         return None
-    ratio = welch_interval(*values)
-    return {"a": math.exp(fmean(map(math.log, values[0]))), "b": math.exp(fmean(map(math.log, values[1]))),
-            "ratio": ratio, "verdict": verdict_on(gain_of(ratio, one["better"]))}  # fmt: skip
+    ratio = welch_interval(before, after)
+    return {"a": math.exp(fmean(map(math.log, before))), "b": math.exp(fmean(map(math.log, after))),
+            "ratio": ratio, "verdict": verdict_on(gain_of(ratio, one.better))}  # fmt: skip
 
 
-def _circumstances(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {part: run[part] for part in ("models", "options", "environment")}
+def _all_positive(values: Sequence[Number | None]) -> list[Number]:
+    """The values; empty where one of them is undefined or has no logarithm."""
+    found = [value for value in values if value is not None and value > 0]
+    return found if len(found) == len(values) else []
+
+
+def _circumstances(run: ResultsDocument) -> dict[str, Any]:
+    return run.model_dump(include={"models", "options", "environment"}, exclude_unset=True)
 
 
 def _changed(one: Any, other: Any, name: str = "") -> list[list[Any]]:

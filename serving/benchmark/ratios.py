@@ -18,7 +18,7 @@ RATIO_FORMULA = (
 )
 
 
-def compare(
+def compare_repeats(
     runs: Sequence[Mapping[str, Any]], *, primary: str = DEFAULT_PRIMARY, metrics: Sequence[Metric] = METRICS
 ) -> dict[str, dict[str, Any]]:
     """Sets the models' repeats side by side, metric by metric.

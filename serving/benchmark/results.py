@@ -11,7 +11,7 @@ from serving.benchmark.goodput import ATTAINMENT, GOODPUT_METRICS
 from serving.benchmark.gpu_watch import NOT_RECORDED, RECORDED
 from serving.benchmark.journal import Journal
 from serving.benchmark.metrics import DISTRIBUTED, ENERGY, METRICS
-from serving.benchmark.ratios import RATIO_FORMULA, SIDES, compare
+from serving.benchmark.ratios import RATIO_FORMULA, SIDES, compare_repeats
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.side import Side
 from serving.benchmark.workload import Slo, Workload
@@ -79,7 +79,7 @@ def _model(side: Side) -> dict[str, Any]:
     return {
         "name": model_name(side.directory),
         "directory": str(side.directory),
-        "weights_sha256": side.weights_sha256,
+        "weights_sha256": side.files_sha256,
         "precision": side.facts.precision,
         **side.engine_report,
     }
@@ -105,7 +105,7 @@ def _measurement(
 ) -> dict[str, Any]:
     failed = {name: sum(run[name]["failed"] for run in runs) for name in sides}
     counted = all(run[name][ENERGY.name] is not None for run in runs for name in sides)
-    metrics = compare(runs, primary=settings.primary, metrics=(*METRICS, ENERGY) if counted else METRICS)
+    metrics = compare_repeats(runs, primary=settings.primary, metrics=(*METRICS, ENERGY) if counted else METRICS)
     if any(failed.values()):
         # Rates and times of the requests that got through say nothing of those that did not.
         metrics = {name: {**metric, "ratio": None, "gain": None, "verdict": None} for name, metric in metrics.items()}
@@ -218,7 +218,7 @@ def _goodput(journal: Journal, settings: BenchmarkSettings, slo: Slo, sides: Seq
     return {
         "slo_ms": slo.limits,
         "attainment": ATTAINMENT,
-        "metrics": compare(runs, primary="max_request_rate", metrics=GOODPUT_METRICS),
+        "metrics": compare_repeats(runs, primary="max_request_rate", metrics=GOODPUT_METRICS),
         "runs": runs,
     }
 

@@ -5,40 +5,43 @@ What an engine or the machine tells of itself depends on the engine and its vers
 
 from typing import Any, Literal
 
+from pydantic import ConfigDict, Field
+
+from serving.forecast.estimate_document import CauseRecord, DevicePeaksRecord, Phase, RooflineRecord, Side
 from toolchain.documents import Document, Number, Record
-from toolchain.significance import Verdict
-
-Side = Literal["original", "pruned"]
+from toolchain.evaluate.metric_record import MetricRecord
 
 
-class IntervalRecord(Record):
-    """A ratio of the two models, with its interval."""
+class ModelRecord(Record):
+    """One model: which one it was, and beside that what its engine told of itself."""
 
-    value: float
-    low: float
-    high: float
-    confidence: float
+    model_config = ConfigDict(extra="allow")
 
-
-class SideValues(Record):
-    """One model's values, one per repeat; null where undefined."""
-
-    median: Number | None
-    values: list[Number | None]
+    name: str
+    directory: str
+    weights_sha256: str
+    precision: str
 
 
-class MetricRecord(Record):
-    """One metric of both models. ``gain`` is the ratio turned so that above 1 is better; null where undefined."""
+class ModelsRecord(Record):
+    """Both models. ``pruned`` is missing where one running server was measured alone."""
 
-    role: Literal["primary", "exploratory"]
-    unit: str
-    better: Literal["lower", "higher"]
-    formula: str
-    original: SideValues
-    pruned: SideValues
-    ratio: IntervalRecord | None
-    gain: IntervalRecord | None
-    verdict: Verdict | None
+    original: ModelRecord
+    pruned: ModelRecord | None = None
+
+
+class WorkloadRecord(Record):
+    """One load; :class:`serving.benchmark.workload.Workload` describes the fields."""
+
+    input_len: int
+    output_len: int
+    concurrency: int | None
+    request_rate: Number | None
+    range_ratio: Number
+    num_prompts: int
+    seed: int
+    prompts: str
+    ignore_eos: bool
 
 
 class SizeRecord(Record):
@@ -71,34 +74,6 @@ class ExpectedRecord(Record):
     pruned_bytes: Number | None = None
 
 
-class CauseRecord(Record):
-    """Why the gain is not larger: ``text`` is ``message`` with its ``values`` put in."""
-
-    cause: str
-    message: str
-    values: dict[str, Any]
-    text: str
-
-
-class PhaseRecord(Record):
-    """The least that one phase takes of one model on this device."""
-
-    flops_per_token: float
-    bytes_per_token: float
-    flops_per_byte: float
-    bound: Literal["compute", "memory"]
-    at_least_ms: float
-
-
-class RooflineRecord(Record):
-    """One phase of both models."""
-
-    original: PhaseRecord
-    pruned: PhaseRecord
-    gain: float
-    formula: str
-
-
 class RunRecord(Record):
     """One repeat: which model was measured first, and what its engine told of each."""
 
@@ -114,15 +89,22 @@ class MeasurementRecord(Record):
     ``cost`` is null without a price, and 0 where the price is 0.
     """
 
-    workload: dict[str, Any]
+    workload: WorkloadRecord
     metrics: dict[str, MetricRecord]
     failed_requests: dict[Side, int]
     percentiles: dict[str, dict[Side, dict[str, Number] | None]]
     cost: CostRecord | float | None
     expected: dict[str, ExpectedRecord]
     runs: list[RunRecord]
-    roofline: dict[Literal["prefill", "decode"], RooflineRecord] | None = None
+    roofline: dict[Phase, RooflineRecord] | None = None
     why_not_more: list[CauseRecord] | None = None
+
+
+class GoodputMetrics(Record):
+    """The rate that was found, and how many requests per second met every limit at it."""
+
+    max_request_rate: MetricRecord
+    request_goodput: MetricRecord
 
 
 class GoodputRecord(Record):
@@ -130,17 +112,8 @@ class GoodputRecord(Record):
 
     slo_ms: dict[str, Number]
     attainment: float
-    metrics: dict[str, MetricRecord]
+    metrics: GoodputMetrics
     runs: list[RunRecord]
-
-
-class DevicePeaksRecord(Record):
-    """The highest rates reached on this device; see :class:`serving.forecast.device_probe.DevicePeaks`."""
-
-    device: str
-    dtype: str
-    flops_per_s: float
-    bytes_per_s: float
 
 
 class FailedAttempt(Record):
@@ -154,7 +127,7 @@ class FailedAttempt(Record):
 
 
 class ResultsDocument(Document):
-    """All of ``results.json``. ``pruned`` is missing where one running server was measured alone."""
+    """All of ``results.json``."""
 
     schema_version: Literal[1]
     kind: Literal["benchmark"]
@@ -163,9 +136,9 @@ class ResultsDocument(Document):
     primary_metric: str
     ratio_formula: str
     options: dict[str, Any]
-    models: dict[Side, dict[str, Any]]
+    models: ModelsRecord
     sizes: dict[str, SizeRecord]
-    measurements: list[MeasurementRecord]
+    measurements: list[MeasurementRecord] = Field(min_length=1)
     goodput: GoodputRecord | None
     device_peaks: DevicePeaksRecord | None
     gpu_state: str

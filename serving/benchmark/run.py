@@ -115,7 +115,7 @@ def _conditions(settings: BenchmarkSettings, sides: Mapping[str, Side]) -> dict[
     """Everything that the measurements depend on, as JSON: a benchmark is resumed only where it is the same."""
     return {
         "engine": settings.engine,
-        "weights_sha256": {name: side.weights_sha256 for name, side in sides.items()},
+        "weights_sha256": {name: side.files_sha256 for name, side in sides.items()},
         "versions": library_versions(),
         "machine": machine(),
         **settings.options,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving.benchmark.metrics import DEFAULT_PRIMARY, check_primary
-from serving.benchmark.sessions.vllm_client import STALL_TIMEOUT_S
 from serving.benchmark.workload import Slo, Workload
 from serving.engines.spec import SERVERS, EngineSpec, engine_spec
 from serving.server.vllm import HOST
@@ -15,6 +14,7 @@ from toolchain.devices import parse_device
 from toolchain.errors import MissingDependencyError, SenteiError
 
 MIN_REPEATS = 3
+STALL_TIMEOUT_S = 600.0
 _DTYPES = ("float32", "bfloat16", "float16")
 
 

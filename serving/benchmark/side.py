@@ -8,7 +8,7 @@ from typing import Any
 
 from serving.benchmark.ratios import SIDES
 from serving.benchmark.settings import BenchmarkSettings
-from serving.forecast.model_facts import ModelFacts, facts_of, facts_of_export, size_on_disk, weights_sha256
+from serving.forecast.model_facts import ModelFacts, facts_of, facts_of_export, files_sha256, size_on_disk
 from serving.onnx_export.files import is_onnx_export, read_settings
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import dtype_name
@@ -41,9 +41,9 @@ class Side:
     engine_report: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def weights_sha256(self) -> str:
+    def files_sha256(self) -> str:
         """Reads all weights, once."""
-        return weights_sha256(self.directory)
+        return files_sha256(self.directory)
 
 
 def open_sides(original: Path, pruned: Path | None, settings: BenchmarkSettings) -> dict[str, Side]:

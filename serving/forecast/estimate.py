@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from serving.forecast.device_probe import DevicePeaks
+from serving.forecast.estimate_document import EstimateDocument
 from serving.forecast.explain import explain
 from serving.forecast.model_facts import facts_of
 from serving.forecast.roofline import roofline
 from toolchain.architecture.layout import LayerLayout
-from toolchain.checkpoint.directory import Checkpoint, open_checkpoint
+from toolchain.checkpoint.directory import Checkpoint, opened
 from toolchain.errors import SenteiError
 
 _SIDES = ("original", "pruned")
@@ -19,7 +20,7 @@ _PHASE_METRICS = ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "output_throug
 
 
 def estimate(
-    model: Path,
+    model: Path | Checkpoint,
     layout: Sequence[LayerLayout],
     peaks: DevicePeaks,
     *,
@@ -27,11 +28,11 @@ def estimate(
     input_len: int,
     output_len: int,
     concurrency: int,
-) -> dict[str, Any]:
+) -> EstimateDocument:
     """Roofline times of the model as it is and as planned.
 
     Args:
-        model: The unpruned checkpoint; only its headers are read.
+        model: The unpruned checkpoint: its directory, or opened already; only its headers are read.
         layout: The plan's.
         peaks: Of this device.
         dtype: Computed in; by default the checkpoint's own.
@@ -40,15 +41,14 @@ def estimate(
         concurrency: Sequences at a time.
 
     Returns:
-        ``roofline`` by phase, ``metrics`` (each model's least TTFT, TPOT, E2EL and highest output throughput, and the
-        gain), ``weight_bytes``, ``limits`` (what will keep the gain down) and ``peaks``.
+        Its ``metrics`` are each model's least TTFT, TPOT, E2EL and highest output throughput, and the gain.
 
     Raises:
         SenteiError: Not a good checkpoint, one that the plan is not for, or a length below 1.
     """
     if min(input_len, output_len, concurrency) < 1:
         raise SenteiError("Lengths and concurrency must be at least 1.")
-    checkpoint = open_checkpoint(model)
+    checkpoint = opened(model)
     _check_plan_is_for(checkpoint, layout)
     planned = planned_checkpoint(checkpoint, layout)
     facts = {
@@ -56,9 +56,14 @@ def estimate(
         "pruned": facts_of(planned, dtype, size_on_disk_bytes=planned.weight_bytes),
     }
     if input_len + output_len > (most := facts["original"].max_len):
-        raise SenteiError(f"{input_len + output_len} tokens, input and output, do not fit {model}, which takes {most}.")
-    expected = roofline(facts, peaks, input_len=input_len, output_len=output_len, concurrency=concurrency)
-    return {
+        raise SenteiError(
+            f"{input_len + output_len} tokens, input and output, do not fit {checkpoint.directory}, which takes {most}."
+        )
+    load = {"input_len": input_len, "output_len": output_len, "concurrency": concurrency}
+    expected = roofline(facts, peaks, **load)
+    content = {
+        "schema_version": 1,
+        "kind": "estimate",
         "roofline": expected,
         "metrics": _metrics(expected, output_len, concurrency),
         "weight_bytes": {side: each.weight_bytes for side, each in facts.items()},
@@ -66,8 +71,10 @@ def estimate(
             facts, expected, {side: {"mean_tpot_ms": None} for side in facts}, layout=layout,
             context=input_len + output_len // 2, concurrency=concurrency,
         ),
-        "peaks": peaks,
+        "peaks": asdict(peaks),
+        "workload": load,
     }  # fmt: skip
+    return EstimateDocument.model_validate(content)
 
 
 def _check_plan_is_for(checkpoint: Checkpoint, layout: Sequence[LayerLayout]) -> None:

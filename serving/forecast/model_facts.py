@@ -16,10 +16,10 @@ import torch
 
 from serving.onnx_export.files import OnnxSettings, damaged, read_settings
 from serving.onnx_export.graph_check import load_graph
-from toolchain.architecture.context_length import context_length
 from toolchain.architecture.layout import positive
 from toolchain.checkpoint.directory import Checkpoint, dtype_name
 from toolchain.checkpoint.quantized import QuantizedCheckpoint, open_servable
+from toolchain.model.context_length import context_length
 from toolchain.onnx_libraries import import_onnx_library
 
 PREFILL_FORMULA = (
@@ -243,7 +243,7 @@ def size_on_disk(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def weights_sha256(directory: Path) -> str:
+def files_sha256(directory: Path) -> str:
     """SHA-256 over the names and bytes of a directory's weight files: safetensors, or an ONNX graph with its data."""
     digest = hashlib.sha256()
     for path in sorted(path for path in directory.iterdir() if path.suffix in _WEIGHT_FILES and path.is_file()):

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from serving.benchmark.journal import RESULTS_FILE
+from serving.benchmark.results_document import ResultsDocument
 from serving.saved_json import Source, checked
 from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
 from toolchain.documents import check_document
@@ -14,7 +15,7 @@ from toolchain.errors import SenteiError
 from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument
 from toolchain.json_files import read_json_object
 from toolchain.plan.plan import PLAN_FILE, PruningPlan, load_plan
-from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE, PruningSummary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class ReportInputs:
         """Names of the files that were not found."""
         found = {
             PLAN_FILE: self.plan,
-            SUMMARY_FILE: self.summary,
+            PRUNING_SUMMARY_FILE: self.summary,
             EVALUATION_FILE: self.evaluations,
             VERIFICATION_FILE: self.verifications,
             RESULTS_FILE: self.benchmarks,
@@ -59,8 +60,8 @@ def read_inputs(directories: Sequence[Path]) -> ReportInputs:
         if not directory.is_dir():
             raise SenteiError(f"Directory {directory} does not exist.")
     plan_files = [source.path for source in _distinct(_find(directories, PLAN_FILE))]
-    summaries = _distinct(_find(directories, SUMMARY_FILE))
-    for name, paths in ((PLAN_FILE, plan_files), (SUMMARY_FILE, [source.path for source in summaries])):
+    summaries = _distinct(_find(directories, PRUNING_SUMMARY_FILE))
+    for name, paths in ((PLAN_FILE, plan_files), (PRUNING_SUMMARY_FILE, [source.path for source in summaries])):
         if len(paths) > 1:
             raise SenteiError(
                 f"{paths[0]} and {paths[1]} differ: a report is about one pruned model.",
@@ -71,7 +72,7 @@ def read_inputs(directories: Sequence[Path]) -> ReportInputs:
         summary=_as(PruningSummary, summaries[0]) if summaries else None,
         evaluations=tuple(_as(EvaluationDocument, source) for source in _distinct(_find(directories, EVALUATION_FILE))),
         verifications=tuple(_as(VerificationDocument, source) for source in _find(directories, VERIFICATION_FILE)),
-        benchmarks=tuple(checked(source) for source in _distinct(_find(directories, RESULTS_FILE))),
+        benchmarks=tuple(_as(ResultsDocument, source) for source in _distinct(_find(directories, RESULTS_FILE))),
     )
     if len(inputs.missing) == 5:
         looked = ", ".join(str(directory) for directory in directories) or "no directory"

@@ -72,10 +72,10 @@ def benchmark_view(source: Source, number: int, say: Say) -> dict[str, Any]:
             "speed": speed and {"engine": engine, "load": load, **speed},
             "loads": [_load(each, f"{number}-{i}", primary, say) for i, each in enumerate(measurements)],
             "curves": _curves(measurements, str(number), say),
-            "goodput": _goodput(results["goodput"], str(number), say) if results.get("goodput") else None,
+            "goodput": _goodput(results["goodput"], str(number), say) if results["goodput"] else None,
             "cost": _costs(measurements, say),
-            "gpu_state": say(results["gpu_state"]) if "gpu_state" in results else None,
-            "failed_attempts": results.get("failed_attempts", []),
+            "gpu_state": say(results["gpu_state"]),
+            "failed_attempts": results["failed_attempts"],
             "sizes": [
                 _size_row(name, entry, say)
                 for name, entry in results["sizes"].items()
@@ -100,7 +100,7 @@ def load_label(workload: Mapping[str, Any], say: Say) -> str:
 
 def _how_hard(workload: Mapping[str, Any], say: Say) -> str:
     parts = []
-    if workload.get("request_rate"):
+    if workload["request_rate"]:
         parts.append(say("%(rate)s requests/s", rate=f"{workload['request_rate']:g}"))
     if workload["concurrency"]:
         parts.append(say("%(count)s at a time", count=workload["concurrency"]))
@@ -120,10 +120,10 @@ def _load(measurement: Mapping[str, Any], name: str, primary: str, say: Say) -> 
         "primary": _metric_row(primary, metrics[primary], expected.get(primary), say),
         "rows": [_metric_row(each, metric, expected.get(each), say) for each, metric in metrics.items()],
         "chart": charts.gain_chart(name, charted, say) if charted else None,
-        "distributions": _distributions(measurement.get("percentiles", {}), name, say),
+        "distributions": _distributions(measurement["percentiles"], name, say),
         "failed": {say(side): count for side, count in measurement["failed_requests"].items() if count},
-        "causes": [_cause(each, say) for each in measurement.get("why_not_more", [])],
-        "roofline": _roofline(measurement.get("roofline", {}), say),
+        "causes": [_cause(each, say) for each in measurement.get("why_not_more") or []],
+        "roofline": _roofline(measurement.get("roofline") or {}, say),
         "workload": flatten({name: each for name, each in measurement["workload"].items() if each is not None}, say),
         "runs": _raw_values(metrics, say),
         "repeats": len(measurement["runs"]),
@@ -186,9 +186,7 @@ def _curves(measurements: Sequence[Mapping[str, Any]], name: str, say: Say) -> l
     """Latency against throughput, where several loads of one kind were measured and none failed."""
     fragments = []
     for kind in ("concurrency", "request_rate"):
-        swept = [
-            each for each in measurements if each["workload"].get(kind) and not any(each["failed_requests"].values())
-        ]
+        swept = [each for each in measurements if each["workload"][kind] and not any(each["failed_requests"].values())]
         if len(swept) < 2:
             continue
         for metric, label in _LATENCIES.items():
@@ -226,7 +224,7 @@ def _distributions(percentiles: Mapping[str, Any], name: str, say: Say) -> list[
 def _costs(measurements: Sequence[Mapping[str, Any]], say: Say) -> list[dict[str, Any]]:
     """What a million output tokens cost, load by load; empty where no price was given."""
     costs = [(_how_hard(each["workload"], say), each["cost"]["per_million_output_tokens"])
-             for each in measurements if each.get("cost")]  # fmt: skip
+             for each in measurements if each["cost"]]  # fmt: skip
     return [
         {"hard": hard, **{side: f"{cost[side]:.4g}" if cost.get(side) else "" for side in SIDES}}
         for hard, cost in costs
@@ -249,7 +247,7 @@ def _goodput(found: Mapping[str, Any], name: str, say: Say) -> dict[str, Any]:
 
 
 def _cause(cause: Mapping[str, Any], say: Say) -> str:
-    return say(cause["message"], **cause["values"]) if "message" in cause else str(cause["text"])
+    return say(cause["message"], **cause["values"])
 
 
 def _roofline(phases: Mapping[str, Any], say: Say) -> list[dict[str, str]]:

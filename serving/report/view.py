@@ -195,7 +195,7 @@ def _provenance(document: PlanDocument, say: Say) -> list[tuple[str, str]]:
     sparsity = say("none: edited by hand") if target is None else f"{100 * target:g} %"
     windows = say("%(count)s of %(length)s tokens", count=calibration.num_samples, length=calibration.seq_len)
     return [
-        (say("method"), document.method),
+        (say("method"), document.described_method),
         (say("target sparsity of the decoder blocks"), sparsity),
         (say("widths are multiples of"), str(document.align)),
         (say("calibration text"), "; ".join(sources_of(calibration))),

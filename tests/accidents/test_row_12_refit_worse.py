@@ -8,7 +8,7 @@ import pytest
 from tests.command_line import sentei
 from toolchain.checkpoint.directory import open_checkpoint, same_bits
 from toolchain.plan.plan import load_plan
-from toolchain.plan.summary_document import SUMMARY_FILE
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE
 
 # Fitted to two of three windows of 32 tokens, the demo model's third one gets worse: 55.8 to 60.4.
 TOO_LITTLE = ("--sparsity", 0.25, "--samples", 3, "--seq-len", 32)
@@ -39,7 +39,7 @@ def test_everything_that_tells_of_the_model_says_so(pruned: Path):
     assert record.held_out_perplexity_after > record.held_out_perplexity_before
     assert "was tried and not taken" in (pruned / "README.md").read_text()
     assert "not taken" in sentei("plan", "show", pruned).stdout
-    assert json.loads((pruned / SUMMARY_FILE).read_text())["compensation"]["taken"] is False
+    assert json.loads((pruned / PRUNING_SUMMARY_FILE).read_text())["compensation"]["taken"] is False
 
 
 @pytest.mark.acceptance

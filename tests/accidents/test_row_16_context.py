@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.command_line import PLAIN, refused, sentei
-from toolchain.architecture.context_length import context_length
+from toolchain.model.context_length import context_length
 
 CONTEXT = 256  # of the pico model
 PICO = "reads at most 256 tokens"

@@ -144,7 +144,7 @@ JOBS: Mapping[str, Job] = {
         words=f"prune IN/model -o OUT --sparsity 0.3 --align 8 --attention-removals 2 {_CALIBRATION}",
         stages={
             "gradients": "Sensitivity of neurons",
-            "search": ".search",
+            "search": ".search/plan.json",
             "compensation": "Compensation",
             "writing": "Writing the checkpoint",
         },

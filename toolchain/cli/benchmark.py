@@ -11,12 +11,18 @@ from rich.console import Console
 
 from toolchain.cli.console import Output, pick_dtype
 from toolchain.cli.options import (
+    CONCURRENCY,
+    INPUT_LEN,
+    OUTPUT_LEN,
     DeviceOption,
     ForceOption,
     JsonOption,
     OwnDtypeOption,
     QuietOption,
+    concurrency_option,
+    input_len_option,
     out_option,
+    output_len_option,
     resume_option,
 )
 from toolchain.errors import CheckFailedError, SenteiError
@@ -63,17 +69,15 @@ def benchmark(
             rich_help_panel=_LOAD,
         ),
     ] = None,
-    input_len: Annotated[int | None, typer.Option(help="Prompt tokens (512).", rich_help_panel=_LOAD)] = None,
-    output_len: Annotated[int | None, typer.Option(help="Generated tokens (128).", rich_help_panel=_LOAD)] = None,
+    input_len: Annotated[int | None, input_len_option(f" ({INPUT_LEN})", panel=_LOAD)] = None,
+    output_len: Annotated[int | None, output_len_option(f" ({OUTPUT_LEN})", panel=_LOAD)] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='Your own: JSONL, {"prompt": "...", "output_tokens": 128} a line.', rich_help_panel=_LOAD),
+        typer.Option(help='Your own: JSONL, {"prompt": "...", "output_tokens": 128} per line.', rich_help_panel=_LOAD),
     ] = None,
-    concurrency: Annotated[
-        str | None, typer.Option(help="Requests at a time (1), or a sweep: 1,4,16.", rich_help_panel=_LOAD)
-    ] = None,
+    concurrency: Annotated[str | None, concurrency_option(f" ({CONCURRENCY}), or a sweep: 1,4,16", panel=_LOAD)] = None,
     request_rate: Annotated[
-        str | None, typer.Option(help="Poisson arrivals a second, or a sweep: 0.5,1,2.", rich_help_panel=_LOAD)
+        str | None, typer.Option(help="Poisson arrivals per second, or a sweep: 0.5,1,2.", rich_help_panel=_LOAD)
     ] = None,
     slo: Annotated[
         str | None,
@@ -84,13 +88,13 @@ def benchmark(
     range_ratio: Annotated[
         float, typer.Option(help="Draw lengths evenly within this share of them, such as 0.5.", rich_help_panel=_LOAD)
     ] = 0.0,
-    num_prompts: Annotated[int | None, typer.Option(help="Requests a repeat.", rich_help_panel=_LOAD)] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="Requests per repeat.", rich_help_panel=_LOAD)] = None,
     repeats: Annotated[int, typer.Option(help="Alternating runs of each; at least 3.")] = 5,
     primary: Annotated[
         str, typer.Option(help="The metric that decides, such as mean_ttft_ms; the others are exploratory.")
     ] = "output_throughput",
     price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Of the machine: gives the cost of a million output tokens.")
+        float | None, typer.Option(min=0, help="Price of the machine: gives the cost per million output tokens.")
     ] = None,
     device: DeviceOption = "auto",
     dtype: OwnDtypeOption = "auto",
@@ -133,11 +137,11 @@ def benchmark(
     rates = _numbers("--request-rate", request_rate, float)
     in_flight = _numbers("--concurrency", concurrency, int)
     if not in_flight and not rates:
-        in_flight = [preset.concurrency if preset else 1]
+        in_flight = [preset.concurrency if preset else CONCURRENCY]
     workloads = make_workloads(
         engine=engine.value,
-        input_len=_first(input_len, preset.input_len if preset else None, 512),
-        output_len=_first(output_len, preset.output_len if preset else None, 128),
+        input_len=_first(input_len, preset.input_len if preset else None, INPUT_LEN),
+        output_len=_first(output_len, preset.output_len if preset else None, OUTPUT_LEN),
         concurrency=in_flight,
         request_rate=rates,
         num_prompts=num_prompts,

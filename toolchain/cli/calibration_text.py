@@ -12,6 +12,7 @@ from toolchain.cli.options import (
     DtypeOption,
     ForceOption,
     JsonOption,
+    OriginalArgument,
     QuietOption,
     out_option,
     resume_option,
@@ -26,11 +27,11 @@ _LARGEST_BATCH = 65_536
 
 @writes_file
 def calibration_text(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The original: model directory or hub id.")],
+    model: OriginalArgument,
     *,
     out: Annotated[Path, out_option("JSONL file to write, for --calibration.")],
     tokens: Annotated[int, typer.Option(help="To write in all, at least: windows times their length.")] = 32 * 2048,
-    max_new_tokens: Annotated[int, typer.Option(help="Of a document; most end earlier.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens per document, at most; most end earlier.")] = 1024,
     batch_size: Annotated[int, typer.Option(max=_LARGEST_BATCH, help="Documents written together.")] = 16,
     temperature: Annotated[float, typer.Option(help="1 draws from the model's own distribution.")] = 1.0,
     seed: Annotated[int, seed_option("The same seed and batch size write the same text.")] = 0,

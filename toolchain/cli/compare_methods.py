@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,6 +38,9 @@ from toolchain.errors import SenteiError
 from toolchain.outputs import writes_directory
 from toolchain.prune.methods import METHODS
 
+if TYPE_CHECKING:
+    from toolchain.evaluate.method_comparison_document import ComparisonDocument
+
 _PRUNING, _EVALUATION = "Pruning", "Evaluation"
 _INPUT_LEN, _OUTPUT_LEN, _REPEATS = 128, 32, 3
 
@@ -60,7 +63,7 @@ def compare_methods(
         mixture_option("Text, as for sentei prune; not that of --text.", panel=_PRUNING),
     ] = None,
     samples: Annotated[int, samples_option(panel=_PRUNING)] = 32,
-    seed: Annotated[int, seed_option("Of EvoPress.", panel=_PRUNING)] = 0,
+    seed: Annotated[int, seed_option("Seed of EvoPress.", panel=_PRUNING)] = 0,
     text: Annotated[
         list[str] | None,
         text_option("Perplexity on this; several times.", panel=_EVALUATION),
@@ -94,7 +97,7 @@ def compare_methods(
     from toolchain.evaluate.run import EvaluationSettings
     from toolchain.outputs import beside, check_output_directory, new_directory
     from toolchain.parts_cache import unfinished_parts
-    from toolchain.prune.pipeline import PruneSettings
+    from toolchain.prune.settings import PruneSettings
     from toolchain.text.sources import parse_sources, parse_text
 
     chosen = list(dict.fromkeys(methods.split(","))) if methods else list(METHODS)
@@ -128,7 +131,7 @@ def compare_methods(
         return {"workload": measurement["workload"], **measurement["metrics"][results["primary_metric"]]}
 
     asked = Comparison(
-        model=directory,
+        model=checkpoint,
         name=model_name(directory),
         methods=chosen,
         sparsities=sparsities,
@@ -161,7 +164,7 @@ def compare_methods(
         document = compare_methods(asked, work, progress=output.progress)
         with new_directory(out, force=force) as partial:
             save_comparison(asked, document, work, partial)
-    output.result({"directory": str(out), **document}, lambda console: _show(console, out, document))
+    output.result({"directory": str(out), **document.content()}, lambda console: _show(console, out, document))
 
 
 def _sparsities(given: str) -> list[float]:
@@ -176,11 +179,11 @@ def _sparsities(given: str) -> list[float]:
     return check_sparsities("--sparsity", sparsities)
 
 
-def _show(console: Console, out: Path, document: dict[str, Any]) -> None:
+def _show(console: Console, out: Path, document: "ComparisonDocument") -> None:
     from toolchain.evaluate.method_comparison import notes, table
 
     headers, rows = table(document)
-    shown = Table(title=document["model"], title_justify="left", box=None)
+    shown = Table(title=document.model, title_justify="left", box=None)
     for column, header in enumerate(headers):
         shown.add_column(header, justify="right" if column else "left")
     for row in rows:

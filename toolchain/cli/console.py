@@ -161,7 +161,7 @@ def window_length(
     Raises:
         SenteiError: More than the model reads.
     """
-    from toolchain.architecture.context_length import check_window, context_length
+    from toolchain.model.context_length import check_window, context_length
 
     if given is not None:
         check_window(checkpoint.directory, checkpoint.config, given, note=output.note)

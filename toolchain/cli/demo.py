@@ -94,7 +94,8 @@ def _prune(directory: Path, output: Output) -> dict[str, Any]:
 
     from toolchain.model.gguf import demo_gguf, import_gguf
     from toolchain.prune.methods import DEFAULT
-    from toolchain.prune.pipeline import PruneSettings, prune
+    from toolchain.prune.pipeline import prune
+    from toolchain.prune.settings import PruneSettings
     from toolchain.text.embedded import write_halves
     from toolchain.text.sources import TextSource
 

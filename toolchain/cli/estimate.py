@@ -1,27 +1,41 @@
 """``sentei estimate``."""
 
-from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from toolchain.cli.console import Output, pick_device, pick_dtype
-from toolchain.cli.options import DeviceOption, JsonOption, OwnDtypeOption, PlanArgument, QuietOption
+from toolchain.cli.options import (
+    CONCURRENCY,
+    INPUT_LEN,
+    OUTPUT_LEN,
+    DeviceOption,
+    JsonOption,
+    OriginalArgument,
+    OwnDtypeOption,
+    PlanArgument,
+    QuietOption,
+    concurrency_option,
+    input_len_option,
+    output_len_option,
+)
+
+if TYPE_CHECKING:
+    from serving.forecast.estimate_document import EstimateDocument
 
 _UNITS = {"mean_ttft_ms": "ms", "mean_tpot_ms": "ms", "mean_e2el_ms": "ms", "output_throughput": "tokens/s"}
 
 
 def estimate(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The original: a directory or a hub id.")],
+    model: OriginalArgument,
     *,
     device: DeviceOption = "auto",
     dtype: OwnDtypeOption = "auto",
-    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 512,
-    output_len: Annotated[int, typer.Option(min=1, help="Generated tokens.")] = 128,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
+    input_len: Annotated[int, input_len_option()] = INPUT_LEN,
+    output_len: Annotated[int, output_len_option()] = OUTPUT_LEN,
+    concurrency: Annotated[int, concurrency_option(min=1)] = CONCURRENCY,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -30,19 +44,21 @@ def estimate(
     pick_dtype(dtype, auto=None)
     from serving.forecast.device_probe import probe_device
     from serving.forecast.estimate import estimate as run
-    from toolchain.architecture.context_length import check_context
     from toolchain.checkpoint.directory import dtype_name, open_checkpoint, resolve_model
+    from toolchain.model.context_length import check_context
     from toolchain.plan.plan import load_plan
 
-    loaded, directory = load_plan(plan, needs_scores=False), resolve_model(model)
-    computed = dtype_name(open_checkpoint(directory).dtype) if dtype == "auto" else dtype
+    loaded = load_plan(plan, needs_scores=False)
+    directory = resolve_model(model)
+    checkpoint = open_checkpoint(directory)
+    computed = dtype_name(checkpoint.dtype) if dtype == "auto" else dtype
     chosen = pick_device(device)
     asked = f"--input-len {input_len} and --output-len {output_len}"
-    config = open_checkpoint(directory).config
-    check_context(directory, config, input_len + output_len, asked=asked, hint="Give less.", note=output.note)
+    most = input_len + output_len
+    check_context(directory, checkpoint.config, most, asked=asked, hint="Give less.", note=output.note)
     output.note("Measuring this device, a few seconds ...")
     result = run(
-        directory,
+        checkpoint,
         loaded.layout,
         probe_device(chosen, computed),
         dtype=computed,
@@ -50,33 +66,31 @@ def estimate(
         output_len=output_len,
         concurrency=concurrency,
     )
-    load = {"input_len": input_len, "output_len": output_len, "concurrency": concurrency}
-    result = {**result, "peaks": asdict(result["peaks"]), "workload": load}
-    output.result(result, lambda console: _show(console, result))
+    output.result(result.content(), lambda console: _show(console, result))
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
-    peaks, load = result["peaks"], result["workload"]
+def _show(console: Console, result: "EstimateDocument") -> None:
+    peaks, load = result.peaks, result.workload
     console.print(
-        f"{peaks['device']}, {peaks['dtype']}: {peaks['flops_per_s'] / 1e9:,.0f} GFLOP/s, "
-        f"{peaks['bytes_per_s'] / 1e9:,.1f} GB/s read, measured just now",
+        f"{peaks.device}, {peaks.dtype}: {peaks.flops_per_s / 1e9:,.0f} GFLOP/s, "
+        f"{peaks.bytes_per_s / 1e9:,.1f} GB/s read, measured just now",
     )
     console.print(
-        f"{load['input_len']} tokens in, {load['output_len']} out, {load['concurrency']} at a time: the best that this "
+        f"{load.input_len} tokens in, {load.output_len} out, {load.concurrency} at a time: the best that this "
         "device allows (roofline); no server reaches it, but both models miss it alike",
     )
     table = Table(box=None)
     for header in ("", "original", "planned", "", "gain"):
         table.add_column(header, justify="right" if header in ("original", "planned", "gain") else "left")
     for name, unit in _UNITS.items():
-        metric = result["metrics"][name]
-        table.add_row(name, f"{metric['original']:.4g}", f"{metric['pruned']:.4g}", unit, f"{metric['gain']:.2f}x")
+        metric = result.metrics[name]
+        table.add_row(name, f"{metric.original:.4g}", f"{metric.pruned:.4g}", unit, f"{metric.gain:.2f}x")
     console.print(table)
-    for phase, entry in result["roofline"].items():
-        planned = entry["pruned"]
+    for phase, entry in result.roofline.items():
+        planned = entry.pruned
         console.print(
-            f"  {phase}: {planned['flops_per_token'] / 1e9:.3g} GFLOP and {planned['bytes_per_token'] / 1e6:.3g} MB a "
-            f"token, {planned['flops_per_byte']:.3g} FLOP a byte: bound by {planned['bound']}",
+            f"  {phase}: {planned.flops_per_token / 1e9:.3g} GFLOP and {planned.bytes_per_token / 1e6:.3g} MB a "
+            f"token, {planned.flops_per_byte:.3g} FLOP a byte: bound by {planned.bound}",
         )
-    for limit in result["limits"]:
-        console.print(f"  {limit['text']}")
+    for limit in result.limits:
+        console.print(f"  {limit.text}")

@@ -17,6 +17,7 @@ from toolchain.cli.options import (
     ForceOption,
     JsonOption,
     QuietOption,
+    against_option,
     limit_option,
     offload_option,
     out_option,
@@ -38,9 +39,7 @@ _TEXT, _TASKS = "Text", "Tasks"
 def evaluate(
     model: AnyModelArgument,
     *,
-    against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original: what got worse, and is it chance?")
-    ] = None,
+    against: Annotated[str | None, against_option("The original: what got worse, and is it chance?")] = None,
     out: Annotated[Path | None, out_option("Directory for evaluation.json; finished parts are kept.")] = None,
     resume: Annotated[bool, resume_option("evaluation")] = False,
     text: Annotated[
@@ -69,7 +68,7 @@ def evaluate(
     ] = None,
     questions: Annotated[
         list[Path] | None,
-        questions_option('Your own, a line {"prompt", "choices", "answer"} each; several times.', panel=_TASKS),
+        questions_option('Your own, one {"prompt", "choices", "answer"} per line; several times.', panel=_TASKS),
     ] = None,
     limit: Annotated[int | None, limit_option(panel=_TASKS)] = None,
     device: DeviceInPanelOption = "auto",
@@ -111,12 +110,12 @@ def evaluate(
         offload=offload,
     )
     if out is None:
-        document = run(directory, original, settings, Parts(None), progress=output.progress)
+        document = run(checkpoint, original, settings, Parts(None), progress=output.progress)
     else:
         models = [directory] if original is None else [directory, original]
         check_output_directory(out, force=force, inputs=[*models, *settings.input_files])
         with output.telling_what_stays(), unfinished_parts(out, force=force, resume=resume) as work:
-            document = run(directory, original, settings, Parts(work), progress=output.progress)
+            document = run(checkpoint, original, settings, Parts(work), progress=output.progress)
             with new_directory(out, force=force) as partial:
                 document.save(partial)
                 shutil.copytree(work, partial / "parts", ignore=shutil.ignore_patterns("*.partial"))

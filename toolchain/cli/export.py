@@ -10,7 +10,16 @@ from rich.console import Console
 
 from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.console import Output, pick_dtype
-from toolchain.cli.options import AnyModelArgument, ForceOption, JsonOption, OutOption, QuietOption, dtype_option
+from toolchain.cli.options import (
+    AnyModelArgument,
+    ForceOption,
+    JsonOption,
+    OutOption,
+    QuietOption,
+    against_option,
+    dtype_option,
+    tensor_parallel_option,
+)
 from toolchain.errors import CheckFailedError
 from toolchain.outputs import held_in_place, writes_directory
 
@@ -50,7 +59,7 @@ def export_vllm(
     *,
     out: OutOption,
     dtype: Annotated[str, dtype_option("Stored in: auto (as it is), float32, bfloat16 or float16.")] = "auto",
-    tensor_parallel: Annotated[int, typer.Option(help="GPUs the server will split each layer over.")] = 1,
+    tensor_parallel: Annotated[int, tensor_parallel_option()] = 1,
     max_shard_gb: Annotated[float, typer.Option(help="Largest weight file, in GB.")] = 5.0,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -134,7 +143,7 @@ def export_nemotron_nas(
 def verify(
     exported: Annotated[Path, typer.Argument(metavar="EXPORTED", help="What sentei export wrote.")],
     *,
-    against: Annotated[str, typer.Option(metavar="MODEL", help="The checkpoint it was made from.")],
+    against: Annotated[str, against_option("The checkpoint it was made from.")],
     engine: Annotated[VerifyEngine, typer.Option(help="What runs the export.")] = VerifyEngine.auto,
     text: Annotated[Path | None, typer.Option(help="Prompts from this text instead of the built-in ones.")] = None,
     as_json: JsonOption = False,

@@ -13,6 +13,7 @@ from toolchain.cli.options import (
     JsonOption,
     OutOption,
     QuietOption,
+    against_option,
     dtype_option,
     mixture_option,
     resume_option,
@@ -33,7 +34,7 @@ _DEFAULT_RANK, _SEQ_LEN = 32, 512
 def heal(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned model.")],
     *,
-    against: Annotated[str, typer.Option(help="What it learns from: the original, a directory or hub id.")],
+    against: Annotated[str, against_option("What it learns from: the original, a directory or hub id.")],
     data: Annotated[
         list[str],
         mixture_option(
@@ -43,7 +44,7 @@ def heal(
     ],
     out: OutOption,
     steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 200,
-    batch_size: Annotated[int, typer.Option(help="Windows an update.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Windows per update.")] = 8,
     seq_len: Annotated[int | None, seq_len_option(default=_SEQ_LEN)] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help=f"By default {_LORA_LEARNING_RATE:g}, with --full {_FULL_LEARNING_RATE:g}.")

@@ -16,8 +16,10 @@ MAX_SEED = 2**32 - 1
 COMPUTING = "Computing"
 # A text, alone or in a mixture; see toolchain.text.sources.
 TEXT_METAVAR = "[WEIGHT:]TEXT"
-# Tokens of a window, unless the model reads fewer.
+# Tokens per window, unless the model reads fewer.
 SEQ_LEN = 2048
+# What a user's requests are taken to be, if the command line does not say.
+INPUT_LEN, OUTPUT_LEN, CONCURRENCY = 512, 128, 1
 
 
 class EvopressBudget(StrEnum):
@@ -33,6 +35,7 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model direc
 AnyModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model, pruned or not: a directory or a hub id.")
 ]
+OriginalArgument = Annotated[str, typer.Argument(metavar="MODEL", help="The original: a directory or a hub id.")]
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json, or the directory that holds it.")]
 
 
@@ -103,14 +106,19 @@ def samples_option(more: str = "", *, panel: str | None = None) -> Any:
     return typer.Option(help=f"Calibration windows{more}.", rich_help_panel=panel)
 
 
-def seq_len_option(of: str = "", more: str = "", *, default: int = SEQ_LEN, panel: str | None = None) -> Any:
+def seq_len_option(per_window: str = "", more: str = "", *, default: int = SEQ_LEN, panel: str | None = None) -> Any:
     """How long a window is; see :func:`toolchain.cli.console.window_length`."""
     return typer.Option(
-        help=f"Tokens a window{of} ({default}, or all that the model reads){more}.", rich_help_panel=panel
+        help=f"Tokens per window{per_window} ({default}, or all that the model reads){more}.", rich_help_panel=panel
     )
 
 
 # Pruning methods
+
+
+def tensor_parallel_option(more: str = "", *, panel: str | None = None) -> Any:
+    """Over how many GPUs a server will split the model."""
+    return typer.Option(help=f"GPUs the server will split each layer over{more}.", rich_help_panel=panel)
 
 
 def align_option(help: str, *, panel: str) -> Any:
@@ -121,6 +129,32 @@ def align_option(help: str, *, panel: str) -> Any:
 def evopress_budget_option(help: str, *, panel: str) -> Any:
     """How much EvoPress tries."""
     return typer.Option(help=help, rich_help_panel=panel)
+
+
+# Models beside the first
+
+
+def against_option(help: str) -> Any:
+    """What a model is compared with, or learns from."""
+    return typer.Option(metavar="MODEL", help=help)
+
+
+# Load
+
+
+def input_len_option(more: str = "", *, panel: str | None = None) -> Any:
+    """How long prompts are."""
+    return typer.Option(min=1, help=f"Tokens per prompt{more}.", rich_help_panel=panel)
+
+
+def output_len_option(more: str = "", *, panel: str | None = None) -> Any:
+    """How long answers are."""
+    return typer.Option(min=1, help=f"Tokens to generate per prompt{more}.", rich_help_panel=panel)
+
+
+def concurrency_option(more: str = "", *, panel: str | None = None, min: int | None = None) -> Any:
+    """How many requests are in flight. A sweep is text, for which there is no ``min``."""
+    return typer.Option(min=min, help=f"Requests at a time{more}.", rich_help_panel=panel)
 
 
 # Evaluation

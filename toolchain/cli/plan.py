@@ -228,7 +228,7 @@ def _show(console: Console, plan: "PruningPlan") -> None:
     document = plan.document
     full = document.base_model.intermediate_size
     steps = {step.removed: (number, step.metric) for number, step in enumerate(document.trace, 1)}
-    table = Table(title=f"{document.base_model.name}, {document.method}", title_justify="left", box=None)
+    table = Table(title=f"{document.base_model.name}, {document.described_method}", title_justify="left", box=None)
     for header in ("layer", "attention", "intermediate_size"):
         table.add_column(header, justify="right" if header == "layer" else "left")
     for layer in document.layers:

@@ -21,6 +21,7 @@ from toolchain.cli.options import (
     ModelArgument,
     OffloadInPanelOption,
     OffloadOption,
+    OriginalArgument,
     OutOption,
     PlanArgument,
     QuietOption,
@@ -32,6 +33,7 @@ from toolchain.cli.options import (
     samples_option,
     seed_option,
     seq_len_option,
+    tensor_parallel_option,
 )
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
@@ -87,10 +89,7 @@ def prune(
     ] = 64,
     tensor_parallel: Annotated[
         int,
-        typer.Option(
-            help="GPUs a server will split each layer over; each then holds a multiple of --align.",
-            rich_help_panel=_TARGET,
-        ),
+        tensor_parallel_option("; each then holds a multiple of --align", panel=_TARGET),
     ] = 1,
     method: Annotated[
         MethodName | None,
@@ -295,7 +294,7 @@ def check_sparsities(option: str, sparsities: list[float]) -> list[float]:
 @writes_directory
 def apply(
     plan: PlanArgument,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The original model: directory or hub id.")],
+    model: OriginalArgument,
     *,
     out: OutOption,
     calibration: Annotated[

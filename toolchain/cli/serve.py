@@ -58,7 +58,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that have this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw among this many tokens; 0 is all.")] = 0,
-    seed: Annotated[int | None, seed_option("Of the draws.")] = None,
+    seed: Annotated[int | None, seed_option("Seed of the draws.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

@@ -2,28 +2,37 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from toolchain.checkpoint.directory import open_checkpoint
-from toolchain.documents import read_document
+from toolchain.checkpoint.directory import Checkpoint
+from toolchain.documents import check_document, read_document
 from toolchain.errors import SenteiError
-from toolchain.evaluate.document import EvaluationDocument, TextOverlap, overlap_warning
+from toolchain.evaluate.document import Change, EvaluationDocument, overlap_warning
+from toolchain.evaluate.method_comparison_document import (
+    COMPARISON_FILE,
+    AskedRecord,
+    ComparisonDocument,
+    MethodRow,
+    OriginalRecord,
+    SpeedRecord,
+)
 from toolchain.evaluate.run import EvaluationSettings, evaluate
 from toolchain.outputs import write_text
 from toolchain.parts_cache import Parts, digest_of
 from toolchain.plan.plan import load_plan
-from toolchain.plan.summary_document import SUMMARY_FILE, PruningSummary
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE, PruningSummary
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.methods import METHODS
-from toolchain.prune.pipeline import PruneSettings, possible_allocations, prune
+from toolchain.prune.pipeline import possible_allocations, prune
+from toolchain.prune.settings import PruneSettings
 from toolchain.significance import check_statistics
 from toolchain.text.sources import Text, text_files
 
-COMPARISON_FILE, TABLE_FILE = "comparison.json", "comparison.md"
+TABLE_FILE = "comparison.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +40,7 @@ class Comparison:
     """What is compared, and how.
 
     Attributes:
-        model: Directory of the unpruned model.
+        model: The unpruned model.
         name: What plans call it.
         methods: Names out of :data:`toolchain.prune.methods.METHODS`.
         sparsities: For each of them.
@@ -41,7 +50,7 @@ class Comparison:
             ``gain`` as in ``results.json``.
     """
 
-    model: Path
+    model: Checkpoint
     name: str
     methods: Sequence[str]
     sparsities: Sequence[float]
@@ -50,7 +59,7 @@ class Comparison:
     measure_speed: Callable[[Path], dict[str, Any]] | None = None
 
 
-def compare_methods(asked: Comparison, work: Path, *, progress: Progress = no_progress) -> dict[str, Any]:
+def compare_methods(asked: Comparison, work: Path, *, progress: Progress = no_progress) -> ComparisonDocument:
     """Prunes by each method to each sparsity and evaluates what is left, one cell after another.
 
     A cell that is finished is kept in ``work``, an interrupted one goes on where it was. Of each pruned model the plan
@@ -68,27 +77,26 @@ def compare_methods(asked: Comparison, work: Path, *, progress: Progress = no_pr
     Raises:
         SenteiError: Bad input; sparsities that a method cannot reach are found before anything is pruned.
     """
-    checkpoint = open_checkpoint(asked.model)
     cells = _cells(asked)
     for _, settings in cells:
-        possible_allocations(checkpoint, settings)
+        possible_allocations(asked.model, settings)
     check_statistics("eval")
     parts = Parts(work)
     # Before anything is pruned: all that is wrong with texts and tasks is found here.
     original = evaluate(asked.model, None, asked.evaluation, parts, progress=progress)
-    return {
-        "schema_version": 1,
-        "kind": "method_comparison",
-        "model": asked.name,
-        "settings": _identity(asked, asked.pruning),
-        "original": {"num_parameters": checkpoint.num_parameters, **_quality(original, "original")},
-        "rows": [_row(asked, work, parts, name, settings, progress) for name, settings in cells],
-    }
+    return ComparisonDocument(
+        schema_version=1,
+        kind="method_comparison",
+        model=asked.name,
+        settings=AskedRecord(**_identity(asked, asked.pruning)),
+        original=OriginalRecord(num_parameters=asked.model.num_parameters, **_quality(original, "original")),
+        rows=[_row(asked, work, parts, name, settings, progress) for name, settings in cells],
+    )
 
 
-def save_comparison(asked: Comparison, document: Mapping[str, Any], work: Path, directory: Path) -> None:
+def save_comparison(asked: Comparison, document: ComparisonDocument, work: Path, directory: Path) -> None:
     """Writes the comparison, its table and the plans into an existing directory."""
-    write_text(directory / COMPARISON_FILE, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_text(directory / COMPARISON_FILE, document.to_json(indent=1, ensure_ascii=False))
     write_text(directory / TABLE_FILE, markdown(document))
     for name, settings in _cells(asked):
         kept = _kept_plan(asked, work, name, settings)
@@ -113,7 +121,7 @@ def _kept_plan(asked: Comparison, work: Path, name: str, settings: PruneSettings
 
 def _row(
     asked: Comparison, work: Path, parts: Parts, name: str, settings: PruneSettings, progress: Progress
-) -> dict[str, Any]:
+) -> MethodRow:
     label = _label(name, settings)
 
     def titled(description: str, total: int) -> Any:
@@ -125,32 +133,43 @@ def _row(
         if not directory.exists():
             directory.parent.mkdir(parents=True, exist_ok=True)
             prune(asked.model, directory, settings, model_name=asked.name, resume=True, progress=titled)
-        summary = read_document(directory / SUMMARY_FILE, PruningSummary)
+        summary = read_document(directory / PRUNING_SUMMARY_FILE, PruningSummary)
         evaluated = evaluate(directory, asked.model, asked.evaluation, parts, progress=titled)
         speed = asked.measure_speed(directory) if asked.measure_speed else None
         kept.mkdir(parents=True, exist_ok=True)
         load_plan(directory).save(kept)
         evaluated.save(kept)
         shutil.rmtree(directory)
-        return {
-            "method": name,
-            "target_sparsity": settings.sparsity,
-            "sparsity": summary.sparsity,
-            "num_parameters": summary.pruned.num_parameters,
-            "num_block_parameters": summary.pruned.num_block_parameters,
-            "pruning_s": summary.duration_s,
-            **_quality(evaluated, "pruned"),
-            "perplexity_ratio": {each.text: each.perplexity_ratio.model_dump() for each in evaluated.text_comparisons},
-            "task_difference": {each.task: each.difference.model_dump() for each in evaluated.task_comparisons},
-            "text_overlaps": [each.model_dump() for each in evaluated.text_overlaps],
-            "mean_score": evaluated.mean_score.model_dump() if evaluated.mean_score else None,
-            "speed": speed,
-        }
+        return _measured(name, settings, summary, evaluated, speed).model_dump()
 
-    return parts.get(label, _identity(asked, settings), compute)
+    row = parts.get(label, _identity(asked, settings), compute)
+    return check_document(row, f"{work}: {label}", MethodRow)
 
 
-def _quality(evaluated: EvaluationDocument, side: str) -> dict[str, Any]:
+def _measured(
+    name: str,
+    settings: PruneSettings,
+    summary: PruningSummary,
+    evaluated: EvaluationDocument,
+    speed: dict[str, Any] | None,
+) -> MethodRow:
+    return MethodRow(
+        method=name,
+        target_sparsity=settings.sparsity,
+        sparsity=summary.sparsity,
+        num_parameters=summary.pruned.num_parameters,
+        num_block_parameters=summary.pruned.num_block_parameters,
+        pruning_s=summary.duration_s,
+        **_quality(evaluated, "pruned"),
+        perplexity_ratio={each.text: each.perplexity_ratio for each in evaluated.text_comparisons},
+        task_difference={each.task: each.difference for each in evaluated.task_comparisons},
+        text_overlaps=evaluated.text_overlaps,
+        mean_score=evaluated.mean_score,
+        speed=None if speed is None else SpeedRecord(**speed),
+    )
+
+
+def _quality(evaluated: EvaluationDocument, side: str) -> dict[str, dict[str, float]]:
     return {
         "perplexity": {each.text: each.perplexity for each in evaluated.evaluations if each.model == side},
         "tasks": {each.task: each.score.value for each in evaluated.tasks if each.model == side},
@@ -171,7 +190,8 @@ def _identity(asked: Comparison, settings: PruneSettings) -> dict[str, Any]:
 
 def _pruning_identity(asked: Comparison, settings: PruneSettings) -> dict[str, Any]:
     """All that a cell's pruned model depends on."""
-    files = [*sorted(asked.model.glob("*.safetensors")), *_text_files(source.text for source in settings.calibration)]
+    files = sorted(asked.model.directory.glob("*.safetensors"))
+    files += _text_files(source.text for source in settings.calibration)
     return {"pruning": _as_json(asdict(settings)), "files": _described(files)}
 
 
@@ -191,45 +211,43 @@ def _as_json(settings: dict[str, Any]) -> Any:
     )
 
 
-def table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(document: ComparisonDocument) -> tuple[list[str], list[list[str]]]:
     """The comparison for people: headers, and a row for the original and for each method at each sparsity."""
-    original = document["original"]
-    texts, tasks = original["perplexity"], original["tasks"]
+    original = document.original
+    texts, tasks = original.perplexity, original.tasks
     headers = ["method", "sparsity", "parameters", *texts, "times worse", *tasks, "pruning, s", "speed"]
     first = [f"{value:.2f}" for value in texts.values()], [f"{value:.1%}" for value in tasks.values()]
-    rows = [["original", "", f"{original['num_parameters']:,}", *first[0], "", *first[1], "", ""]]
-    for row in document["rows"]:
-        ratios = [row["perplexity_ratio"][text]["value"] for text in texts]
+    rows = [["original", "", f"{original.num_parameters:,}", *first[0], "", *first[1], "", ""]]
+    for row in document.rows:
+        ratios = [row.perplexity_ratio[text].value for text in texts]
         rows.append(
             [
-                row["method"],
-                f"{row['sparsity']:.1%}",
-                f"{row['num_parameters']:,}",
-                *(f"{row['perplexity'][text]:.2f}" for text in texts),
+                row.method,
+                f"{row.sparsity:.1%}",
+                f"{row.num_parameters:,}",
+                *(f"{row.perplexity[text]:.2f}" for text in texts),
                 f"{geometric_mean(ratios):.2f}" if ratios else "",
-                *(f"{row['tasks'][task]:.1%}{_beyond_chance(row['task_difference'][task])}" for task in tasks),
-                f"{row['pruning_s']:.0f}",
-                _gain(row["speed"]) if row["speed"] else "",
+                *(f"{row.tasks[task]:.1%}{_beyond_chance(row.task_difference[task])}" for task in tasks),
+                f"{row.pruning_s:.0f}",
+                _gain(row.speed) if row.speed else "",
             ]
         )
     used = [column for column, cells in enumerate(zip(*rows, strict=True)) if any(cells)]
     return [headers[column] for column in used], [[row[column] for column in used] for row in rows]
 
 
-def markdown(document: Mapping[str, Any]) -> str:
+def markdown(document: ComparisonDocument) -> str:
     """The table as Markdown, and what its columns are."""
     headers, rows = table(document)
     lines = [headers, ["---"] * len(headers), *rows]
     return (
-        f"# {document['model']}\n\n"
-        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        + f"\n\n{notes(document)}\n"
+        f"# {document.model}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{notes(document)}\n"
     )
 
 
-def notes(document: Mapping[str, Any]) -> str:
+def notes(document: ComparisonDocument) -> str:
     """What the table's columns are, and a warning for each text that pruning had read."""
-    overlaps = [TextOverlap.model_validate(each) for each in document["rows"][0]["text_overlaps"]]
+    overlaps = document.rows[0].text_overlaps
     return "\n\n".join([_NOTES, *(overlap_warning(each) for each in overlaps if each.share)])
 
 
@@ -241,11 +259,11 @@ _NOTES = (
 )
 
 
-def _beyond_chance(difference: Mapping[str, Any]) -> str:
-    return "" if difference["verdict"] == "no difference shown" else "*"
+def _beyond_chance(difference: Change) -> str:
+    return "" if difference.verdict == "no difference shown" else "*"
 
 
-def _gain(speed: Mapping[str, Any]) -> str:
-    if (gain := speed["gain"]) is None:
+def _gain(speed: SpeedRecord) -> str:
+    if (gain := speed.gain) is None:
         return "not measured"
-    return f"{gain['value']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f})"
+    return f"{gain.value:.2f}x ({gain.low:.2f} to {gain.high:.2f})"

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from toolchain.architecture.context_length import check_window
-from toolchain.checkpoint.directory import Checkpoint, dtype_name, model_name, open_checkpoint
+from toolchain.checkpoint.directory import Checkpoint, dtype_name, model_name, opened
 from toolchain.errors import SenteiError
 from toolchain.evaluate import writing as damage
 from toolchain.evaluate.comparison import (
@@ -50,6 +49,7 @@ from toolchain.evaluate.lm_eval_tasks import (
 )
 from toolchain.evaluate.text_overlap import find_overlap, text_hashes
 from toolchain.metrics.perplexity import summarise_losses, token_losses
+from toolchain.model.context_length import check_window
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, check_same_vocabulary, load_tokenizer
@@ -121,8 +121,8 @@ class _Model:
 
 
 def evaluate(
-    directory: Path,
-    against: Path | None,
+    model: Path | Checkpoint,
+    against: Path | Checkpoint | None,
     settings: EvaluationSettings,
     parts: Parts,
     *,
@@ -131,8 +131,8 @@ def evaluate(
     """Measures a model, and the original before it where one is given. One model is in memory at a time.
 
     Args:
-        directory: The model, pruned or not.
-        against: The original.
+        model: The model, pruned or not: its directory, or opened already.
+        against: The original, likewise.
         settings: What is measured.
         parts: Keeps what is finished.
         progress: Opened once a part.
@@ -142,20 +142,20 @@ def evaluate(
         SenteiError: Bad input; all of it is found before a model is loaded.
     """
     _check(settings, against)
-    models = _open_models(directory, against, settings)
+    models = _open_models(model, against, settings)
     tasks = [load_task(request) for request in settings.tasks]
     tokenizer = models[-1].tokenizer
     texts = _load_texts(models[-1], settings)
-    read_before = text_hashes(directory)
+    read_before = text_hashes(models[-1].checkpoint.directory)
     generation = _Generation(texts[0].windows, models, settings, parts) if settings.num_generations else None
     losses: list[list[dict[str, Any]]] = []
     answers: list[list[dict[str, Any]]] = []
-    for model in models:
-        losses.append([_read_text(model, text.windows, parts, progress) for text in texts])
-        answers.append([_ask(model, task, settings, parts, progress) for task in tasks])
+    for side in models:
+        losses.append([_read_text(side, text.windows, parts, progress) for text in texts])
+        answers.append([_ask(side, task, settings, parts, progress) for task in tasks])
         if generation is not None:
-            generation.visit(model, progress)
-        model.unload()
+            generation.visit(side, progress)
+        side.unload()
     compared = against is not None
     return EvaluationDocument(
         evaluations=_text_results(models, texts, losses),
@@ -175,13 +175,15 @@ def evaluate(
     )
 
 
-def _open_models(directory: Path, against: Path | None, settings: EvaluationSettings) -> list[_Model]:
+def _open_models(
+    model: Path | Checkpoint, against: Path | Checkpoint | None, settings: EvaluationSettings
+) -> list[_Model]:
     """The original, if one is given, then the model; neither is loaded yet.
 
     Raises:
         SenteiError: One of them cannot read the windows, or their vocabularies differ.
     """
-    checkpoints = [open_checkpoint(each) for each in (against, directory) if each is not None]
+    checkpoints = [opened(each) for each in (against, model) if each is not None]
     sides: list[Side] = ["original", "pruned"] if against else ["pruned" if checkpoints[0].is_pruned else "original"]
     if settings.texts:
         for each in checkpoints:
@@ -211,7 +213,7 @@ def _load_texts(model: _Model, settings: EvaluationSettings) -> list[_Text]:
     ]
 
 
-def _check(settings: EvaluationSettings, against: Path | None) -> None:
+def _check(settings: EvaluationSettings, against: Path | Checkpoint | None) -> None:
     if not settings.texts and not settings.tasks:
         raise SenteiError("There is nothing to evaluate on.", "Give --text, --task or --questions.")
     if settings.offload and settings.tasks:

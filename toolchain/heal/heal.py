@@ -18,7 +18,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from toolchain.architecture.context_length import check_window
 from toolchain.checkpoint.directory import (
     Checkpoint,
     copy_companions,
@@ -30,6 +29,7 @@ from toolchain.checkpoint.directory import (
 )
 from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
 from toolchain.metrics.token_metrics import perplexity_of
+from toolchain.model.context_length import check_window
 from toolchain.model.loading import bos_of, check_same_vocabulary, load_model, load_tokenizer
 from toolchain.outputs import (
     HEALING,
@@ -41,7 +41,7 @@ from toolchain.outputs import (
 )
 from toolchain.plan.document import HealingRecord
 from toolchain.plan.plan import PruningPlan, load_plan
-from toolchain.plan.summary_document import SUMMARY_FILE
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE
 from toolchain.progress import Progress, no_progress
 from toolchain.text.fingerprints import merge_hashes
 from toolchain.text.sources import TextSource, local_paths
@@ -341,8 +341,8 @@ def _carry_over(source: Path, plan: PruningPlan, record: HealingRecord, windows:
     if (before := plan.text_hashes.get("healing")) is not None:
         read = merge_hashes(before, read)
     replace(healed, text_hashes={**healed.text_hashes, "healing": read}).save(directory)
-    if (summary := source / SUMMARY_FILE).is_file():
-        shutil.copyfile(summary, directory / SUMMARY_FILE)
+    if (summary := source / PRUNING_SUMMARY_FILE).is_file():
+        shutil.copyfile(summary, directory / PRUNING_SUMMARY_FILE)
     if (card := source / "README.md").is_file():
         write_text(directory / "README.md", card.read_text(encoding="utf-8") + _paragraph(record))
 

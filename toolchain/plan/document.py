@@ -1,13 +1,14 @@
 """``plan.json``: what each field of a plan's document means, and how it is checked. No torch here."""
 
 import json
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from toolchain.architecture.layout import LARGEST, MOST_LAYERS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 2
 
 
 class _Record(BaseModel):
@@ -189,9 +190,12 @@ class PlanDocument(_Record):
 
     What was asked for comes first (``target_intermediate_size`` and ``target_attention_removals`` follow from it, and
     are empty and 0 until they are known); then what was found. ``metric_source_sha256`` is over the metric's questions.
+    ``method`` is its name alone; ``compensation`` says whether the plan compensates. ``allocation``, ``widths`` and
+    ``search`` are choices of the two-stage search, and null for methods that remove whole blocks; ``evopress_budget``
+    is null for all methods but EvoPress.
     """
 
-    schema_version: int
+    schema_version: Literal[2]
     sentei_version: str
     method: str
     base_model: BaseModelRecord
@@ -199,11 +203,12 @@ class PlanDocument(_Record):
     target_intermediate_size: list[int]
     target_attention_removals: int
     align: int
-    allocation: str
+    allocation: str | None
     attention_removals: int | None
-    widths: str
+    widths: str | None
     protected: ProtectedRecord
-    search: str
+    search: str | None
+    evopress_budget: str | None = None
     metric: str
     metric_source: str | None
     metric_source_sha256: str | None = None
@@ -223,6 +228,11 @@ class PlanDocument(_Record):
     block_steps: list[BlockStep] = []
 
     @property
+    def described_method(self) -> str:
+        """The method for people, with what was added to it."""
+        return f"{self.method}, compensated" if self.compensation and self.compensation.taken else self.method
+
+    @property
     def metric_after_stage_1(self) -> float:
         """The search's metric with the FFNs narrowed and all attentions in place."""
         return self.stage_1[-1].metric if self.stage_1 else self.metric_original
@@ -233,6 +243,22 @@ class PlanDocument(_Record):
         if self.block_steps:
             return self.block_steps[-1].metric
         return self.trace[-1].metric if self.trace else self.metric_after_stage_1
+
+
+def upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``plan.json`` of version 1 holds, as version 2 says it; everything else is returned as it is.
+
+    In version 1, ``method`` also said whether the plan compensates. A method that removes whole blocks had its name in
+    ``allocation``, "whole" in ``widths``, and "exact" or the budget of EvoPress in ``search``.
+    """
+    if content.get("schema_version") != 1 or not isinstance(method := content.get("method"), str):
+        return dict(content)
+    changes: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "method": method.removesuffix(", compensated")}
+    if content.get("widths") == "whole":
+        changes |= {"allocation": None, "widths": None, "search": None}
+        if method == "evopress":
+            changes["evopress_budget"] = content.get("search")
+    return {**content, **changes}
 
 
 def document_to_json(document: PlanDocument) -> str:

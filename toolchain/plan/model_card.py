@@ -14,6 +14,7 @@ def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
         summary: The content of ``pruning_summary.json``.
     """
     document, damage = plan.document, summary["calibration_metric"]
+    method = document.described_method
     original, pruned = summary["original"], summary["pruned"]
     widths = summary["intermediate_size"]
     removed = ", ".join(str(layer) for layer in sorted(summary["removed_attention"])) or "none"
@@ -32,7 +33,7 @@ tags: [sentei, pruned]
 ---
 # {document.base_model.name}, pruned by {summary["sparsity"]:.1%}
 
-Pruned with sentei {document.sentei_version} ({document.method}). Sparsity is the fraction of decoder-block parameters
+Pruned with sentei {document.sentei_version} ({method}). Sparsity is the fraction of decoder-block parameters
 removed; embeddings and head are untouched.
 
 | | original | pruned |

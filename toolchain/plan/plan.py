@@ -32,11 +32,13 @@ from toolchain.plan.document import (
     Removal,
     Rung,
     document_to_json,
+    upgraded,
 )
 from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument
 from toolchain.safetensors_files import check_header_size
 
 PLAN_FILE, SCORES_FILE = "plan.json", "plan.safetensors"
+_READ_VERSIONS = (1, SCHEMA_VERSION)
 _HASHES = "text_hashes."
 _LONGEST_NAME = 200
 # What text was read for.
@@ -285,14 +287,14 @@ def load_plan(path: Path, *, needs_scores: bool = True) -> PruningPlan:
 def _read_document(file: Path) -> PlanDocument:
     raw = read_json(file)
     version = raw.get("schema_version") if isinstance(raw, Mapping) else None
-    if version != SCHEMA_VERSION:
+    if version not in _READ_VERSIONS:
         raise SenteiError(
-            f"{file}: schema_version is {version!r}, and this sentei reads {SCHEMA_VERSION}.",
+            f"{file}: schema_version is {version!r}, and this sentei reads {' and '.join(map(str, _READ_VERSIONS))}.",
             "Prune again, or use the sentei that wrote it.",
         )
     try:
         # From JSON, not from the parsed object: there the integer keys of `candidates` may be strings.
-        document = PlanDocument.model_validate_json(json.dumps(raw))
+        document = PlanDocument.model_validate_json(json.dumps(upgraded(raw)))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -7,7 +7,7 @@ from typing import Literal
 
 from toolchain.documents import Document, Record
 
-SUMMARY_FILE = "pruning_summary.json"
+PRUNING_SUMMARY_FILE = "pruning_summary.json"
 
 
 class SizeRecord(Record):

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from toolchain.architecture.context_length import check_context
 from toolchain.checkpoint.directory import Checkpoint, TensorInfo, open_checkpoint
 from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
 from toolchain.metrics.token_metrics import Metric, PerplexityMetric, measure
+from toolchain.model.context_length import check_context
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_tokenizer
@@ -23,7 +23,7 @@ from toolchain.plan.document import CompensationRecord
 from toolchain.plan.model_card import model_card
 from toolchain.plan.plan import PruningPlan
 from toolchain.plan.summary_document import (
-    SUMMARY_FILE,
+    PRUNING_SUMMARY_FILE,
     CalibrationMetricRecord,
     CompensationSummary,
     PruningSummary,
@@ -283,7 +283,7 @@ def write_planned(
             if metric is not None:
                 measured = perplexity if metric is proof.metric else measure(walk, metric)
         summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
-        write_text(partial / SUMMARY_FILE, summary.to_json())
+        write_text(partial / PRUNING_SUMMARY_FILE, summary.to_json())
         write_text(partial / "README.md", model_card(plan, summary.content()))
     return summary.content()
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import transformers
 
-from toolchain.architecture.context_length import check_window
 from toolchain.checkpoint.directory import Checkpoint, dtype_name, opened
 from toolchain.checkpoint.tensor_parallel import width_unit
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.metrics.choose import choose_metric, question_file
+from toolchain.metrics.choose import choose_metric
 from toolchain.metrics.function import FunctionMetric
 from toolchain.metrics.token_metrics import Metric
+from toolchain.model.context_length import check_window
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_tokenizer
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
@@ -34,82 +34,17 @@ from toolchain.prune.apply import Computing, Planned, realise, write_planned
 from toolchain.prune.block_methods.run import num_blocks_to_remove, remove_blocks
 from toolchain.prune.budget.allocation import (
     Allocation,
-    Protected,
     allocate,
     alpha_of,
     block_parameters,
     reachable_allocations,
 )
-from toolchain.prune.budget.limits import LimitSettings, limit_asked
-from toolchain.prune.methods import METHODS, MethodName, PruningMethod
+from toolchain.prune.budget.limits import limit_asked
+from toolchain.prune.memory_needed import check_memory
 from toolchain.prune.search.two_stage import Search
+from toolchain.prune.settings import PruneSettings
 from toolchain.prune.unfinished import SearchState, find_search, identity_of, read_identity
-from toolchain.text.sources import TextSource, local_paths
 from toolchain.text.windows import TokenWindows, load_mixture
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneSettings:
-    """What ``sentei prune`` was asked for.
-
-    Attributes:
-        sparsity: Fraction of decoder-block parameters to remove.
-        method: One of :class:`toolchain.prune.methods.MethodName`. Those that remove blocks know no other setting than
-            ``evopress_budget``, calibration and computing.
-        calibration: Texts and their weights; none for the embedded text.
-        num_samples: Calibration windows; stage 2 uses the first of each text.
-        seq_len: Tokens a window.
-        align: FFN widths on each rank are multiples of this; 1, on a single rank, gives the published widths.
-        attention_removals: Overrides the published formula.
-        allocation: How many attentions go: ``formula``, as published but for ranked widths' own ``alpha``, or ``auto``,
-            by measured damage.
-        widths: Of the FFNs: ``uniform``, as published, or ``ranked``: gradients of the loss choose widths and neurons.
-        protected: Layers left alone.
-        search: ``exact``, or ``racing``: drop candidates that fall behind early.
-        metric: Decides what is removed; see :func:`toolchain.metrics.choose.choose_metric`.
-        limit: How much damage is accepted.
-        limit_metric: What the limit looks at, if that is another metric.
-        tensor_parallel: Ranks that a server will split each layer over.
-        compensate: Re-fit the output projections of what is left; see :mod:`toolchain.prune.compensation`.
-        evopress_budget: One of :data:`toolchain.prune.block_methods.evopress.BUDGETS`.
-        offload: Keep one layer in memory instead of all.
-        device: Computed on.
-        dtype: Computed in; the checkpoint keeps the model's own.
-        seed: Recorded and set; only EvoPress draws at random.
-    """
-
-    sparsity: float
-    calibration: Sequence[TextSource]
-    num_samples: int
-    seq_len: int
-    align: int
-    attention_removals: int | None
-    device: str
-    dtype: torch.dtype
-    seed: int
-    method: str = MethodName.two_ssp.value
-    allocation: str = "formula"
-    widths: str = "uniform"
-    protected: Protected = field(default_factory=Protected)
-    search: str = "exact"
-    metric: str = "perplexity"
-    limit: LimitSettings = field(default_factory=LimitSettings)
-    limit_metric: str | None = None
-    tensor_parallel: int = 1
-    compensate: bool = False
-    evopress_budget: str = "paper"
-    offload: bool = False
-
-    @property
-    def of_method(self) -> PruningMethod:
-        """The method's line in the table."""
-        return METHODS[self.method]
-
-    @property
-    def input_files(self) -> list[Path]:
-        """Files and directories that texts and questions are read from."""
-        asked = [question_file(name) for name in (self.metric, self.limit_metric) if name]
-        return [*local_paths(source.text for source in self.calibration), *(file for file in asked if file)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +160,7 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str) 
     checkpoint = opened(model)
     check_window(checkpoint.directory, checkpoint.config, settings.seq_len)
     allocations = possible_allocations(checkpoint, settings)
+    check_memory(checkpoint, settings)
     settings = _as_recorded(checkpoint, settings)
     tokenizer = load_tokenizer(checkpoint.directory)
     bos = bos_of(checkpoint.family, tokenizer)
@@ -280,8 +216,7 @@ def possible_allocations(checkpoint: Checkpoint, settings: PruneSettings) -> lis
 def _as_recorded(checkpoint: Checkpoint, settings: PruneSettings) -> PruneSettings:
     """The settings as a plan records them."""
     if settings.of_method.removes_blocks:
-        search_kind = settings.evopress_budget if settings.of_method.has_budget else "exact"
-        return replace(settings, align=1, allocation=settings.method, widths="whole", search=search_kind)
+        return replace(settings, align=1)
     # From here on, and in the plan, only the multiple itself counts.
     unit = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
     return replace(settings, align=unit, tensor_parallel=1)
@@ -298,6 +233,13 @@ def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None
         raise SenteiError("--allocation auto chooses what --attention-removals says.", "Give one of them.")
 
 
+def _allocation(settings: PruneSettings) -> str | None:
+    """How the plan says that the target is split; null for methods that remove whole blocks."""
+    if settings.of_method.removes_blocks:
+        return None
+    return settings.allocation if settings.attention_removals is None else "given"
+
+
 def _blank_plan(
     checkpoint: Checkpoint,
     settings: PruneSettings,
@@ -307,13 +249,13 @@ def _blank_plan(
     model_name: str,
 ) -> PlanDocument:
     """The plan a search begins with: where it comes from and where it wants to go."""
-    published = None
-    if settings.allocation == "formula" and settings.widths == "uniform":
+    two_stage, published = not settings.of_method.removes_blocks, None
+    if two_stage and settings.allocation == "formula" and settings.widths == "uniform":
         [published] = allocations
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
         sentei_version=version("sentei"),
-        method=f"{settings.method}, compensated" if settings.compensate else settings.method,
+        method=settings.method,
         base_model=BaseModelRecord(
             name=model_name,
             model_type=checkpoint.family.model_type,
@@ -326,11 +268,12 @@ def _blank_plan(
         target_intermediate_size=list(published.widths) if published else [],
         target_attention_removals=published.num_attention_removals if published else 0,
         align=settings.align,
-        allocation=settings.allocation if settings.attention_removals is None else "given",
         attention_removals=settings.attention_removals,
-        widths=settings.widths,
+        allocation=_allocation(settings),
+        widths=settings.widths if two_stage else None,
         protected=ProtectedRecord(attention=sorted(settings.protected.attention), ffn=sorted(settings.protected.ffn)),
-        search=settings.search,
+        search=settings.search if two_stage else None,
+        evopress_budget=settings.evopress_budget if settings.of_method.has_budget else None,
         metric=metric.name,
         metric_source=metric.source,
         metric_source_sha256=metric.source_sha256,

@@ -11,7 +11,8 @@ from toolchain.plan.document import PlanDocument
 from toolchain.plan.plan import PruningPlan
 from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument, SweptPlan
 from toolchain.progress import Progress, no_progress
-from toolchain.prune.pipeline import Job, PruneSettings, directory_of, prepare, run_search
+from toolchain.prune.pipeline import Job, directory_of, prepare, run_search
+from toolchain.prune.settings import PruneSettings
 from toolchain.prune.unfinished import SearchState, begin_search, find_search
 
 

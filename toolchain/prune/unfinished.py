@@ -6,7 +6,7 @@ from typing import Any
 
 from toolchain.errors import SenteiError
 from toolchain.outputs import SEARCH, Unfinished, begin_with, identity_on_disk
-from toolchain.plan.document import CompensationRecord, PlanDocument
+from toolchain.plan.document import PlanDocument
 from toolchain.plan.plan import PLAN_FILE, SCORES_FILE, PruningPlan, load_plan
 
 # What the search itself fills in; everything else is its input, and must be the same to resume.
@@ -20,7 +20,7 @@ _MEASURED: dict[str, Any] = {
     "stage_1": True,
     "trace": True,
     "block_steps": True,
-    "compensation": {*CompensationRecord.model_fields},
+    "compensation": True,
 }
 
 
@@ -70,8 +70,12 @@ def find_search(out: Path, *, force: bool, resume: bool, is_sweep: bool = False)
 
 
 def identity_of(blank: PlanDocument) -> dict[str, Any]:
-    """What a search depends on: the plan that it begins with, but for what the search fills in."""
-    return blank.model_dump(mode="json", exclude=_MEASURED)
+    """What a search depends on: the plan that it begins with, but for what the search fills in.
+
+    Of compensation it depends only on whether there will be any.
+    """
+    asked = blank.model_dump(mode="json", exclude=_MEASURED)
+    return {**asked, "compensation": blank.compensation is not None}
 
 
 def read_identity(directory: Path) -> Mapping[str, Any] | None:

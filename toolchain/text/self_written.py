@@ -14,9 +14,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from toolchain.architecture.context_length import context_length
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
+from toolchain.model.context_length import context_length
 from toolchain.model.loading import load_model, load_tokenizer
 from toolchain.parts_cache import Parts
 from toolchain.progress import Progress, no_progress

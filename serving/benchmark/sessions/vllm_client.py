@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.benchmark.sessions.worker_process import EngineFailedError
+from serving.benchmark.settings import STALL_TIMEOUT_S
 from serving.child_process import child_process
 from serving.server.vllm import (
     is_healthy,
@@ -26,7 +27,6 @@ from serving.server.vllm import (
 )
 from toolchain.errors import SenteiError
 
-STALL_TIMEOUT_S = 600.0
 _POLL_S, _PROGRESS_S = 0.25, 5.0
 _TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 _REQUEST_ERROR = re.compile(r"^Error \d+: (.+)$", re.MULTILINE)

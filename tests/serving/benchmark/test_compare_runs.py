@@ -54,7 +54,7 @@ def test_a_faster_day_is_seen_and_what_changed_is_listed(runs):
         ({"engine": "vllm"}, "engine is 'onnx' in .* and 'vllm'"),
         ({"primary_metric": "mean_ttft_ms"}, "primary_metric"),
         ({"models__original__weights_sha256": "other"}, "originals differ"),
-        ({"models__pruned__precision": "int8"}, "pruned model is None in A and int8"),
+        ({"models__pruned__precision": "int8"}, "pruned model is float32 in A and int8"),
         ({"measurements__0__workload__input_len": 65}, "no load was measured in both"),
         ({"measurements__0__workload__num_prompts": 64}, "no load was measured in both"),
         ({"measurements__0__metrics__mean_tpot_ms__formula": "other"}, "mean_tpot_ms was computed in another way"),

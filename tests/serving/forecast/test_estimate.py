@@ -2,12 +2,15 @@
 
 import pytest
 
+from serving.forecast import device_probe
 from serving.forecast.device_probe import DevicePeaks, probe_device
 from serving.forecast.estimate import estimate, planned_checkpoint
 from serving.forecast.explain import Observations, explain
 from serving.forecast.model_facts import checkpoint_facts, facts_of
 from serving.forecast.roofline import phase_costs, roofline
+from tests.command_line import sentei
 from tests.conftest import make_pico, prune_by_hand
+from tests.counting import calls_of
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
 
@@ -55,7 +58,7 @@ def test_the_roofline_is_the_higher_of_both_bounds(models):
 
 def test_an_estimate_of_a_plan(models):
     layout = open_checkpoint(models[1]).layout
-    result = estimate(models[0], layout, PEAKS, dtype=None, **SHAPE)
+    result = estimate(models[0], layout, PEAKS, dtype=None, **SHAPE).content()
     metrics = result["metrics"]
     for side in ("original", "pruned"):
         whole = metrics["mean_ttft_ms"][side] + 3 * metrics["mean_tpot_ms"][side]
@@ -106,3 +109,13 @@ def test_this_device_can_be_measured():
     peaks = probe_device("cpu", "float32")
     assert peaks.flops_per_s > 1e8
     assert peaks.bytes_per_s > 1e7
+
+
+def test_the_command_opens_the_model_once(pico_model, text, tmp_path, monkeypatch):
+    how = ("--method", "shortgpt", "--sparsity", 0.3, "--samples", 2, "--seq-len", 64)
+    assert sentei("prune", pico_model, "-o", tmp_path / "pruned", "--calibration", text, *how).returncode == 0
+    monkeypatch.setattr(device_probe, "probe_device", lambda *device: PEAKS)
+    opened = calls_of(open_checkpoint, monkeypatch)
+    done = sentei("estimate", tmp_path / "pruned", pico_model, "--input-len", 16, "--output-len", 4, "--json")
+    assert done.returncode == 0, done.stderr
+    assert [directory for directory, *_ in opened] == [pico_model]

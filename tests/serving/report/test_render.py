@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from serving.benchmark.goodput import GOODPUT_METRICS
+from serving.benchmark.gpu_watch import NOT_RECORDED
 from serving.benchmark.metrics import METRICS
-from serving.benchmark.ratios import compare
+from serving.benchmark.ratios import compare_repeats
 from serving.forecast.explain import CLIENT
 from serving.report import render as report
 from serving.report.format import format_bytes, format_change, format_count, format_ratio
@@ -31,7 +32,7 @@ from toolchain.plan.plan import PruningPlan
 def write_plan(directory, name="tiny"):
     widths = [32, 40, 32, 40]
     document = PlanDocument(
-        schema_version=1, sentei_version="0.1.0", method="2ssp",
+        schema_version=2, sentei_version="0.1.0", method="2ssp",
         base_model=BaseModelRecord(
             name=name, model_type="llama", num_hidden_layers=4, intermediate_size=48, num_block_parameters=10_000,
             weights_sha256="ab" * 32,
@@ -99,16 +100,22 @@ def write_results(directory, *, gains, expected=1.25, engine="onnx"):
         runs.append({"repeat": repeat, "order": ["original", "pruned"], "original": original, "pruned": pruned})
     size = {"unit": "bytes", "formula": "counted", "original": 8_000_000, "pruned": 6_000_000, "ratio": 0.75}
     write(directory, "results.json", {
-        "kind": "benchmark", "engine": engine, "primary_metric": "output_throughput", "ratio_formula": "paired",
+        "kind": "benchmark", "sentei_version": "0.1.0", "engine": engine, "primary_metric": "output_throughput",
+        "ratio_formula": "paired",
         "options": {"device": "cpu", "engine_options": []},
-        "models": {side: {"name": side, "device": "cpu", "weights_sha256": 64 * side[0]}
+        "models": {side: {"name": side, "directory": side, "weights_sha256": 64 * side[0], "precision": "float32",
+                          "device": "cpu"}
                    for side in ("original", "pruned")},
         "sizes": {"weight_bytes": size, "peak_memory_bytes": {**size, "original": None, "pruned": None, "ratio": None}},
         "measurements": [{
-            "workload": {"input_len": 64, "output_len": 8, "concurrency": 1, "num_prompts": 1, "seed": 0},
-            "metrics": compare(runs), "runs": runs, "failed_requests": {"original": 0, "pruned": 0},
+            "workload": {"input_len": 64, "output_len": 8, "concurrency": 1, "request_rate": None,
+                         "range_ratio": 0.0, "num_prompts": 1, "seed": 0, "prompts": "random token ids",
+                         "ignore_eos": True},
+            "metrics": compare_repeats(runs), "runs": runs, "failed_requests": {"original": 0, "pruned": 0},
+            "percentiles": {}, "cost": None,
             "expected": {"output_throughput": {"phase": "decode", "gain": expected, "formula": "bytes"}},
         }],
+        "goodput": None, "device_peaks": None, "gpu_state": NOT_RECORDED, "failed_attempts": [],
         "environment": {"cpu": "A CPU", "accelerators": [], "versions": {"torch": "2.13.0"}},
     })  # fmt: skip
 
@@ -128,10 +135,11 @@ def write_sweep(directory, *, failed=0):
     tried = {"max_request_rate": 2.0, "request_goodput": 1.9,
              "tried": [{"request_rate": 2.0, "met": 0.95}, {"request_rate": 4.0, "met": 0.4}]}  # fmt: skip
     better = {**tried, "max_request_rate": 3.0}
-    runs = [{"repeat": repeat, "original": tried, "pruned": better} for repeat in range(3)]
+    order = ["original", "pruned"]
+    runs = [{"repeat": repeat, "order": order, "original": tried, "pruned": better} for repeat in range(3)]
     results["goodput"] = {
         "slo_ms": {"ttft": 500, "tpot": 50}, "attainment": 0.9, "runs": runs,
-        "metrics": compare(runs, primary="max_request_rate", metrics=GOODPUT_METRICS),
+        "metrics": compare_repeats(runs, primary="max_request_rate", metrics=GOODPUT_METRICS),
     }  # fmt: skip
     (directory / "results.json").write_text(json.dumps(results))
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from serving.benchmark.goodput import GOODPUT_METRICS
 from serving.benchmark.metrics import METRICS
-from serving.benchmark.ratios import compare
+from serving.benchmark.ratios import compare_repeats
 from tests.command_line import sentei
 from toolchain.cli.benchmark import show_results
 
@@ -16,14 +16,19 @@ def printed(rates=None, *, failed=0, sides=("original", "pruned")):
     """The output for metrics of 100 each, and for what highest rates each side found."""
     runs = [{side: {metric.name: 100.0 for metric in METRICS} for side in sides} for _ in range(3)]
     load = {"input_len": 8, "output_len": 4, "concurrency": 1, "request_rate": None}
-    measurement = {"workload": load, "metrics": compare(runs), "failed_requests": {"original": failed}, "cost": None}
+    measurement = {
+        "workload": load,
+        "metrics": compare_repeats(runs),
+        "failed_requests": {"original": failed},
+        "cost": None,
+    }
     goodput = None
     if rates:
         found = [dict(zip(sides, pair, strict=True)) for pair in zip(*rates, strict=True)]
         searches = [
             {side: {"max_request_rate": rate, "request_goodput": rate} for side, rate in each.items()} for each in found
         ]
-        metrics = compare(searches, primary="max_request_rate", metrics=GOODPUT_METRICS)
+        metrics = compare_repeats(searches, primary="max_request_rate", metrics=GOODPUT_METRICS)
         goodput = {"slo_ms": {"ttft": 500.0}, "attainment": 0.9, "metrics": metrics}
     console = Console(width=200)
     with console.capture() as captured:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import refused, sentei
+from tests.counting import calls_of
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.evaluate import method_comparison
 from toolchain.plan.plan import load_plan
@@ -28,11 +29,15 @@ def compare(model: Path, text: Path, other: Path, out: Path, *more: object):
     )  # fmt: skip
 
 
-def test_every_method_stands_in_the_table(pico_model: Path, text: Path, other: Path, tmp_path: Path):
+def test_every_method_stands_in_the_table(
+    pico_model: Path, text: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"prompt": "Bread is", "choices": [" baked", " wood"], "answer": 0}) + "\n")
+    opened = calls_of(open_checkpoint, monkeypatch)
     done = compare(pico_model, text, other, tmp_path / "out", "--sparsity", 0.4, "--questions", questions, "--json")
     assert done.returncode == 0, done.stderr
+    assert [directory for directory, *_ in opened].count(pico_model) == 1
     document = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert json.loads(done.stdout) == {"directory": str(tmp_path / "out"), **document}
     assert [row["method"] for row in document["rows"]] == list(METHODS)

@@ -11,7 +11,8 @@ from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.model.loading import load_model, load_tokenizer
 from toolchain.plan.plan import PruningPlan, load_plan
 from toolchain.prune import pipeline
-from toolchain.prune.pipeline import PruneSettings, prune
+from toolchain.prune.pipeline import prune
+from toolchain.prune.settings import PruneSettings
 from toolchain.text.embedded import documents
 
 # Of perplexities. A fused product may add up its sums in another order.

@@ -6,14 +6,14 @@ from pathlib import Path
 from tests.serving.report.test_render import write_plan, write_summary
 from toolchain.plan.model_card import model_card
 from toolchain.plan.plan import load_plan
-from toolchain.plan.summary_document import SUMMARY_FILE
+from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE
 from toolchain.plan.views import difference
 
 
 def test_the_card_names_what_the_cost_was_measured_on(tmp_path: Path):
     write_plan(tmp_path)
     write_summary(tmp_path)
-    summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
+    summary = json.loads((tmp_path / PRUNING_SUMMARY_FILE).read_text())
     summary |= {"intermediate_size": [32, 40], "removed_attention": [2], "num_refitted": 0, "compensation": None}
     plan = load_plan(tmp_path)
     assert "on the calibration text" in model_card(plan, summary)

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.families import make_family_pico
 from toolchain.errors import CheckFailedError
 from toolchain.prune import apply as application
-from toolchain.prune.pipeline import PruneSettings, prune
+from toolchain.prune.pipeline import prune
+from toolchain.prune.settings import PruneSettings
 from toolchain.text.sources import TextSource
 
 WORDS = {f"w{number}": number for number in range(96)}

@@ -15,8 +15,9 @@ from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import load_model, load_tokenizer
 from toolchain.model.slicing import narrow_ffn
 from toolchain.plan.plan import PruningPlan, load_plan
-from toolchain.prune.pipeline import PruneSettings, prune
+from toolchain.prune.pipeline import prune
 from toolchain.prune.search.attention import removals
+from toolchain.prune.settings import PruneSettings
 from toolchain.text.sources import TextSource
 from toolchain.text.windows import load_windows
 

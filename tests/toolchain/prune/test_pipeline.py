@@ -1,33 +1,17 @@
 """From the command to a changed weight, nothing is done twice."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.command_line import sentei
+from tests.counting import calls_of
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.prune.block_methods import run as block_methods
 from toolchain.prune.budget import allocation
 from toolchain.prune.methods import METHODS, MethodName
 
 SMALL = ("--samples", 2, "--seq-len", 64, "--align", 8)
-
-
-def calls_of(function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Collects the arguments of a function's calls, under whatever module's name it is called."""
-    calls: list[tuple[Any, ...]] = []
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        calls.append(arguments)
-        return function(*arguments, **options)
-
-    for module in [module for name, module in sys.modules.items() if name.startswith(("toolchain.", "export."))]:
-        if getattr(module, function.__name__, None) is function:
-            monkeypatch.setattr(module, function.__name__, counted)
-    return calls
 
 
 @pytest.mark.parametrize(

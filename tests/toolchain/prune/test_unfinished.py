@@ -21,8 +21,9 @@ from toolchain.metrics.choose import choose_metric
 from toolchain.plan.plan import load_plan
 from toolchain.prune import apply
 from toolchain.prune.budget.limits import LimitSettings, limit_asked
-from toolchain.prune.pipeline import PruneSettings, prune
+from toolchain.prune.pipeline import prune
 from toolchain.prune.search import two_stage
+from toolchain.prune.settings import PruneSettings
 from toolchain.prune.sweep import sweep
 from toolchain.prune.unfinished import begin_search, find_search
 from toolchain.text.sources import TextSource

@@ -107,7 +107,9 @@ def _blockpruner(search: Search, plan: PruningPlan) -> PruningPlan:
 
 
 def _evopress(search: Search, plan: PruningPlan) -> PruningPlan:
-    budget = evopress.BUDGETS[plan.document.search]
+    asked = plan.document.evopress_budget
+    assert asked is not None
+    budget = evopress.BUDGETS[asked]
     num_layers, count = search.sizes.num_hidden_layers, _num_blocks(search, plan)
     steps = plan.document.block_steps
     last = steps[-1].generation if steps else None

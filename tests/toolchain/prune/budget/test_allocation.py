@@ -24,7 +24,8 @@ from toolchain.prune.budget.allocation import (
     reachable_allocations,
 )
 from toolchain.prune.budget.ranked_widths import best_split, ranked_widths
-from toolchain.prune.pipeline import PruneSettings, possible_allocations
+from toolchain.prune.pipeline import possible_allocations
+from toolchain.prune.settings import PruneSettings
 
 SMOLLM2 = BlockParameters(
     num_hidden_layers=30,

@@ -10,9 +10,10 @@ from tests.families import VARIANTS, make_family_pico
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.model.disk_layers import open_walk
 from toolchain.plan.plan import load_plan
-from toolchain.prune.pipeline import PruneSettings, prepare, prune
+from toolchain.prune.pipeline import prepare, prune
 from toolchain.prune.search.importance import neuron_importance
 from toolchain.prune.search.sensitivity import Sensitivity, neuron_sensitivity
+from toolchain.prune.settings import PruneSettings
 
 
 def walk_of(model: Path, *, offload: bool = False):

@@ -1,0 +1,74 @@
+"""What ``sentei estimate --json`` prints, and the parts of it that ``results.json`` holds too."""
+
+from typing import Any, Literal
+
+from toolchain.documents import Document, Number, Record
+
+Side = Literal["original", "pruned"]
+Phase = Literal["prefill", "decode"]
+
+
+class CauseRecord(Record):
+    """Why the gain is not larger: ``text`` is ``message`` with its ``values`` put in."""
+
+    cause: str
+    message: str
+    values: dict[str, Any]
+    text: str
+
+
+class PhaseRecord(Record):
+    """The least that one phase takes of one model on this device."""
+
+    flops_per_token: float
+    bytes_per_token: float
+    flops_per_byte: float
+    bound: Literal["compute", "memory"]
+    at_least_ms: float
+
+
+class RooflineRecord(Record):
+    """One phase of both models."""
+
+    original: PhaseRecord
+    pruned: PhaseRecord
+    gain: float
+    formula: str
+
+
+class DevicePeaksRecord(Record):
+    """The highest rates reached on this device; see :class:`serving.forecast.device_probe.DevicePeaks`."""
+
+    device: str
+    dtype: str
+    flops_per_s: float
+    bytes_per_s: float
+
+
+class EstimatedMetric(Record):
+    """Each model's best value, and the ratio of them turned so that above 1 is better."""
+
+    original: float
+    pruned: float
+    gain: float
+
+
+class EstimatedLoad(Record):
+    """The load: tokens of each prompt, tokens of each answer, and requests at a time."""
+
+    input_len: int
+    output_len: int
+    concurrency: int
+
+
+class EstimateDocument(Document):
+    """What a plan promises on one device. ``limits`` says what will keep the gain down."""
+
+    schema_version: Literal[1]
+    kind: Literal["estimate"]
+    roofline: dict[Phase, RooflineRecord]
+    metrics: dict[str, EstimatedMetric]
+    weight_bytes: dict[Side, Number]
+    limits: list[CauseRecord]
+    peaks: DevicePeaksRecord
+    workload: EstimatedLoad

@@ -1,0 +1,77 @@
+"""What ``sentei prune`` was asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from toolchain.metrics.choose import question_file
+from toolchain.prune.budget.allocation import Protected
+from toolchain.prune.budget.limits import LimitSettings
+from toolchain.prune.methods import METHODS, MethodName, PruningMethod
+from toolchain.text.sources import TextSource, local_paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings:
+    """What ``sentei prune`` was asked for.
+
+    Attributes:
+        sparsity: Fraction of decoder-block parameters to remove.
+        method: One of :class:`toolchain.prune.methods.MethodName`. Those that remove blocks know no other setting than
+            ``evopress_budget``, calibration and computing.
+        calibration: Texts and their weights; none for the embedded text.
+        num_samples: Calibration windows; stage 2 uses the first of each text.
+        seq_len: Tokens a window.
+        align: FFN widths on each rank are multiples of this; 1, on a single rank, gives the published widths.
+        attention_removals: Overrides the published formula.
+        allocation: How many attentions go: ``formula``, as published but for ranked widths' own ``alpha``, or ``auto``,
+            by measured damage.
+        widths: Of the FFNs: ``uniform``, as published, or ``ranked``: gradients of the loss choose widths and neurons.
+        protected: Layers left alone.
+        search: ``exact``, or ``racing``: drop candidates that fall behind early.
+        metric: Decides what is removed; see :func:`toolchain.metrics.choose.choose_metric`.
+        limit: How much damage is accepted.
+        limit_metric: What the limit looks at, if that is another metric.
+        tensor_parallel: Ranks that a server will split each layer over.
+        compensate: Re-fit the output projections of what is left; see :mod:`toolchain.prune.compensation`.
+        evopress_budget: One of :data:`toolchain.prune.block_methods.evopress.BUDGETS`.
+        offload: Keep one layer in memory instead of all.
+        device: Computed on.
+        dtype: Computed in; the checkpoint keeps the model's own.
+        seed: Recorded and set; only EvoPress draws at random.
+    """
+
+    sparsity: float
+    calibration: Sequence[TextSource]
+    num_samples: int
+    seq_len: int
+    align: int
+    attention_removals: int | None
+    device: str
+    dtype: torch.dtype
+    seed: int
+    method: str = MethodName.two_ssp.value
+    allocation: str = "formula"
+    widths: str = "uniform"
+    protected: Protected = field(default_factory=Protected)
+    search: str = "exact"
+    metric: str = "perplexity"
+    limit: LimitSettings = field(default_factory=LimitSettings)
+    limit_metric: str | None = None
+    tensor_parallel: int = 1
+    compensate: bool = False
+    evopress_budget: str = "paper"
+    offload: bool = False
+
+    @property
+    def of_method(self) -> PruningMethod:
+        """The method's line in the table."""
+        return METHODS[self.method]
+
+    @property
+    def input_files(self) -> list[Path]:
+        """Files and directories that texts and questions are read from."""
+        asked = [question_file(name) for name in (self.metric, self.limit_metric) if name]
+        return [*local_paths(source.text for source in self.calibration), *(file for file in asked if file)]
