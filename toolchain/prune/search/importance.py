@@ -10,7 +10,7 @@ from torch import nn
 
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
-from toolchain.prune.search.window_sums import UNSHARED, Shared, sum_of_parts
+from toolchain.prune.window_sums import UNSHARED, Shared, sum_of_parts
 from toolchain.ranks.ranks import Ranks
 
 

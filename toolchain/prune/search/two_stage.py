@@ -23,7 +23,7 @@ from toolchain.prune.search.attention import Tried, candidate_scores, num_candid
 from toolchain.prune.search.candidates import embedded_states
 from toolchain.prune.search.importance import neuron_importance
 from toolchain.prune.search.sensitivity import Sensitivity, neuron_sensitivity
-from toolchain.prune.search.window_sums import UNSHARED, Shared
+from toolchain.prune.window_sums import UNSHARED, Shared
 from toolchain.ranks.ranks import ALONE, Ranks
 
 # On the way to the target widths the metric is taken this often: the part of the curve that stage 1 walks.
