@@ -45,9 +45,10 @@ class CheckedCommand(TyperCommand):
             SenteiError: The command works in one process, or the others cannot be reached.
         """
         if several():
-            if ctx.command_path.split()[1:] not in [[name] for name in _IN_SEVERAL_RANKS]:
+            # Below the root command alone: sentei plan has commands of its own.
+            if ctx.info_name not in _IN_SEVERAL_RANKS or ctx.parent.parent is not None:
                 raise SenteiError(
-                    f"{ctx.command_path} works in one process, and several were started (WORLD_SIZE is set).",
+                    f"sentei {ctx.info_name} works in one process, and several were started (WORLD_SIZE is set).",
                     f"Start it without torchrun; sentei {', '.join(_IN_SEVERAL_RANKS)} can use several.",
                 )
             from toolchain.ranks.joining import join

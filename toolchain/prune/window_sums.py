@@ -36,7 +36,12 @@ UNSHARED = Shared()
 
 
 def sum_of_parts(
-    num_parts: int, of_parts: Callable[[range], torch.Tensor], shared: Shared, *, at_once: int = 1
+    num_parts: int,
+    of_parts: Callable[[range], torch.Tensor],
+    shared: Shared,
+    *,
+    at_once: int = 1,
+    on_parts: Callable[[range], None] = lambda parts: None,
 ) -> torch.Tensor:
     """Sums what parts say, round by round.
 
@@ -45,6 +50,7 @@ def sum_of_parts(
         of_parts: Computes some that follow each other: ``[number of them, size]``, of one size for all.
         shared: Who computes, and where the sums are kept.
         at_once: How many parts a rank computes in a round.
+        on_parts: Told of those that are done, for progress; of those that were kept too.
 
     Returns:
         float64 ``[size]`` on the CPU, in all ranks.
@@ -53,6 +59,7 @@ def sum_of_parts(
     if shared.saved is not None:
         tensors, said = shared.saved
         done, total = int(said["done"]), tensors["sums"]
+    on_parts(range(done))
     for start, counts in _rounds(done, num_parts, ranks.size, at_once):
         first = start + sum(counts[: ranks.rank])
         own = range(first, first + counts[ranks.rank])
@@ -63,6 +70,7 @@ def sum_of_parts(
         assert total is not None
         if ranks.is_first:
             shared.save({"sums": total}, {"done": start + sum(counts)})
+        on_parts(range(start, start + sum(counts)))
     assert total is not None
     return total
 

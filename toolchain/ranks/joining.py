@@ -9,7 +9,7 @@ from typing import Any
 
 from toolchain.errors import INTERRUPTED, SenteiError, reason_of
 from toolchain.ranks.heartbeat import BEAT_S, Heartbeats, beat_key
-from toolchain.ranks.launch import Launch, is_first, launch
+from toolchain.ranks.launch import Launch, is_first, launch, several
 from toolchain.ranks.ranks import ALONE, Ranks
 
 # Other ranks may still be starting; once they have, a minute without a sign of life is too long.
@@ -35,10 +35,12 @@ def join() -> Ranks:
         SenteiError: The variables make no sense, nobody answers at ``MASTER_ADDR``, or a rank does not come.
     """
     global _joined, _is_joining
-    if _joined is None:
-        _is_joining = True
-        launched = launch()
-        _joined = ALONE if launched is None else _join(launched)
+    if _joined is not None:
+        return _joined
+    _is_joining = several()
+    if (launched := launch()) is None:
+        return ALONE
+    _joined = _join(launched)
     return _joined
 
 

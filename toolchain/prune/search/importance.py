@@ -44,11 +44,14 @@ def neuron_importance(
 
     def norms_by_call(own: range) -> torch.Tensor:
         by_layer = _norms(walk, torch.cat([calls[number] for number in own]))
-        for _ in range(sum(len(calls[number]) for number in own)):
-            on_window()
         return torch.cat(by_layer, dim=1)
 
-    total = sum_of_parts(len(calls), norms_by_call, shared, at_once=_calls_at_once(walk, calls, shared.ranks))
+    def on_calls(done: range) -> None:
+        for _ in range(sum(len(calls[number]) for number in done)):
+            on_window()
+
+    at_once = _calls_at_once(walk, calls, shared.ranks)
+    total = sum_of_parts(len(calls), norms_by_call, shared, at_once=at_once, on_parts=on_calls)
     means = (total / len(windows)).float().numpy()
     # The layers of a model that is not pruned are equally wide.
     return tuple(np.split(means, len(walk.layers)))

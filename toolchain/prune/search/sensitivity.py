@@ -70,13 +70,13 @@ def neuron_sensitivity(
     walk = LayerWalk(walk.model, walk.family, walk.layers)
 
     def of_windows(own: range) -> torch.Tensor:
-        rows = []
-        for number in own:
-            rows.append(torch.cat(_of_window(walk, windows[number : number + 1])))
-            on_window()
-        return torch.stack(rows)
+        return torch.stack([torch.cat(_of_window(walk, windows[number : number + 1])) for number in own])
 
-    total = sum_of_parts(len(windows), of_windows, shared)
+    def on_windows(done: range) -> None:
+        for _ in done:
+            on_window()
+
+    total = sum_of_parts(len(windows), of_windows, shared, on_parts=on_windows)
     means = (total / len(windows)).float().numpy()
     # The layers of a model that is not pruned are equally wide.
     slope, fisher, importance = (tuple(np.split(each, len(walk.layers))) for each in np.split(means, 3))
