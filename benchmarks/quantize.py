@@ -19,7 +19,8 @@ import typer
 
 from export.quantize import SCHEMES, needs_text, quantize
 from serving.benchmark.environment import describe_environment
-from serving.verify.quantized_weights import replace_with_rounded
+from serving.verify.quantized_weights import rounded_matrices
+from serving.verify.rounded import carry, distances, round_inputs
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.checkpoint.quantized import open_quantized
 from toolchain.metrics.perplexity import perplexity
@@ -72,8 +73,10 @@ def measure(directory: Path, scheme: str | None, seen: torch.Tensor, unseen: tor
             told = quantize(directory, exported, scheme=scheme, windows=seen if needs_text(scheme) else None)
             weight_bytes = told["weight_bytes"]
             rounding = {"group_size": told["group_size"], "quantised_with": told["quantised_with"]}
-            rounded = replace_with_rounded(model, open_quantized(exported))
-            rounding["largest_relative_error"] = max(each.relative_error for each in rounded)
+            rounded = rounded_matrices(open_quantized(exported))
+            rounding["largest_relative_error"] = max(each.relative_error for each in distances(checkpoint, rounded))
+            carry(model, rounded)
+            round_inputs(model, rounded)
     result = perplexity(LayerWalk(model, checkpoint.family), unseen)
     return {"weight_bytes": weight_bytes, **asdict(result), **rounding}
 

@@ -2,12 +2,14 @@
 
     python benchmarks/random_checkpoint.py models --shape llama-3-8b --sparsity 0.14 --sparsity 0.25
 
-writes ``models/original`` and ``models/pruned-0.25``. Widths and the number of attentions are what ``sentei prune``
-allocates; which neurons and which layers' attentions go makes no difference to speed, and is not searched for. The
-tokenizer is the demo model's: nothing is downloaded.
+writes ``models/original`` and ``models/pruned-0.25``. Widths and the number of attentions are those of the
+published split (``sentei prune --method 2ssp``), nearly the same in every layer; which neurons and which layers'
+attentions go makes no difference to speed, and is not searched for. The tokenizer is the demo model's: nothing is
+downloaded.
 """
 
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,12 +50,14 @@ def main(
     original = out / "original"
     if not original.exists():
         partial = out / "original.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         generate(partial, SHAPES[shape])
         partial.rename(original)
     for each in sparsity or []:
         pruned = out / f"pruned-{each:g}"
         if not pruned.exists():
             partial = out / f"pruned-{each:g}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
             prune_shape(original, partial, each, align=align)
             partial.rename(pruned)
             print(
@@ -98,7 +102,7 @@ def generate(directory: Path, shape: Mapping[str, object], *, max_shard_bytes: i
 
 
 def prune_shape(original: Path, directory: Path, sparsity: float, *, align: int) -> None:
-    """The shape that ``sentei prune`` would give it: the first neurons stay, and the first layers' attentions go."""
+    """The shape that ``--method 2ssp`` would give it: the first neurons stay, and the first layers' attentions go."""
     checkpoint = open_checkpoint(original)
     allocation = allocate(block_parameters(checkpoint), sparsity, align=align)
     layout = [

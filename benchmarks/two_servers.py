@@ -21,6 +21,7 @@ from serving.benchmark.environment import describe_environment
 from serving.benchmark.ratios import SIDES
 from serving.benchmark.run import schedule
 from serving.server.vllm import running_server
+from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.outputs import write_text
 from toolchain.significance import ratio_interval
 
@@ -56,7 +57,8 @@ def main(
             seed = 1 + 1000 * visit.repeat + concurrency
             rate = asyncio.run(_throughput(urls[visit.side], concurrency, requests, input_len, output_len, seed=seed))
             rates[concurrency][visit.side].append(rate)
-    document = describe(rates, {"input_len": input_len, "output_len": output_len, "loads": load})
+    document = describe(rates, {"input_len": input_len, "output_len": output_len, "loads": load, "options": options})
+    document["models"] = {side: shape_of(directory) for side, directory in directories.items()}
     write_text(out, json.dumps(document, indent=1) + "\n")
     for result in document["results"]:
         gain = result["gain"]
@@ -77,6 +79,16 @@ def describe(rates: dict[int, dict[str, list[float]]], settings: dict[str, Any])
         "schema_version": 1, "kind": "two_servers", "metric": "output_throughput, tokens a second", **settings,
         "results": results, "environment": describe_environment(),
     }  # fmt: skip
+
+
+def shape_of(directory: Path) -> dict[str, Any]:
+    """What the speed of a model depends on: its bytes, and what each layer has left."""
+    checkpoint = open_checkpoint(directory)
+    return {
+        "weight_bytes": checkpoint.weight_bytes,
+        "intermediate_size": [layer.intermediate_size for layer in checkpoint.layout],
+        "num_attentions": sum(layer.attention for layer in checkpoint.layout),
+    }
 
 
 async def _throughput(

@@ -10,15 +10,6 @@ from pathlib import Path
 from toolchain.lifetime import tied
 
 
-def own_environment() -> dict[str, str]:
-    """The environment of a Python that finds sentei's modules wherever it is started; give it ``-P``.
-
-    A directory ``serving`` where the user happens to stand must not be taken for ours.
-    """
-    paths = [str(Path(__file__).resolve().parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
 @contextmanager
 def child_process(
     command: Sequence[str], environment: Mapping[str, str], log: Path, *, talks: bool = False

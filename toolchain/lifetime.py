@@ -16,11 +16,21 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 # Set in a process that sentei started with a pipe as its stdin: when the pipe ends, this process ends itself.
 TIED_VARIABLE = "SENTEI_ENDS_WITH_STDIN"
 # Set in a process whose vLLM engine was started by sentei: the plugin then ties the engine to it.
 ENGINE_VARIABLE = "SENTEI_ENGINE_ENDS_WITH_PARENT"
+
+
+def own_environment() -> dict[str, str]:
+    """The environment of a Python that finds sentei's modules wherever it is started; give it ``-P``.
+
+    A directory ``serving`` where the user happens to stand must not be taken for ours.
+    """
+    paths = [str(Path(__file__).resolve().parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def tied(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Clocks, temperature, throttling and energy of NVIDIA GPUs while something runs, from NVML."""
+"""Clocks, temperature, throttling, energy and used memory of NVIDIA GPUs, from NVML."""
 
 import importlib
 import os
@@ -19,6 +19,10 @@ _REASONS = {
     0x04: "power cap", 0x08: "hardware slowdown", 0x20: "temperature", 0x40: "hardware temperature",
     0x80: "power brake",
 }  # fmt: skip
+_FREED_TIMEOUT_S = 60.0
+_FREED_POLL_S = 0.5
+# More may be in use than before and still count as nothing: what the driver and other programs take goes up and down.
+_FREED_SLACK_BYTES = 512 * 1024**2
 NOT_RECORDED = "not recorded: no engine ran on an NVIDIA GPU of this machine, or nvidia-ml-py is not installed"
 RECORDED = "recorded from NVML, of the GPUs that CUDA_VISIBLE_DEVICES names, all of them if it is not set"
 
@@ -113,6 +117,46 @@ def watched_gpus(device: str | None) -> Iterator[GpuWatch]:
         watch.close()
         if nvml:
             nvml.nvmlShutdown()
+
+
+def used_memory_bytes() -> list[int] | None:
+    """Bytes in use, by anyone, on each GPU that CUDA sees; ``None`` without NVML."""
+    if (nvml := _nvml()) is None:
+        return None
+    try:
+        return [int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in _visible(nvml)] or None
+    except nvml.NVMLError:
+        return None
+    finally:
+        nvml.nvmlShutdown()
+
+
+class MemoryBefore:
+    """How much of the GPUs was in use before an engine was started, so that the next one finds as much free.
+
+    The driver gives a process's memory back some time after the process has ended.
+    """
+
+    def __init__(self, device: str) -> None:
+        """Looks.
+
+        Args:
+            device: What the engine runs on; nothing is looked at beside a CPU.
+        """
+        self._used = used_memory_bytes() if device.startswith("cuda") else None
+
+    def wait(self) -> bool:
+        """Waits, for a minute at most, until no more is in use than before; whether it came to that."""
+        deadline = time.monotonic() + _FREED_TIMEOUT_S
+        while self._used is not None and (now := used_memory_bytes()) is not None:
+            if all(each <= before + _FREED_SLACK_BYTES for each, before in zip(now, self._used, strict=True)):
+                # What ran before the benchmark may have ended meanwhile.
+                self._used = [min(pair) for pair in zip(now, self._used, strict=True)]
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_FREED_POLL_S)
+        return True
 
 
 def energy(seen: Mapping[str, Any] | None, num_output_tokens: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from serving.benchmark.metrics import DEFAULT_PRIMARY, check_primary
 from serving.benchmark.workload import Slo, Workload
 from serving.engines.spec import SERVERS, EngineSpec, engine_spec
-from serving.server.vllm import HOST
+from serving.server.vllm import HOST, START_TIMEOUT_S
 from toolchain.devices import parse_device
 from toolchain.errors import MissingDependencyError, SenteiError
 
@@ -35,6 +35,7 @@ class BenchmarkSettings:
         urls: Servers that run already, the original's and then the pruned model's; servers alone.
         api_key: What these servers ask for. It is never written.
         price_per_hour: Of the machine, in any currency; gives the cost of a million output tokens.
+        start_timeout_s: How long a server, or a worker's loading, may take until it is ready.
         stall_timeout_s: How long an engine may go without a token before it counts as hung; without a server, each
             2048 tokens of a batch's prompts have as long.
     """
@@ -50,6 +51,7 @@ class BenchmarkSettings:
     urls: Sequence[str] = ()
     api_key: str | None = field(default=None, repr=False)
     price_per_hour: float | None = None
+    start_timeout_s: float = START_TIMEOUT_S
     stall_timeout_s: float = STALL_TIMEOUT_S
 
     @property

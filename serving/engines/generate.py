@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
-from serving.engines.chat_template import ChatTemplate
 from serving.engines.sampling import GREEDY, NOT_A_NUMBER, Sampling
 from serving.onnx_export.files import is_onnx_export
 from toolchain.checkpoint.directory import Checkpoint, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.model.context_length import check_context, context_length
 from toolchain.model.loading import load_model, load_tokenizer
+from toolchain.text.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -233,6 +233,12 @@ def missing_provider(device: str) -> SenteiError | None:
     )
 
 
+def runs_on(directory: Path) -> str:
+    """The device that an export can be run on here: its own, or else the CPU, if any."""
+    device = read_settings(directory).device
+    return device if missing_provider(device) is None else "cpu"
+
+
 def _open_session(graph: Path, device: str) -> Any:
     if missing := missing_provider(device):
         raise missing

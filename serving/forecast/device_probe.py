@@ -14,9 +14,9 @@ from functools import partial
 
 import torch
 
-from serving.child_process import own_environment
 from toolchain.checkpoint.directory import dtype_name
 from toolchain.errors import SenteiError
+from toolchain.lifetime import own_environment
 
 _MIN_SECONDS, _ROUNDS = 0.2, 3
 _TIMEOUT_S = 300

@@ -22,7 +22,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from serving.engines.chat_template import ChatTemplate
 from serving.engines.onnxruntime import OnnxEngine
 from serving.engines.sampling import Sampler
 from serving.server.answer_text import AnswerText, Piece
@@ -31,6 +30,7 @@ from serving.server.http_guards import FAILED, KeyGuard, error_handlers, read_re
 from serving.server.openai_protocol import ChatCompletionRequest, CompletionRequest, Reply
 from toolchain.errors import SenteiError, is_panic
 from toolchain.model.loading import load_tokenizer
+from toolchain.text.chat_template import ChatTemplate
 
 _LOG = logging.getLogger("uvicorn.error")
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions

@@ -27,9 +27,15 @@ from toolchain.errors import MissingDependencyError, SenteiError
 HOST = "127.0.0.1"
 _TAIL_LINES = 30
 START_TIMEOUT_S = 900.0
+# Of programs that do not understand their options: another start would end alike.
+_USAGE_EXIT_CODE = 2
 _STOP_TIMEOUT_S = 20.0
 # vLLM reports the engine process's exception in its log, far above the last line; the ONNX server as the last one.
 _REFUSAL = re.compile(r"(?:toolchain\.errors\.\w+|^Error): (.+)", re.MULTILINE)
+
+
+class ServerEndedError(SenteiError):
+    """A server ended before it was ready, and did not say in sentei's words why: another start may succeed."""
 
 
 def serve(directory: Path, options: Sequence[str]) -> NoReturn:
@@ -74,7 +80,8 @@ def running_server(
         The base URL, such as ``http://127.0.0.1:8000``.
 
     Raises:
-        SenteiError: The server ended or was not healthy in time; the message holds the end of its log.
+        ServerEndedError: The server ended; the message holds the end of its log.
+        SenteiError: It refused what it was given, or was not healthy in time.
         MissingDependencyError: vLLM is not installed.
     """
     port = port or free_port()
@@ -167,12 +174,14 @@ def _wait_until_healthy(
     deadline = time.monotonic() + timeout_s
     while not is_healthy(base_url):
         if (code := process.poll()) is not None:
-            raise SenteiError(
-                f"The {name} server ended with exit code {code} before it was ready{_cause(_text_of(log))}"
-            )
+            said = _text_of(log)
+            is_final = code == _USAGE_EXIT_CODE or refusal(said) is not None
+            kind = SenteiError if is_final else ServerEndedError
+            raise kind(f"The {name} server ended with exit code {code} before it was ready{_cause(said)}")
         if time.monotonic() > deadline:
             raise SenteiError(
-                f"The {name} server was not ready after {timeout_s:.0f} s. The end of its log:\n{tail(_text_of(log))}"
+                f"The {name} server was not ready after {timeout_s:.0f} s. The end of its log:\n{tail(_text_of(log))}",
+                "sentei benchmark --start-timeout gives it longer.",
             )
         time.sleep(0.5)
 

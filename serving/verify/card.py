@@ -27,23 +27,27 @@ def _section(verdict: dict[str, Any]) -> str:
     said = (
         "Passed" if verdict["passed"] else f"**Failed** ({', '.join(map(_words, failed))}). Do not deploy this export"
     )
-    rows = [(name, check["value"], check["limit"]) for name, check in verdict["checks"].items()]
+    noise = verdict.get("noise", {})
+    rows = [(name, check["value"], noise.get(name), check["limit"]) for name, check in verdict["checks"].items()]
     rows += [
-        (name, verdict[name], None)
+        (name, verdict[name], None, None)
         for name in ("kl_divergence", "top1_agreement")
         if name in verdict and name not in verdict["checks"]
     ]
-    table = "\n".join(f"| {_words(name)} | {value:.3g} | {_limit(limit)} |" for name, value, limit in rows)
+    table = "\n".join(
+        f"| {_words(name)} | {value:.3g} | {_number(own, '')} | {_number(limit, 'not judged')} |"
+        for name, value, own, limit in rows
+    )
     prompts = f"{verdict['num_prompts']} prompts ({verdict['prompts']}, {verdict['num_tokens']} tokens)"
     return f"""{_HEADING}
 
 {said}. Compared with the checkpoint it was made from (fingerprint `{verdict["source_fingerprint"][:16]}`):
 teacher-forced log-probabilities of {prompts},
-by {verdict["engine"]} in {verdict["dtype"]}, against Transformers in float32, in nats. `verification.json` has more.
+by {verdict["engine"]} in {verdict["dtype"]}, against {_reference(verdict)}, in nats. `verification.json` has more.
 {verdict.get("not_run", "")}
 
-| | found | at most |
-|---|---|---|
+| | found | the model's own noise | at most |
+|---|---|---|---|
 {table}
 """
 
@@ -52,5 +56,12 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _limit(limit: float | None) -> str:
-    return "not judged" if limit is None else f"{limit:.3g}"
+def _number(value: float | None, otherwise: str) -> str:
+    return otherwise if value is None else f"{value:.3g}"
+
+
+def _reference(verdict: dict[str, Any]) -> str:
+    if "reference" not in verdict:
+        return "nothing"
+    reference, noise = verdict["reference"], verdict["noise"]
+    return f"Transformers in {reference['dtype']}, whose own answers in {noise['dtype']} are that far away (its noise)"

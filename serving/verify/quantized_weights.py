@@ -1,50 +1,23 @@
-"""What a quantised export computes, in the source model: its rounded matrices, and inputs rounded as in vLLM."""
-
-from collections.abc import Callable
-from typing import Any
+"""What a quantised checkpoint holds: its rounded matrices, and inputs rounded as vLLM rounds them."""
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
+from serving.verify.rounded import RoundedMatrices
 from toolchain.architecture.rounding_scheme import RoundingScheme
 from toolchain.checkpoint.directory import Checkpoint, same_bits
 from toolchain.checkpoint.quantized import QuantizedCheckpoint
-from toolchain.checkpoint.rounding_error import RoundedMatrix, measure_rounding
-from toolchain.errors import SenteiError
 
 
-@torch.no_grad()
-def replace_with_rounded(model: PreTrainedModel, exported: QuantizedCheckpoint) -> list[RoundedMatrix]:
-    """Puts an export's matrices into the source model, which then computes what the export should.
-
-    Args:
-        model: The source, float32; changed in place.
-        exported: What was made of it.
-
-    Returns:
-        How far each matrix was from the source's.
-
-    Raises:
-        SenteiError: The export's matrices are not those of the model.
-    """
-    found = []
-    for name, shape in exported.matrices.items():
-        try:
-            linear = model.get_parameter(name)
-        except AttributeError as error:
-            raise SenteiError(f"{exported.directory} has a matrix {name}, which the checkpoint has not.") from error
-        if linear.shape != shape:
-            raise SenteiError(
-                f"{exported.directory}: {name} has shape {list(shape)}, the checkpoint's {list(linear.shape)}."
-            )
-        rounded = exported.matrix(name)
-        found.append(measure_rounding(name, exported.scheme.name, rounded, linear))
-        linear.copy_(rounded)
-        if exported.scheme.input_bits is not None:
-            module = model.get_submodule(name.removesuffix(".weight"))
-            module.register_forward_pre_hook(_rounding_hook(exported.scheme))
-    return found
+def rounded_matrices(exported: QuantizedCheckpoint) -> RoundedMatrices:
+    """What an export rounded; matrices are read when they are asked for."""
+    scheme = exported.scheme
+    return RoundedMatrices(
+        where=str(exported.directory),
+        shapes=exported.matrices,
+        formats=dict.fromkeys(exported.matrices, scheme.name),
+        matrix=exported.matrix,
+        round_inputs=None if scheme.input_bits is None else lambda inputs: round_inputs(inputs, scheme),
+    )
 
 
 def count_differing(source: Checkpoint, exported: QuantizedCheckpoint) -> int:
@@ -62,20 +35,13 @@ def round_inputs(inputs: torch.Tensor, scheme: RoundingScheme) -> torch.Tensor:
     """Rounds each token's inputs, as vLLM does while it runs: symmetric, the largest one to the largest number.
 
     Args:
-        inputs: float32 ``[..., in]``.
+        inputs: ``[..., in]``; rounded in float32, and returned in their own dtype.
         scheme: One that rounds inputs.
     """
     assert scheme.input_bits == 8
     largest = torch.finfo(torch.float8_e4m3fn).max if scheme.is_float else 127.0
-    scale = inputs.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / largest
-    scaled = inputs / scale
-    if scheme.is_float:
-        return scaled.clamp(-largest, largest).to(torch.float8_e4m3fn).to(inputs.dtype) * scale
-    return scaled.round() * scale
-
-
-def _rounding_hook(scheme: RoundingScheme) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return round_inputs(arguments[0], scheme), *arguments[1:]
-
-    return hook
+    exact = inputs.float()
+    scale = exact.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / largest
+    scaled = exact / scale
+    rounded = scaled.clamp(-largest, largest).to(torch.float8_e4m3fn).float() if scheme.is_float else scaled.round()
+    return (rounded * scale).to(inputs.dtype)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from serving.engines import chat_template
-from serving.engines.chat_template import ChatTemplate
 from tests.accidents.onnx_service import FILL, LOOP, TEMPLATE, Service
 from tests.command_line import refused, sentei
 from toolchain.errors import SenteiError
 from toolchain.model.loading import load_tokenizer
+from toolchain.text import chat_template
+from toolchain.text.chat_template import ChatTemplate
 
 CHAT = "/v1/chat/completions"
 

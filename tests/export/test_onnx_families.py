@@ -14,10 +14,11 @@ from serving.engines.genai import stream_tokens
 from serving.engines.onnxruntime import OnnxEngine
 from serving.engines.transformers import TransformersEngine
 from serving.server.continuous_batch import BatchRequest, OnnxBatch
-from serving.verify import onnx_weights
+from serving.verify.onnx_weights import OnnxWeights
+from serving.verify.rounded import carry, distances
 from tests.conftest import prune_by_hand
 from tests.families import EVERY_VARIANT, VARIANTS, make_family_pico
-from toolchain.checkpoint.directory import copy_companions
+from toolchain.checkpoint.directory import copy_companions, open_checkpoint
 from toolchain.checkpoint.rounding_error import rounding_checks
 from toolchain.errors import SenteiError
 
@@ -111,6 +112,14 @@ def check_graph(directory: Path) -> onnx.GraphProto:
     return model.graph
 
 
+def carried(reference: TransformersEngine, source: Path, weights: OnnxWeights) -> None:
+    """Puts an export's matrices into the reference, after a look at how far they are from its own."""
+    rounded = weights.rounded_matrices()
+    assert rounded is not None
+    assert all(check["passed"] for check in rounding_checks(distances(open_checkpoint(source), rounded)).values())
+    carry(reference.model, rounded)
+
+
 @pytest.mark.parametrize(
     "precision",
     [
@@ -128,9 +137,9 @@ def test_rounded(family: str, precision: Precision, demo_model: Path, tmp_path: 
     check_graph(tmp_path / "out")
     reference = TransformersEngine(pruned, dtype=torch.float32)
     unrounded = reference.log_probabilities(IDS)
-    assert onnx_weights.count_differing(reference.model, tmp_path / "out/model.onnx") == 0
-    matrices = onnx_weights.replace_with_rounded(reference.model, tmp_path / "out/model.onnx")
-    assert all(check["passed"] for check in rounding_checks(matrices).values())
+    weights = OnnxWeights(open_checkpoint(pruned), tmp_path / "out/model.onnx")
+    assert weights.count_differing() == 0
+    carried(reference, pruned, weights)
     actual, expected = OnnxEngine(tmp_path / "out").log_probabilities(IDS), reference.log_probabilities(IDS)
     # What goes into a matrix is rounded to 8 bits.
     assert (actual - expected).abs().mean() <= 0.03
@@ -156,10 +165,11 @@ def test_for_cuda(family: str, precision: Precision, demo_model: Path, tmp_path:
     caches = {each.type.tensor_type.elem_type for each in graph.input if each.name.startswith("past")}
     assert caches == {half}
     reference = TransformersEngine(pruned, dtype=torch.float32)
-    assert onnx_weights.count_differing(reference.model, tmp_path / "out/model.onnx") == 0
+    weights = OnnxWeights(open_checkpoint(pruned), tmp_path / "out/model.onnx")
+    assert weights.count_differing() == 0
+    assert weights.dtype == (torch.bfloat16 if half == onnx.TensorProto.BFLOAT16 else torch.float16)
     if precision.startswith("int"):
-        matrices = onnx_weights.replace_with_rounded(reference.model, tmp_path / "out/model.onnx")
-        assert all(check["passed"] for check in rounding_checks(matrices).values())
+        carried(reference, pruned, weights)
     if half == onnx.TensorProto.FLOAT16 and family != "qwen3":  # the CPU has kernels for those
         actual = OnnxEngine(tmp_path / "out", "cpu").log_probabilities(IDS)
         assert (actual - reference.log_probabilities(IDS)).abs().max() <= 0.05

@@ -230,6 +230,10 @@ def test_a_plan_is_made_and_applied_with_it(
     assert (plan.text_hashes["calibration"] == windows.passage_hashes).all()
     metric = AccuracyMetric(load_questions(questions), tokenizer, source="q", seq_len=TEXT_LEN + 1, bos=bos)
     assert plan.document.metric_original == measure(LayerWalk(load_model(gemma), GEMMA), metric)
+    assert plan.document.calibration.bos == bos
+    content = json.loads((tmp_path / "out" / "plan.json").read_text())
+    del content["calibration"]["bos"], content["calibration"]["chat_template"]  # as earlier versions wrote it
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(content))
     done = sentei("apply", tmp_path / "out", gemma, "-o", tmp_path / "again", "--calibration", prose, "--quiet")
     assert done.returncode == 0, done.stderr
 

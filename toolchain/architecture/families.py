@@ -40,7 +40,7 @@ class Family:
         not_in_vllm: Keys that change what Transformers' class computes, and that vLLM's class (0.25 to 0.33) does not
             follow; see :func:`check_vllm_follows`.
         needs_bos: Whether the model was trained with a beginning-of-sequence (BOS) token before every text and falls
-            apart without it: sentei then puts it before each window and question. Otherwise text is read as it is.
+            apart without it: sentei then puts it before each window and question. Otherwise the tokenizer decides.
         fused: Projections of a layer that stack several of Llama's, by name, with these in order.
         unlike_llama: What the family computes that Llama does not, in words; empty if biases, sliding windows and
             fused projections are all that sets it apart.

@@ -50,11 +50,30 @@ class ExportVerification(Document):
     quantised_with: dict[str, str] | None = None
 
 
+class ReferenceRecord(Record):
+    """Where and how the checkpoint was computed; ``offloaded``: one layer in memory at a time."""
+
+    device: str
+    dtype: str
+    offloaded: bool
+
+
+class NoiseRecord(Record):
+    """How far the checkpoint's own answers move, in nats, where they are computed in ``dtype`` instead."""
+
+    dtype: str
+    max_difference: Number
+    mean_difference: Number
+    median_difference: Number
+    greedy_margin: Number
+
+
 class AnswersVerification(Document):
-    """What ``sentei verify`` found; :class:`serving.verify.verify.Differences` says what each difference is.
+    """What ``sentei verify`` found; :class:`serving.verify.answers.Differences` says what each difference is.
 
     Differences are left out where no answer could be had, ``rounding_*`` where nothing was rounded. ``not_run`` says
-    what could not be run, and is empty where all could.
+    what could not be run, and is empty where all could. A tolerance is a margin times the noise, and a little more;
+    ``reference``, ``noise`` and ``margins`` are not in files of earlier versions, whose tolerances were fixed.
     """
 
     schema_version: Literal[1]
@@ -72,6 +91,7 @@ class AnswersVerification(Document):
     median_difference: float | None = None
     kl_divergence: float | None = None
     top1_agreement: float | None = None
+    choice_margin: float | None = None
     greedy_margin: float | None = None
     greedy_agreement: float | None = None
     perplexity_ratio: float | None = None
@@ -80,9 +100,13 @@ class AnswersVerification(Document):
     rounding_median_difference: float | None = None
     rounding_kl_divergence: float | None = None
     rounding_top1_agreement: float | None = None
+    rounding_choice_margin: float | None = None
     rounding_greedy_margin: float | None = None
     rounding_greedy_agreement: float | None = None
     rounding_perplexity_ratio: float | None = None
+    reference: ReferenceRecord | None = None
+    noise: NoiseRecord | None = None
+    margins: dict[str, float] | None = None
     tolerances: dict[str, float]
     checks: dict[str, CheckRecord]
 

@@ -111,6 +111,10 @@ def benchmark(
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable that holds its key.", rich_help_panel=_SERVER)
     ] = None,
+    start_timeout: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds until a server that was started must be ready.", rich_help_panel=_SERVER),
+    ] = 900,
     stall_timeout: Annotated[
         float,
         typer.Option(min=1, help="Seconds without a token until an engine counts as hung.", rich_help_panel=_SERVER),
@@ -161,6 +165,7 @@ def benchmark(
             urls=url or (),
             api_key=_api_key(api_key_env),
             price_per_hour=price_per_hour,
+            start_timeout_s=start_timeout,
             stall_timeout_s=stall_timeout,
         )
         results = run(

@@ -20,6 +20,7 @@ from toolchain.cli.options import (
     ModelArgument,
     QuietOption,
     align_option,
+    chat_template_option,
     evopress_budget_option,
     limit_option,
     mixture_option,
@@ -75,6 +76,7 @@ def compare_methods(
     ] = None,
     questions: Annotated[list[Path] | None, questions_option("Your own; several times.", panel=_EVALUATION)] = None,
     limit: Annotated[int | None, limit_option(panel=_EVALUATION)] = None,
+    chat_template: Annotated[bool, chat_template_option("tasks and questions", panel=_EVALUATION)] = False,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure speed too, in Transformers.", rich_help_panel=_EVALUATION)
     ] = False,
@@ -153,6 +155,7 @@ def compare_methods(
             seq_len=length,
             tasks=tuple(requests),
             limit=limit,
+            chat_template=chat_template,
             device=picked_device,
             dtype=computed_in,
         ),

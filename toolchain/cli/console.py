@@ -2,8 +2,10 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from toolchain.checkpoint.quantized import QuantizedCheckpoint
 
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
+# Between two lines about work that goes on, where no terminal shows a bar that moves.
+_SAY_S = 60.0
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -68,7 +72,7 @@ class Output:
             raise
 
     def progress(self, description: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """A :class:`toolchain.progress.Progress` that draws a bar on stderr."""
+        """A :class:`toolchain.progress.Progress` that draws a bar on stderr; in a log, a line per minute as well."""
         return self._bar(description, total)
 
     @contextmanager
@@ -82,7 +86,19 @@ class Output:
         )
         with Progress(*columns, console=self.stderr, disable=self.quiet) as bar:
             task = bar.add_task(description, total=total)
-            yield lambda: bar.advance(task)
+            started = said = time.monotonic()
+            done = 0
+
+            def advance() -> None:
+                nonlocal said, done
+                bar.advance(task)
+                done, now = done + 1, time.monotonic()
+                if not self.stderr.is_terminal and done < total and now - said >= _SAY_S:
+                    said = now
+                    left_s = (now - started) / done * (total - done)
+                    self.note(f"{description}: {done} of {total}, about {timedelta(seconds=round(left_s))} left")
+
+            yield advance
 
 
 def pick_device(device: str) -> str:

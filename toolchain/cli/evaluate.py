@@ -18,6 +18,7 @@ from toolchain.cli.options import (
     JsonOption,
     QuietOption,
     against_option,
+    chat_template_option,
     limit_option,
     offload_option,
     out_option,
@@ -45,8 +46,8 @@ def evaluate(
     text: Annotated[
         list[str] | None,
         text_option(
-            "Perplexity on .txt, .jsonl or .parquet (field text), a directory of them, or hub:NAME:CONFIG:SPLIT; "
-            "several times.",
+            "Perplexity on .txt, .jsonl or .parquet (field text, or messages: chats), a directory of them, or "
+            "hub:NAME:CONFIG:SPLIT; several times.",
             panel=_TEXT,
         ),
     ] = None,
@@ -71,6 +72,7 @@ def evaluate(
         questions_option('Your own, one {"prompt", "choices", "answer"} per line; several times.', panel=_TASKS),
     ] = None,
     limit: Annotated[int | None, limit_option(panel=_TASKS)] = None,
+    chat_template: Annotated[bool, chat_template_option("tasks and questions", panel=_TASKS)] = False,
     device: DeviceInPanelOption = "auto",
     dtype: DtypeInPanelOption = "auto",
     offload: Annotated[
@@ -104,6 +106,7 @@ def evaluate(
         seq_len=window_length(output, checkpoint, seq_len, SEQ_LEN),
         tasks=tuple(requests),
         limit=limit,
+        chat_template=chat_template,
         num_generations=generations,
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, checkpoint.dtype),

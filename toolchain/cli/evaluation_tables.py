@@ -68,8 +68,11 @@ def _tasks(document: "EvaluationDocument") -> list[str]:
     by_side = {(each.model, each.task): each for each in document.tasks}
     if not document.task_comparisons:
         return [
-            f"{each.task}: {each.metric} {_share(each.score)} of {each.num_questions} questions"
-            for each in document.tasks
+            *(
+                f"{each.task}: {each.metric} {_share(each.score)} of {each.num_questions} questions"
+                for each in document.tasks
+            ),
+            *_cut(document),
         ]
     lines = ["", _row("Score, %", "original", "pruned", "points, 95 % interval", "p")]
     for each in document.task_comparisons:
@@ -97,7 +100,16 @@ def _tasks(document: "EvaluationDocument") -> list[str]:
         )
         if mean.kept is not None:
             lines.append(f"{100 * mean.kept:.1f} % of the original's mean is kept.")
-    return lines
+    return [*lines, *_cut(document)]
+
+
+def _cut(document: "EvaluationDocument") -> list[str]:
+    """What to say of tasks whose prompts the model cannot read whole."""
+    found = {(each.task, each.num_cut): None for each in document.tasks if each.num_cut}
+    return [
+        f"{task}: {num_cut} prompts are longer than the model's context and lost their beginning."
+        for task, num_cut in found
+    ]
 
 
 def _generation(found: "GenerationComparison | None") -> list[str]:

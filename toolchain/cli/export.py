@@ -9,20 +9,24 @@ import typer
 from rich.console import Console
 
 from toolchain.cli.arguments import CheckedTyper
-from toolchain.cli.console import Output, pick_dtype
+from toolchain.cli.console import Output, pick_device, pick_dtype
 from toolchain.cli.options import (
     AnyModelArgument,
     ForceOption,
     JsonOption,
+    OffloadOption,
     OutOption,
     QuietOption,
     against_option,
+    device_option,
     dtype_option,
+    offload_option,
     tensor_parallel_option,
 )
 from toolchain.errors import CheckFailedError
 from toolchain.outputs import held_in_place, writes_directory
 
+VerifyingDeviceOption = Annotated[str, device_option(", to verify it on.")]
 app = CheckedTyper(help="Make a deployable directory from a checkpoint, pruned or not.", no_args_is_help=True)
 
 
@@ -61,6 +65,8 @@ def export_vllm(
     dtype: Annotated[str, dtype_option("Stored in: auto (as it is), float32, bfloat16 or float16.")] = "auto",
     tensor_parallel: Annotated[int, tensor_parallel_option()] = 1,
     max_shard_gb: Annotated[float, typer.Option(help="Largest weight file, in GB.")] = 5.0,
+    device: VerifyingDeviceOption = "auto",
+    offload: OffloadOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -70,6 +76,7 @@ def export_vllm(
     from export.vllm import export_vllm as run
     from toolchain.checkpoint.directory import resolve_model
 
+    verified_on = pick_device(device)
     directory = resolve_model(model)
 
     run(
@@ -80,7 +87,7 @@ def export_vllm(
         max_shard_bytes=int(max_shard_gb * 1e9),
         force=force,
     )
-    _verify(output, out, directory, engine=VerifyEngine.transformers, text=None)
+    _verify(output, out, directory, engine=VerifyEngine.transformers, device=verified_on, offload=offload)
 
 
 @app.command("onnx")
@@ -94,6 +101,7 @@ def export_onnx(
         typer.Option(help="fp32, int8 or int4 on cpu (fp32 if not given); fp16, bf16, int8 or int4 on cuda (fp16)."),
     ] = None,
     device: Annotated[OnnxDevice, typer.Option(help="What it will run on; cuda need not be here.")] = OnnxDevice.cpu,
+    offload: Annotated[bool, offload_option("Verify it against one layer of the model at a time.")] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -107,7 +115,7 @@ def export_onnx(
 
     picked = precision or (Precision.fp32 if device is OnnxDevice.cpu else Precision.fp16)
     run(directory, out, precision=picked.value, device=device.value, force=force, on_progress=output.note)
-    _verify(output, out, directory, engine=VerifyEngine.onnx, text=None)
+    _verify(output, out, directory, engine=VerifyEngine.onnx, device=pick_device("auto"), offload=offload)
 
 
 @app.command("nemotron-nas")
@@ -116,6 +124,8 @@ def export_nemotron_nas(
     model: AnyModelArgument,
     *,
     out: OutOption,
+    device: VerifyingDeviceOption = "auto",
+    offload: OffloadOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -125,6 +135,7 @@ def export_nemotron_nas(
     from export.decilm import export_nemotron_nas as run
     from toolchain.checkpoint.directory import resolve_model
 
+    verified_on = pick_device(device)
     directory = resolve_model(model)
 
     told = run(directory, out, force=force)
@@ -137,7 +148,7 @@ def export_nemotron_nas(
         output.note("vLLM is not installed: weights were compared, answers were not. Run sentei verify where it is.")
         output.result({"directory": str(out), **told}, lambda console: _show(console, out, told))
         return
-    _verify(output, out, directory, engine=VerifyEngine.vllm, text=None)
+    _verify(output, out, directory, engine=VerifyEngine.vllm, device=verified_on, offload=offload)
 
 
 def verify(
@@ -146,21 +157,50 @@ def verify(
     against: Annotated[str, against_option("The checkpoint it was made from.")],
     engine: Annotated[VerifyEngine, typer.Option(help="What runs the export.")] = VerifyEngine.auto,
     text: Annotated[Path | None, typer.Option(help="Prompts from this text instead of the built-in ones.")] = None,
+    device: Annotated[str, device_option(", to compute the reference on.")] = "auto",
+    dtype: Annotated[str, dtype_option("The reference is computed in: auto (float32), bfloat16 or float16.")] = "auto",
+    offload: OffloadOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Run the same prompts through an export and its checkpoint; fail if they differ beyond the tolerances."""
+    output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint.directory import resolve_model
 
-    _verify(Output(as_json=as_json, quiet=quiet), exported, resolve_model(against), engine=engine, text=text)
+    _verify(
+        output,
+        exported,
+        resolve_model(against),
+        engine=engine,
+        text=text,
+        device=pick_device(device),
+        dtype=dtype,
+        offload=offload,
+    )
 
 
-def _verify(output: Output, exported: Path, against: Path, *, engine: VerifyEngine, text: Path | None) -> None:
+def _verify(
+    output: Output,
+    exported: Path,
+    against: Path,
+    *,
+    engine: VerifyEngine,
+    device: str,
+    offload: bool,
+    text: Path | None = None,
+    dtype: str = "auto",
+) -> None:
+    import torch
+
     from serving.verify.verify import verify as run
 
-    output.note(f"Verifying {exported} against {against} ...")
+    computed_in = pick_dtype(dtype, auto=torch.float32)
+    assert computed_in is not None
+    output.note(f"Verifying {exported} against {against} on {device} ...")
     with held_in_place(exported):
-        verdict: dict[str, Any] = run(exported, against, engine=engine.value, text=text)
+        verdict: dict[str, Any] = run(
+            exported, against, engine=engine.value, text=text, device=device, dtype=computed_in, offload=offload
+        )
     if verdict["not_run"]:
         output.note(verdict["not_run"])
     output.result({"directory": str(exported), **verdict}, lambda console: _show(console, exported, verdict))

@@ -38,7 +38,7 @@ def heal(
     data: Annotated[
         list[str],
         mixture_option(
-            "Text to learn from: .txt, .jsonl or .parquet (field text), a directory of them, or "
+            "Text to learn from: .txt, .jsonl or .parquet (field text, or messages: chats), a directory of them, or "
             "hub:NAME:CONFIG:SPLIT; several times for a mixture, as in 0.7:en.txt.",
         ),
     ],

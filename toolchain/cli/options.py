@@ -180,6 +180,13 @@ def questions_option(help: str, *, panel: str) -> Any:
     return typer.Option(help=help, rich_help_panel=panel)
 
 
+def chat_template_option(of: str, *, panel: str) -> Any:
+    """Questions as a chat model is asked them."""
+    return typer.Option(
+        "--chat-template", help=f"Ask {of} as a user's turn, in the model's chat template.", rich_help_panel=panel
+    )
+
+
 def limit_option(*, panel: str) -> Any:
     """How many questions of each task."""
     return typer.Option(help="The first N questions of each task.", rich_help_panel=panel)

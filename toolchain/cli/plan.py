@@ -259,7 +259,9 @@ def _show(console: Console, plan: "PruningPlan") -> None:
     calibration = document.calibration
     console.print(
         f"calibration: {'; '.join(sources_of(calibration))}; "
-        f"{calibration.num_samples} windows of {calibration.seq_len} tokens",
+        f"{calibration.num_samples} windows of {calibration.seq_len} tokens"
+        + (f", the first of them BOS ({calibration.bos})" if calibration.bos is not None else "")
+        + (", chats through the chat template" if calibration.chat_template else ""),
     )
     if document.compensation is not None:
         console.print(f"compensation: {_done_by(document.compensation)}")

@@ -26,6 +26,7 @@ from toolchain.cli.options import (
     PlanArgument,
     QuietOption,
     align_option,
+    chat_template_option,
     device_option,
     evopress_budget_option,
     mixture_option,
@@ -140,7 +141,7 @@ def prune(
     calibration: Annotated[
         list[str] | None,
         mixture_option(
-            "Text like your users': .txt, .jsonl or .parquet (field text), a directory of them, or "
+            "Text like your users': .txt, .jsonl or .parquet (field text, or messages: chats), a directory of them, or "
             "hub:NAME:CONFIG:SPLIT; several times for a mixture, as in 0.7:en.txt. Without it: Python's manual.",
             panel=_TEXT,
         ),
@@ -154,6 +155,7 @@ def prune(
             rich_help_panel=_SEARCH,
         ),
     ] = "perplexity",
+    chat_template: Annotated[bool, chat_template_option("the questions of --metric accuracy", panel=_SEARCH)] = False,
     search: Annotated[
         SearchKind,
         typer.Option(help="exact, or racing: several times faster, nearly the same.", rich_help_panel=_SEARCH),
@@ -219,6 +221,7 @@ def prune(
         protected=parse_protected(protect or []),
         search=search.value,
         metric=metric,
+        chat_template=chat_template,
         limit=LimitSettings(max_degradation=max_degradation, max_metric=max_metric, min_metric=min_metric),
         limit_metric=limit_metric,
         evopress_budget=evopress_budget.value,

@@ -23,6 +23,8 @@ class TextResult(Record):
     """Perplexity of one model on one text.
 
     ``standard_error`` is of the perplexity, from the spread between windows (delta method); null with one window.
+    ``bos`` is the token that each window begins with; null if there is none, and in files from before it was recorded.
+    ``chat_template`` says whether the text is chats, which go through the model's chat template.
     """
 
     model: Side
@@ -34,6 +36,8 @@ class TextResult(Record):
     num_tokens: int
     num_windows: int
     seq_len: int
+    bos: int | None = None
+    chat_template: bool = False
     duration_s: float | None = None
 
 
@@ -49,6 +53,9 @@ class TaskResult(Record):
     """Answers of one model to one task.
 
     ``scores`` has the mean of each metric of lm-eval's, ``score`` that of ``metric``, the one that is compared.
+    ``num_cut`` prompts (one for each choice or generation) were longer than the model's context and lost their
+    beginning; null in files from before they were counted. ``bos`` is what each prompt begins with, unless the chat
+    template says so.
     """
 
     model: Side
@@ -57,6 +64,9 @@ class TaskResult(Record):
     source: str
     num_fewshot: int
     num_questions: int
+    bos: int | None = None
+    chat_template: bool = False
+    num_cut: int | None = None
     metric: str
     score: Share
     scores: dict[str, float]
@@ -176,10 +186,11 @@ class Sample(Record):
 
 
 class GenerationComparison(Record):
-    """Greedy continuations of stretches of a text.
+    """Greedy continuations of stretches of a text, or of its chats up to where the first answer begins.
 
     ``token_agreement`` and ``kl_divergence`` (nats a token) are read off along the original's continuation;
-    ``common_prefix_tokens`` is the mean length both write alike before they part.
+    ``common_prefix_tokens`` is the mean length both write alike before they part. ``prompt_tokens`` is the length of
+    the prompts, of the longest where they are chats, without BOS.
     """
 
     text: str

@@ -1,13 +1,13 @@
 """Tasks through lm-eval: its prompts, its model wrapper and its metrics, around a model that sentei loaded.
 
-The only module that imports lm-eval.
+Only this module and lm_eval_model import lm-eval.
 """
 
-import copy
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.evaluate.local_tasks import TASK_FILES
 from toolchain.model.loading import said_in_a_sentence
+from toolchain.text.chat_template import ChatTemplate
+from toolchain.text.chats import check_template
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 USER_QUESTIONS = "questions"
 # Of lm-eval's metrics the one that is reported and tested, where a task has several.
 _METRICS = ("acc_norm", "acc", "exact_match")
-_BATCH_SIZES = {"cpu": 4, "cuda": 16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +121,12 @@ def lm_eval_version() -> str:
     return version("lm_eval")
 
 
-def load_task(request: TaskRequest) -> LoadedTask:
+def load_task(request: TaskRequest, *, chat_template: bool = False) -> LoadedTask:
     """Loads the questions, from the file or from the hub.
+
+    Args:
+        request: What to load.
+        chat_template: It will be asked through a chat template.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
@@ -133,9 +138,8 @@ def load_task(request: TaskRequest) -> LoadedTask:
 
     disable_progress_bars()
     if request.file is not None:
-        manager = TaskManager(
-            include_path=str(TASK_FILES), include_defaults=False, metadata={"file": str(request.file)}
-        )
+        metadata = {"file": str(request.file), "chat_template": chat_template}
+        manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
         # Arrow's own errors and lm-eval's have no common class.
         with said_in_a_sentence(f"{request.file} cannot be read as questions of {request.name}"):
             parts = manager.load([request.name])["tasks"]
@@ -181,6 +185,7 @@ def run_task(
     *,
     limit: int | None,
     bos: int | None = None,
+    chat_template: bool = False,
     on_request: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Asks a model all questions.
@@ -190,67 +195,51 @@ def run_task(
         tokenizer: Its own.
         task: From :func:`load_task`.
         limit: The first so many questions; of each of a group's tasks.
-        bos: What each question begins with, see :func:`toolchain.model.loading.bos_of`; ``None`` for what the tokenizer
-            itself puts in front.
+        bos: What each question begins with, see :func:`toolchain.model.loading.bos_of`.
+        chat_template: Ask through the model's chat template, which then says what a question begins with.
         on_request: Called once a log-likelihood or generation, for progress.
 
     Returns:
-        ``metric``, ``num_fewshot`` and ``questions``: one mapping each, with ``id``, ``hash``, ``subject``,
-        ``question``, ``choices``, ``answer``, ``log_likelihoods`` and ``scores`` by metric.
+        ``metric``, ``num_fewshot``, ``num_cut`` (requests longer than the model's context, which lost their beginning)
+        and ``questions``: one mapping each, with ``id``, ``hash``, ``subject``, ``question``, ``choices``, ``answer``,
+        ``log_likelihoods`` and ``scores`` by metric.
 
     Raises:
-        SenteiError: The task has no metric that is a number a question.
+        SenteiError: The task has no metric that is a number a question, a choice alone is longer than the model's
+            context, or there is no chat template.
     """
     from lm_eval import simple_evaluate
 
-    results = simple_evaluate(
-        model=_lm_eval_model(model, tokenizer, bos, on_request),
-        tasks=list(task.parts.values()),
-        limit=limit,
-        bootstrap_iters=0,
-        task_manager=task.manager,
-    )
+    from toolchain.evaluate.lm_eval_model import ServedHFLM
+
+    with _template_of(tokenizer) if chat_template else nullcontext() as template:
+        lm = ServedHFLM(model, tokenizer, bos, template, on_request)
+        results = simple_evaluate(
+            model=lm,
+            tasks=list(task.parts.values()),
+            limit=limit,
+            bootstrap_iters=0,
+            task_manager=task.manager,
+            apply_chat_template=chat_template,
+        )
     assert results is not None
-    questions = _questions(task, results["samples"])
+    questions = _questions(task, results["samples"], chat_template=chat_template)
     shared = shared_metrics(questions)
     known = [name for name in (*_METRICS, *shared) if name in shared]
     if not known:
         raise SenteiError(f"Task {task.label} has no metric that gives every question a number.")
     fewshot = {part.config.num_fewshot or 0 for part in task.parts.values()}
-    return {"metric": known[0], "num_fewshot": max(fewshot), "questions": questions}
+    return {"metric": known[0], "num_fewshot": max(fewshot), "num_cut": lm.num_cut, "questions": questions}
 
 
-def _lm_eval_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: int | None, on_request: Callable[[], None]
-) -> Any:
-    """lm-eval's wrapper around a loaded model; see :func:`run_task`."""
-    from lm_eval.models.huggingface import HFLM
-
-    class QuietHFLM(HFLM):
-        """Without bars of its own, which no setting turns off."""
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
-
-    if bos is not None:
-        # lm-eval leaves it to the tokenizer, and Gemma's puts it there only if tokenizer_config.json says so.
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_bos_token = True
-    lm = QuietHFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=_BATCH_SIZES["cuda" if model.device.type == "cuda" else "cpu"],
-        # Half precision would make ties of close choices.
-        softmax_dtype="float32",
-    )
-    lm.set_cache_hook(_RequestCounter(on_request))
-    return lm
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    check_template(tokenizer, "--chat-template takes")
+    return ChatTemplate(tokenizer)
 
 
-def _questions(task: LoadedTask, samples_by_part: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def _questions(
+    task: LoadedTask, samples_by_part: Mapping[str, Sequence[Mapping[str, Any]]], *, chat_template: bool
+) -> list[dict[str, Any]]:
     """Every question of a task, in the order of its parts and of their documents."""
     questions = []
     for name, samples in samples_by_part.items():
@@ -258,7 +247,13 @@ def _questions(task: LoadedTask, samples_by_part: Mapping[str, Sequence[Mapping[
         subject = (part.config.task_alias or name) if len(task.parts) > 1 else None
         # A task that reads its answers in several ways has a sample for each; the first is the one it is known by.
         counted = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-        questions += [_question(part, sample, subject) for sample in sorted(counted, key=lambda each: each["doc_id"])]
+        found = [_question(part, sample, subject) for sample in sorted(counted, key=lambda each: each["doc_id"])]
+        if chat_template:
+            # What the template puts around a question would hide it.
+            for question, sample in zip(found, sorted(counted, key=lambda each: each["doc_id"]), strict=True):
+                if isinstance(text := part.doc_to_text(sample["doc"]), str):
+                    question["question"] = text
+        questions += found
     return questions
 
 
@@ -283,13 +278,3 @@ def _question(task: "Task", sample: Mapping[str, Any], subject: str | None) -> d
         "log_likelihoods": [float(response[0]) for response in sample["filtered_resps"]] if is_choice else [],
         "scores": {name: float(sample[name]) for name in sample["metrics"] if isinstance(sample[name], int | float)},
     }
-
-
-class _RequestCounter:
-    """Stands where lm-eval would cache responses: is told of each one."""
-
-    def __init__(self, on_request: Callable[[], None]) -> None:
-        self._on_request = on_request
-
-    def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        self._on_request()

@@ -51,8 +51,10 @@ def load_hellaswag(*, file: str, fields: Sequence[str], **_: Any) -> "DatasetDic
     return _as_dataset(questions)
 
 
-def load_user_questions(*, file: str, **_: Any) -> "DatasetDict":
+def load_user_questions(*, file: str, chat_template: bool = False, **_: Any) -> "DatasetDict":
     """Reads a person's own questions, with each choice as it follows the prompt; see :mod:`toolchain.metrics.accuracy`.
+
+    In a chat, a choice is the answer, and nothing joins it to the prompt.
 
     A line may also have a ``subject``, by which results are broken down.
 
@@ -65,7 +67,7 @@ def load_user_questions(*, file: str, **_: Any) -> "DatasetDict":
         rows.append(
             {
                 "context": parts[0][0],
-                "continuations": [continuation for _, continuation in parts],
+                "continuations": list(question.choices) if chat_template else [after for _, after in parts],
                 "choices": list(question.choices),
                 "answer": question.answer,
                 "subject": question.subject,

@@ -49,13 +49,14 @@ from toolchain.evaluate.lm_eval_tasks import (
 )
 from toolchain.evaluate.text_overlap import find_overlap, text_hashes
 from toolchain.metrics.perplexity import summarise_losses, token_losses
-from toolchain.model.context_length import check_window
+from toolchain.model.context_length import check_window, context_length
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, check_same_vocabulary, load_tokenizer
 from toolchain.parts_cache import Parts
 from toolchain.progress import Progress, no_progress
 from toolchain.significance import check_statistics, compare_means
+from toolchain.text.chats import chat_prompts
 from toolchain.text.passages import number_passages, worst_passages
 from toolchain.text.sources import Text, local_paths, text_name
 from toolchain.text.windows import TokenWindows, begin_with, load_windows
@@ -73,6 +74,7 @@ class EvaluationSettings:
         seq_len: Tokens a window.
         tasks: For lm-eval.
         limit: The first so many questions of each task; ``None`` for all.
+        chat_template: Ask tasks through the model's chat template; chats among the texts go through it anyway.
         num_generations: Prompts from the first text that both models continue; 0 for none.
         device: Computed on.
         dtype: Computed in.
@@ -84,6 +86,7 @@ class EvaluationSettings:
     seq_len: int
     tasks: tuple[TaskRequest, ...] = ()
     limit: int | None = None
+    chat_template: bool = False
     num_generations: int = 0
     device: str
     dtype: torch.dtype
@@ -143,11 +146,12 @@ def evaluate(
     """
     _check(settings, against)
     models = _open_models(model, against, settings)
-    tasks = [load_task(request) for request in settings.tasks]
+    tasks = [load_task(request, chat_template=settings.chat_template) for request in settings.tasks]
     tokenizer = models[-1].tokenizer
     texts = _load_texts(models[-1], settings)
+    _check_same_reading(models, chats=settings.chat_template or any(text.windows.holds_chats for text in texts))
     read_before = text_hashes(models[-1].checkpoint.directory)
-    generation = _Generation(texts[0].windows, models, settings, parts) if settings.num_generations else None
+    generation = _Generation(texts[0], models, settings, parts) if settings.num_generations else None
     losses: list[list[dict[str, Any]]] = []
     answers: list[list[dict[str, Any]]] = []
     for side in models:
@@ -159,7 +163,7 @@ def evaluate(
     compared = against is not None
     return EvaluationDocument(
         evaluations=_text_results(models, texts, losses),
-        tasks=_task_results(models, settings.tasks, answers),
+        tasks=_task_results(models, settings, answers),
         text_comparisons=_compare_texts(texts, losses, tokenizer) if compared else [],
         text_overlaps=[
             found
@@ -193,6 +197,30 @@ def _open_models(
     return [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
 
 
+def _check_same_reading(models: Sequence[_Model], *, chats: bool) -> None:
+    """Checks that two models read the same tokens, so that what differs is the models'.
+
+    Raises:
+        SenteiError: One begins texts with another token, or has another chat template where that is used.
+    """
+    names = [
+        "no token" if model.bos is None else f"token {model.bos} ({model.tokenizer.convert_ids_to_tokens(model.bos)})"
+        for model in models
+    ]
+    first, last = models[0], models[-1]
+    if first.bos != last.bos:
+        raise SenteiError(
+            f"{first.name} is served with {names[0]} before each text, and {last.name} with {names[-1]}, by their "
+            "tokenizers: they would not read the same.",
+            "Give both the original's tokenizer.json and tokenizer_config.json.",
+        )
+    if chats and first.tokenizer.chat_template != last.tokenizer.chat_template:
+        raise SenteiError(
+            f"{first.name} and {last.name} have different chat templates: they would not read the same.",
+            "Give both the original's chat_template.jinja and tokenizer_config.json.",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Text:
     """A text that perplexity is taken on: where it comes from, and its windows."""
@@ -216,6 +244,11 @@ def _load_texts(model: _Model, settings: EvaluationSettings) -> list[_Text]:
 def _check(settings: EvaluationSettings, against: Path | Checkpoint | None) -> None:
     if not settings.texts and not settings.tasks:
         raise SenteiError("There is nothing to evaluate on.", "Give --text, --task or --questions.")
+    if settings.chat_template and not settings.tasks:
+        raise SenteiError(
+            "--chat-template is for tasks and questions, and there are none.",
+            "Leave it out: chats in a text (field messages) go through the chat template by themselves.",
+        )
     if settings.offload and settings.tasks:
         raise SenteiError(
             "--offload measures perplexity only: lm-eval's tasks need the whole model in memory.",
@@ -257,26 +290,26 @@ def _ask(
         started = time.monotonic()
         with progress(f"{task.label}, {model.side}", task.num_requests(settings.limit)) as advance:
             result = run_task(
-                model.walk.model, model.tokenizer, task, limit=settings.limit, bos=model.bos, on_request=advance
-            )
+                model.walk.model, model.tokenizer, task, limit=settings.limit, bos=model.bos,
+                chat_template=settings.chat_template, on_request=advance,
+            )  # fmt: skip
         return {**result, "duration_s": round(time.monotonic() - started, 1)}
 
     identity = {**model.identity, "task": task.label, "questions": task.sha256, "limit": settings.limit}
+    if settings.chat_template:
+        identity["chat_template"] = hashlib.sha256(str(model.tokenizer.chat_template).encode()).hexdigest()
     return parts.get(f"{model.side}-{task.label}", {**identity, "lm_eval": lm_eval_version()}, compute)
 
 
 class _Generation:
     """Compares what both models write; the original's part is held in memory until the pruned model was asked."""
 
-    def __init__(
-        self, windows: TokenWindows, models: Sequence[_Model], settings: EvaluationSettings, parts: Parts
-    ) -> None:
-        self._windows, self._parts = windows, parts
-        self._stretches = damage.choose_prompts(windows.text_ids, settings.num_generations)
-        self._prompts = begin_with(windows.bos, self._stretches)
+    def __init__(self, text: _Text, models: Sequence[_Model], settings: EvaluationSettings, parts: Parts) -> None:
+        self._windows, self._parts = text.windows, parts
+        self._prompts = _prompts(text, models, settings.num_generations)
         self._identity = {
             "models": [model.identity for model in models],
-            "prompts": self._prompts.tolist(),
+            "prompts": [prompt.tolist() for prompt in self._prompts],
             "max_new_tokens": damage.NEW_TOKENS,
         }
         self._reference: damage.Reference | None = None
@@ -311,7 +344,7 @@ class _Generation:
         return GenerationComparison(
             text=self._windows.source,
             num_prompts=len(self._prompts),
-            prompt_tokens=self._stretches.shape[1],
+            prompt_tokens=max(len(self._without_bos(prompt)) for prompt in self._prompts),
             max_new_tokens=damage.NEW_TOKENS,
             repetition_original=fmean(a for a, _ in known) if known else None,
             repetition_pruned=fmean(b for _, b in known) if known else None,
@@ -327,14 +360,36 @@ class _Generation:
             common_prefix_tokens=fmean(damage.common_prefix(a, b) for a, b in zip(*both, strict=True)),
             samples=[
                 Sample(
-                    prompt=model.tokenizer.decode(prompt),
+                    prompt=model.tokenizer.decode(self._without_bos(prompt)),
                     original=model.tokenizer.decode(before, skip_special_tokens=True),
                     pruned=model.tokenizer.decode(after, skip_special_tokens=True),
                 )
-                for prompt, before, after in list(zip(self._stretches, *both, strict=True))[:_NUM_SAMPLES]
+                for prompt, before, after in list(zip(self._prompts, *both, strict=True))[:_NUM_SAMPLES]
             ],
             duration_s=round(time.monotonic() - self._started, 1),
         ).model_dump()
+
+    def _without_bos(self, prompt: torch.Tensor) -> torch.Tensor:
+        bos = self._windows.bos
+        return prompt[1:] if bos is not None and prompt[0] == bos else prompt
+
+
+def _prompts(text: _Text, models: Sequence[_Model], count: int) -> damage.Prompts:
+    """What both models continue, int64 ``[prompt_tokens]`` each: chats up to an answer, or stretches of a text.
+
+    Raises:
+        SenteiError: There is none: no chat asks anything that leaves room for an answer.
+    """
+    windows = text.windows
+    if not windows.holds_chats:
+        return begin_with(windows.bos, damage.choose_prompts(windows.text_ids, count))
+    longest = min(context_length(model.checkpoint.config).extended for model in models) - damage.NEW_TOKENS
+    found = chat_prompts(text.source, models[-1].tokenizer, count=count, longest=longest)
+    if not found:
+        raise SenteiError(
+            f"{windows.source} holds no chat with a user's turn of at most {longest} tokens.", "Add --generations 0."
+        )
+    return [torch.tensor(ids) for ids in found]
 
 
 def _text_results(
@@ -349,24 +404,25 @@ def _text_results(
 
 
 def _task_results(
-    models: Sequence[_Model], requests: Sequence[TaskRequest], answers: Sequence[Sequence[dict[str, Any]]]
+    models: Sequence[_Model], settings: EvaluationSettings, answers: Sequence[Sequence[dict[str, Any]]]
 ) -> list[TaskResult]:
     """One for each model and task; ``answers`` are :func:`_ask`'s results by model, then by task."""
     return [
-        _task_result(model, request, result)
+        _task_result(model, request, result, chat_template=settings.chat_template)
         for model, results in zip(models, answers, strict=True)
-        for request, result in zip(requests, results, strict=True)
+        for request, result in zip(settings.tasks, results, strict=True)
     ]
 
 
 def _text_result(model: _Model, windows: TokenWindows, result: dict[str, Any]) -> TextResult:
     measured = {name: value for name, value in result.items() if name != "losses"}
     return TextResult(
-        model=model.side, directory=model.name, text=windows.source, text_sha256=windows.sha256, **measured
-    )
+        model=model.side, directory=model.name, text=windows.source, text_sha256=windows.sha256, bos=windows.bos,
+        chat_template=windows.holds_chats, **measured,
+    )  # fmt: skip
 
 
-def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any]) -> TaskResult:
+def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any], *, chat_template: bool) -> TaskResult:
     questions = result["questions"]
     return TaskResult(
         model=model.side,
@@ -375,6 +431,11 @@ def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any]) ->
         source=request.file.name if request.file else "Hugging Face hub",
         num_fewshot=result["num_fewshot"],
         num_questions=len(questions),
+        # The template writes it, if any.
+        bos=None if chat_template else model.bos,
+        chat_template=chat_template,
+        # A part from before it was counted does not have it.
+        num_cut=result.get("num_cut"),
         metric=result["metric"],
         score=share(_scores(result)),
         scores={name: fmean(question["scores"][name] for question in questions) for name in shared_metrics(questions)},

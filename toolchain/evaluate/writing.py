@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 _REPEATED_NGRAM = 4
+# Token ids: int64 [num_prompts, prompt_tokens]; or, of several lengths, [prompt_tokens] each.
+Prompts = torch.Tensor | Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ def choose_prompts(ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def describe_original(model: PreTrainedModel, prompts: torch.Tensor) -> Reference:
+def describe_original(model: PreTrainedModel, prompts: Prompts) -> Reference:
     """Lets the original continue the prompts greedily."""
     continuations = continue_greedily(model, prompts)
     return Reference(
@@ -52,13 +54,16 @@ def describe_original(model: PreTrainedModel, prompts: torch.Tensor) -> Referenc
 
 
 @torch.inference_mode()
-def continue_greedily(model: PreTrainedModel, prompts: torch.Tensor) -> list[list[int]]:
+def continue_greedily(model: PreTrainedModel, prompts: Prompts) -> list[list[int]]:
     """Token ids after each prompt, up to and with the first end-of-sequence token.
 
     Args:
         model: Original or pruned.
-        prompts: int64 ``[num_prompts, prompt_tokens]``.
+        prompts: See :data:`Prompts`.
     """
+    if not isinstance(prompts, torch.Tensor):
+        # One by one: what a prompt is padded with would change what follows it in the last digits.
+        return [row for prompt in prompts for row in continue_greedily(model, prompt[None])]
     inputs = prompts.to(model.device)
     config = model.generation_config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -80,13 +85,13 @@ def continue_greedily(model: PreTrainedModel, prompts: torch.Tensor) -> list[lis
 
 @torch.inference_mode()
 def next_token_log_probabilities(
-    model: PreTrainedModel, prompts: torch.Tensor, continuations: Sequence[Sequence[int]]
+    model: PreTrainedModel, prompts: Prompts, continuations: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
     """The model's distributions along given continuations.
 
     Args:
         model: Original or pruned.
-        prompts: int64 ``[num_prompts, prompt_tokens]``.
+        prompts: See :data:`Prompts`.
         continuations: Token ids, one sequence a prompt.
 
     Returns:

@@ -265,6 +265,9 @@ def _record(teacher: Checkpoint, windows: TokenWindows, settings: HealSettings) 
         "text": windows.source,
         "text_sha256": windows.sha256,
         "sources": [each.model_dump() for each in windows.sources],
+        "bos": windows.bos,
+        # Left out otherwise: a healing that an earlier version began goes on.
+        **({"chat_template": True} if windows.holds_chats else {}),
         "num_windows": len(windows.ids),
         "seq_len": settings.seq_len,
         "steps": settings.steps,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from toolchain.errors import SenteiError
 from toolchain.json_files import read_json_lines
 from toolchain.model.layer_walk import LayerWalk
+from toolchain.text.chat_template import ChatTemplate
+from toolchain.text.chats import check_template
 
 # Scripts that put no space between words start here: CJK radicals; Latin, Greek, Arabic and the like lie below.
 _FIRST_WITHOUT_SPACES = "\u2e80"
@@ -53,22 +56,33 @@ class AccuracyMetric:
         source: str,
         seq_len: int,
         bos: int | None = None,
+        chat_template: bool = False,
     ) -> None:
         """Tokenises; prompts are cut from the left to ``seq_len`` tokens, the first of which is ``bos`` if given.
 
+        Args:
+            questions: What is asked.
+            tokenizer: The model's own.
+            source: Name of the file.
+            seq_len: Tokens of prompt and choice.
+            bos: See :func:`toolchain.model.loading.bos_of`.
+            chat_template: A prompt is a user's turn in the model's chat template, and a choice the answer.
+
         Raises:
-            SenteiError: A choice alone is longer than ``seq_len``.
+            SenteiError: A choice alone is longer than ``seq_len``, or there is no chat template.
         """
-        self.source: str | None = source
+        self.source: str | None = f"{source}, in the chat template" if chat_template else source
         asked = json.dumps([asdict(question) for question in questions])
         self.source_sha256: str | None = hashlib.sha256(asked.encode()).hexdigest()
         rows: list[list[int]] = []
         positions: list[tuple[int, int, int]] = []
         self._lengths: list[int] = []
-        num_kept = 0 if bos is None else 1
-        for number, question in enumerate(questions, 1):
+        prompts = _chats(tokenizer, questions) if chat_template else [each.prompt.rstrip() for each in questions]
+        for number, (question, context) in enumerate(zip(questions, prompts, strict=True), 1):
             for choice in question.choices:
-                prompt, whole = _tokenize(tokenizer, question.prompt, choice, bos)
+                continuation = choice if chat_template else split_prompt(question.prompt, choice)[1]
+                prompt, whole = _tokenize(tokenizer, context, continuation, None if chat_template else bos)
+                num_kept = int(bos is not None and whole[:1] == [bos])
                 if len(whole) - prompt >= seq_len:
                     raise SenteiError(
                         f"{source} question {number}: a choice has {len(whole) - prompt} tokens, and --seq-len is "
@@ -149,9 +163,17 @@ def split_prompt(prompt: str, choice: str) -> tuple[str, str]:
     return context, between + choice
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, choice: str, bos: int | None) -> tuple[int, list[int]]:
+def _chats(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:
+    """What a server makes of each prompt as a user's turn, up to where the answer begins."""
+    check_template(tokenizer, "--chat-template takes")
+    with ChatTemplate(tokenizer) as template:
+        return [template.render([{"role": "user", "content": each.prompt.rstrip()}]) for each in questions]
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, bos: int | None
+) -> tuple[int, list[int]]:
     """How many tokens the prompt has, and all tokens of prompt and choice."""
-    context, continuation = split_prompt(prompt, choice)
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + continuation)]
     # A prompt may have been written with it; lm-eval does not double it either.
     if bos is not None and encoded[1][:1] != [bos]:

@@ -14,7 +14,12 @@ _HINT = "Use perplexity, kl, accuracy:FILE.jsonl or package.module:function."
 
 
 def choose_metric(
-    name: str, ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase, *, bos: int | None = None
+    name: str,
+    ids: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    bos: int | None = None,
+    chat_template: bool = False,
 ) -> Metric:
     """Makes the metric.
 
@@ -23,9 +28,10 @@ def choose_metric(
         ids: Calibration text for the first two, int64 ``[num_sequences, seq_len]``; its length bounds the questions'.
         tokenizer: The model's own.
         bos: What questions begin with, as the text does; see :func:`toolchain.model.loading.bos_of`.
+        chat_template: Ask questions through the model's chat template.
 
     Raises:
-        SenteiError: There is no such metric, file or function.
+        SenteiError: There is no such metric, file, function or chat template.
     """
     kind, _, rest = name.partition(":")
     if name == "perplexity":
@@ -36,8 +42,9 @@ def choose_metric(
         if (questions := question_file(name)) is None:
             raise SenteiError("--metric accuracy needs questions.", "Write accuracy:FILE.jsonl.")
         return AccuracyMetric(
-            load_questions(questions), tokenizer, source=questions.name, seq_len=ids.shape[1], bos=bos
-        )
+            load_questions(questions), tokenizer, source=questions.name, seq_len=ids.shape[1], bos=bos,
+            chat_template=chat_template,
+        )  # fmt: skip
     if not kind or not rest:
         raise SenteiError(f"--metric {name!r} is not known.", _HINT)
     return FunctionMetric(name, load_function(name), tokenizer)

@@ -266,14 +266,15 @@ class LayerWalk:
             states: What left the last layer, ``[num_tokens, hidden_size]``.
 
         Yields:
-            Which entries of the vocabulary, and float32 ``[num_tokens, block]``.
+            Which entries of the vocabulary, and float32 ``[num_tokens, block]`` (float64 where that is computed in).
         """
         states = self.final_norm(states)
         size = max(1, _HEAD_LOGITS["cuda" if states.is_cuda else "cpu"] // len(states))
         for start in range(0, self._head.out_features, size):
             entries = slice(start, min(start + size, self._head.out_features))
             bias = None if self._head.bias is None else self._head.bias[entries]
-            yield entries, self._scale_logits(linear(states, self._head.weight[entries], bias)).float()
+            logits = self._scale_logits(linear(states, self._head.weight[entries], bias))
+            yield entries, logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def losses(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihoods in nats.

@@ -253,7 +253,36 @@ def said_in_a_sentence(what: str) -> Iterator[None]:
 
 
 def bos_of(family: Family, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the token that must stand before each text of a family; ``None`` where there need not be one.
+    """The id of the BOS token that each text begins with where the model is served; ``None`` where there is none.
+
+    A server lets the tokenizer add its special tokens to a prompt. Llama 3's and Mistral's put BOS in front, Qwen's
+    puts nothing there. What a tokenizer adds at the end is of no concern here: a window is cut from a longer text.
+
+    Raises:
+        SenteiError: The family needs one, and the tokenizer does not have it. Or the tokenizer puts several tokens in
+            front, for which windows have no place.
+    """
+    needed = needed_bos(family, tokenizer)
+    return needed if needed is not None else _put_in_front(tokenizer)
+
+
+def _put_in_front(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """What the tokenizer adds before a text by itself."""
+    with said_in_a_sentence("The tokenizer cannot be used"):
+        text, served = (tokenizer("a", add_special_tokens=each)["input_ids"] for each in (False, True))
+    starts = (start for start in range(len(served)) if served[start : start + len(text)] == text)
+    in_front = served[: next(starts, 0)]
+    if len(in_front) > 1:
+        names = " ".join(tokenizer.convert_ids_to_tokens(in_front))
+        raise SenteiError(
+            f"The tokenizer puts {len(in_front)} tokens before every text ({names}); sentei knows one, BOS.",
+            "Check the post_processor in tokenizer.json.",
+        )
+    return in_front[0] if in_front else None
+
+
+def needed_bos(family: Family, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token without which a family falls apart; ``None`` where it reads text as it is.
 
     Raises:
         SenteiError: There must be one, and the tokenizer does not have it.

@@ -38,7 +38,9 @@ class TextSourceRecord(_Record):
 class CalibrationRecord(_Record):
     """The text the plan was made with: ``sha256`` is over the token ids as int64 bytes.
 
-    ``sources`` is empty in plans from before there were mixtures.
+    ``sources`` is empty in plans from before there were mixtures. ``bos`` is the token that each window begins with;
+    null if there is none, and in plans from before it was recorded (then only Gemma 3's windows have one).
+    ``chat_template`` says whether there are chats among the texts, which go through the model's chat template.
     """
 
     source: str
@@ -46,6 +48,8 @@ class CalibrationRecord(_Record):
     num_samples: int
     seq_len: int
     sources: list[TextSourceRecord] = []
+    bos: int | None = None
+    chat_template: bool = False
 
 
 class PlannedLayer(_Record):
@@ -137,8 +141,9 @@ class HealingRecord(_Record):
     """A training after pruning, by distillation; see :mod:`toolchain.heal.heal`.
 
     ``text_sha256`` is over the token ids as int64 bytes, ``teacher_sha256`` the fingerprint of the teacher's weights;
-    ``sources`` as in the calibration; ``lora_rank`` is null if all weights were trained. What follows ``num_held_out``
-    was measured on windows of the text that were held out; divergences are in nats a token.
+    ``sources``, ``bos`` and ``chat_template`` as in the calibration; ``lora_rank`` is null if all weights were trained.
+    What follows ``num_held_out`` was measured on windows of the text that were held out; divergences are in nats a
+    token.
     """
 
     teacher: str
@@ -146,6 +151,8 @@ class HealingRecord(_Record):
     text: str
     text_sha256: str
     sources: list[TextSourceRecord] = []
+    bos: int | None = None
+    chat_template: bool = False
     num_windows: int
     seq_len: int
     steps: int

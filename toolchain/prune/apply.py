@@ -16,7 +16,7 @@ from toolchain.metrics.token_metrics import Metric, PerplexityMetric, measure
 from toolchain.model.context_length import check_context
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
-from toolchain.model.loading import bos_of, load_tokenizer
+from toolchain.model.loading import load_tokenizer, needed_bos
 from toolchain.model.slicing import write_pruned
 from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
 from toolchain.plan.document import CompensationRecord
@@ -125,13 +125,9 @@ def _windows_of(plan: PruningPlan, checkpoint: Checkpoint, calibration: Sequence
         hint="Prune again with shorter ones.",
     )  # fmt: skip
     tokenizer = load_tokenizer(checkpoint.directory)
-    windows = load_mixture(
-        calibration,
-        tokenizer,
-        num_samples=record.num_samples,
-        seq_len=record.seq_len,
-        bos=bos_of(checkpoint.family, tokenizer),
-    )
+    # Of plans that do not say, those of a family that needs BOS have it.
+    bos = record.bos if record.bos is not None else needed_bos(checkpoint.family, tokenizer)
+    windows = load_mixture(calibration, tokenizer, num_samples=record.num_samples, seq_len=record.seq_len, bos=bos)
     if windows.sha256 != record.sha256:
         raise SenteiError(
             f"{windows.source} is not the text this plan was made with ({record.source}): its tokens differ.",

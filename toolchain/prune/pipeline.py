@@ -13,12 +13,13 @@ import transformers
 from toolchain.checkpoint.directory import Checkpoint, dtype_name, opened
 from toolchain.checkpoint.tensor_parallel import width_unit
 from toolchain.errors import CheckFailedError, SenteiError
+from toolchain.metrics.accuracy import AccuracyMetric
 from toolchain.metrics.choose import choose_metric
 from toolchain.metrics.function import FunctionMetric
 from toolchain.metrics.token_metrics import Metric
 from toolchain.model.context_length import check_window
 from toolchain.model.layer_walk import LayerWalk
-from toolchain.model.loading import bos_of, load_tokenizer
+from toolchain.model.loading import bos_of, load_tokenizer, needed_bos
 from toolchain.outputs import check_output_directory, new_directory, writes_directory
 from toolchain.plan.document import (
     SCHEMA_VERSION,
@@ -172,16 +173,20 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str, 
     check_memory(checkpoint, settings)
     settings = _as_recorded(checkpoint, settings)
     tokenizer = load_tokenizer(checkpoint.directory)
-    bos = bos_of(checkpoint.family, tokenizer)
+    bos = (bos_of if settings.as_served else needed_bos)(checkpoint.family, tokenizer)
     windows = load_mixture(
         settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len, bos=bos
     )
-    metric = choose_metric(settings.metric, windows.first_of_each, tokenizer, bos=bos)
+
+    def chosen(name: str) -> Metric:
+        return choose_metric(name, windows.first_of_each, tokenizer, bos=bos, chat_template=settings.chat_template)
+
+    metric = chosen(settings.metric)
     limit_metric = None
     if settings.limit_metric not in (None, settings.metric):
         if not settings.limit.given:
             raise SenteiError("--limit-metric needs a limit.", "Add --max-degradation, --max-metric or --min-metric.")
-        limit_metric = choose_metric(str(settings.limit_metric), windows.first_of_each, tokenizer, bos=bos)
+        limit_metric = chosen(str(settings.limit_metric))
     _check_combination(settings, metric, limit_metric)
     blank = _blank_plan(checkpoint, settings, allocations, windows, metric, model_name)
     blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric)})
@@ -236,6 +241,11 @@ def _as_recorded(checkpoint: Checkpoint, settings: PruneSettings) -> PruneSettin
 def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None:
     if settings.offload and any(isinstance(metric, FunctionMetric) for metric in metrics):
         raise SenteiError("--offload keeps one layer in memory, and a metric function needs the whole model.")
+    if settings.chat_template and not any(isinstance(metric, AccuracyMetric) for metric in metrics):
+        raise SenteiError(
+            "--chat-template is for the questions of --metric accuracy:FILE, and there are none.",
+            "Leave it out: chats in a text (field messages) go through the chat template by themselves.",
+        )
     if settings.search == "racing" and settings.metric not in ("perplexity", "kl"):
         raise SenteiError(f"--search racing cannot race by {settings.metric}.", "Race by perplexity or kl.")
     if settings.compensate and settings.num_samples < 2:
@@ -300,6 +310,8 @@ def _blank_plan(
             num_samples=len(windows.ids),
             seq_len=windows.ids.shape[1],
             sources=list(windows.sources),
+            bos=windows.bos,
+            chat_template=windows.holds_chats,
         ),
         compensation=CompensationRecord() if settings.compensate else None,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},

@@ -32,11 +32,14 @@ class PruneSettings:
         protected: Layers left alone.
         search: ``exact``, or ``racing``: drop candidates that fall behind early.
         metric: Decides what is removed; see :func:`toolchain.metrics.choose.choose_metric`.
+        chat_template: Ask the metric's questions through the model's chat template.
         limit: How much damage is accepted.
         limit_metric: What the limit looks at, if that is another metric.
         tensor_parallel: Ranks that a server will split each layer over.
         compensate: Re-fit the output projections of what is left; see :mod:`toolchain.prune.compensation`.
         evopress_budget: One of :data:`toolchain.prune.block_methods.evopress.BUDGETS`.
+        as_served: Each window and question begins with BOS where the tokenizer puts it. Otherwise, as published, only
+            where the family falls apart without it.
         offload: Keep one layer in memory instead of all.
         device: Computed on.
         dtype: Computed in; the checkpoint keeps the model's own.
@@ -58,11 +61,13 @@ class PruneSettings:
     protected: Protected = field(default_factory=Protected)
     search: str = "exact"
     metric: str = "perplexity"
+    chat_template: bool = False
     limit: LimitSettings = field(default_factory=LimitSettings)
     limit_metric: str | None = None
     tensor_parallel: int = 1
     compensate: bool = False
     evopress_budget: str = "paper"
+    as_served: bool = True
     offload: bool = False
 
     @property

@@ -1,12 +1,14 @@
 """Which passages of a text a pruned model reads worst: its documents, or windows where the text is one document."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from toolchain.text.sources import Text, read_documents
+from toolchain.text.chats import tokenize_chats
+from toolchain.text.sources import Chat, Text, read_documents, text_name
 from toolchain.text.windows import DOCUMENT_SEPARATOR
 
 # A mean over fewer tokens says little about a document.
@@ -54,10 +56,15 @@ def number_passages(
         ``document`` or ``window``, and int64 of the windows' shape.
     """
     numbers = torch.arange(len(windows))[:, None].expand_as(windows)
+    documents = read_documents(text)
+    first = next(documents, "")
+    if isinstance(first, Chat):
+        return _number_chats(text, tokenizer, windows)
     if not tokenizer.is_fast:
         return "window", numbers
     joined, starts, num_tokens = "", [], 0
-    for document in read_documents(text):
+    for document in chain([first], documents):
+        assert isinstance(document, str)
         joined += DOCUMENT_SEPARATOR if joined else ""
         starts.append(len(joined))
         joined += document
@@ -71,6 +78,22 @@ def number_passages(
         return "window", numbers
     places = torch.tensor([begin for begin, _ in encoded["offset_mapping"][: windows.numel()]])
     return "document", (torch.bucketize(places, torch.tensor(starts), right=True) - 1).view_as(windows)
+
+
+def _number_chats(
+    text: Text, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor
+) -> tuple[Literal["document"], torch.Tensor]:
+    """See :func:`number_passages`; each chat is a document, and they follow one another without more between them."""
+    numbers: list[int] = []
+    bos: int | None = None
+    chats = (each for each in read_documents(text) if isinstance(each, Chat))
+    for number, ids in enumerate(tokenize_chats(chats, tokenizer, text_name(text))):
+        if not number and ids[0] != windows[0, 0]:
+            bos = ids[0]  # which stands before each window instead
+        numbers += [number] * (len(ids) - (bos is not None and ids[0] == bos))
+        if len(numbers) >= windows.numel():
+            break
+    return "document", torch.tensor(numbers[: windows.numel()]).view_as(windows)
 
 
 def worst_passages(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.model.context_length import context_length
-from toolchain.model.loading import load_model, load_tokenizer
+from toolchain.model.loading import bos_of, load_model, load_tokenizer
 from toolchain.parts_cache import Parts
 from toolchain.progress import Progress, no_progress
 
@@ -74,7 +74,8 @@ def write_documents(
             f"--max-new-tokens {settings.max_new_tokens} is too long: the model reads {longest} tokens in all.",
             f"Give at most {longest - 1}.",
         )
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    begins = (bos_of(checkpoint.family, tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    start = next((token for token in begins if token is not None), None)
     if start is None:
         raise SenteiError(f"{directory}: the tokenizer has no token that begins or ends a text, so nothing can begin.")
     # How much is wanted is left out, so that more of the same goes on where less ended.

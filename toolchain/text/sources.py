@@ -14,7 +14,7 @@ from toolchain.text import embedded
 
 _HUB = "hub:"
 # With or without the mark that some editors put in front.
-_ROW_HINT = 'Each line must be a JSON object with a field "text".'
+_ROW_HINT = 'Each line must be a JSON object with a field "text" or "messages".'
 _PARQUET_ROWS = 1000
 # A row may be a whole book, or all of a company's minutes.
 _LONGEST_ROW = 64 * 1024 * 1024
@@ -38,6 +38,19 @@ class HubDataset:
 
 # A file or directory; a data set of the hub; None for the text of toolchain.text.embedded.
 Text = Path | HubDataset | None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as OpenAI's API and the field's training data have it.
+
+    Attributes:
+        messages: Each with a ``role``, and what else the chat template knows, such as ``content``.
+        tools: What the model could call; likewise.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +130,13 @@ def local_paths(texts: Iterable[Text]) -> list[Path]:
     return [path for path in given if path.exists()]
 
 
-def read_documents(text: Text) -> Iterator[str]:
-    """Yields a text's documents one by one: ``.txt`` as it is, ``.jsonl``, ``.parquet`` and rows by field ``text``.
+def read_documents(text: Text) -> Iterator[str | Chat]:
+    """Yields a text's documents one by one: ``.txt`` as it is, ``.jsonl``, ``.parquet`` and rows by field.
+
+    A record's field ``text`` is a document. Where there is none, ``messages`` are a chat, with ``tools`` if there are.
 
     Raises:
-        SenteiError: Missing, of an unknown kind, or a record without a string field ``text``.
+        SenteiError: Missing, of an unknown kind, or a record without a string ``text`` and without ``messages``.
         MissingDependencyError: A parquet file without pyarrow, or a data set without datasets.
     """
     if text is None:
@@ -171,21 +186,38 @@ def utf8_expected(path: Path) -> Iterator[None]:
         raise SenteiError(f"{path} is not UTF-8 text ({error}).") from error
 
 
-def _read_txt(path: Path) -> Iterator[str]:
+def _read_txt(path: Path) -> Iterator[str | Chat]:
     with utf8_expected(path):
         yield path.read_text(encoding=UTF8)
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_jsonl(path: Path) -> Iterator[str | Chat]:
     for where, row in read_json_lines(path, hint=_ROW_HINT, max_bytes=_LONGEST_ROW):
-        if not isinstance(row, dict) or "text" not in row:
-            raise SenteiError(f'{where} is not a JSON object with a field "text".')
+        if not isinstance(row, dict) or not row.keys() & {"text", "messages"}:
+            raise SenteiError(f'{where} is not a JSON object with a field "text" or "messages".')
+        if "text" not in row:
+            yield _chat(where, row)
+            continue
         if not isinstance(row["text"], str):
             raise SenteiError(f'{where}: field "text" is not a string.')
         yield row["text"]
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _chat(where: str, row: dict[str, Any]) -> Chat:
+    messages, tools = row["messages"], row.get("tools") or None
+    if not isinstance(messages, list) or not messages:
+        raise SenteiError(f'{where}: field "messages" is not a list of messages.')
+    if not all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages):
+        raise SenteiError(f'{where}: a message is not an object with a "role", such as user, and "content".')
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(each, dict) for each in tools)):
+        raise SenteiError(f'{where}: field "tools" is not a list of objects.')
+    # Tables have a null where a message has no such field.
+    return Chat(
+        [{key: each[key] for key in each if each[key] is not None or key == "content"} for each in messages], tools
+    )
+
+
+def _read_parquet(path: Path) -> Iterator[str | Chat]:
     try:
         from pyarrow import types
         from pyarrow.parquet import ParquetFile
@@ -194,14 +226,18 @@ def _read_parquet(path: Path) -> Iterator[str]:
     try:
         file = ParquetFile(path)
         schema = file.schema_arrow
+        if "text" not in schema.names and "messages" in schema.names:
+            columns = [name for name in ("messages", "tools") if name in schema.names]
+            for number, row in enumerate(_rows(file, columns), 1):
+                yield _chat(f"{path} row {number}", row)
+            return
         if "text" not in schema.names:
-            raise SenteiError(f'{path} has no column "text"; it has {", ".join(schema.names)}.')
+            raise SenteiError(f'{path} has no column "text" or "messages"; it has {", ".join(schema.names)}.')
         kind = schema.field("text").type
         values = kind.value_type if types.is_dictionary(kind) else kind  # as pandas writes categories
         if not (types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)):
             raise SenteiError(f'{path}: column "text" holds {kind}, not texts.')
-        for batch in file.iter_batches(columns=["text"], batch_size=_PARQUET_ROWS):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        yield from (row["text"] for row in _rows(file, ["text"]) if row["text"] is not None)
     except (SenteiError, GeneratorExit):
         raise
     # Arrow's own errors, those of each compression, and of texts that are not UTF-8 have no common class.
@@ -211,10 +247,15 @@ def _read_parquet(path: Path) -> Iterator[str]:
         raise SenteiError(f"{path} is not a parquet file, or damaged ({reason_of(error)}).") from error
 
 
+def _rows(file: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file that pyarrow has opened."""
+    return (row for batch in file.iter_batches(columns=columns, batch_size=_PARQUET_ROWS) for row in batch.to_pylist())
+
+
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _read_hub(data: HubDataset) -> Iterator[str]:
+def _read_hub(data: HubDataset) -> Iterator[str | Chat]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -222,8 +263,11 @@ def _read_hub(data: HubDataset) -> Iterator[str]:
     where = f"Data set {text_name(data)}"
     try:
         rows: Iterable[dict[str, Any]] = load_dataset(data.name, data.config, split=data.split, streaming=True)
-        for row in rows:
+        for number, row in enumerate(rows, 1):
             text = row.get("text")
+            if text is None and "messages" in row:
+                yield _chat(f"{where} row {number}", row)
+                continue
             if not isinstance(text, str):
                 raise SenteiError(f'{where} has no column "text" of strings; it has {", ".join(row)}.')
             yield text

@@ -1,9 +1,11 @@
 """Text becomes token windows: the first N consecutive stretches of the tokenised text, in order, not shuffled."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from toolchain.errors import SenteiError
 from toolchain.plan.document import TextSourceRecord
+from toolchain.text.chats import tokenize_chats
 from toolchain.text.fingerprints import hash_passages, merge_hashes
-from toolchain.text.sources import Text, TextSource, read_documents, text_name
+from toolchain.text.sources import Chat, Text, TextSource, read_documents, text_name
 
 DOCUMENT_SEPARATOR = "\n\n"
 _FIRST_GUESS_CHARS_PER_TOKEN = 6
+_Kind = TypeVar("_Kind", str, Chat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,7 @@ class TokenWindows:
         ids: int64 ``[num_samples, seq_len]``. Of a mixture, the first window of every source comes first; the others
             follow in an order that spreads each source evenly.
         bos: The token that each of them begins with and that is not of the text, if there is one.
+        holds_chats: Whether some of the text are chats, read through the chat template.
         source: Name of the text, or of the texts of a mixture.
         sources: What each text gave.
         stretches: The windows of each text as they follow one another in it, without the BOS token; int64
@@ -35,6 +40,7 @@ class TokenWindows:
 
     ids: torch.Tensor
     bos: int | None
+    holds_chats: bool
     source: str
     sources: tuple[TextSourceRecord, ...]
     stretches: tuple[torch.Tensor, ...]
@@ -63,23 +69,24 @@ class TokenWindows:
 def load_windows(
     text: Text, tokenizer: PreTrainedTokenizerBase, *, num_samples: int | None, seq_len: int, bos: int | None = None
 ) -> TokenWindows:
-    """Tokenises a text without special tokens and cuts it into windows.
+    """Tokenises a text and cuts it into windows, each of which begins as a prompt does where the model is served.
 
     Only as much of it is read and tokenised as the windows need.
 
     Args:
-        text: See :func:`toolchain.text.sources.read_documents`; documents are joined by two newlines.
+        text: See :func:`toolchain.text.sources.read_documents`; documents are joined by two newlines, and chats follow
+            one another as their template ends and begins them.
         tokenizer: The model's own.
         num_samples: How many windows; ``None`` for all there are.
         seq_len: Tokens a window.
-        bos: The first of them, see :func:`toolchain.model.loading.bos_of`; ``None`` if all are of the text.
+        bos: The first of them, see :func:`toolchain.model.loading.bos_of`; ``None`` if all are of the text. Windows of
+            chats begin with it if the chat template begins with it.
 
     Raises:
         SenteiError: Missing or damaged text, or too few tokens.
     """
     _check_sizes(num_samples, seq_len)
-    ids = _cut(text, tokenizer, num_samples, _text_len(seq_len, bos), fewest=num_samples or 1)
-    return _together([TextSource(text)], [ids], bos)
+    return _together([TextSource(text)], [_cut(text, tokenizer, num_samples, seq_len, bos, fewest=num_samples or 1)])
 
 
 def _text_len(seq_len: int, bos: int | None) -> int:
@@ -125,12 +132,13 @@ def load_mixture(
                 "Raise its weight, or take more windows.",
             )
     found = [
-        _cut(source.text, tokenizer, count, _text_len(seq_len, bos), fewest=1 if fewer_will_do else count)
+        _cut(source.text, tokenizer, count, seq_len, bos, fewest=1 if fewer_will_do else count)
         for source, count in zip(sources, counts, strict=True)
     ]
     if fewer_will_do:
-        counts = _within(weights, [len(ids) for ids in found], num_samples)
-    return _together(sources, [ids[:count] for ids, count in zip(found, counts, strict=True)], bos)
+        counts = _within(weights, [len(each.ids) for each in found], num_samples)
+        found = [replace(each, ids=each.ids[:count]) for each, count in zip(found, counts, strict=True)]
+    return _together(sources, found)
 
 
 def split_by_weight(weights: Sequence[float], count: int) -> list[int]:
@@ -160,17 +168,38 @@ def _check_sizes(num_samples: int | None, seq_len: int) -> None:
         raise SenteiError(f"{num_samples} windows of {seq_len} tokens make no sense.", "Use at least 1 of at least 2.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stretches:
+    """What one text gave: see :class:`TokenWindows`. ``ids`` are int64 ``[num_windows, text_len]``, without BOS."""
+
+    ids: torch.Tensor
+    bos: int | None
+    holds_chats: bool
+
+
 def _cut(
     text: Text,
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int | None,
-    length: int,
+    seq_len: int,
+    bos: int | None,
     *,
     fewest: int,
-) -> torch.Tensor:
-    """Up to ``num_samples`` stretches of ``length`` tokens, ``None`` for all; at least ``fewest``."""
+) -> _Stretches:
+    """Up to ``num_samples`` windows of ``seq_len`` tokens with BOS, ``None`` for all; at least ``fewest``."""
+    documents = read_documents(text)
+    first = next(documents, "")
+    together = chain([first], documents)
+    if holds_chats := isinstance(first, Chat):
+        pieces = tokenize_chats(_of_one_kind(together, Chat, text), tokenizer, text_name(text))
+        begin = next(pieces)
+        bos = bos if begin[:1] == [bos] else None
+    length = _text_len(seq_len, bos)
     needed = None if num_samples is None else num_samples * length
-    ids = _tokenize(read_documents(text), tokenizer, needed)
+    if holds_chats:
+        ids = _join_chats(chain([begin], pieces), bos, needed)
+    else:
+        ids = _tokenize(_of_one_kind(together, str, text), tokenizer, needed)
     if len(ids) < fewest * length:
         wanted = f"{fewest} windows of {length} tokens need {fewest * length}"
         raise SenteiError(
@@ -178,11 +207,40 @@ def _cut(
             "Give more text, or fewer or shorter windows.",
         )
     count = min(num_samples or len(ids), len(ids) // length)
-    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    stretches = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    return _Stretches(ids=stretches, bos=bos, holds_chats=holds_chats)
 
 
-def _together(sources: Sequence[TextSource], stretches: Sequence[torch.Tensor], bos: int | None) -> TokenWindows:
+def _of_one_kind(documents: Iterable[str | Chat], kind: type[_Kind], text: Text) -> Iterator[_Kind]:
+    """The documents, all of them texts or all of them chats."""
+    for document in documents:
+        if not isinstance(document, kind):
+            raise SenteiError(
+                f"{text_name(text)} holds both texts and chats.",
+                "Give them as two texts: one does not read as the other.",
+            )
+        yield document
+
+
+def _join_chats(chats: Iterable[list[int]], bos: int | None, needed: int | None) -> list[int]:
+    """Token ids of chats in a row, each without BOS in front; at least ``needed`` of them if there are as many."""
+    joined: list[int] = []
+    for ids in chats:
+        joined += ids[1:] if bos is not None and ids[:1] == [bos] else ids
+        if needed is not None and len(joined) >= needed:
+            break
+    return joined
+
+
+def _together(sources: Sequence[TextSource], found: Sequence[_Stretches]) -> TokenWindows:
     """The windows of several sources in the order of :class:`TokenWindows`."""
+    bos = found[0].bos
+    if any(each.bos != bos for each in found):
+        raise SenteiError(
+            "Texts begin with BOS and chats do not, by the model's tokenizer and its chat template.",
+            "Give either texts or chats.",
+        )
+    stretches = [each.ids for each in found]
     windows = [begin_with(bos, stretch) for stretch in stretches]
     others = sorted(
         ((window + 0.5) / len(ids), number, window)
@@ -195,6 +253,7 @@ def _together(sources: Sequence[TextSource], stretches: Sequence[torch.Tensor], 
     return TokenWindows(
         ids=torch.stack([windows[number][window] for number, window in order]),
         bos=bos,
+        holds_chats=any(each.holds_chats for each in found),
         source=" + ".join(names),
         sources=tuple(
             TextSourceRecord(source=name, weight=source.weight / total, num_windows=len(ids), sha256=_sha256(ids))

@@ -14,7 +14,6 @@ from serving.benchmark.sessions.worker_process import Worker, running_worker
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.side import Side
 from serving.benchmark.workload import WARMUP_SEED, Slo, Workload
-from serving.server.vllm import START_TIMEOUT_S
 
 _WARMUP_TOKENS = 16
 _CHUNK_TOKENS = 2048
@@ -68,8 +67,8 @@ class LocalSession:
     def _start(self, side: Side, repeat: int, stack: ExitStack) -> Worker:
         worker = stack.enter_context(running_worker(side.name, free_log(self._out, side, repeat)))
         side.engine_report = worker.ask(
-            "load", timeout_s=START_TIMEOUT_S, directory=str(side.directory.resolve()), engine=self._settings.engine,
-            device=self._settings.device, dtype=self._settings.dtype,
+            "load", timeout_s=self._settings.start_timeout_s, directory=str(side.directory.resolve()),
+            engine=self._settings.engine, device=self._settings.device, dtype=self._settings.dtype,
         )  # fmt: skip
         widest = self._settings.widest
         tokens = min(widest.output_len, _WARMUP_TOKENS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from serving.benchmark.gpu_watch import energy, watched_gpus
+from serving.benchmark.gpu_watch import MemoryBefore, energy, watched_gpus
 from serving.benchmark.metrics import DISTRIBUTED, METRICS, PERCENTILES, percentile
 from serving.benchmark.sessions.server import engine_facts, engine_options_for, vllm_device
 from serving.benchmark.sessions.worker_process import EngineFailedError
@@ -46,6 +46,7 @@ class OfflineSession:
         self._out, self._stall_timeout_s = out / "vllm", settings.stall_timeout_s
         self._options = {side: engine_options_for(side, settings.dtype, options) for side in sides.values()}
         self._device = vllm_device()
+        self._memory_before = MemoryBefore(self._device)
         self._out.mkdir(exist_ok=True)
 
     def measure(
@@ -94,6 +95,7 @@ class OfflineSession:
     def _run(self, side: Side, command: str, options: list[str], name: str) -> dict[str, Any]:
         result_file, log = self._out / f"{name}.json", self._out / f"{name}.log"
         result_file.unlink(missing_ok=True)
+        self._memory_before.wait()
         arguments = [
             "bench", command, "--model", str(side.directory.resolve()), *options,
             "--output-json", str(result_file.resolve()), *self._options[side],

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from serving.benchmark.gpu_watch import energy, watched_gpus
+from serving.benchmark.gpu_watch import MemoryBefore, energy, watched_gpus
 from serving.benchmark.metrics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
 from serving.benchmark.sessions.sides import SideProcesses, free_log
 from serving.benchmark.sessions.vllm_client import bench_serve, served_model_name
@@ -18,7 +18,7 @@ from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.side import Side
 from serving.benchmark.workload import WARMUP_SEED, Slo, Workload
-from serving.server.vllm import running_server, tail
+from serving.server.vllm import ServerEndedError, running_server, tail
 from toolchain.errors import SenteiError
 from toolchain.outputs import write_text
 
@@ -38,7 +38,8 @@ class ServerSession:
     """Both models' servers, vLLM or ONNX, started when they are needed and warmed up as widely as the widest load.
 
     One is up at a time, as it will be where it serves, and each repeat starts its own: one server is faster than
-    another of the same model, by percents, for as long as both run (docs/metrics.md).
+    another of the same model, by percents, for as long as both run (docs/metrics.md). None is started before the GPU's
+    memory is as free as it was before the first.
 
     Attributes:
         both_up: Whether both are up together: servers that run already.
@@ -57,6 +58,7 @@ class ServerSession:
         self._sides, self._settings, self._out = tuple(sides.values()), settings, out
         self._logs: dict[Side, Path] = {}
         self._servers = SideProcesses(self._start, keep_all=self.both_up)
+        self._memory_before = MemoryBefore("cpu" if self.both_up else vllm_device())
         (out / "vllm").mkdir(exist_ok=True)
         self._prompts_file = out.resolve() / _PROMPTS_FILE
         if own := settings.widest.prompts:
@@ -106,9 +108,9 @@ class ServerSession:
         try:
             base_url, side.engine_report = self._running(side, repeat, stack)
         except SenteiError as error:
-            if not side.engine_report:
+            # It started before with the same options, or what ended it is not of sentei: another attempt may succeed.
+            if not side.engine_report and not isinstance(error, ServerEndedError):
                 raise
-            # It started before with the same options: another attempt may succeed.
             raise EngineFailedError(error.message, error.hint) from error
         warmup = self._settings.widest
         options = _load_options(warmup, warmup.seed + WARMUP_SEED, warmup.width, self._prompts_file)
@@ -123,9 +125,11 @@ class ServerSession:
             base_url = side.url.rstrip("/")
             served = served_model_name(base_url, self._settings.api_key)
             return base_url, {"device": None, "url": base_url, "served_model": served, **engine_facts("")}
+        self._memory_before.wait()
         log, start_s = free_log(self._out, side, repeat), time.monotonic()
         options, running = self._server(side)
-        base_url = stack.enter_context(running(side.directory, options=options, log=log))
+        timeout_s = self._settings.start_timeout_s
+        base_url = stack.enter_context(running(side.directory, options=options, log=log, timeout_s=timeout_s))
         startup_s = time.monotonic() - start_s
         self._logs[side] = log
         text = log.read_text(encoding="utf-8", errors="replace")

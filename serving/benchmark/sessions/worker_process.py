@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from serving.child_process import child_process, own_environment
+from serving.child_process import child_process
 from toolchain.errors import SenteiError
+from toolchain.lifetime import own_environment
 
 _TAIL_LINES = 8
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from serving.benchmark import gpu_watch as gpu_state
-from serving.benchmark.gpu_watch import GpuWatch, energy, watched_gpus
+from serving.benchmark.gpu_watch import GpuWatch, MemoryBefore, energy, watched_gpus
 
 
 class FakeNVMLError(Exception):
@@ -18,7 +18,15 @@ class FakeNVMLError(Exception):
 def nvml(monkeypatch):
     """Two GPUs that each draw 100 W; ``reasons`` and whether energy is counted can be set."""
     started = time.monotonic()
-    state = SimpleNamespace(reasons=0, counts=True, open=0, asked=set(), broken=False)
+    state = SimpleNamespace(reasons=0, counts=True, open=0, asked=set(), broken=False, used=[[0, 0]])
+
+    def memory(handle):
+        """Each look at the last GPU is one of ``used``; the last of them stays."""
+        looks = state.used
+        used = looks[0][handle]
+        if handle == 1 and len(looks) > 1:
+            looks.pop(0)
+        return SimpleNamespace(used=used)
 
     def joules(handle):
         if not state.counts:
@@ -45,6 +53,7 @@ def nvml(monkeypatch):
         nvmlDeviceGetHandleByUUID=by_uuid,
         nvmlDeviceGetTotalEnergyConsumption=joules,
         nvmlDeviceGetClockInfo=clock,
+        nvmlDeviceGetMemoryInfo=memory,
         nvmlDeviceGetTemperature=lambda handle, sensor: 60 + 5 * bool(handle),
         nvmlDeviceGetPowerUsage=lambda handle: 100_000,
         nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: state.reasons,
@@ -120,3 +129,18 @@ def test_without_nvml_nothing_is_seen(monkeypatch):
         pass
     assert energy(gpus.last(1.0), 10) == {"gpu": None, "energy_per_output_token_j": None}
     assert GpuWatch(None).last(1.0) is None
+
+
+def test_what_was_in_use_before_is_waited_for_until_the_time_is_over(nvml, monkeypatch):
+    gib = 1024**3
+    monkeypatch.setattr(gpu_state, "_FREED_POLL_S", 0.0)
+    nvml.used = [[10 * gib, 0]]
+    before = MemoryBefore("cuda")
+    nvml.used = [[70 * gib, 0], [10 * gib, 60 * gib], [4 * gib, 0]]
+    assert before.wait()
+    assert not nvml.used[1:]
+    monkeypatch.setattr(gpu_state, "_FREED_TIMEOUT_S", 0.05)
+    nvml.used = [[10 * gib, 0]]  # since the last wait, 4 GiB are what others have
+    assert not before.wait()
+    assert MemoryBefore("cpu").wait()
+    assert nvml.open == 0

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from serving.engines.transformers import TransformersEngine
-from serving.verify.quantized_weights import replace_with_rounded
+from serving.verify.quantized_weights import rounded_matrices
+from serving.verify.rounded import carry, round_inputs
 from serving.vllm_plugin.weights import CompleteWeights
 from tests.quantized import quantization_config, round_matrix, write_quantized
 from toolchain.architecture.families import FAMILIES
@@ -146,7 +147,9 @@ def test_vllm_computes_with_the_rounded_matrices(pruned_wide, vllm_answers, sche
 def differences_from_rounded(source, directory, prompts, answer):
     """Of vLLM's log-probabilities from those of the source with the rounded matrices, in nats."""
     reference = TransformersEngine(source, dtype=torch.float32)
-    replace_with_rounded(reference.model, open_quantized(directory))
+    rounded = rounded_matrices(open_quantized(directory))
+    carry(reference.model, rounded)
+    round_inputs(reference.model, rounded)
     differences = []
     for prompt, positions in zip(prompts, answer["log_probabilities"], strict=True):
         expected = reference.log_probabilities(prompt)

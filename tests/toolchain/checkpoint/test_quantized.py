@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from serving.forecast.model_facts import checkpoint_facts
-from serving.verify.quantized_weights import replace_with_rounded, round_inputs
+from serving.verify.quantized_weights import round_inputs, rounded_matrices
+from serving.verify.rounded import carry, distances
+from serving.verify.rounded import round_inputs as with_rounded_inputs
 from tests.command_line import refused, sentei
 from tests.quantized import GROUP_SIZE, SCHEMES, write_quantized
 from toolchain.architecture.rounding_scheme import RoundingScheme, rounding_schemes
@@ -38,7 +40,10 @@ def test_matrices_read_back_as_what_was_meant(pruned_wide, tmp_path, scheme):
 def test_rounded_matrices_and_inputs_go_into_the_source_model(pruned_wide, tmp_path, scheme):
     meant = write_quantized(pruned_wide, tmp_path / "out", scheme)
     model, read = load_model(pruned_wide, dtype=torch.float32), open_quantized(tmp_path / "out")
-    found = {each.name: each for each in replace_with_rounded(model, read)}
+    rounded = rounded_matrices(read)
+    found = {each.name: each for each in distances(open_checkpoint(pruned_wide), rounded)}
+    carry(model, rounded)
+    with_rounded_inputs(model, rounded)
     assert set(found) == set(meant)
     assert all(0 < each.relative_error < 0.2 and abs(each.gain - 1) < 0.02 for each in found.values())
     inputs = torch.randn(5, meant[f"{Q_PROJ}.weight"].shape[1])

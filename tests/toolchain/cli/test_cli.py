@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.command_line import PLAIN, PROGRAM, refused, sentei, sentei_program
+from toolchain.cli import console
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +198,14 @@ def test_a_full_disk_leaves_nothing_behind(pico_model: Path, text: Path, tmp_pat
     done = prune(pico_model, text, tmp_path / "out", "--resume")
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_log_says_how_long_work_will_take(capsys, monkeypatch):
+    clock = iter(range(0, 400, 40))
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with console.Output(as_json=False, quiet=False).progress("Importance", 4) as advance:
+        for _ in range(4):
+            advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:-1] == ["Importance: 2 of 4, about 0:01:20 left"]
+    assert "4/4" in lines[-1]

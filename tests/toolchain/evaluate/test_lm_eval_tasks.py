@@ -5,9 +5,9 @@ from typing import Any
 
 import lm_eval
 import pytest
-from lm_eval.models import huggingface
 
 from toolchain.errors import SenteiError
+from toolchain.evaluate import lm_eval_model
 from toolchain.evaluate.lm_eval_tasks import LoadedTask, TaskRequest, load_task, run_task
 
 
@@ -26,12 +26,7 @@ def load(monkeypatch: pytest.MonkeyPatch, parts: dict[str, SimpleNamespace]) -> 
 
 
 def run(monkeypatch: pytest.MonkeyPatch, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    class Model:
-        def __init__(self, **options: object) -> None: ...
-
-        def set_cache_hook(self, hook: object) -> None: ...
-
-    monkeypatch.setattr(huggingface, "HFLM", Model)
+    monkeypatch.setattr(lm_eval_model, "ServedHFLM", lambda *_: SimpleNamespace(num_cut=0))
     monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **options: {"samples": samples})
     task = LoadedTask(label="asked", parts={name: part("generate_until") for name in samples}, manager=None)
     model: Any = SimpleNamespace(device=SimpleNamespace(type="cpu"))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from serving.benchmark import gpu_watch
 from serving.benchmark import results as bench_results
 from serving.benchmark import run as benchmark_module
 from serving.benchmark.compare_runs import compare_results
@@ -18,6 +19,7 @@ from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.workload import Slo, make_workloads, read_prompts
 from serving.forecast.device_probe import DevicePeaks
 from serving.report.render import render_report
+from serving.server.vllm import ServerEndedError
 from tests.conftest import make_pico
 from tests.serving.benchmark.asking import ask_benchmark, sides_of
 from toolchain.errors import SenteiError
@@ -33,15 +35,17 @@ def benchmark(original, pruned, *, engine="vllm", **asked):
 @pytest.fixture
 def asked(monkeypatch):
     """Records what is asked. Can be set: ``failed`` requests, ``dead`` attempts, starts that are ``unready``, and each
-    model's ``limit`` of rate; at 0 not even single requests are within the limits."""
+    model's ``limit`` of rate; at 0 not even single requests are within the limits. A start that is unready is an error
+    to raise."""
     record = {"servers": [], "loads": [], "failed": 0, "up": 0, "most_up": 0, "dead": [], "unready": [], "limit": {},
-              "keys": set(), "patience": {}}  # fmt: skip
+              "keys": set(), "patience": {}, "start_timeouts": set()}  # fmt: skip
 
     @contextmanager
-    def running_server(directory, port=None, options=(), log=None):
+    def running_server(directory, port=None, options=(), log=None, timeout_s=None):
         record["servers"].append((directory, list(options)))
-        if record["unready"] and record["unready"].pop(0):
-            raise SenteiError("The vLLM server ended with exit code 1 before it was ready.")
+        record["start_timeouts"].add(timeout_s)
+        if record["unready"] and (error := record["unready"].pop(0)):
+            raise error
         record["up"] += 1
         record["most_up"] = max(record["up"], record["most_up"])
         log.write_text("INFO GPU KV cache size: 55,808 tokens\nINFO Model loading took 0.25 GiB memory\n")
@@ -158,16 +162,55 @@ def test_the_log_of_the_server_that_died_is_quoted(pico_model, asked, tmp_path):
 
 
 def test_a_server_that_does_not_start_again_is_tried_once_more(pico_model, asked, tmp_path):
-    asked["unready"] = [False, False, True]
+    asked["unready"] = [None, None, SenteiError("The vLLM server was not ready after 900 s.")]
     results = benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
     (failure,) = results["failed_attempts"]
     assert (failure["side"], failure["repeat"]) == ("pruned", 1)
-    assert "before it was ready" in failure["error"]
-    asked["unready"] = [True]
-    with pytest.raises(SenteiError, match="before it was ready") as told:
-        benchmark(pico_model, pico_model, out=tmp_path / "other", **TINY)
+    assert "was not ready" in failure["error"]
+    assert asked["start_timeouts"] == {900}
+
+
+def test_a_first_start_that_ended_is_tried_once_more_and_one_that_was_refused_is_not(pico_model, asked, tmp_path):
+    ended = ServerEndedError("The vLLM server ended with exit code 1 before it was ready.")
+    asked["unready"] = [ended]
+    results = benchmark(pico_model, pico_model, out=tmp_path / "out", start_timeout_s=60, **TINY)
+    (failure,) = results["failed_attempts"]
+    assert (failure["side"], failure["repeat"], len(asked["servers"])) == ("original", 0, 7)
+    assert asked["start_timeouts"] == {60}
+    asked["unready"] = [ended, ended]
+    with pytest.raises(SenteiError, match=r"failed twice.*before it was ready"):
+        benchmark(pico_model, pico_model, out=tmp_path / "twice", **TINY)
+    assert len(asked["servers"]) == 9
+    asked["unready"] = [
+        SenteiError("The vLLM server ended with exit code 1 before it was ready: gate_proj is missing.")
+    ]
+    with pytest.raises(SenteiError, match="gate_proj") as told:
+        benchmark(pico_model, pico_model, out=tmp_path / "refused", **TINY)
     assert not isinstance(told.value, EngineFailedError)
-    assert len(asked["servers"]) == 8
+    assert len(asked["servers"]) == 10
+
+
+def test_a_server_waits_for_the_memory_that_the_one_before_it_held(pico_model, asked, tmp_path, monkeypatch):
+    looks_until_free, at_start, start = [0], [], bench_server.running_server
+
+    def used_memory_bytes():
+        looks_until_free[0] = max(0, looks_until_free[0] - 1)
+        return [60 * 10**9 if looks_until_free[0] else 10**9]
+
+    @contextmanager
+    def running_server(*args, **kwargs):
+        at_start.append(looks_until_free[0])
+        with start(*args, **kwargs) as url:
+            yield url
+        looks_until_free[0] = 4
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(gpu_watch, "used_memory_bytes", used_memory_bytes)
+    monkeypatch.setattr(gpu_watch, "_FREED_POLL_S", 0.0)
+    monkeypatch.setattr(bench_server, "running_server", running_server)
+    benchmark(pico_model, pico_model, out=tmp_path / "out", dtype="bfloat16", **TINY)
+    assert at_start == [0] * 6
 
 
 def test_a_sweep_is_asked_of_both_with_a_warm_up_as_wide_as_the_widest_load(pico_model, asked, tmp_path):

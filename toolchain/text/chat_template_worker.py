@@ -1,4 +1,4 @@
-"""Renders chat templates within bounds: ``python -m serving.engines.chat_template_worker``.
+"""Renders chat templates within bounds: ``python -m toolchain.text.chat_template_worker``.
 
 JSON lines: one chat on stdin, one text or error on stdout; an empty object first, when it is ready. It ends when stdin
 closes, and so with its parent; at the latest when its processor time is used up.
@@ -40,8 +40,9 @@ def main() -> None:
 def _answer(render: Callable[..., Any], chat: dict[str, Any]) -> dict[str, str]:
     try:
         rendered, _ = render(
-            [chat["messages"]], chat_template=chat["template"], add_generation_prompt=True, **chat["special_tokens"]
-        )
+            [chat["messages"]], chat_template=chat["template"], tools=chat["tools"], **chat["ending"],
+            **chat["special_tokens"],
+        )  # fmt: skip
         if len(text := rendered[0]) > chat["max_chars"]:
             return {"error": f"it makes more than {chat['max_chars']:,} characters of them"}
         text.encode()  # a template can write half a character

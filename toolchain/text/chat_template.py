@@ -10,17 +10,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from serving.child_process import own_environment
-from serving.engines.chat_template_worker import TIME_LIMIT_S
 from toolchain.errors import SenteiError
-from toolchain.lifetime import tied
+from toolchain.lifetime import own_environment, tied
+from toolchain.text.chat_template_worker import TIME_LIMIT_S
 
+# How the text of a chat ends, in Transformers' words: where an answer is to begin, with the last message, or within it.
+Ending = Mapping[str, bool]
+ANSWER_BEGINS: Ending = {"add_generation_prompt": True}
+WHOLE: Ending = {}
+LAST_GOES_ON: Ending = {"continue_final_message": True}
 _START_TIMEOUT_S = 120.0
 _LONGEST_TEMPLATE = 2**20
 MAX_CHARS = 10_000_000
@@ -36,11 +40,11 @@ class ChatTemplate:
         """Starts the process.
 
         Args:
-            tokenizer: Has a chat template.
+            tokenizer: The model's own.
             max_chars: Of the rendered text.
 
         Raises:
-            SenteiError: There are several templates and no default, or the template is no text or too long.
+            SenteiError: There is no template, or several and no default, or the template is no text or too long.
         """
         try:
             template: Any = tokenizer.get_chat_template()
@@ -54,14 +58,26 @@ class ChatTemplate:
         self._process: subprocess.Popen[bytes] | None = _started()
         self._is_ready = False
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The text for a chat, up to where the answer begins.
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        ending: Ending = ANSWER_BEGINS,
+    ) -> str:
+        """The text for a chat.
+
+        Args:
+            messages: As in OpenAI's API: ``role``, ``content`` and what else the template knows.
+            tools: Likewise.
+            ending: How the text ends.
 
         Raises:
             SenteiError: The template refuses the messages, or takes too much time or memory.
         """
+        chat = {"messages": list(messages), "tools": tools, "ending": ending}
         try:
-            line = json.dumps({**self._chat, "messages": list(messages)}, default=str).encode() + b"\n"
+            line = json.dumps({**self._chat, **chat}, default=str).encode() + b"\n"
         except (RecursionError, ValueError) as error:
             raise SenteiError("messages: they are too deeply nested.") from error
         with self._turn:
@@ -104,7 +120,7 @@ class ChatTemplate:
 
 
 def _started() -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P", "-m", "serving.engines.chat_template_worker"]
+    command = [sys.executable, "-P", "-m", "toolchain.text.chat_template_worker"]
     # A session of its own: Ctrl-C in a terminal is for the parent, with which it ends.
     return subprocess.Popen(
         command,

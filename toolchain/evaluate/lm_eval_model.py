@@ -1,0 +1,122 @@
+"""lm-eval's wrapper around a loaded model, which reads as the model is served. Imports lm-eval."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from toolchain.errors import SenteiError
+from toolchain.text.chat_template import ANSWER_BEGINS, LAST_GOES_ON, ChatTemplate
+
+_BATCH_SIZES = {"cpu": 4, "cuda": 16}
+
+
+class ServedHFLM(HFLM):
+    """Reads as the model is served, counts what it cuts, and draws no bars, which no setting turns off.
+
+    Attributes:
+        num_cut: Prompts that were longer than the model's context and lost their beginning.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        bos: int | None,
+        template: ChatTemplate | None,
+        on_request: Callable[[], None],
+    ) -> None:
+        """See :func:`toolchain.evaluate.lm_eval_tasks.run_task`; without ``template``, prompts go in as they are."""
+        self._bos, self._template, self.num_cut = bos, template, 0
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=_BATCH_SIZES["cuda" if model.device.type == "cuda" else "cpu"],
+            # Half precision would make ties of close choices.
+            softmax_dtype="float32",
+        )
+        self.set_cache_hook(_RequestCounter(on_request))
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        """Without a bar."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        """Without a bar."""
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """A prompt's tokens as a server makes them, without what the tokenizer would add at the end."""
+        ids = super().tok_encode(string, add_special_tokens=False)
+        if add_special_tokens is False or self._template or self._bos is None:
+            return ids
+        # A prompt may have been written with it.
+        return ids if ids[:1] == [self._bos] else [self._bos, *ids]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if not self._template or not context.endswith("\n"):
+            return super()._encode_pair(context, continuation)
+        # lm-eval would count the line break, with which the template ends, to each choice.
+        whole, num_asked = self.tok_encode(context + continuation), len(self.tok_encode(context))
+        num_asked = min(num_asked, len(whole) - 1)
+        return whole[:num_asked], whole[num_asked:]
+
+    def tok_batch_encode(
+        self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
+    ) -> Any:
+        """Prompts for generation, padded and cut on the left: ids and mask, int64 ``[num_prompts, longest]``."""
+        assert padding_side == "left"
+        rows = [self._cut(self.tok_encode(each), left_truncate_len) for each in strings]
+        longest = max(map(len, rows))
+        padding = [longest - len(row) for row in rows]
+        pad: Any = self.tokenizer.pad_token_id
+        ids = [[pad] * num + row for num, row in zip(padding, rows, strict=True)]
+        return torch.tensor(ids), torch.tensor([[0] * num + [1] * (longest - num) for num in padding])
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+        # The last token is predicted, not read.
+        longest = self.max_length + 1
+        if too_long := [asked for asked, _, choice in requests if len(choice) >= longest]:
+            raise SenteiError(
+                f"A choice is longer than the model's context of {self.max_length} tokens: {too_long[0][1]!r}.",
+                "Leave that question out.",
+            )
+        within = [(asked, self._cut(prompt, longest - len(choice)), choice) for asked, prompt, choice in requests]
+        return super()._loglikelihood_tokens(within, disable_tqdm=disable_tqdm, override_bs=override_bs)
+
+    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+        """A task's turns as text.
+
+        Raises:
+            SenteiError: The template refuses them.
+        """
+        assert self._template is not None
+        ending = ANSWER_BEGINS if add_generation_prompt else LAST_GOES_ON
+        try:
+            return self._template.render(chat_history, ending=ending)
+        except SenteiError:
+            # Some templates know no system's turn, where lm-eval has a task's description; it leaves it out too.
+            others = [each for each in chat_history if each["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            return self._template.render(others, ending=ending)
+
+    def _cut(self, prompt: list[int], length: int | None) -> list[int]:
+        """A prompt without its beginning, where it is too long, but with BOS."""
+        if length is None or (excess := len(prompt) - length) <= 0:
+            return prompt
+        self.num_cut += 1
+        num_kept = min(length, int(self._bos is not None and prompt[:1] == [self._bos]))
+        return [*prompt[:num_kept], *prompt[num_kept + excess :]]
+
+
+class _RequestCounter:
+    """Stands where lm-eval would cache responses: is told of each one."""
+
+    def __init__(self, on_request: Callable[[], None]) -> None:
+        self._on_request = on_request
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        self._on_request()
