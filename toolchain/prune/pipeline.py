@@ -143,10 +143,11 @@ def _search_and_realise(job: Job, state: SearchState, progress: Progress, ranks:
     """The plan and its weights. The model is gone from memory when it returns, and makes room for what is written."""
     walk = job.computing.open(job.checkpoint)
     plan = run_search(job, walk, state.load(), state, progress, ranks)
-    if _removes_nothing(plan) or not ranks.is_first:
+    if _removes_nothing(plan):
         return Planned(plan)
+    computing = replace(job.computing, ranks=ranks)
     return realise(
-        walk, job.checkpoint, plan, job.computing, state.directory / "compensation", metric=job.metric,
+        walk, job.checkpoint, plan, computing, state.directory / "compensation", metric=job.metric,
         progress=progress,
     )  # fmt: skip
 

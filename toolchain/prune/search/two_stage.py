@@ -72,7 +72,7 @@ class Search:
         """
         self._prepare()
         importance = self._ranked_importance() if blank.widths == "ranked" else self._importance(self.windows)
-        original, limit = measure(self.walk, self.metric), blank.limit
+        original, limit = self._measured(self.metric), blank.limit
         if limit is not None:
             limit = resolve_limit(limit, self._limited(original))
         document = blank.model_copy(update={"metric_original": original, "limit": limit})
@@ -114,9 +114,14 @@ class Search:
         if self.limit_metric is not None:
             self.limit_metric.prepare(self.walk)
 
+    def _measured(self, metric: Metric, *, without_attention: Sequence[int] = ()) -> float:
+        """A metric, now. The first rank's word counts: another kind of processor may round in another way."""
+        value = measure(self.walk, metric, without_attention=without_attention)
+        return float(self.ranks.from_first(value)[0])
+
     def _limited(self, metric: float) -> float:
         """What the limit looks at, now; ``metric`` is the search's own."""
-        return metric if self.limit_metric is None else measure(self.walk, self.limit_metric)
+        return metric if self.limit_metric is None else self._measured(self.limit_metric)
 
     def _aim(self, plan: PruningPlan) -> PruningPlan:
         """Splits the target between attention and FFNs, as the plan's ``allocation`` and ``widths`` ask."""
@@ -153,7 +158,7 @@ class Search:
 
             def damage(number: int) -> float:
                 with self.walk.only_neurons(_kept(plan, widths(number))):
-                    value = measure(self.walk, self.metric, without_attention=order[:number])
+                    value = self._measured(self.metric, without_attention=order[:number])
                 advance()
                 return -value if self.metric.higher_is_better else value
 
@@ -210,7 +215,7 @@ class Search:
 
     def _try_widths(self, plan: PruningPlan, widths: Sequence[int]) -> Rung:
         with self.walk.only_neurons(_kept(plan, widths)):
-            metric = measure(self.walk, self.metric)
+            metric = self._measured(self.metric)
             limited = self._limited(metric) if self.limit_metric else None
         removed = sum(self.sizes.intermediate_size - width for width in widths) * self.sizes.neuron
         return Rung(
