@@ -17,6 +17,7 @@ from tests.toolchain.ranks.processes import free_port, start_ranks
 from toolchain.errors import SenteiError
 from toolchain.prune.search import attention, two_stage
 from toolchain.prune.search.divided_candidates import even_ranges
+from toolchain.ranks import joining
 from toolchain.ranks.launch import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of os.fork
@@ -159,6 +160,7 @@ def test_more_ranks_than_windows_or_candidates_go_on_with_what_one_process_began
 
 
 def test_nobody_at_the_launchers_address(pico_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(joining, "_is_joining", False)  # put back afterwards: other tests share this process
     variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in {**variables, "SENTEI_RANK_TIMEOUT_S": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -108,7 +108,7 @@ def scores_of_models(
     for _ in range(len(candidates) - len(own)):
         on_candidate()
     # What a rank did not measure is 0.
-    return dict(zip(candidates, sum(ranks.gather(scores)).tolist(), strict=True))
+    return dict(zip(candidates, torch.stack(ranks.gather(scores)).sum(0).tolist(), strict=True))
 
 
 def num_candidates(num_layers: int, num_removals: int) -> int:

@@ -63,7 +63,7 @@ def _costs_below(walk: LayerWalk, seq_len: int) -> list[float]:
     for layer in decoder_layers(walk.model, family):
         cost = float(sum(each.numel() for each in layer.parameters()))
         with suppress(AttributeError):  # its attention was removed
-            cost += seq_len * layer.get_submodule(family.attention_output).weight.shape[1]
+            cost += seq_len * layer.get_submodule(family.attention_output).get_parameter("weight").shape[1]
         costs.append(costs[-1] + cost)
     costs[-1] += walk.model.get_output_embeddings().weight.numel()
     return costs
