@@ -148,10 +148,9 @@ def verify(
     weights = _check_weights(export)
     measured, limits, checks = None, {}, weights.checks
     if answers is not None:
-        measured = measure(
-            source, computing, prompts, answers, rounded=weights.rounded, computed_in=weights.computed_in
-        )
-        limits = limits_from(measured.noise, judges_maxima=weights.computed_in == dtype == torch.float32)
+        rounded, computed_in = weights.rounded, weights.computed_in
+        measured = measure(source, computing, prompts, answers, rounded=rounded, computed_in=computed_in)
+        limits = limits_from(measured.noise, judges_maxima=computed_in == dtype == torch.float32)
         checks |= judge(measured.differences, limits) | judge_rounding(export.precision, measured.rounding)
     verdict = {
         "schema_version": 1,
@@ -168,7 +167,11 @@ def verify(
         "tolerances": limits,
         "checks": checks,
     }
-    verification = AnswersVerification.model_validate(verdict)
+    return _write(exported, AnswersVerification.model_validate(verdict))
+
+
+def _write(exported: Path, verification: AnswersVerification) -> dict[str, Any]:
+    """Writes the verdict into the export's directory and model card, and returns it."""
     write_text(exported / VERIFICATION_FILE, verification.to_json())
     write_into_card(exported, verification.content())
     return verification.content()

@@ -495,42 +495,57 @@ class Moments:
 
     def error(self, weight: torch.Tensor) -> float:
         """``sum |W x - y|^2 / sum |y|^2``; ``weight`` is ``[num_outputs, num_inputs]``. Of complete moments."""
-        rows = weight.double()
-        residual = (rows @ self.gram).mul_(rows).sum() - 2 * (rows * self.cross).sum() + self.energy
+        residual = self.energy.clone()
+        for rows, cross in zip(weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
+            exact = rows.double()
+            residual += ((exact @ self.gram).sub_(cross, alpha=2)).mul_(exact).sum()
         return float(residual / self.energy.clamp_min(torch.finfo(torch.float64).tiny))
 
-    def ridge_fit(self, weight: torch.Tensor, ridge: float) -> torch.Tensor:
+    def ridge_fit(self, weight: torch.Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Minimises ``sum |W x - y|^2 + sum_j strength_j |W_j - weight_j|^2``. Of complete moments.
 
         ``strength_j`` is the ridge times ``sum x_j^2``, so that an input's unit does not matter, and the few inputs of
         huge activations do not hold the others back.
 
         Returns:
-            float64 ``[num_outputs, num_inputs]``.
+            ``[num_outputs, num_inputs]`` in ``dtype``; computed in float64.
         """
         energies = self.gram.diagonal().clone()
         # An input that is always zero would make the matrix singular.
         strengths = ridge * energies.clamp_min(_ROUNDING * energies.mean())
-        right = (weight.double() * strengths).add_(self.cross)
+        found = torch.empty(self.cross.shape, dtype=dtype, device=self.gram.device)
+        with self._factored(strengths) as factor:
+            # By rows: what is solved for is several times as large as the weight.
+            for part, old, cross in zip(found.split(_ROWS), weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
+                part.copy_(_solved(factor, (old.double() * strengths).add_(cross)))
+        return found
+
+    @contextmanager
+    def _factored(self, strengths: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Lends the Cholesky factor of the matrix with ``strengths`` added to its diagonal, below the diagonal.
+
+        It takes the matrix' place meanwhile: the two of them would be more than anything else that is in memory.
+        """
+        on_host = self.gram.cpu() if self.gram.is_cuda else None
+        energies = self.gram.diagonal().clone()
         self.gram.diagonal().add_(strengths)
         try:
-            return self._solved(right)
+            if on_host is not None:
+                # LAPACK and torch count by columns: of a matrix that is the same both ways.
+                torch.linalg.cholesky(self.gram.mT, out=self.gram.mT)
+                yield self.gram.mT
+                return
+            factor, failed = lapack.dpotrf(self.gram.numpy().T, lower=1, clean=0, overwrite_a=1)
+            if failed:
+                raise torch.linalg.LinAlgError("The matrix of a fit is not positive definite.")
+            yield torch.from_numpy(factor)
         finally:
-            self.gram.diagonal().copy_(energies)
-            self.complete()
-
-    def _solved(self, right: torch.Tensor) -> torch.Tensor:
-        """``right`` times the inverse of the matrix, which keeps only what stands below the diagonal."""
-        if self.gram.is_cuda:
-            factor = torch.linalg.cholesky(self.gram)
-            halfway = torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False)
-            return torch.linalg.solve_triangular(factor, halfway, upper=False, left=False)
-        # In place: torch would hold the matrix twice more. LAPACK counts by columns, so this is the upper triangle.
-        factor, failed = lapack.dpotrf(self.gram.numpy().T, lower=1, clean=0, overwrite_a=1)
-        if failed:
-            raise torch.linalg.LinAlgError("The matrix of a fit is not positive definite.")
-        solution, _ = lapack.dpotrs(factor, right.numpy().T, lower=1, overwrite_b=1)
-        return torch.from_numpy(solution.T)
+            if on_host is not None:
+                self.gram.copy_(on_host)
+            else:
+                # Only what stands above the diagonal was overwritten.
+                self.gram.diagonal().copy_(energies)
+                self.complete()
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
         size = len(self.gram)
@@ -547,6 +562,15 @@ class Refit:
     error_after: float
 
 
+def _solved(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``right``, float64 ``[rows, size]``, times the inverse of the matrix with this Cholesky factor."""
+    if factor.is_cuda:
+        halfway = torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False)
+        return torch.linalg.solve_triangular(factor, halfway, upper=False, left=False)
+    solution, _ = lapack.dpotrs(factor.numpy(), right.numpy().T, lower=1, overwrite_b=1)
+    return torch.from_numpy(solution.T)
+
+
 def ridge_fits(
     weight: torch.Tensor, moments: Moments, dtype: torch.dtype, ranks: Ranks = ALONE
 ) -> dict[float, torch.Tensor]:
@@ -555,7 +579,7 @@ def ridge_fits(
     Of several ranks, each fits with ridges of its own.
     """
     moments.complete()
-    return {ridge: moments.ridge_fit(weight, ridge).to(dtype) for ridge in RIDGES[ranks.rank :: ranks.size]}
+    return {ridge: moments.ridge_fit(weight, ridge, dtype) for ridge in RIDGES[ranks.rank :: ranks.size]}
 
 
 def best_fit(
