@@ -24,7 +24,7 @@ from toolchain.prune.compensation import Compensated, Moments, Refit, _is_held_o
 from toolchain.prune.stage_files import StageFiles
 from toolchain.text.embedded import documents
 from toolchain.text.sources import TextSource
-from toolchain.text.windows import _together
+from toolchain.text.windows import _Stretches, _together
 
 SETTINGS = (
     "--samples", 8, "--seq-len", 16, "--align", 8, "--attention-removals", 1, "--sparsity", 0.3, "--quiet",
@@ -110,7 +110,7 @@ def test_one_window_in_eight_is_held_out(num_windows: int):
 def test_each_text_of_a_mixture_has_a_window_held_out(num_texts: int):
     texts = [TextSource(None)] * num_texts
     windows = [torch.full((64 // num_texts, 4), number) for number in range(num_texts)]
-    ids = _together(texts, windows, None).ids
+    ids = _together(texts, [_Stretches(ids=each, bos=None, holds_chats=False) for each in windows]).ids
     assert {int(row[0]) for number, row in enumerate(ids) if _is_held_out(number, len(ids))} == set(range(num_texts))
 
 
