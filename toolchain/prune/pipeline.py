@@ -119,7 +119,7 @@ def prune(
     started = time.monotonic()
     if not ranks.is_first:
         job = prepare(model, settings, model_name, ranks)
-        _search_and_realise(job, SearchState(None, out, ranks), no_progress, ranks)
+        _search_and_realise(job, SearchState(None, out, ranks), progress, ranks)
         return cast(dict[str, Any], ranks.from_first()[0])
     check_output_directory(out, force=force, inputs=[directory_of(model), *settings.input_files])
     work = find_search(out, force=force, resume=resume)
