@@ -124,6 +124,9 @@ def main() -> None:
         if interrupted or isinstance(error, KeyboardInterrupt):
             _end("Interrupted.", INTERRUPTED)
         if os.environ.get("SENTEI_TRACEBACK"):
+            if several():
+                traceback.print_exception(error)
+                _end(*_told(error))
             raise
         _end(*_told(error))
     finally:
