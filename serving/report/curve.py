@@ -42,7 +42,10 @@ def render_curve(plans: Mapping[str, PruningPlan], out: Path, *, force: bool = F
                 ],
             }
         )
-    limit = document.limit if document.limit and document.limit.metric == document.metric else None
+    # One on other windows, or of compensated models, is of no point of these.
+    limit = document.limit
+    if limit and (limit.metric != document.metric or limit.windows or document.compensation):
+        limit = None
     write_page(
         "curve.html.j2",
         out,

@@ -168,7 +168,9 @@ def _show_curve(console: Console, name: str, plan: "PruningPlan") -> None:
     console.print(table, soft_wrap=False)
     console.print("Sparsity is of the decoder blocks. sentei plan cut goes back to a step.")
     if document.limit:
-        console.print(f"limit: {document.limit.metric} {document.limit.value:.4g}")
+        measured = document.limit.measured
+        found = "" if measured is None else f", {measured:.4g} where the plan ends"
+        console.print(f"limit: {document.limit.metric} {document.limit.value:.4g}{found}")
     if document.stopped_because:
         console.print(f"stopped: {document.stopped_because}")
 

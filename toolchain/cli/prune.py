@@ -38,6 +38,7 @@ from toolchain.cli.options import (
 )
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
+from toolchain.plan.summary_words import limit_in_words, two_removals_in_words
 from toolchain.prune.methods import DEFAULT, METHODS, MethodName, PruningMethod
 
 # More plans than anybody looks at; each takes a search.
@@ -163,14 +164,19 @@ def prune(
     resume: Annotated[bool, resume_option("search", panel=_SEARCH)] = False,
     max_degradation: Annotated[
         float | None,
-        typer.Option(help="Stop before the metric is this many times worse, such as 1.10.", rich_help_panel=_LIMIT),
+        typer.Option(
+            help="The model as written is at most this many times worse, such as 1.10, on text kept apart.",
+            rich_help_panel=_LIMIT,
+        ),
     ] = None,
     max_metric: Annotated[
-        float | None, typer.Option(help="Stop before the metric is above this.", rich_help_panel=_LIMIT)
+        float | None, typer.Option(help="The metric of the model as written is at most this.", rich_help_panel=_LIMIT)
     ] = None,
     min_metric: Annotated[
         float | None,
-        typer.Option(help="Stop before the metric, such as accuracy, is below this.", rich_help_panel=_LIMIT),
+        typer.Option(
+            help="The metric of the model as written, such as accuracy, is at least this.", rich_help_panel=_LIMIT
+        ),
     ] = None,
     limit_metric: Annotated[
         str | None, typer.Option(help="The limit's metric, if it is not --metric.", rich_help_panel=_LIMIT)
@@ -344,6 +350,8 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     )
     console.print(f"  FFN widths   {min(widths)} to {max(widths)}")
     console.print(f"  attention    removed in layers {removed}")
+    if found := summary.get("two_removals"):
+        console.print(f"  KV cache     {two_removals_in_words(found)}")
     if damage["pruned"] is None:
         console.print("  damage       not measured: sentei evaluate does")
     elif damage["after_stage_1"] is None:
@@ -365,6 +373,8 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
                 f"  compensation not taken: on windows it was not fitted to, perplexity would go from {before:.4g} to "
                 f"{after:.4g}. More or longer windows (--samples, --seq-len) help."
             )
+    if limit := summary.get("limit"):
+        console.print(f"  limit        {limit_in_words(limit)}")
     if summary["stopped_because"]:
         console.print(f"  stopped      {summary['stopped_because']}")
 

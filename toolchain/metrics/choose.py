@@ -10,6 +10,8 @@ from toolchain.metrics.accuracy import AccuracyMetric, load_questions
 from toolchain.metrics.function import FunctionMetric, load_function
 from toolchain.metrics.token_metrics import KLDivergence, Metric, PerplexityMetric
 
+# Those that are measured on text.
+TOKEN_METRICS = ("perplexity", "kl")
 _HINT = "Use perplexity, kl, accuracy:FILE.jsonl or package.module:function."
 
 

@@ -90,7 +90,7 @@ class PerplexityMetric:
 class KLDivergence:
     """Mean over tokens of KL(original ‖ pruned) of the next token's distribution, in nats; 0 for the original.
 
-    The original's distributions are not stored: its last hidden states are, and final norm and head are never pruned.
+    The original's distributions are not stored: what enters its head is, and the head is never changed.
     """
 
     name: str = "kl"
@@ -107,7 +107,7 @@ class KLDivergence:
     def prepare(self, walk: LayerWalk) -> None:
         """See :class:`StateMetric`."""
         if self._original is None:
-            self._original = walk.forward(walk.embed(self.ids))
+            self._original = walk.final_norm(walk.forward(walk.embed(self.ids)))
 
     def of_tokens(self, walk: LayerWalk, hidden: torch.Tensor) -> torch.Tensor:
         """See :class:`TokenMetric`."""

@@ -259,16 +259,17 @@ class LayerWalk:
                 hidden = self.run_without(parts, module, index, hidden)
         return hidden
 
-    def logits(self, states: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    def logits(self, states: torch.Tensor, *, normed: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits of single tokens, a block of the vocabulary at a time: all of them never exist at once.
 
         Args:
             states: What left the last layer, ``[num_tokens, hidden_size]``.
+            normed: They went through the final norm already.
 
         Yields:
             Which entries of the vocabulary, and float32 ``[num_tokens, block]`` (float64 where that is computed in).
         """
-        states = self.final_norm(states)
+        states = states if normed else self.final_norm(states)
         size = max(1, _HEAD_LOGITS["cuda" if states.is_cuda else "cpu"] // len(states))
         for start in range(0, self._head.out_features, size):
             entries = slice(start, min(start + size, self._head.out_features))
@@ -300,17 +301,18 @@ class LayerWalk:
         """KL divergence, in nats, of the next token's distributions: from ``original``'s to that of ``states``.
 
         Args:
-            original: What left the last layer of the original model, ``[num_tokens, hidden_size]``.
-            states: The same of the model as it is.
+            original: What left the final norm of the original model, which compensation may have scaled since;
+                ``[num_tokens, hidden_size]``.
+            states: What left the last layer of the model as it is, the same.
 
         Returns:
             float32 ``[num_tokens]``.
         """
         parts = []
         for before, after in zip(original.split(_HEAD_TOKENS), states.split(_HEAD_TOKENS), strict=True):
-            ours = torch.stack([logits.logsumexp(-1) for _, logits in self.logits(before)]).logsumexp(0)
+            ours = torch.stack([logits.logsumexp(-1) for _, logits in self.logits(before, normed=True)]).logsumexp(0)
             theirs, total = [], torch.zeros_like(ours)
-            for (_, p), (_, q) in zip(self.logits(before), self.logits(after), strict=True):
+            for (_, p), (_, q) in zip(self.logits(before, normed=True), self.logits(after), strict=True):
                 theirs.append(q.logsumexp(-1))
                 total += ((p - ours[:, None]).exp() * (p - q)).sum(-1)
             parts.append(total - ours + torch.stack(theirs).logsumexp(0))

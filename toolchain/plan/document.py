@@ -180,6 +180,10 @@ class LimitRecord(_Record):
     """How much damage is accepted: a metric must not become worse than ``value``; ``source`` as in the plan's metric.
 
     ``asked`` and ``asked_value`` are what the person said: ``max_degradation``, ``max_metric`` or ``min_metric``.
+    ``windows`` are those that perplexity or kl was measured on: they follow the calibration's windows in each text, and
+    nothing was scored on them or fitted to them. ``measured`` is the metric of the model that the plan leads to, with
+    the plan's compensation; null until it is known. Earlier versions looked at the calibration's first windows, before
+    compensation: ``windows`` is empty in their plans.
     """
 
     metric: str
@@ -190,6 +194,8 @@ class LimitRecord(_Record):
     asked_value: float
     original: float
     value: float
+    windows: list[TextSourceRecord] = []
+    measured: float | None = None
 
 
 class PlanDocument(_Record):

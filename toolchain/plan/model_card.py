@@ -3,6 +3,7 @@
 from typing import Any
 
 from toolchain.plan.plan import PruningPlan
+from toolchain.plan.summary_words import limit_in_words, two_removals_in_words
 from toolchain.plan.views import sources_of
 
 
@@ -24,6 +25,8 @@ def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
         else f"{damage['original']:.2f} before; not measured after (the plan was applied without calibration text)"
     )
     refitted = _compensation(summary)
+    kv_cache = f"- **KV cache**: {two_removals_in_words(found)}.\n" if (found := summary.get("two_removals")) else ""
+    limit = f"- **Limit**: {limit_in_words(asked)}.\n" if (asked := summary.get("limit")) else ""
     measured_on = document.metric_source or "the calibration text"
     sources = "; ".join(sources_of(document.calibration))
     again = ", on the same calibration text" if document.compensation else ""
@@ -45,9 +48,9 @@ removed; embeddings and head are untouched.
 - **FFN**: `intermediate_size` {document.base_model.intermediate_size} → {min(widths)} to {max(widths)}, layer by layer
   (`per_layer_config` in `config.json`).
 - **Attention removed** in layers: {removed}.
-{refitted}- **Cost**: {document.metric} {cost}, on {measured_on}. Measure it on your own text with
+{kv_cache}{refitted}- **Cost**: {document.metric} {cost}, on {measured_on}. Measure it on your own text with
   `sentei evaluate`.
-- **Calibration**: {sources}; {document.calibration.num_samples} windows of
+{limit}- **Calibration**: {sources}; {document.calibration.num_samples} windows of
   {document.calibration.seq_len} tokens, in {document.dtype}.
 
 ## How to load it

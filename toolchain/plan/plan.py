@@ -184,6 +184,8 @@ class PruningPlan:
         }  # fmt: skip
         if self.document.compensation is not None:
             changes["compensation"] = CompensationRecord()
+        if self.document.limit is not None:
+            changes["limit"] = self.document.limit.model_copy(update={"measured": None})
         return self.changed(changes)
 
     def summary(self) -> dict[str, Any]:

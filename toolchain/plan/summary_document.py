@@ -42,8 +42,51 @@ class CompensationSummary(Record):
     taken: bool
 
 
+class LimitSummary(Record):
+    """How much damage was accepted, and how much there is.
+
+    ``measured`` is the metric of the written model, with its compensation if ``compensated``, and ``original`` that of
+    the original. Both are measured on ``num_windows`` windows of ``text``, on which nothing was scored and to which
+    nothing was fitted; null for a metric that does not read the calibration text, which ``source`` names.
+    """
+
+    metric: str
+    source: str | None
+    higher_is_better: bool
+    value: float
+    original: float
+    measured: float
+    compensated: bool
+    num_windows: int | None
+    text: str | None
+
+
+class TwoRemovalsSummary(Record):
+    """What removing two attentions would cost and gain, where the plan removes none.
+
+    ``layers`` are the two whose attention does least damage. ``metric_*`` is ``metric`` on the search's windows before
+    compensation: of the plan, and with the two removed and FFNs so much wider that the sparsity is the same. Bytes are
+    in the checkpoint's dtype: ``decode_weight_bytes_*`` are read for each generated token, ``kv_bytes_per_token_*``
+    kept for each token of a conversation.
+    """
+
+    layers: list[int]
+    metric: str
+    metric_without_removals: float
+    metric_with_removals: float
+    decode_weight_bytes_without_removals: int
+    decode_weight_bytes_with_removals: int
+    kv_bytes_per_token_without_removals: int
+    kv_bytes_per_token_with_removals: int
+
+
 class PruningSummary(Document):
-    """All of ``pruning_summary.json``. ``compensation`` is null where no weights were fitted again."""
+    """All of ``pruning_summary.json``.
+
+    ``compensation`` is null where no weights were fitted again, ``limit`` where there was none, and ``two_removals``
+    where attentions were removed, or where the person or the method leaves them alone. Earlier versions had neither of
+    the last two.
+    """
 
     schema_version: Literal[1]
     kind: Literal["pruning_summary"]
@@ -56,4 +99,6 @@ class PruningSummary(Document):
     num_refitted: int
     compensation: CompensationSummary | None
     stopped_because: str | None
+    limit: LimitSummary | None = None
+    two_removals: TwoRemovalsSummary | None = None
     duration_s: float

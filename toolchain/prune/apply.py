@@ -19,15 +19,17 @@ from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import load_tokenizer, needed_bos
 from toolchain.model.slicing import write_pruned
 from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
-from toolchain.plan.document import CompensationRecord
+from toolchain.plan.document import CompensationRecord, PlanDocument
 from toolchain.plan.model_card import model_card
 from toolchain.plan.plan import PruningPlan
 from toolchain.plan.summary_document import (
     PRUNING_SUMMARY_FILE,
     CalibrationMetricRecord,
     CompensationSummary,
+    LimitSummary,
     PruningSummary,
     SizeRecord,
+    TwoRemovalsSummary,
 )
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.compensation import Compensated, compensate, held_out_windows
@@ -189,11 +191,13 @@ class Planned:
         plan: What is removed, with the record of its compensation.
         refitted: Where weights are that are not the original's any more, by name.
         proof: What the checkpoint must show, if that is known.
+        two_removals: What removing attentions would cost and gain, if the plan removes none.
     """
 
     plan: PruningPlan
     refitted: Mapping[str, TensorInfo] = field(default_factory=dict)
     proof: Proof | None = None
+    two_removals: TwoRemovalsSummary | None = None
 
 
 def realise(
@@ -283,6 +287,7 @@ def write_planned(
             if metric is not None:
                 measured = perplexity if metric is proof.metric else measure(walk, metric)
         summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
+        summary = summary.model_copy(update={"two_removals": planned.two_removals})
         write_text(partial / PRUNING_SUMMARY_FILE, summary.to_json())
         write_text(partial / "README.md", model_card(plan, summary.content()))
     return summary.content()
@@ -379,6 +384,7 @@ def summarise(
         num_refitted=len(document.compensation.refits) if document.compensation else 0,
         compensation=_compensation_summary(document.compensation),
         stopped_because=document.stopped_because,
+        limit=None if measured is None else _limit_summary(document),
         duration_s=round(duration_s, 1),
     )
 
@@ -389,6 +395,24 @@ def _size(name: str, checkpoint: Checkpoint) -> SizeRecord:
         num_parameters=checkpoint.num_parameters,
         num_block_parameters=checkpoint.num_block_parameters,
         weight_bytes=checkpoint.weight_bytes,
+    )
+
+
+def _limit_summary(document: PlanDocument) -> LimitSummary | None:
+    """What the limit looked at; ``None`` where there was none."""
+    limit, compensation = document.limit, document.compensation
+    if limit is None or limit.measured is None:
+        return None
+    return LimitSummary(
+        metric=limit.metric,
+        source=limit.source,
+        higher_is_better=limit.higher_is_better,
+        value=limit.value,
+        original=limit.original,
+        measured=limit.measured,
+        compensated=compensation is not None and bool(compensation.refits),
+        num_windows=sum(each.num_windows for each in limit.windows) or None,
+        text=" + ".join(each.source for each in limit.windows) or None,
     )
 
 

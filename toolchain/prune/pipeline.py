@@ -12,15 +12,16 @@ import transformers
 
 from toolchain.checkpoint.directory import Checkpoint, dtype_name, opened
 from toolchain.checkpoint.tensor_parallel import width_unit
+from toolchain.documents import read_document
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.metrics.accuracy import AccuracyMetric
-from toolchain.metrics.choose import choose_metric
+from toolchain.metrics.choose import TOKEN_METRICS, choose_metric
 from toolchain.metrics.function import FunctionMetric
 from toolchain.metrics.token_metrics import Metric
 from toolchain.model.context_length import check_window
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_tokenizer, needed_bos
-from toolchain.outputs import check_output_directory, new_directory, writes_directory
+from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
 from toolchain.plan.document import (
     SCHEMA_VERSION,
     BaseModelRecord,
@@ -28,8 +29,10 @@ from toolchain.plan.document import (
     CompensationRecord,
     PlanDocument,
     ProtectedRecord,
+    TextSourceRecord,
 )
 from toolchain.plan.plan import PruningPlan
+from toolchain.plan.summary_document import TwoRemovalsSummary
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.apply import Computing, Planned, realise, write_planned
 from toolchain.prune.block_methods.run import num_blocks_to_remove, remove_blocks
@@ -42,11 +45,13 @@ from toolchain.prune.budget.allocation import (
 )
 from toolchain.prune.budget.limits import limit_asked
 from toolchain.prune.memory_needed import check_memory
+from toolchain.prune.search.two_removals import asks_for_two_removals, two_removals
 from toolchain.prune.search.two_stage import Search
 from toolchain.prune.settings import PruneSettings
 from toolchain.prune.unfinished import SearchState, find_search, identity_of, read_identity
+from toolchain.prune.within_limit import WithinLimit
 from toolchain.ranks.ranks import ALONE, Ranks
-from toolchain.text.windows import TokenWindows, load_mixture
+from toolchain.text.windows import TokenWindows, load_mixture, windows_apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,7 @@ class Job:
         allocations: See :func:`possible_allocations`.
         windows: Calibration.
         metric: Decides what is removed.
-        limit_metric: What the limit looks at, if that is another metric.
+        limit_metric: What the limit looks at, if that is another metric or other windows.
         blank: The plan that the search begins with.
     """
 
@@ -77,6 +82,19 @@ class Job:
         settings = self.settings
         return Computing(
             windows=self.windows.ids, dtype=settings.dtype, device=settings.device, offload=settings.offload
+        )
+
+    def search(self, walk: LayerWalk, state: SearchState, progress: Progress) -> Search:
+        """The search, over an unpruned model."""
+        return Search(
+            walk=walk,
+            sizes=block_parameters(self.checkpoint),
+            windows=self.windows.ids,
+            metric=self.metric,
+            allocations=self.allocations,
+            limit_metric=self.limit_metric,
+            save=state.save,
+            progress=progress,
         )
 
 
@@ -126,7 +144,7 @@ def prune(
     job = prepare(model, settings, model_name, ranks)
     with work.working(identity_of(job.blank), read=read_identity):
         planned = _search_and_realise(job, SearchState(work, work.directory, ranks), progress, ranks)
-        if not _removes_nothing(planned.plan):
+        if not removes_nothing(planned.plan):
             summary = write_planned(
                 job.checkpoint, planned, out, job.computing, job.metric, started, force=force, progress=progress
             )
@@ -140,19 +158,67 @@ def prune(
 
 
 def _search_and_realise(job: Job, state: SearchState, progress: Progress, ranks: Ranks) -> Planned:
-    """The plan and its weights. The model is gone from memory when it returns, and makes room for what is written."""
+    """The plan and its weights, as far as the limit allows. No model is in memory when it returns."""
+    limited = within_limit(job, state, progress)
+    plan, target, two_removals = _realised_target(job, state, limited, progress, ranks)
+    if removes_nothing(plan) or not ranks.is_first:
+        return Planned(plan)
+    planned = target if limited is None else limited.furthest(plan, target)
+    assert planned is not None
+    # Of a plan with fewer steps something else would be true.
+    return replace(planned, two_removals=None if planned.plan.document.stopped_because else two_removals)
+
+
+def _realised_target(
+    job: Job, state: SearchState, limited: WithinLimit | None, progress: Progress, ranks: Ranks
+) -> tuple[PruningPlan, Planned | None, TwoRemovalsSummary | None]:
+    """What the search ends with, and its weights unless it removes nothing or is known to break the limit."""
     walk = job.computing.open(job.checkpoint)
     plan = run_search(job, walk, state.load(), state, progress, ranks)
-    if _removes_nothing(plan):
-        return Planned(plan)
-    computing = replace(job.computing, ranks=ranks)
-    return realise(
-        walk, job.checkpoint, plan, computing, state.directory / "compensation", metric=job.metric,
+    # What a limit allows is found out by the first rank alone.
+    if removes_nothing(plan) or (limited is not None and (not ranks.is_first or limited.breaks(plan))):
+        return plan, None, None
+    found = _two_removals(job, walk, plan, state, progress) if ranks.is_first else None
+    computing = job.computing if limited else replace(job.computing, ranks=ranks)
+    directory = limited.compensation_of(plan) if limited else state.directory / "compensation"
+    planned = realise(walk, job.checkpoint, plan, computing, directory, metric=job.metric, progress=progress)
+    return plan, planned, found
+
+
+def _two_removals(
+    job: Job, walk: LayerWalk, plan: PruningPlan, state: SearchState, progress: Progress
+) -> TwoRemovalsSummary | None:
+    """What removing attentions would cost and gain, where the search removes none; measured once."""
+    if not asks_for_two_removals(plan):
+        return None
+    file = state.directory / "two_removals.json"
+    if file.exists():
+        return read_document(file, TwoRemovalsSummary, hint="Use --force to start over.")
+    try:
+        found = two_removals(job.search(walk, state, progress), job.checkpoint, plan)
+    except SenteiError:
+        # Nobody asked for those models: that one of them cannot be measured is no reason to fail.
+        return None
+    write_text(file, found.model_dump_json() + "\n")
+    return found
+
+
+def within_limit(job: Job, state: SearchState, progress: Progress) -> WithinLimit | None:
+    """What finds out how far the compensated model may go; ``None`` where the search itself does, or has no limit."""
+    if job.blank.limit is None or job.blank.compensation is None:
+        return None
+    return WithinLimit(
+        checkpoint=job.checkpoint,
+        computing=job.computing,
+        metric=job.metric,
+        limit_metric=job.limit_metric or job.metric,
+        search=lambda walk: job.search(walk, state, progress),
+        directory=state.directory,
         progress=progress,
-    )  # fmt: skip
+    )
 
 
-def _removes_nothing(plan: PruningPlan) -> bool:
+def removes_nothing(plan: PruningPlan) -> bool:
     """Whether the limit does not allow even the first step."""
     return len(plan.steps) == 1 and plan.document.stopped_because is not None
 
@@ -179,18 +245,23 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str, 
         settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len, bos=bos
     )
 
-    def chosen(name: str) -> Metric:
-        return choose_metric(name, windows.first_of_each, tokenizer, bos=bos, chat_template=settings.chat_template)
+    def chosen(name: str, ids: torch.Tensor) -> Metric:
+        return choose_metric(name, ids, tokenizer, bos=bos, chat_template=settings.chat_template)
 
-    metric = chosen(settings.metric)
-    limit_metric = None
-    if settings.limit_metric not in (None, settings.metric):
-        if not settings.limit.given:
+    metric = chosen(settings.metric, windows.first_of_each)
+    limit_metric, apart = None, tuple[TextSourceRecord, ...]()
+    name = settings.limit_metric or settings.metric
+    if not settings.limit.given:
+        if name != settings.metric:
             raise SenteiError("--limit-metric needs a limit.", "Add --max-degradation, --max-metric or --min-metric.")
-        limit_metric = chosen(str(settings.limit_metric))
+    elif name in TOKEN_METRICS:
+        ids, apart = windows_apart(settings.calibration, tokenizer, windows)
+        limit_metric = chosen(name, ids)
+    elif name != settings.metric:
+        limit_metric = chosen(name, windows.first_of_each)
     _check_combination(settings, metric, limit_metric)
     blank = _blank_plan(checkpoint, settings, allocations, windows, metric, model_name)
-    blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric)})
+    blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric, apart)})
     kind = settings.device.partition(":")[0]
     ranks.check_same({**blank.model_dump(mode="json"), "device": kind, "offload": settings.offload})
     return Job(
@@ -247,7 +318,7 @@ def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None
             "--chat-template is for the questions of --metric accuracy:FILE, and there are none.",
             "Leave it out: chats in a text (field messages) go through the chat template by themselves.",
         )
-    if settings.search == "racing" and settings.metric not in ("perplexity", "kl"):
+    if settings.search == "racing" and settings.metric not in TOKEN_METRICS:
         raise SenteiError(f"--search racing cannot race by {settings.metric}.", "Race by perplexity or kl.")
     if settings.compensate and settings.num_samples < 2:
         raise SenteiError("Compensation needs at least 2 calibration windows.", "Raise --samples or --no-compensate.")
@@ -344,17 +415,6 @@ def run_search(
         SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
     """
     transformers.set_seed(job.settings.seed)
-    running = Search(
-        walk=walk,
-        sizes=block_parameters(job.checkpoint),
-        windows=job.windows.ids,
-        metric=job.metric,
-        allocations=job.allocations,
-        limit_metric=job.limit_metric,
-        ranks=ranks,
-        share=state.share,
-        save=state.save,
-        progress=progress,
-    )
+    running = replace(job.search(walk, state, progress), ranks=ranks, share=state.share)
     plan = replace(plan or running.begin(job.blank), text_hashes={"calibration": job.windows.passage_hashes})
     return remove_blocks(running, plan) if job.settings.of_method.removes_blocks else running.finish(plan)

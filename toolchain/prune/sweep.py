@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.checkpoint.directory import Checkpoint, opened
-from toolchain.outputs import Unfinished, check_output_directory, new_directory, write_text, writes_directory
-from toolchain.plan.document import PlanDocument
+from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
+from toolchain.plan.document import CompensationRecord, PlanDocument
 from toolchain.plan.plan import PruningPlan
 from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument, SweptPlan
 from toolchain.progress import Progress, no_progress
-from toolchain.prune.pipeline import Job, directory_of, prepare, run_search
+from toolchain.prune.pipeline import Job, directory_of, prepare, removes_nothing, run_search, within_limit
 from toolchain.prune.settings import PruneSettings
 from toolchain.prune.unfinished import SearchState, begin_search, find_search
 
@@ -52,7 +52,10 @@ def sweep(
     checkpoint = opened(model)
     jobs = [prepare(checkpoint, replace(settings, sparsity=sparsity), model_name) for sparsity in sparsities]
     with work.working():
-        plans = _search_all(jobs, work, progress)
+        states = [SearchState(work, work.directory / f"{job.settings.sparsity:g}") for job in jobs]
+        searched = _search_all(jobs, states, progress)
+        # The model that they shared is gone from memory.
+        plans = [_limited(*each, progress) for each in zip(jobs, searched, states, strict=True)]
         result = _sweep_summary(plans)
         with new_directory(out, force=force) as partial:
             for plan, entry in zip(plans, result.plans, strict=True):
@@ -62,12 +65,11 @@ def sweep(
     return result.content()
 
 
-def _search_all(jobs: Sequence[Job], work: Unfinished, progress: Progress) -> list[PruningPlan]:
+def _search_all(jobs: Sequence[Job], states: Sequence[SearchState], progress: Progress) -> list[PruningPlan]:
     """Searches one job after another; each begins with what the first one measured."""
     plans: list[PruningPlan] = []
     walk = jobs[0].computing.open(jobs[0].checkpoint)
-    for job in jobs:
-        state = SearchState(work, work.directory / f"{job.settings.sparsity:g}")
+    for job, state in zip(jobs, states, strict=True):
         begin_search(state.directory, job.blank)
         plan = state.load()
         if plan is None and plans:
@@ -75,6 +77,14 @@ def _search_all(jobs: Sequence[Job], work: Unfinished, progress: Progress) -> li
         walk.layers.restore()
         plans.append(run_search(job, walk, plan, state, progress))
     return plans
+
+
+def _limited(job: Job, plan: PruningPlan, state: SearchState, progress: Progress) -> PruningPlan:
+    """The plan as far as its limit allows, by the models that it would lead to."""
+    limited = within_limit(job, state, progress)
+    if limited is None or removes_nothing(plan):
+        return plan
+    return limited.furthest(plan).plan.changed({"compensation": CompensationRecord()})
 
 
 def _same_start(blank: PlanDocument, other: PruningPlan) -> PruningPlan:

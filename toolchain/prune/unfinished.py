@@ -19,7 +19,7 @@ _MEASURED: dict[str, Any] = {
     "target_intermediate_size": True,
     "target_attention_removals": True,
     "metric_original": True,
-    "limit": {"original", "value"},
+    "limit": {"original", "value", "measured"},
     "stopped_because": True,
     "layers": True,
     "stage_1": True,

@@ -20,6 +20,8 @@ from toolchain.text.sources import Chat, Text, TextSource, read_documents, text_
 
 DOCUMENT_SEPARATOR = "\n\n"
 _FIRST_GUESS_CHARS_PER_TOKEN = 6
+# So many windows of calibration ask for one that is kept apart.
+_ONE_APART_FOR = 8
 _Kind = TypeVar("_Kind", str, Chat)
 
 
@@ -139,6 +141,48 @@ def load_mixture(
         counts = _within(weights, [len(each.ids) for each in found], num_samples)
         found = [replace(each, ids=each.ids[:count]) for each, count in zip(found, counts, strict=True)]
     return _together(sources, found)
+
+
+def windows_apart(
+    sources: Sequence[TextSource], tokenizer: PreTrainedTokenizerBase, windows: TokenWindows
+) -> tuple[torch.Tensor, tuple[TextSourceRecord, ...]]:
+    """Windows that follow those of :func:`load_mixture` in each text: what nothing was scored on or fitted to.
+
+    Args:
+        sources: As for the mixture.
+        tokenizer: The same.
+        windows: What the mixture gave.
+
+    Returns:
+        int64 ``[num_windows, seq_len]``, text after text: one for each eight of the mixture's, at least one of each
+        text. And what each text gave.
+
+    Raises:
+        SenteiError: A text is too short.
+    """
+    found = []
+    for source, given in zip(sources or [TextSource(None)], windows.sources, strict=True):
+        extra = -(-given.num_windows // _ONE_APART_FOR)
+        try:
+            more = load_windows(
+                source.text,
+                tokenizer,
+                num_samples=given.num_windows + extra,
+                seq_len=windows.ids.shape[1],
+                bos=windows.bos,
+            )
+        except SenteiError as error:
+            raise SenteiError(
+                f"A limit is checked on text of its own, {extra} windows after the {given.num_windows} of calibration: "
+                f"{error.message}",
+                error.hint,
+            ) from error
+        found.append((given, more.ids[given.num_windows :]))
+    records = tuple(
+        TextSourceRecord(source=each.source, weight=each.weight, num_windows=len(ids), sha256=_sha256(ids))
+        for each, ids in found
+    )
+    return torch.cat([ids for _, ids in found]), records
 
 
 def split_by_weight(weights: Sequence[float], count: int) -> list[int]:

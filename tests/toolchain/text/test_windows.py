@@ -15,7 +15,7 @@ from toolchain.errors import SenteiError
 from toolchain.metrics.accuracy import read_questions
 from toolchain.text.embedded import SOURCE
 from toolchain.text.sources import HubDataset, TextSource, parse_sources, parse_text, read_documents, text_name
-from toolchain.text.windows import load_mixture, load_windows, split_by_weight
+from toolchain.text.windows import load_mixture, load_windows, split_by_weight, windows_apart
 
 WORDS = {f"{kind}{number}": place for place, (kind, number) in enumerate((k, n) for k in "ej" for n in range(100))}
 
@@ -94,6 +94,21 @@ def test_windows_of_a_mixture(tokenizer, texts: tuple[Path, Path]):
     for path, each in zip(texts, windows.sources, strict=True):
         alone = load_windows(path, tokenizer, num_samples=each.num_windows, seq_len=10)
         assert alone.sha256 == each.sha256
+
+
+def test_windows_apart_follow_those_of_the_mixture_in_each_text(tokenizer, texts: tuple[Path, Path]):
+    english, japanese = texts
+    sources = parse_sources([f"0.75:{english}", f"0.25:{japanese}"])
+    windows = load_mixture(sources, tokenizer, num_samples=8, seq_len=10)
+    ids, records = windows_apart(sources, tokenizer, windows)
+    assert ids[:, 0].tolist() == [WORDS["e60"], WORDS["j20"]]
+    assert [(each.source, each.weight, each.num_windows) for each in records] == [
+        ("en.txt", 0.75, 1),
+        ("ja.jsonl", 0.25, 1),
+    ]
+    # More than eight of a text ask for two of it; and there has to be as much.
+    windows = load_mixture(sources, tokenizer, num_samples=12, seq_len=5)
+    assert [each.num_windows for each in windows_apart(sources, tokenizer, windows)[1]] == [2, 1]
 
 
 def test_a_short_text_shortens_a_mixture_that_may_be_shorter(tokenizer, texts: tuple[Path, Path]):

@@ -1,10 +1,11 @@
 """How much damage a person accepts."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from toolchain.errors import SenteiError
 from toolchain.metrics.token_metrics import Metric
-from toolchain.plan.document import LimitRecord
+from toolchain.plan.document import LimitRecord, TextSourceRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,15 @@ class LimitSettings:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def limit_asked(settings: LimitSettings, metric: Metric) -> LimitRecord | None:
+def limit_asked(
+    settings: LimitSettings, metric: Metric, windows: Sequence[TextSourceRecord] = ()
+) -> LimitRecord | None:
     """A limit as the plan records it, checked before anything is computed; its value is not known yet.
+
+    Args:
+        settings: What was asked for.
+        metric: What the limit looks at.
+        windows: What each text gave to the windows that ``metric`` is measured on; none if it does not read text.
 
     Raises:
         SenteiError: Two limits, or one that makes no sense for the metric.
@@ -57,6 +65,7 @@ def limit_asked(settings: LimitSettings, metric: Metric) -> LimitRecord | None:
         asked_value=value,
         original=0.0,
         value=0.0,
+        windows=list(windows),
     )
 
 
@@ -82,3 +91,30 @@ def holds(limit: LimitRecord | None, value: float) -> bool:
     if limit is None:
         return True
     return value >= limit.value if limit.higher_is_better else value <= limit.value
+
+
+def why_not(limit: LimitRecord, value: float, how: str) -> str:
+    """Says that a step further would break the limit; ``how`` says which step, and of which model."""
+    return f"{limit.metric} would be {value:.5g} {how}{_where(limit)}; the limit is {limit.value:.5g}"
+
+
+def why_nothing(limit: LimitRecord) -> str:
+    """Says that the original model does not hold the limit."""
+    return f"{limit.metric} is {limit.original:.5g} for the original{_where(limit)}; the limit is {limit.value:.5g}"
+
+
+def _where(limit: LimitRecord) -> str:
+    count = sum(each.num_windows for each in limit.windows)
+    return f" on {count} window{'s' if count > 1 else ''} kept apart" if count else ""
+
+
+def last_that_holds(steps: int, holds_at: Callable[[int], bool]) -> int:
+    """The furthest of ``steps`` that holds, by bisection: 0 is taken to hold, and ``steps`` not to."""
+    good, bad = 0, steps
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if holds_at(middle):
+            good = middle
+        else:
+            bad = middle
+    return good

@@ -17,7 +17,7 @@ from toolchain.plan.document import PlanDocument, Removal, Rung
 from toolchain.plan.plan import PruningPlan, top_neurons
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.budget.allocation import Allocation, BlockParameters, ladder
-from toolchain.prune.budget.limits import holds, resolve_limit
+from toolchain.prune.budget.limits import holds, last_that_holds, resolve_limit, why_not, why_nothing
 from toolchain.prune.budget.ranked_widths import best_split, ranked_widths
 from toolchain.prune.search.attention import Tried, candidate_scores, num_candidates, removals, scores_of_models
 from toolchain.prune.search.candidates import embedded_states
@@ -97,17 +97,27 @@ class Search:
     def finish(self, plan: PruningPlan) -> PruningPlan:
         """Goes on from any plan the search has saved, to the target or to the limit.
 
+        A plan that compensates goes to the target: the model without compensation would stop far too early. How far
+        the limit lets the compensated one go is for :mod:`toolchain.prune.within_limit`.
+
         Raises:
             SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
         """
         self._prepare()
+        limit = plan.document.limit
+        if limit is not None and not holds(limit, limit.original):
+            return plan.changed({"stopped_because": why_nothing(limit)})
         if not plan.document.target_intermediate_size:
             plan = self._aim(plan)
         if plan.document.stopped_because is None and not plan.document.trace:
             plan = self._narrow_ffns(plan)
         if plan.document.stopped_because is None:
             plan = self._remove_attentions(plan)
-        return plan
+        if limit is None or plan.document.compensation is not None:
+            return plan
+        steps: list[Rung | Removal] = [*plan.document.stage_1, *plan.document.trace]
+        measured = _limited(steps[-1]) if steps else limit.original
+        return plan.changed({"limit": limit.model_copy(update={"measured": measured})})
 
     def _prepare(self) -> None:
         self.metric.prepare(self.walk)
@@ -185,38 +195,34 @@ class Search:
                 advance()
                 if sum(widths) >= sum(last):
                     continue
-                taken = self._try_widths(plan, widths)
-                if not holds(document.limit, _limited(taken)):
-                    return self._stop_inside(plan, step, taken)
+                taken = self.try_widths(plan, widths)
+                if not _allowed(plan, taken):
+                    return self._stop_inside(plan, taken)
                 plan = plan.at([*plan.document.stage_1, taken], [])
                 self.save(plan)
         return plan
 
-    def _stop_inside(self, plan: PruningPlan, step: int, broken: Rung) -> PruningPlan:
-        """The limit lies before rung ``step``: finds the narrowest widths that still hold, by bisection."""
-        document = plan.document
-        full, target = document.base_model.intermediate_size, tuple(document.target_intermediate_size)
-        rung = ladder(full, target, document.align)
-        # One alignment unit of the layer that loses most is the finest step there is.
-        finest = max(max(full - width for width in target) // document.align, 1) * _NUM_RUNGS
-        good, bad = (step - 1) * finest // _NUM_RUNGS, step * finest // _NUM_RUNGS
-        best: Rung | None = None
-        while bad - good > _NUM_RUNGS:
-            middle = (good + bad) // 2
-            taken = self._try_widths(plan, rung(middle, finest))
-            if holds(document.limit, _limited(taken)):
-                good, best = middle, taken
-            else:
-                bad, broken = middle, taken
-        kept = [*document.stage_1, *([best] if best else [])]
-        plan = _stopped(plan.at(kept, []), broken, "with narrower FFNs")
+    def _stop_inside(self, plan: PruningPlan, broken: Rung) -> PruningPlan:
+        """The limit lies before the widths of ``broken``: finds the narrowest widths that still hold, by bisection."""
+        before = plan.document.stage_1
+        widths = widths_between(plan.document, before[-1].intermediate_size if before else None, broken)
+        tried = {len(widths): broken}
+
+        def allowed_at(place: int) -> bool:
+            tried[place] = self.try_widths(plan, widths[place - 1])
+            return _allowed(plan, tried[place])
+
+        last = last_that_holds(len(widths), allowed_at)
+        kept = [*before, *([tried[last]] if last else [])]
+        plan = _stopped(plan.at(kept, []), tried[last + 1], "with narrower FFNs")
         self.save(plan)
         return plan
 
-    def _try_widths(self, plan: PruningPlan, widths: Sequence[int]) -> Rung:
+    def try_widths(self, plan: PruningPlan, widths: Sequence[int]) -> Rung:
+        """Measures the model with other FFN widths, and as it is otherwise."""
         with self.walk.only_neurons(_kept(plan, widths)):
             metric = self._measured(self.metric)
-            limited = self._limited(metric) if self.limit_metric else None
+            limited = self._limited_step(plan, metric)
         removed = sum(self.sizes.intermediate_size - width for width in widths) * self.sizes.neuron
         return Rung(
             intermediate_size=list(widths),
@@ -224,6 +230,11 @@ class Search:
             metric=metric,
             limit_metric=limited,
         )
+
+    def _limited_step(self, plan: PruningPlan, metric: float) -> float | None:
+        """What the limit looks at after a step, if it looks at this model, and at something else than ``metric``."""
+        looks = self.limit_metric is not None and plan.document.compensation is None
+        return self._limited(metric) if looks else None
 
     def _remove_attentions(self, plan: PruningPlan) -> PruningPlan:
         document = plan.document
@@ -246,7 +257,7 @@ class Search:
             )
             for tried in itertools.islice(found, todo):
                 removal = self._removal(plan, tried)
-                if not holds(document.limit, _limited(removal)):
+                if not _allowed(plan, removal):
                     plan = _stopped(plan, removal, f"without the attention of layer {tried.removed}")
                     self.save(plan)
                     break
@@ -262,7 +273,7 @@ class Search:
             candidates=tried.candidates,
             dropped=tried.dropped or None,
             num_block_parameters=plan.steps[-1].num_block_parameters - self.sizes.attention - self.sizes.attention_norm,
-            limit_metric=self._limited(metric) if self.limit_metric else None,
+            limit_metric=self._limited_step(plan, metric),
         )
 
 
@@ -270,11 +281,34 @@ def _limited(step: Rung | Removal) -> float:
     return step.metric if step.limit_metric is None else step.limit_metric
 
 
+def _allowed(plan: PruningPlan, step: Rung | Removal) -> bool:
+    """Whether the limit lets the search go as far as ``step``."""
+    return plan.document.compensation is not None or holds(plan.document.limit, _limited(step))
+
+
 def _stopped(plan: PruningPlan, broken: Rung | Removal, how: str) -> PruningPlan:
     limit = plan.document.limit
     assert limit is not None
-    reason = f"{limit.metric} would be {_limited(broken):.5g} {how}; the limit is {limit.value:.5g}"
-    return plan.changed({"stopped_because": reason})
+    return plan.changed({"stopped_because": why_not(limit, _limited(broken), how)})
+
+
+def widths_between(document: PlanDocument, before: Sequence[int] | None, after: Rung) -> list[tuple[int, ...]]:
+    """The finest steps of stage 1 there are behind the widths ``before``, up to those of ``after``.
+
+    Args:
+        document: Has the widths that stage 1 aims at.
+        before: Widths of an earlier rung; ``None`` for the full ones.
+        after: A later rung.
+
+    Returns:
+        From one to the next, the layer that loses most loses one alignment unit; the last are those of ``after``.
+    """
+    full, target = document.base_model.intermediate_size, document.target_intermediate_size
+    rung = ladder(full, target, document.align)
+    finest = max(max(full - width for width in target) // document.align, 1)
+    wide, narrow = sum(before or [full] * len(target)), sum(after.intermediate_size)
+    between = dict.fromkeys(rung(step, finest) for step in range(1, finest))
+    return [*(each for each in between if narrow < sum(each) < wide), tuple(after.intermediate_size)]
 
 
 def _kept(plan: PruningPlan, widths: Sequence[int]) -> KeptNeurons:

@@ -213,11 +213,15 @@ def test_a_limit_ends_the_search_before_it_is_broken(demo_model: Path, tmp_path:
     limit = plan.document.limit
     assert limit is not None
     assert plan.document.stopped_because is not None
-    assert limit.value == pytest.approx(plan.document.metric_original * 1.05)
-    assert all(step.metric <= limit.value for step in plan.steps[1:])
+    assert limit.value == pytest.approx(limit.original * 1.05)
+    assert [each.num_windows for each in limit.windows] == [1]
+    steps = (*plan.document.stage_1, *plan.document.trace)
+    assert all(step.limit_metric is not None and step.limit_metric <= limit.value for step in steps)
+    assert limit.measured is not None
+    assert limit.measured == steps[-1].limit_metric
     assert plan.layout[0].intermediate_size < 1536
     # One unit more would have broken it: the search had gone on to the limit, not stopped at a rung before it.
-    assert plan.document.metric_at_end > plan.document.metric_original
+    assert limit.original < limit.measured <= limit.value
     assert json.loads((tmp_path / "out" / "pruning_summary.json").read_text())["stopped_because"]
 
 

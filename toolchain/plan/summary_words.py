@@ -1,0 +1,37 @@
+"""What a pruning summary says in words, for the terminal and the model card."""
+
+from typing import Any
+
+
+def limit_in_words(limit: dict[str, Any]) -> str:
+    """What was accepted, what there is, and on what it was measured.
+
+    Args:
+        limit: ``limit`` of ``pruning_summary.json``.
+    """
+    least = "at least" if limit["higher_is_better"] else "at most"
+    model = "the written, compensated model" if limit["compensated"] else "the pruned model"
+    where = f", on {limit['source']}" if limit["source"] else ""
+    if count := limit["num_windows"]:
+        where = f", on {count} window{'s' if count > 1 else ''} of {limit['text']} that decided nothing else"
+    return (
+        f"{limit['metric']} {least} {limit['value']:.4g}: {limit['original']:.4g} → {limit['measured']:.4g} of "
+        f"{model}{where}"
+    )
+
+
+def two_removals_in_words(found: dict[str, Any]) -> str:
+    """What removing two attentions would cost and gain.
+
+    Args:
+        found: ``two_removals`` of ``pruning_summary.json``.
+    """
+    kv, fewer_kv = (found[f"kv_bytes_per_token_{how}_removals"] for how in ("without", "with"))
+    read, other = (found[f"decode_weight_bytes_{how}_removals"] for how in ("without", "with"))
+    before, after = (found[f"metric_{how}_removals"] for how in ("without", "with"))
+    return (
+        f"no attention was removed: the KV cache takes {kv:,} bytes per token, as the original's. With "
+        f"--attention-removals {len(found['layers'])}, at about the same sparsity: {fewer_kv:,} bytes per token "
+        f"({fewer_kv / kv - 1:+.1%}), {read / 1e6:,.1f} → {other / 1e6:,.1f} MB of weights read per generated token, "
+        f"{found['metric']} {before:.4g} → {after:.4g} before compensation"
+    )

@@ -1,0 +1,125 @@
+"""What removing two attentions would cost and gain, where a plan removes none: KV cache gains nothing then.
+
+With grouped-query attention an attention is small beside an FFN, and the published formula removes none of them at most
+sparsities. What two would cost is measured on the search's own windows, at the plan's sparsity: each attention's
+removal on the first tokens, then the two that do least damage together, on all. On the way from the full widths to the
+plan's, FFNs stop where the two attentions make up for what they keep.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from toolchain.architecture.layout import positive
+from toolchain.checkpoint.directory import Checkpoint
+from toolchain.metrics.token_metrics import KLDivergence, Metric, PerplexityMetric, measure
+from toolchain.plan.plan import PruningPlan, top_neurons
+from toolchain.plan.summary_document import TwoRemovalsSummary
+from toolchain.prune.budget.allocation import ladder
+from toolchain.prune.search.attention import candidate_scores
+from toolchain.prune.search.candidates import embedded_states
+from toolchain.prune.search.two_stage import Search
+
+_NUM_REMOVALS = 2
+# So many tokens of each window say which two attentions do least damage.
+_NUM_TOKENS = 256
+
+
+def asks_for_two_removals(plan: PruningPlan) -> bool:
+    """Whether the search removes no attention though nobody asked for that, and there are two that it may remove."""
+    document = plan.document
+    free = document.base_model.num_hidden_layers - len(document.protected.attention)
+    return (
+        not document.block_steps
+        and bool(document.target_intermediate_size)
+        and document.target_attention_removals == 0
+        and document.attention_removals is None
+        and document.stopped_because is None
+        and free >= _NUM_REMOVALS
+    )
+
+
+@torch.inference_mode()
+def two_removals(search: Search, checkpoint: Checkpoint, plan: PruningPlan) -> TwoRemovalsSummary:
+    """Measures it.
+
+    Args:
+        search: Over the model, whatever was taken out of it; afterwards with other widths.
+        checkpoint: The unpruned model.
+        plan: What the search ended with.
+
+    Raises:
+        SenteiError: A metric is NaN or Inf, or memory does not suffice for one candidate.
+    """
+    walk, metric = search.walk, _on_text(search.metric, search.windows)
+    walk.layers.restore()
+    widths = _widths_with_removals(search, plan)
+    with walk.only_neurons([top_neurons(*each) for each in zip(plan.importance, widths, strict=True)]):
+        layers = _least_damaging(search, metric.ids[:, :_NUM_TOKENS], plan.document.protected.attention)
+        with_removals = measure(walk, metric, without_attention=layers)
+    without = plan.document.metric_at_end
+    if metric is not search.metric:
+        with walk.only_neurons(plan.kept_neurons):
+            without = measure(walk, metric)
+    wider = (sum(widths) - sum(layer.intermediate_size for layer in plan.layout)) * search.sizes.neuron
+    attentions = _NUM_REMOVALS * (search.sizes.attention + search.sizes.attention_norm)
+    read, kv = _decode_parameters(checkpoint, plan), _kv_values_per_token(checkpoint)
+    layers_left, size = len(plan.layout) - _NUM_REMOVALS, checkpoint.dtype.itemsize
+    return TwoRemovalsSummary(
+        layers=sorted(layers),
+        metric=metric.name,
+        metric_without_removals=without,
+        metric_with_removals=with_removals,
+        decode_weight_bytes_without_removals=read * size,
+        decode_weight_bytes_with_removals=(read + wider - attentions) * size,
+        kv_bytes_per_token_without_removals=kv * len(plan.layout) * size,
+        kv_bytes_per_token_with_removals=kv * layers_left * size,
+    )
+
+
+def _on_text(metric: Metric, windows: torch.Tensor) -> PerplexityMetric | KLDivergence:
+    """The search's metric if it is of tokens; perplexity where it takes questions or a function of a person."""
+    if isinstance(metric, PerplexityMetric | KLDivergence):
+        return metric
+    return PerplexityMetric(windows[:1])
+
+
+def _widths_with_removals(search: Search, plan: PruningPlan) -> tuple[int, ...]:
+    """The plan's widths, on the way back to the full ones by what the attentions weigh."""
+    document, full = plan.document, search.sizes.intermediate_size
+    target = document.target_intermediate_size
+    removed = sum(full - width for width in target) * search.sizes.neuron
+    attentions = _NUM_REMOVALS * (search.sizes.attention + search.sizes.attention_norm)
+    finest = max(max(full - width for width in target) // document.align, 1)
+    rung = ladder(full, target, document.align)
+    enough = (each for each in range(finest + 1) if _removed(search, rung(each, finest)) + attentions >= removed)
+    return rung(next(enough), finest)
+
+
+def _removed(search: Search, widths: Sequence[int]) -> int:
+    return sum(search.sizes.intermediate_size - width for width in widths) * search.sizes.neuron
+
+
+def _least_damaging(search: Search, ids: torch.Tensor, protected: Sequence[int]) -> list[int]:
+    """The two attentions that do least damage, each removed alone."""
+    walk, metric = search.walk, PerplexityMetric(ids)
+    layers = [layer for layer in range(len(walk.layers)) if layer not in protected]
+    with search.progress("If attentions went", len(layers)) as advance:
+        scores = candidate_scores(walk, metric, layers, embedded_states(walk, ids), advance)
+    return sorted(layers, key=scores.__getitem__)[:_NUM_REMOVALS]
+
+
+def _decode_parameters(checkpoint: Checkpoint, plan: PruningPlan) -> int:
+    """Parameters that are read for each generated token: all but a table of embeddings of which one row is."""
+    document = plan.document
+    tied = checkpoint.config.get("tie_word_embeddings", False) or "lm_head.weight" not in checkpoint.tensors
+    embeddings = 0 if tied else positive(checkpoint.config, "vocab_size") * positive(checkpoint.config, "hidden_size")
+    outside = checkpoint.num_parameters - document.base_model.num_block_parameters
+    return outside - embeddings + plan.steps[-1].num_block_parameters
+
+
+def _kv_values_per_token(checkpoint: Checkpoint) -> int:
+    """Of one layer: keys and values of one token."""
+    heads = positive(checkpoint.config, "num_attention_heads")
+    head_dim = checkpoint.config.get("head_dim") or positive(checkpoint.config, "hidden_size") // heads
+    return int(2 * (checkpoint.config.get("num_key_value_heads") or heads) * head_dim)
