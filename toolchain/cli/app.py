@@ -11,6 +11,7 @@ import time
 import traceback
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -35,6 +36,7 @@ from toolchain.cli import (
 from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.terminal import prepare_streams, printable
 from toolchain.errors import INTERRUPTED, SAME_WISH_S, SenteiError, is_out_of_memory, is_panic
+from toolchain.ranks.launch import several
 
 _ENDS_A_COMMAND = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -90,6 +92,9 @@ def main() -> None:
     """
     prepare_streams()
     os.environ.update({name: os.environ.get(name, "1") for name in _NO_NETWORK})
+    if several():
+        # What torch says of a broken connection is several screens long. It asks for this when it is loaded.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     interrupted: list[float] = []
 
     def interrupt(_number: int, _frame: object) -> None:
@@ -107,7 +112,9 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:  # Typer ends silently on Ctrl-C
-            typer.echo("Interrupted.", err=True)
+            _end("Interrupted.", INTERRUPTED)
+        if several():
+            _end("", end.code if isinstance(end.code, int) else 1)
         raise
     except BaseException as error:
         # A panic of Rust in a library is no Exception.
@@ -115,16 +122,33 @@ def main() -> None:
             raise
         # A library that was interrupted in its C++ code says something else.
         if interrupted or isinstance(error, KeyboardInterrupt):
-            typer.echo("Interrupted.", err=True)
-            sys.exit(INTERRUPTED)
+            _end("Interrupted.", INTERRUPTED)
         if os.environ.get("SENTEI_TRACEBACK"):
+            if several():
+                traceback.print_exception(error)
+                _end(*_told(error))
             raise
-        sentence, exit_code = _told(error)
-        typer.echo(f"Error: {printable(sentence)}", err=True)
-        sys.exit(exit_code)
+        _end(*_told(error))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end(sentence: str, exit_code: int) -> NoReturn:
+    """Tells why the command ended, and ends it. Of several ranks one tells, and all end alike."""
+    if several():
+        for number in _ENDS_A_COMMAND:  # a launcher ends the other ranks when one has ended
+            signal.signal(number, signal.SIG_IGN)
+        from toolchain.ranks.joining import last_word
+
+        sentence, exit_code = last_word(sentence, exit_code)
+    if sentence:
+        typer.echo(printable(sentence) if exit_code == INTERRUPTED else f"Error: {printable(sentence)}", err=True)
+    if several():
+        from toolchain.ranks.joining import end
+
+        end(exit_code)
+    sys.exit(exit_code)
 
 
 def _told(error: BaseException) -> tuple[str, int]:

@@ -12,7 +12,10 @@ from typer.core import TyperCommand
 
 from toolchain.cli.options import MAX_SEED
 from toolchain.errors import SenteiError
+from toolchain.ranks.launch import several
 
+# The commands that several processes can share, which torchrun or the like has started.
+_IN_SEVERAL_RANKS = ("prune",)
 _EMPTY_VALUE = re.compile(r"--[a-z-]+=")
 
 
@@ -34,6 +37,24 @@ class CheckedCommand(TyperCommand):
             for value in given if isinstance(given, list | tuple) else [given]:
                 _check_value(_shown(parameter), value)
         return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Joins the other processes of the job first, if a launcher has started several.
+
+        Raises:
+            SenteiError: The command works in one process, or the others cannot be reached.
+        """
+        if several():
+            # Below the root command alone: sentei plan has commands of its own.
+            if ctx.info_name not in _IN_SEVERAL_RANKS or ctx.parent.parent is not None:
+                raise SenteiError(
+                    f"sentei {ctx.info_name} works in one process, and several were started (WORLD_SIZE is set).",
+                    f"Start it without torchrun; sentei {', '.join(_IN_SEVERAL_RANKS)} can use several.",
+                )
+            from toolchain.ranks.joining import join
+
+            join()
+        return super().invoke(ctx)
 
 
 class CheckedTyper(typer.Typer):

@@ -16,6 +16,7 @@ from rich.text import Text
 from toolchain.cli.terminal import printable, takes_unicode
 from toolchain.devices import parse_device
 from toolchain.errors import SenteiError
+from toolchain.ranks.launch import Launch, is_first, launch
 
 if TYPE_CHECKING:
     import torch
@@ -42,14 +43,15 @@ class Output:
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
-        self.quiet = quiet
-        self.stdout = PlainConsole(**_PLAIN)
+        # Of several processes that share a command, the first one tells.
+        self.quiet = quiet = quiet or not is_first()
+        self.stdout = PlainConsole(quiet=not is_first(), **_PLAIN)
         self.stderr = PlainConsole(stderr=True, quiet=quiet, **_PLAIN)
         _silence_libraries()
 
     def result(self, result: dict[str, Any], show: Callable[[Console], None]) -> None:
         """Prints a command's result, once: as JSON, or by ``show`` for people."""
-        if self.as_json:
+        if self.as_json and is_first():
             typer.echo(json.dumps(result, ensure_ascii=not takes_unicode()))
         else:
             show(self.stdout)
@@ -108,6 +110,8 @@ def pick_device(device: str) -> str:
     import torch
 
     picked = parse_device(device)
+    if (launched := launch()) is not None and (picked.startswith("cuda") or torch.cuda.is_available()):
+        picked = _device_of_rank(launched, picked)
     if picked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if picked.startswith("cuda"):
@@ -118,6 +122,27 @@ def pick_device(device: str) -> str:
         if int(picked.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise SenteiError(f"--device {device}: there is no such GPU.", f"Here are {torch.cuda.device_count()}.")
     return picked
+
+
+def _device_of_rank(launched: Launch, picked: str) -> str:
+    """Each process of a machine has a GPU of its own."""
+    import torch
+
+    if picked == "cpu":
+        return picked
+    if picked.startswith("cuda:"):
+        raise SenteiError(
+            f"--device {picked} is one GPU, and there are {launched.size} processes.",
+            "Use --device cuda: each process takes the GPU with the number of its LOCAL_RANK.",
+        )
+    if torch.cuda.is_available():
+        if launched.local_rank >= (count := torch.cuda.device_count()):
+            raise SenteiError(
+                f"LOCAL_RANK is {launched.local_rank}, and this machine has {count} GPUs, numbered from 0.",
+                "Start no more processes per machine than it has GPUs, or use --device cpu.",
+            )
+        torch.cuda.set_device(launched.local_rank)
+    return parse_device(f"cuda:{launched.local_rank}")
 
 
 def pick_dtype(dtype: str, *, auto: "torch.dtype | None") -> "torch.dtype | None":

@@ -196,11 +196,14 @@ def prune(
     from toolchain.prune.budget.allocation import parse_protected
     from toolchain.prune.budget.limits import LimitSettings
     from toolchain.prune.sweep import sweep as run_sweep
+    from toolchain.ranks.joining import join
     from toolchain.text.sources import parse_sources
 
     chosen = DEFAULT if method is None else METHODS[method.value]
     _check_options(context, chosen)
     sparsities = _sparsities(sparsity, sweep)
+    if (ranks := join()).several and sweep is not None:
+        raise SenteiError("--sweep works in one process, and several were started.", "Start it without torchrun.")
     picked_device = pick_device(device)
     directory = resolve_model(model)
     checkpoint = open_checkpoint(directory)
@@ -243,8 +246,9 @@ def prune(
             output.result({"directory": str(out), **result}, lambda console: show_sweep(console, out, result))
             return
         summary = pipeline.prune(
-            checkpoint, out, settings, model_name=name, force=force, resume=resume, progress=output.progress
-        )
+            checkpoint, out, settings, model_name=name, force=force, resume=resume, progress=output.progress,
+            ranks=ranks,
+        )  # fmt: skip
         output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
 
 

@@ -226,10 +226,17 @@ class LayerWalk:
         seq_len = ids.shape[1]
         size = together = self._sequences_per_call(seq_len)
         if not self.layers.resident:
-            state_bytes = seq_len * self.model.config.hidden_size * self.model.dtype.itemsize
-            fitting = available_bytes(self.model.device) // (2 * 2 * state_bytes)
-            size = max(together, fitting // together * together)
+            size = max(together, self.num_fitting(seq_len) // together * together)
         yield from ids.split(size)
+
+    def calls(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Splits sequences into those that share a call of each layer, whatever memory there is."""
+        return list(ids.split(self._sequences_per_call(ids.shape[1])))
+
+    def num_fitting(self, seq_len: int) -> int:
+        """How many sequences half of the free memory holds, each with what enters a layer and what leaves it."""
+        state_bytes = seq_len * self.model.config.hidden_size * self.model.dtype.itemsize
+        return available_bytes(self.model.device) // (2 * 2 * state_bytes)
 
     def _sequences_per_call(self, seq_len: int) -> int:
         return max(1, _TOKENS_PER_CALL["cuda" if self.model.device.type == "cuda" else "cpu"] // seq_len)

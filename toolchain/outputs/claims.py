@@ -15,6 +15,7 @@ from toolchain.errors import SenteiError
 from toolchain.outputs.checks import check_output_directory, check_output_file, is_empty_directory, kind_of
 from toolchain.outputs.lock import refuse_if_held, take_lock
 from toolchain.outputs.names import LOCK, PARTIAL, REPLACED, beside
+from toolchain.ranks.launch import is_first
 
 _ANOTHER = "Choose another output."
 
@@ -58,7 +59,8 @@ def claimed_file(out: Path, *, force: bool) -> Iterator[None]:
 def writes_directory(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Claims the directory that a function is given as ``out`` while it runs; see :func:`claimed_directory`.
 
-    Its ``force`` says whether what is there may be replaced. A function that is not given ``out`` runs as it is.
+    Its ``force`` says whether what is there may be replaced. A function that is not given ``out`` runs as it is, and so
+    does a process that shares its command with another one, which writes.
     """
     return _claims(claimed_directory, function)
 
@@ -75,7 +77,7 @@ def _claims(claimed: Callable[..., AbstractContextManager[None]], function: Call
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        if given.arguments["out"] is None:
+        if given.arguments["out"] is None or not is_first():
             return function(*args, **kwargs)
         with claimed(given.arguments["out"], force=given.arguments["force"]):
             return function(*args, **kwargs)

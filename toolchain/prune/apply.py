@@ -34,6 +34,7 @@ from toolchain.plan.summary_document import (
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.compensation import Compensated, compensate, held_out_windows
 from toolchain.prune.stage_files import StageFiles
+from toolchain.ranks.ranks import ALONE, Ranks
 from toolchain.text import embedded
 from toolchain.text.sources import TextSource, local_paths
 from toolchain.text.windows import load_mixture
@@ -56,12 +57,14 @@ class Computing:
         dtype: Computed in.
         device: Computed on.
         offload: Keep one layer in memory instead of all.
+        ranks: Who shares it.
     """
 
     windows: torch.Tensor
     dtype: torch.dtype
     device: str
     offload: bool
+    ranks: Ranks = ALONE
 
     def open(self, checkpoint: Checkpoint) -> LayerWalk:
         """A model ready to run."""
@@ -214,7 +217,8 @@ def realise(
         checkpoint: The same model.
         plan: What to remove.
         computing: What compensation takes.
-        directory: Where compensation keeps what it has done, and goes on with what it had; made if need be.
+        directory: Where compensation keeps what it has done, and goes on with what it had; made if need be. Of several
+            ranks the first one's.
         metric: What will be measured; without one, only what was compensated is.
         progress: Told of every layer.
 
@@ -297,6 +301,7 @@ def _compensate(
     directory: Path,
     progress: Progress,
 ) -> Compensated:
+    files = StageFiles(directory, _digest_of_fit(plan)) if computing.ranks.is_first else None
     try:
         with progress("Compensation", len(plan.layout)) as advance:
             walk.layers.restore()
@@ -305,8 +310,9 @@ def _compensate(
                 plan.kept_neurons,
                 plan.removed_attention,
                 computing.windows,
-                StageFiles(directory, _digest_of_fit(plan)),
+                files,
                 dtypes={name: info.dtype for name, info in checkpoint.tensors.items()},
+                ranks=computing.ranks,
                 on_layer=advance,
             )
     except (RuntimeError, MemoryError) as error:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -50,6 +50,7 @@ from toolchain.prune.search.two_stage import Search
 from toolchain.prune.settings import PruneSettings
 from toolchain.prune.unfinished import SearchState, find_search, identity_of, read_identity
 from toolchain.prune.within_limit import WithinLimit
+from toolchain.ranks.ranks import ALONE, Ranks
 from toolchain.text.windows import TokenWindows, load_mixture, windows_apart
 
 
@@ -107,6 +108,7 @@ def prune(
     force: bool = False,
     resume: bool = False,
     progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Runs both stages of 2SSP, or another method, and writes the checkpoint with its plan, summary and model card.
 
@@ -121,6 +123,8 @@ def prune(
         force: Replace ``out`` if it is not empty, and an interrupted search.
         resume: Go on with an interrupted search.
         progress: Told of every window, candidate and tensor.
+        ranks: Who shares the work. The first alone reads and writes what is at ``out``; the others come to the same
+            plan and return the same summary.
 
     Returns:
         The summary, as in ``pruning_summary.json``.
@@ -131,15 +135,20 @@ def prune(
             nothing. Or the written checkpoint does not compute what was planned; it was deleted.
     """
     started = time.monotonic()
+    if not ranks.is_first:
+        job = prepare(model, settings, model_name, ranks)
+        _search_and_realise(job, SearchState(None, out, ranks), progress, ranks)
+        return cast(dict[str, Any], ranks.from_first()[0])
     check_output_directory(out, force=force, inputs=[directory_of(model), *settings.input_files])
     work = find_search(out, force=force, resume=resume)
-    job = prepare(model, settings, model_name)
+    job = prepare(model, settings, model_name, ranks)
     with work.working(identity_of(job.blank), read=read_identity):
-        planned = _search_and_realise(job, SearchState(work, work.directory), progress)
+        planned = _search_and_realise(job, SearchState(work, work.directory, ranks), progress, ranks)
         if not removes_nothing(planned.plan):
-            return write_planned(
+            summary = write_planned(
                 job.checkpoint, planned, out, job.computing, job.metric, started, force=force, progress=progress
             )
+            return cast(dict[str, Any], ranks.from_first(summary)[0])
         with new_directory(out, force=force) as partial:
             planned.plan.save(partial)
     raise CheckFailedError(
@@ -148,11 +157,11 @@ def prune(
     )
 
 
-def _search_and_realise(job: Job, state: SearchState, progress: Progress) -> Planned:
+def _search_and_realise(job: Job, state: SearchState, progress: Progress, ranks: Ranks) -> Planned:
     """The plan and its weights, as far as the limit allows. No model is in memory when it returns."""
     limited = within_limit(job, state, progress)
-    plan, target, two_removals = _realised_target(job, state, limited, progress)
-    if removes_nothing(plan):
+    plan, target, two_removals = _realised_target(job, state, limited, progress, ranks)
+    if removes_nothing(plan) or not ranks.is_first:
         return Planned(plan)
     planned = target if limited is None else limited.furthest(plan, target)
     assert planned is not None
@@ -161,16 +170,18 @@ def _search_and_realise(job: Job, state: SearchState, progress: Progress) -> Pla
 
 
 def _realised_target(
-    job: Job, state: SearchState, limited: WithinLimit | None, progress: Progress
+    job: Job, state: SearchState, limited: WithinLimit | None, progress: Progress, ranks: Ranks
 ) -> tuple[PruningPlan, Planned | None, TwoRemovalsSummary | None]:
     """What the search ends with, and its weights unless it removes nothing or is known to break the limit."""
     walk = job.computing.open(job.checkpoint)
-    plan = run_search(job, walk, state.load(), state, progress)
-    if removes_nothing(plan) or (limited is not None and limited.breaks(plan)):
+    plan = run_search(job, walk, state.load(), state, progress, ranks)
+    # What a limit allows is found out by the first rank alone.
+    if removes_nothing(plan) or (limited is not None and (not ranks.is_first or limited.breaks(plan))):
         return plan, None, None
-    found = _two_removals(job, walk, plan, state, progress)
+    found = _two_removals(job, walk, plan, state, progress) if ranks.is_first else None
+    computing = job.computing if limited else replace(job.computing, ranks=ranks)
     directory = limited.compensation_of(plan) if limited else state.directory / "compensation"
-    planned = realise(walk, job.checkpoint, plan, job.computing, directory, metric=job.metric, progress=progress)
+    planned = realise(walk, job.checkpoint, plan, computing, directory, metric=job.metric, progress=progress)
     return plan, planned, found
 
 
@@ -217,11 +228,11 @@ def directory_of(model: Path | Checkpoint) -> Path:
     return model.directory if isinstance(model, Checkpoint) else model
 
 
-def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str) -> Job:
+def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str, ranks: Ranks = ALONE) -> Job:
     """Checks what was asked for, and loads the text; see :func:`prune`.
 
     Raises:
-        SenteiError: Bad input.
+        SenteiError: Bad input, or ranks that would not do the same.
     """
     checkpoint = opened(model)
     check_window(checkpoint.directory, checkpoint.config, settings.seq_len)
@@ -251,6 +262,8 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str) 
     _check_combination(settings, metric, limit_metric)
     blank = _blank_plan(checkpoint, settings, allocations, windows, metric, model_name)
     blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric, apart)})
+    kind = settings.device.partition(":")[0]
+    ranks.check_same({**blank.model_dump(mode="json"), "device": kind, "offload": settings.offload})
     return Job(
         checkpoint=checkpoint, settings=settings, allocations=allocations, windows=windows, metric=metric,
         limit_metric=limit_metric, blank=blank,
@@ -381,7 +394,12 @@ def _blank_plan(
 
 
 def run_search(
-    job: Job, walk: LayerWalk, plan: PruningPlan | None, state: SearchState, progress: Progress
+    job: Job,
+    walk: LayerWalk,
+    plan: PruningPlan | None,
+    state: SearchState,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> PruningPlan:
     """Searches, from the beginning or from ``plan``, saving each step in ``state``.
 
@@ -391,11 +409,12 @@ def run_search(
         plan: To go on from.
         state: Where steps are saved.
         progress: Told of every window and candidate.
+        ranks: Who shares the work.
 
     Raises:
         SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
     """
     transformers.set_seed(job.settings.seed)
-    running = job.search(walk, state, progress)
+    running = replace(job.search(walk, state, progress), ranks=ranks, share=state.share)
     plan = replace(plan or running.begin(job.blank), text_hashes={"calibration": job.windows.passage_hashes})
     return remove_blocks(running, plan) if job.settings.of_method.removes_blocks else running.finish(plan)

@@ -4,10 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from toolchain.errors import SenteiError
 from toolchain.outputs import SEARCH, Unfinished, begin_with, identity_on_disk
-from toolchain.plan.document import PlanDocument
+from toolchain.plan.document import PlanDocument, document_to_json
 from toolchain.plan.plan import PLAN_FILE, SCORES_FILE, PruningPlan, load_plan
+from toolchain.prune.stage_files import StageFiles
+from toolchain.prune.window_sums import Shared
+from toolchain.ranks.ranks import ALONE, Ranks
 
 # What the search itself fills in; everything else is its input, and must be the same to resume.
 _MEASURED: dict[str, Any] = {
@@ -27,16 +32,21 @@ _MEASURED: dict[str, Any] = {
 class SearchState:
     """The plan so far of one search, in a directory that is deleted with the rest of the unfinished work."""
 
-    def __init__(self, work: Unfinished, directory: Path) -> None:
-        """``directory`` is that of ``work``, or one below it for each search of a sweep."""
+    def __init__(self, work: Unfinished | None, directory: Path, ranks: Ranks = ALONE) -> None:
+        """``directory`` is that of ``work``, or one below it for each search of a sweep.
+
+        Of several ranks the first has the directory, and the others, without ``work``, learn from it what is there.
+        """
         self._work = work
+        self._ranks = ranks
         self.directory = directory
 
     def save(self, plan: PruningPlan) -> None:
         """Writes the plan as it is now. From the first on, what was measured stays however the command ends."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        plan.save(self.directory)
-        self._work.worth_keeping = True
+        if self._work is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            plan.save(self.directory)
+            self._work.worth_keeping = True
 
     def load(self) -> PruningPlan | None:
         """The plan of an interrupted search; ``None`` if none was saved yet.
@@ -44,7 +54,37 @@ class SearchState:
         Raises:
             SenteiError: It is damaged.
         """
-        return load_plan(self.directory) if (self.directory / PLAN_FILE).exists() else None
+        found = self._work is not None and (self.directory / PLAN_FILE).exists()
+        return plan_of_first(load_plan(self.directory) if found else None, self._ranks)
+
+    def share(self, stage: str) -> Shared:
+        """How the sums of a stage are divided, and what is there of them.
+
+        Raises:
+            SenteiError: That is damaged.
+        """
+        files, work = StageFiles(self.directory / "sums", stage), self._work
+        found = files.load(stage) if work is not None else None
+        said, tensors = self._ranks.from_first(*(reversed(found) if found else ()))
+
+        def save(sums: Mapping[str, torch.Tensor], progress: Mapping[str, Any]) -> None:
+            assert work is not None
+            files.save(stage, sums, progress)
+            work.worth_keeping = True
+
+        return Shared(ranks=self._ranks, save=save, saved=None if said is None else (tensors, said))
+
+
+def plan_of_first(plan: PruningPlan | None, ranks: Ranks) -> PruningPlan | None:
+    """The first rank's plan, in all of them; without the hashes of text, which each has of its own."""
+    if not ranks.several:
+        return plan
+    arrays = {} if plan is None else {f"{layer}": torch.from_numpy(each) for layer, each in enumerate(plan.importance)}
+    document, arrays = ranks.from_first(None if plan is None else document_to_json(plan.document), arrays)
+    if document is None or ranks.is_first:
+        return plan
+    importance = tuple(arrays[f"{layer}"].numpy() for layer in range(len(arrays)))
+    return PruningPlan(PlanDocument.model_validate_json(document), importance)
 
 
 def find_search(out: Path, *, force: bool, resume: bool, is_sweep: bool = False) -> Unfinished:

@@ -40,7 +40,7 @@ def moments_of(x: torch.Tensor, y: torch.Tensor) -> Moments:
 
 
 def refit(weight: torch.Tensor, fitted: Moments, held_out: Moments, dtype: torch.dtype) -> Refit:
-    return best_fit(weight, ridge_fits(weight, fitted, dtype), held_out)
+    return best_fit(weight, ridge_fits(weight, fitted, dtype), held_out, dtype)
 
 
 @pytest.fixture

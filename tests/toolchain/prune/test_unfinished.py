@@ -184,7 +184,7 @@ KILLED = replace(SETTINGS, attention_removals=1)
 def test_a_kill_at_any_instant_leaves_a_search_to_go_on_with(tiny: Path, tmp_path: Path, instants: list[Path]):
     whole = (tmp_path / "killed" / "plan.json").read_bytes()
     states = {  # each with the file that was being written, where there was one
-        tuple(sorted((file.name, file.read_bytes()) for file in place.iterdir() if file.suffix != ".partial")): place
+        tuple(sorted((file.name, file.read_bytes()) for file in place.rglob("*.*") if file.suffix != ".partial")): place
         for place in instants
     }
     assert len(states) > 8
@@ -198,6 +198,7 @@ def test_a_kill_at_any_instant_leaves_a_search_to_go_on_with(tiny: Path, tmp_pat
 def test_a_search_of_the_version_that_kept_the_plan_alone_goes_on(tiny: Path, tmp_path: Path, instants: list[Path]):
     for place in instants:
         (place / "inputs.json").unlink(missing_ok=True)
+        shutil.rmtree(place / "sums", ignore_errors=True)
     *_, last = instants
     scores_alone = next(each for each in instants if [path.name for path in each.iterdir()] == ["plan.safetensors"])
     for place in (last, scores_alone):

@@ -7,6 +7,7 @@ from toolchain.metrics.token_metrics import StateMetric
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.prune.search.attention import sub_block_scores
 from toolchain.prune.search.candidates import embedded_states
+from toolchain.ranks.ranks import ALONE, Ranks
 
 
 def removals(
@@ -14,6 +15,7 @@ def removals(
     metric: StateMetric,
     *,
     removed: Collection[SubBlock] = (),
+    ranks: Ranks = ALONE,
     on_candidate: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[SubBlock, dict[SubBlock, float]]]:
     """Removes attentions and FFNs greedily (section 3.3), one a ``next()``.
@@ -26,6 +28,7 @@ def removals(
         walk: Over the model without ``removed``. Each removal is made in it before it is yielded.
         metric: Perplexity on calibration text; lower is better.
         removed: What is gone already.
+        ranks: Who shares the candidates; all of them make the same removals.
         on_candidate: Called after each candidate, for progress.
 
     Yields:
@@ -39,7 +42,7 @@ def removals(
     ]
     states = embedded_states(walk, metric.ids)
     while remaining:
-        scores = sub_block_scores(walk, metric, remaining, states, on_candidate)
+        scores = sub_block_scores(walk, metric, remaining, states, on_candidate, ranks)
         best = min(remaining, key=scores.__getitem__)
         walk.remove([best])
         states.forget_above(best.layer)

@@ -92,7 +92,9 @@ def _blockpruner(search: Search, plan: PruningPlan) -> PruningPlan:
     sizes, walk = search.sizes, search.walk
     target = (1 - plan.document.target_sparsity + _SLACK) * sizes.total
     walk.remove(removed)
-    found = blockpruner.removals(walk, _perplexity(search), removed=removed, on_candidate=lambda: advance())
+    found = blockpruner.removals(
+        walk, _perplexity(search), removed=removed, ranks=search.ranks, on_candidate=lambda: advance()
+    )
     # How many steps there will be is not known: an attention is smaller than an FFN.
     while (left := parameters_left(sizes, removed)) > target:
         title = f"Search at {1 - left / sizes.total:.1%}"

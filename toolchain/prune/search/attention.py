@@ -12,8 +12,10 @@ from toolchain.metrics.function import FunctionMetric
 from toolchain.metrics.token_metrics import Metric, StateMetric, TokenMetric, finite, measure
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.plan.document import Dropped
-from toolchain.prune.search.candidates import EnteringStates, embedded_states, without_each
+from toolchain.prune.search.candidates import EnteringStates, embedded_states
+from toolchain.prune.search.divided_candidates import divided
 from toolchain.prune.search.racing import run_heats
+from toolchain.ranks.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ def removals(
     removed: Collection[int] = (),
     protected: Collection[int] = (),
     race: bool = False,
+    ranks: Ranks = ALONE,
     on_candidate: Callable[[], None] = lambda: None,
 ) -> Iterator[Tried]:
     """Removes attentions greedily (arXiv 2501.17771, section 3.2), one a ``next()``; ties go to the lower layer.
@@ -48,6 +51,7 @@ def removals(
         removed: Layers that have lost their attention already.
         protected: Layers whose attention is never tried.
         race: Drop candidates that fall behind early (:mod:`toolchain.prune.search.racing`), not measuring all of them.
+        ranks: Who shares the candidates; all of them make the same removals.
         on_candidate: Called after each candidate, for progress.
 
     Yields:
@@ -61,13 +65,13 @@ def removals(
     while remaining:
         dropped: dict[int, Dropped] = {}
         if isinstance(metric, FunctionMetric):
-            scores = scores_of_models(walk, metric, remaining, on_candidate)
+            scores = scores_of_models(walk, metric, remaining, on_candidate, ranks)
         else:
             states = states or embedded_states(walk, metric.ids)
             finalists = remaining
             if race:
-                finalists, dropped = run_heats(walk, cast(TokenMetric, metric), remaining, states)
-            scores = candidate_scores(walk, metric, finalists, states, on_candidate)
+                finalists, dropped = run_heats(walk, cast(TokenMetric, metric), remaining, states, ranks)
+            scores = candidate_scores(walk, metric, finalists, states, on_candidate, ranks)
             for _ in dropped:
                 on_candidate()
         best = _best(metric, scores)
@@ -93,13 +97,18 @@ def scores_of_models(
     metric: FunctionMetric,
     candidates: list[int],
     on_candidate: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> dict[int, float]:
     """The metric of each candidate's removal, by a function that runs the model itself."""
-    scores = {}
-    for layer in candidates:
-        scores[layer] = measure(walk, metric, without_attention=[layer])
+    scores = torch.zeros(len(candidates), dtype=torch.float64)
+    own = ranks.share(len(candidates))
+    for number in own:
+        scores[number] = measure(walk, metric, without_attention=[candidates[number]])
         on_candidate()
-    return scores
+    for _ in range(len(candidates) - len(own)):
+        on_candidate()
+    # What a rank did not measure is 0.
+    return dict(zip(candidates, torch.stack(ranks.gather(scores)).sum(0).tolist(), strict=True))
 
 
 def num_candidates(num_layers: int, num_removals: int) -> int:
@@ -113,16 +122,16 @@ def candidate_scores(
     candidates: list[int],
     states: EnteringStates,
     on_candidate: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> dict[int, float]:
-    """The metric of each attention's removal.
+    """The metric of each attention's removal, in all ranks the same.
 
     Raises:
         SenteiError: The metric is NaN or Inf, or memory does not suffice for one candidate.
     """
     attentions = [SubBlock(layer, "attention") for layer in candidates]
-    return {
-        each.layer: value for each, value in sub_block_scores(walk, metric, attentions, states, on_candidate).items()
-    }
+    scores = sub_block_scores(walk, metric, attentions, states, on_candidate, ranks)
+    return {each.layer: value for each, value in scores.items()}
 
 
 def sub_block_scores(
@@ -131,12 +140,19 @@ def sub_block_scores(
     candidates: list[SubBlock],
     states: EnteringStates,
     on_candidate: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> dict[SubBlock, float]:
     """The metric of each candidate's removal; see :func:`candidate_scores`."""
+    num_own = 0
 
-    def score(hidden: torch.Tensor) -> float:
+    def score(hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal num_own
         value = finite(metric(walk, hidden), metric.name, walk)
+        num_own += 1
         on_candidate()
-        return value
+        return torch.tensor([value], dtype=torch.float64)
 
-    return without_each(walk, candidates, states, score)
+    scores = divided(walk, candidates, states, score, ranks)
+    for _ in range(len(candidates) - num_own):
+        on_candidate()
+    return {candidate: float(value) for candidate, value in scores.items()}

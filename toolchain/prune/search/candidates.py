@@ -72,6 +72,10 @@ class EnteringStates:
         if len(self._states) < capacity:
             self._states[layer] = state
 
+    def places(self, candidates: Sequence[SubBlock]) -> list[int]:
+        """The layers that :meth:`of_candidate` names, 0 where none is known."""
+        return [found[0] if (found := self.of_candidate(each)) else 0 for each in candidates]
+
     def keep_of_candidate(self, candidate: SubBlock, layer: int, state: torch.Tensor) -> None:
         """Keeps a state without a candidate."""
         self._of_candidates.setdefault(candidate, {})[layer] = state
@@ -105,7 +109,7 @@ def without_each(
 
     Args:
         walk: Over the model as it is.
-        candidates: By layer, ascending.
+        candidates: By layer, ascending; none will do.
         states: Of the model as it is.
         look: Given ``[num_sequences, seq_len, hidden_size]``.
 
@@ -113,6 +117,8 @@ def without_each(
         SenteiError: Memory does not suffice for one candidate.
     """
     results: dict[SubBlock, Found] = {}
+    if not candidates:
+        return results
     free = available_bytes(walk.model.device) + (len(states) - 1) * states.nbytes
     room = max(2, int(_SHARE_FOR_STATES * free / states.nbytes))
     size = min(len(candidates), room - 1)

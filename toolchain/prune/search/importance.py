@@ -1,6 +1,6 @@
 """How much each FFN neuron matters (2SSP stage 1, arXiv 2501.17771, section 3.1)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,11 +10,17 @@ from torch import nn
 
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
+from toolchain.prune.window_sums import UNSHARED, Shared, sum_of_parts
+from toolchain.ranks.ranks import Ranks
 
 
 @torch.inference_mode()
 def neuron_importance(
-    walk: LayerWalk, windows: torch.Tensor, *, on_window: Callable[[], None] = lambda: None
+    walk: LayerWalk,
+    windows: torch.Tensor,
+    *,
+    shared: Shared = UNSHARED,
+    on_window: Callable[[], None] = lambda: None,
 ) -> tuple[NDArray[np.float32], ...]:
     """Scores every neuron by the size of its activation.
 
@@ -25,6 +31,7 @@ def neuron_importance(
     Args:
         walk: Over the unpruned model.
         windows: int64 ``[num_samples, seq_len]``.
+        shared: How the windows are divided, and where the sums are kept.
         on_window: Called once a window, for progress.
 
     Returns:
@@ -33,22 +40,44 @@ def neuron_importance(
     Raises:
         SenteiError: NaN or Inf among the activations; names the first such layer.
     """
-    totals: list[torch.Tensor | float] = [0.0] * len(walk.layers)
-    for block in walk.blocks(windows):
-        hidden = walk.embed(block)
-        for index in range(len(walk.layers)):
-            with (
-                walk.layers.layer(index) as module,
-                _inputs_of(module.get_submodule(walk.family.ffn_output)) as observed,
-            ):
-                hidden = walk.run(module, index, hidden)
-                for norms in observed:
-                    totals[index] = totals[index] + norms
-                if not bool(torch.isfinite(torch.as_tensor(totals[index])).all()):
-                    raise not_finite(f"Layer {index}: FFN activations hold NaN or Inf", walk.model, walk.model.dtype)
-        for _ in block:
+    calls = walk.calls(windows)
+
+    def norms_by_call(own: range) -> torch.Tensor:
+        by_layer = _norms(walk, torch.cat([calls[number] for number in own]))
+        return torch.cat(by_layer, dim=1)
+
+    def on_calls(done: range) -> None:
+        for _ in range(sum(len(calls[number]) for number in done)):
             on_window()
-    return tuple((torch.as_tensor(total) / len(windows)).float().cpu().numpy() for total in totals)
+
+    at_once = _calls_at_once(walk, calls, shared.ranks)
+    total = sum_of_parts(len(calls), norms_by_call, shared, at_once=at_once, on_parts=on_calls)
+    means = (total / len(windows)).float().numpy()
+    # The layers of a model that is not pruned are equally wide.
+    return tuple(np.split(means, len(walk.layers)))
+
+
+def _calls_at_once(walk: LayerWalk, calls: Sequence[torch.Tensor], ranks: Ranks) -> int:
+    """One where a layer costs nothing to visit again; as many as memory holds, in every rank, where it is read."""
+    if walk.layers.resident:
+        return 1
+    fitting = max(1, walk.num_fitting(calls[0].shape[1]) // len(calls[0]))
+    return min(int(each) for each in ranks.gather(torch.tensor(min(fitting, len(calls)))))
+
+
+def _norms(walk: LayerWalk, windows: torch.Tensor) -> list[torch.Tensor]:
+    """Sums over the windows of each call, float64 ``[number of calls, intermediate_size]`` a layer."""
+    hidden, norms = walk.embed(windows), []
+    for index in range(len(walk.layers)):
+        with (
+            walk.layers.layer(index) as module,
+            _inputs_of(module.get_submodule(walk.family.ffn_output)) as observed,
+        ):
+            hidden = walk.run(module, index, hidden)
+            norms.append(torch.stack(observed))
+            if not bool(torch.isfinite(norms[-1]).all()):
+                raise not_finite(f"Layer {index}: FFN activations hold NaN or Inf", walk.model, walk.model.dtype)
+    return norms
 
 
 def norms_of(activations: torch.Tensor) -> torch.Tensor:

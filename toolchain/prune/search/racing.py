@@ -15,7 +15,9 @@ from toolchain.architecture.parts import SubBlock
 from toolchain.metrics.token_metrics import TokenMetric
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.plan.document import Dropped
-from toolchain.prune.search.candidates import EnteringStates, without_each
+from toolchain.prune.search.candidates import EnteringStates
+from toolchain.prune.search.divided_candidates import divided
+from toolchain.ranks.ranks import ALONE, Ranks
 
 # Behind means: the mean difference from the leader is more than this many of its standard errors.
 _STANDARD_ERRORS = 2.0
@@ -35,7 +37,7 @@ _HEATS = (Heat(window=1 / 16, going_on=1 / 2), Heat(window=1 / 4, going_on=1 / 6
 
 @torch.inference_mode()
 def run_heats(
-    walk: LayerWalk, metric: TokenMetric, candidates: list[int], states: EnteringStates
+    walk: LayerWalk, metric: TokenMetric, candidates: list[int], states: EnteringStates, ranks: Ranks = ALONE
 ) -> tuple[list[int], dict[int, Dropped]]:
     """Drops candidates that are behind.
 
@@ -44,6 +46,7 @@ def run_heats(
         metric: Lower is better.
         candidates: Layers, ascending.
         states: Of the model as it is.
+        ranks: Who shares the candidates.
 
     Returns:
         Those to be measured on the whole window, ascending, and what is known of the others.
@@ -53,7 +56,7 @@ def run_heats(
         num_tokens = int(metric.ids.shape[1] * heat.window)
         if num_tokens < 2 or len(racing) < 2:
             continue
-        values = _values(walk, metric, racing, states, num_tokens)
+        values = _values(walk, metric, racing, states, num_tokens, ranks)
         order = sorted(racing, key=lambda layer: float(values[layer].mean()))
         leader = values[order[0]]
         places = math.ceil(len(candidates) * heat.going_on)
@@ -74,14 +77,15 @@ def _written(metric: float) -> float:
 
 
 def _values(
-    walk: LayerWalk, metric: TokenMetric, racing: list[int], states: EnteringStates, num_tokens: int
+    walk: LayerWalk, metric: TokenMetric, racing: list[int], states: EnteringStates, num_tokens: int, ranks: Ranks
 ) -> dict[int, torch.Tensor]:
     walk.embed(metric.ids[:, :num_tokens])
-    found = without_each(
+    found = divided(
         walk,
         [SubBlock(layer, "attention") for layer in racing],
         states.starting(num_tokens),
         lambda hidden: metric.of_tokens(walk, hidden).double().flatten(),
+        ranks,
     )
     return {each.layer: values for each, values in found.items()}
 

@@ -16,6 +16,7 @@ from torch import nn
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
 from toolchain.prune.search.importance import norms_of
+from toolchain.prune.window_sums import UNSHARED, Shared, sum_of_parts
 
 # Logits of so many tokens, with their gradients, exist at a time.
 _HEAD_TOKENS = 256
@@ -46,7 +47,11 @@ class Sensitivity:
 
 
 def neuron_sensitivity(
-    walk: LayerWalk, windows: torch.Tensor, *, on_window: Callable[[], None] = lambda: None
+    walk: LayerWalk,
+    windows: torch.Tensor,
+    *,
+    shared: Shared = UNSHARED,
+    on_window: Callable[[], None] = lambda: None,
 ) -> Sensitivity:
     """Estimates what the removal of every neuron does to the loss.
 
@@ -55,6 +60,7 @@ def neuron_sensitivity(
     Args:
         walk: Over the unpruned model.
         windows: int64 ``[num_samples, seq_len]``.
+        shared: How the windows are divided, and where the sums are kept.
         on_window: Called once a window, for progress.
 
     Raises:
@@ -62,35 +68,43 @@ def neuron_sensitivity(
     """
     # A walk of its own: what others have remembered under inference mode takes no gradients.
     walk = LayerWalk(walk.model, walk.family, walk.layers)
-    slopes: list[torch.Tensor | float] = [0.0] * len(walk.layers)
-    fisher, norms = list(slopes), list(slopes)
-    for window in windows.split(1):
-        states = _entering_states(walk, window)
-        gradient = _gradient_of_loss(walk, states.pop(), window)
-        for index in reversed(range(len(walk.layers))):
-            with (
-                walk.layers.layer(index) as module,
-                torch.enable_grad(),
-                _input_of(module.get_submodule(walk.family.ffn_output)) as seen,
-            ):
-                entering = states.pop().requires_grad_()
-                leaving = walk.run(module, index, entering)
-                [activations] = seen
-                gradient, by_neuron = torch.autograd.grad(leaving, (entering, activations), gradient)
-            contributions = (activations.detach().float() * by_neuron.float()).flatten(0, -2)
-            squared = contributions.square().sum(0).double()
-            if not bool(torch.isfinite(squared).all()):
-                raise not_finite(f"Layer {index}: gradients hold NaN or Inf", walk.model, walk.model.dtype)
-            slopes[index] = slopes[index] + contributions.sum(0).abs().double().cpu()
-            fisher[index] = fisher[index] + squared.cpu()
-            norms[index] = norms[index] + norms_of(activations.detach()).cpu()
-        on_window()
-    count = len(windows)
-    return Sensitivity(slope=_means(slopes, count), fisher=_means(fisher, count), importance=_means(norms, count))
+
+    def of_windows(own: range) -> torch.Tensor:
+        return torch.stack([torch.cat(_of_window(walk, windows[number : number + 1])) for number in own])
+
+    def on_windows(done: range) -> None:
+        for _ in done:
+            on_window()
+
+    total = sum_of_parts(len(windows), of_windows, shared, on_parts=on_windows)
+    means = (total / len(windows)).float().numpy()
+    # The layers of a model that is not pruned are equally wide.
+    slope, fisher, importance = (tuple(np.split(each, len(walk.layers))) for each in np.split(means, 3))
+    return Sensitivity(slope=slope, fisher=fisher, importance=importance)
 
 
-def _means(totals: list[torch.Tensor | float], count: int) -> tuple[NDArray[np.float32], ...]:
-    return tuple((torch.as_tensor(total) / count).float().numpy() for total in totals)
+def _of_window(walk: LayerWalk, window: torch.Tensor) -> list[torch.Tensor]:
+    """Slope, Fisher information and norm of each neuron: float64 ``[intermediate_size]`` a layer, one after another."""
+    states = _entering_states(walk, window)
+    gradient = _gradient_of_loss(walk, states.pop(), window)
+    found: list[list[torch.Tensor]] = []
+    for index in reversed(range(len(walk.layers))):
+        with (
+            walk.layers.layer(index) as module,
+            torch.enable_grad(),
+            _input_of(module.get_submodule(walk.family.ffn_output)) as seen,
+        ):
+            entering = states.pop().requires_grad_()
+            leaving = walk.run(module, index, entering)
+            [activations] = seen
+            gradient, by_neuron = torch.autograd.grad(leaving, (entering, activations), gradient)
+        contributions = (activations.detach().float() * by_neuron.float()).flatten(0, -2)
+        squared = contributions.square().sum(0).double()
+        if not bool(torch.isfinite(squared).all()):
+            raise not_finite(f"Layer {index}: gradients hold NaN or Inf", walk.model, walk.model.dtype)
+        slope = contributions.sum(0).abs().double()
+        found.append([each.cpu() for each in (slope, squared, norms_of(activations.detach()))])
+    return [each for kind in zip(*reversed(found), strict=True) for each in kind]
 
 
 @torch.no_grad()

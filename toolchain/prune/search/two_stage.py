@@ -23,6 +23,8 @@ from toolchain.prune.search.attention import Tried, candidate_scores, num_candid
 from toolchain.prune.search.candidates import embedded_states
 from toolchain.prune.search.importance import neuron_importance
 from toolchain.prune.search.sensitivity import Sensitivity, neuron_sensitivity
+from toolchain.prune.window_sums import UNSHARED, Shared
+from toolchain.ranks.ranks import ALONE, Ranks
 
 # On the way to the target widths the metric is taken this often: the part of the curve that stage 1 walks.
 _NUM_RUNGS = 4
@@ -42,6 +44,8 @@ class Search:
         allocations: The possible splits of the target between attention and FFNs, ascending by attention removals; more
             than one only if measured damage is to choose.
         limit_metric: What the plan's limit looks at, if that is not ``metric``.
+        ranks: Who shares the work; all of them come to the same plan.
+        share: How the sums of a stage are divided among the ranks, and where they are kept; by the stage's name.
         save: Told of the plan after each step.
         progress: Told of windows, widths and candidates.
     """
@@ -52,6 +56,8 @@ class Search:
     metric: Metric
     allocations: Sequence[Allocation] = ()
     limit_metric: Metric | None = None
+    ranks: Ranks = ALONE
+    share: Callable[[str], Shared] = lambda stage: UNSHARED
     save: Callable[[PruningPlan], None] = lambda plan: None
     progress: Progress = no_progress
 
@@ -66,7 +72,7 @@ class Search:
         """
         self._prepare()
         importance = self._ranked_importance() if blank.widths == "ranked" else self._importance(self.windows)
-        original, limit = measure(self.walk, self.metric), blank.limit
+        original, limit = self._measured(self.metric), blank.limit
         if limit is not None:
             limit = resolve_limit(limit, self._limited(original))
         document = blank.model_copy(update={"metric_original": original, "limit": limit})
@@ -76,7 +82,7 @@ class Search:
 
     def _importance(self, windows: torch.Tensor) -> tuple[NDArray[np.float32], ...]:
         with self.progress("Importance of neurons", len(windows)) as advance:
-            return neuron_importance(self.walk, windows, on_window=advance)
+            return neuron_importance(self.walk, windows, shared=self.share("importance"), on_window=advance)
 
     def _ranked_importance(self) -> tuple[NDArray[np.float32], ...]:
         """Importance on all windows, those that gradients are taken on seen there, weighed by the gradients."""
@@ -118,9 +124,14 @@ class Search:
         if self.limit_metric is not None:
             self.limit_metric.prepare(self.walk)
 
+    def _measured(self, metric: Metric, *, without_attention: Sequence[int] = ()) -> float:
+        """A metric, now. The first rank's word counts: another kind of processor may round in another way."""
+        value = measure(self.walk, metric, without_attention=without_attention)
+        return float(self.ranks.from_first(value)[0])
+
     def _limited(self, metric: float) -> float:
         """What the limit looks at, now; ``metric`` is the search's own."""
-        return metric if self.limit_metric is None else measure(self.walk, self.limit_metric)
+        return metric if self.limit_metric is None else self._measured(self.limit_metric)
 
     def _aim(self, plan: PruningPlan) -> PruningPlan:
         """Splits the target between attention and FFNs, as the plan's ``allocation`` and ``widths`` ask."""
@@ -147,7 +158,7 @@ class Search:
     def _sensitivity(self) -> Sensitivity:
         windows = self.windows[:_NUM_SENSITIVITY_WINDOWS]
         with self.progress("Sensitivity of neurons", len(windows)) as advance:
-            return neuron_sensitivity(self.walk, windows, on_window=advance)
+            return neuron_sensitivity(self.walk, windows, shared=self.share("gradients"), on_window=advance)
 
     def _best_split(self, plan: PruningPlan, possible: Sequence[int], widths: Callable[[int], tuple[int, ...]]) -> int:
         with self.progress("Attention or FFN", len(possible)) as advance:
@@ -157,7 +168,7 @@ class Search:
 
             def damage(number: int) -> float:
                 with self.walk.only_neurons(_kept(plan, widths(number))):
-                    value = measure(self.walk, self.metric, without_attention=order[:number])
+                    value = self._measured(self.metric, without_attention=order[:number])
                 advance()
                 return -value if self.metric.higher_is_better else value
 
@@ -167,10 +178,10 @@ class Search:
         """Attentions by the damage each does alone, the least first."""
         layers = [layer for layer in range(len(self.walk.layers)) if layer not in protected]
         if isinstance(self.metric, FunctionMetric):
-            scores = scores_of_models(self.walk, self.metric, layers)
+            scores = scores_of_models(self.walk, self.metric, layers, ranks=self.ranks)
         else:
             states = embedded_states(self.walk, self.metric.ids)
-            scores = candidate_scores(self.walk, self.metric, layers, states)
+            scores = candidate_scores(self.walk, self.metric, layers, states, ranks=self.ranks)
         return sorted(layers, key=scores.__getitem__, reverse=self.metric.higher_is_better)
 
     def _narrow_ffns(self, plan: PruningPlan) -> PruningPlan:
@@ -210,7 +221,7 @@ class Search:
     def try_widths(self, plan: PruningPlan, widths: Sequence[int]) -> Rung:
         """Measures the model with other FFN widths, and as it is otherwise."""
         with self.walk.only_neurons(_kept(plan, widths)):
-            metric = measure(self.walk, self.metric)
+            metric = self._measured(self.metric)
             limited = self._limited_step(plan, metric)
         removed = sum(self.sizes.intermediate_size - width for width in widths) * self.sizes.neuron
         return Rung(
@@ -241,6 +252,7 @@ class Search:
                 removed=done,
                 protected=protected,
                 race=document.search == "racing",
+                ranks=self.ranks,
                 on_candidate=advance,
             )
             for tried in itertools.islice(found, todo):

@@ -18,6 +18,7 @@ from toolchain.plan.plan import load_plan
 from toolchain.prune.search import racing
 from toolchain.prune.search.attention import removals
 from toolchain.prune.search.candidates import embedded_states, without_each
+from toolchain.ranks.ranks import ALONE
 from toolchain.text.windows import load_windows
 
 
@@ -37,7 +38,7 @@ def test_the_start_of_a_window_is_an_exact_part_of_it(demo_model: Path, ids: tor
     states, candidates = embedded_states(walk, ids), [3, 20]
     attentions = [SubBlock(layer, "attention") for layer in candidates]
     whole = without_each(walk, attentions, states, lambda hidden: metric.of_tokens(walk, hidden).flatten())
-    short = racing._values(walk, metric, candidates, states, 32)
+    short = racing._values(walk, metric, candidates, states, 32, ALONE)
     for layer in candidates:
         assert len(short[layer]) == 31
         torch.testing.assert_close(short[layer].float(), whole[SubBlock(layer, "attention")][:31], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,189 @@
+"""What the ranks of a job say to each other: arrays and JSON, never pickled objects.
+
+``torch.distributed`` sends objects by pickle, which runs what code the sender likes. Here numbers travel as tensors,
+and everything else as the bytes of JSON and safetensors. A process that works alone is a job of one rank, and needs no
+``torch.distributed``.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from toolchain.errors import SenteiError, reason_of
+from toolchain.ranks.heartbeat import Heartbeats
+
+_SHORTEST_NAP_S, _LONGEST_NAP_S = 0.00005, 0.002
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """The processes of a job. Every method but :meth:`share` is to be called by all of them, in the same order.
+
+    Attributes:
+        rank: Of this process.
+        size: How many there are.
+        local_rank: Of this process on its machine.
+        hosts: The machine of each rank.
+        heartbeats: Who is alive; ``None`` in a process alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    hosts: tuple[str, ...] = ("",)
+    heartbeats: Heartbeats | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that writes and tells."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there is anybody to talk to."""
+        return self.size > 1
+
+    def share(self, count: int) -> range:
+        """This rank's part of ``count`` things in a row."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks in their order, on the CPU; shape and dtype are the same everywhere."""
+        if not self.several:
+            return [tensor]
+        import torch.distributed as dist
+
+        own = tensor.cpu().contiguous()
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        self._finish(lambda: dist.all_gather(found, own, async_op=True))
+        return found
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Puts the sum over all ranks into the tensor, on its device; in the same order of additions in every run."""
+        if self.several:
+            import torch.distributed as dist
+
+            self._finish(lambda: dist.all_reduce(tensor, async_op=True))
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Puts ``source``'s values into the tensor, on its device; shape and dtype are the same everywhere."""
+        if self.several:
+            import torch.distributed as dist
+
+            self._finish(lambda: dist.broadcast(tensor, source, async_op=True))
+
+    def from_first(
+        self, document: Any = None, arrays: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """What rank 0 has: a document that is plain JSON, and named tensors, which arrive on the CPU."""
+        if not self.several:
+            return document, dict(arrays or {})
+        head = json.loads(self._bytes_from_first(json.dumps(document).encode()))
+        tensors = {name: each.cpu().contiguous() for name, each in (arrays or {}).items()}
+        return head, load(self._bytes_from_first(save(tensors) if self.is_first else b""))
+
+    def exchange(self, tensors: Mapping[int, Sequence[torch.Tensor]], counts: Sequence[int]) -> list[torch.Tensor]:
+        """Hands tensors, all of one shape and dtype, to other ranks.
+
+        Args:
+            tensors: On any device, for each rank.
+            counts: How many come from each rank.
+
+        Returns:
+            Those that came, by rank, on the CPU and without their shape and dtype: uint8 ``[num_bytes]`` each.
+        """
+        import torch.distributed as dist
+
+        sent = [[each.cpu().contiguous().view(torch.uint8).flatten() for each in tensors.get(to, ())]
+                for to in range(self.size)]  # fmt: skip
+        flat = [each for some in sent for each in some]
+        # Ranks that send nothing learn the size too: everybody knows one, or nobody has anything.
+        size = max(int(each) for each in self.gather(torch.tensor(flat[0].numel() if flat else 0)))
+        into = torch.empty(size * sum(counts), dtype=torch.uint8)
+        out = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)
+        incoming, outgoing = [size * count for count in counts], [size * len(some) for some in sent]
+        self._finish(lambda: dist.all_to_all_single(into, out, incoming, outgoing, async_op=True))
+        return list(into.split(size)) if sum(counts) else []
+
+    def check_same(self, what: Mapping[str, Any]) -> None:
+        """Compares what the ranks are about to do with what rank 0 is.
+
+        Args:
+            what: Plain JSON; nested.
+
+        Raises:
+            SenteiError: On all ranks alike; names the lowest rank that differs and the first difference.
+        """
+        if not self.several:
+            return
+        # As JSON has it: lists for tuples, texts for the keys.
+        own = json.loads(json.dumps(what))
+        first, _ = self.from_first(own)
+        found = _difference(first, own)
+        for rank, said in enumerate(self._texts(found or "")):
+            if said:
+                raise SenteiError(
+                    f"Rank {rank} of {self.size} ({self.hosts[rank]}) differs from rank 0 ({self.hosts[0]}) in {said}.",
+                    "Give all ranks the same model, text and options.",
+                )
+
+    def _texts(self, own: str) -> list[str]:
+        """A short text of each rank."""
+        content = own.encode()
+        longest = max(int(each) for each in self.gather(torch.tensor(len(content))))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+        return [bytes(each.tolist()).rstrip(b"\0").decode() for each in self.gather(padded)]
+
+    def _bytes_from_first(self, content: bytes) -> bytes:
+        import torch.distributed as dist
+
+        size = torch.tensor(len(content))
+        self._finish(lambda: dist.broadcast(size, 0, async_op=True))
+        sent = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)
+        own = sent if self.is_first else torch.empty(int(size), dtype=torch.uint8)
+        self._finish(lambda: dist.broadcast(own, 0, async_op=True))
+        return own.numpy().tobytes()
+
+    def _finish(self, begin: Callable[[], Any]) -> None:
+        """Waits for what all ranks do together, as long as all of them live.
+
+        Raises:
+            RankLost: One does not, or did not say so before the connection broke.
+        """
+        assert self.heartbeats is not None
+        nap = _SHORTEST_NAP_S
+        try:
+            work = begin()
+            # Not work.wait(), which nothing but its own timeout would interrupt.
+            while not work.is_completed():
+                self.heartbeats.check()
+                time.sleep(nap)
+                nap = min(2 * nap, _LONGEST_NAP_S)
+            work.wait()
+        except RuntimeError as error:
+            raise self.heartbeats.lost(reason_of(error)[:200]) from error
+
+
+ALONE = Ranks()
+
+
+def _difference(first: Any, own: Any, place: str = "") -> str | None:
+    """The first place where two documents differ, and what stands there."""
+    if isinstance(first, dict) and isinstance(own, dict):
+        for key in sorted({*first, *own}):
+            inner = _difference(first.get(key), own.get(key), f"{place}.{key}" if place else key)
+            if inner:
+                return inner
+        return None
+    return None if first == own else f"{place} ({_short(own)}, not {_short(first)})"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
