@@ -367,7 +367,11 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     if (compensation := summary["compensation"]) is not None:
         before, after = (compensation[f"held_out_perplexity_{when}"] for when in ("before", "after"))
         if compensation["taken"]:
-            console.print(f"  held out     perplexity {before:.4g} → {after:.4g} by compensation, on other windows")
+            original = compensation["held_out_perplexity_original"]
+            console.print(
+                f"  held out     perplexity {original:.4g} → {before:.4g} → {after:.4g} (compensated), on windows that no "
+                "weight was fitted to"
+            )
         else:
             console.print(
                 f"  compensation not taken: on windows it was not fitted to, perplexity would go from {before:.4g} to "

@@ -35,8 +35,12 @@ class CalibrationMetricRecord(Record):
 
 
 class CompensationSummary(Record):
-    """Whether re-fitted weights were taken, and the perplexities on held-out windows that decided it."""
+    """Whether re-fitted weights were taken, and the perplexities on held-out windows that decided it.
 
+    Earlier versions did not write the original's.
+    """
+
+    held_out_perplexity_original: float | None = None
     held_out_perplexity_before: float | None
     held_out_perplexity_after: float
     taken: bool

@@ -339,6 +339,7 @@ def _digest_of_fit(plan: PruningPlan) -> str:
 def _compensation_record(done: Compensated) -> CompensationRecord:
     """For the plan; weights that predict held-out text worse than those from before are not taken."""
     held_out: dict[str, Any] = {
+        "held_out_perplexity_original": done.held_out_perplexity_original,
         "held_out_perplexity_before": done.held_out_perplexity_before,
         "held_out_perplexity_after": done.held_out_perplexity_after,
     }
@@ -421,6 +422,7 @@ def _compensation_summary(record: CompensationRecord | None) -> CompensationSumm
     if record is None or record.held_out_perplexity_after is None:
         return None
     return CompensationSummary(
+        held_out_perplexity_original=record.held_out_perplexity_original,
         held_out_perplexity_before=record.held_out_perplexity_before,
         held_out_perplexity_after=record.held_out_perplexity_after,
         taken=record.taken,

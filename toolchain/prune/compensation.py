@@ -52,7 +52,8 @@ class Compensated:
         records: One a re-fitted projection, for the plan.
         final_norm_factor: By which the norm before the head was multiplied; 1 if nothing was changed.
         perplexity: Of the compensated model on the first window.
-        held_out_perplexity_before: Of the pruned model as it came, on the windows that no weight was fitted to.
+        held_out_perplexity_original: Of the original, on the windows that no weight was fitted to.
+        held_out_perplexity_before: Of the pruned model as it came, on the same windows.
         held_out_perplexity_after: Of the compensated model on the same windows.
     """
 
@@ -60,6 +61,7 @@ class Compensated:
     records: list[RefitRecord]
     final_norm_factor: float
     perplexity: float
+    held_out_perplexity_original: float
     held_out_perplexity_before: float
     held_out_perplexity_after: float
 
@@ -129,7 +131,7 @@ def _finished(
         losses = share.together(metric.of_tokens(walk, own) if len(own) else rows, share.held_out)
         return finite(metric.combine(losses), "perplexity", walk)
 
-    before = of_held_out(states.plain)
+    original, before = of_held_out(states.before[share.is_held_out]), of_held_out(states.plain)
     norm_factor, tensors = _final_norm_factor(walk, states.before, states.after, share), dict(states.tensors)
     if norm_factor != 1:
         scaled = _scale_final_norm(walk, pruning.dtypes, norm_factor)
@@ -142,6 +144,7 @@ def _finished(
         records=states.records,
         final_norm_factor=norm_factor,
         perplexity=finite(share.ranks.from_first(perplexity)[0], "perplexity", walk),
+        held_out_perplexity_original=original,
         held_out_perplexity_before=before,
         held_out_perplexity_after=of_held_out(states.after[share.is_held_out]),
     )

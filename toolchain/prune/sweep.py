@@ -1,4 +1,4 @@
-"""Plans for several sparsities of one model, which share the statistics of its neurons."""
+"""Plans for several sparsities of one model, which share it and the statistics of its neurons."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -52,7 +52,8 @@ def sweep(
     checkpoint = opened(model)
     jobs = [prepare(checkpoint, replace(settings, sparsity=sparsity), model_name) for sparsity in sparsities]
     with work.working():
-        states = [SearchState(work, work.directory / f"{job.settings.sparsity:g}") for job in jobs]
+        sums = work.directory / "sums"
+        states = [SearchState(work, work.directory / f"{job.settings.sparsity:g}", sums=sums) for job in jobs]
         searched = _search_all(jobs, states, progress)
         # The model that they shared is gone from memory.
         plans = [_limited(*each, progress) for each in zip(jobs, searched, states, strict=True)]

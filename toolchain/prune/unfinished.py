@@ -32,13 +32,22 @@ _MEASURED: dict[str, Any] = {
 class SearchState:
     """The plan so far of one search, in a directory that is deleted with the rest of the unfinished work."""
 
-    def __init__(self, work: Unfinished | None, directory: Path, ranks: Ranks = ALONE) -> None:
-        """``directory`` is that of ``work``, or one below it for each search of a sweep.
+    def __init__(
+        self, work: Unfinished | None, directory: Path, ranks: Ranks = ALONE, *, sums: Path | None = None
+    ) -> None:
+        """Changes nothing yet.
 
-        Of several ranks the first has the directory, and the others, without ``work``, learn from it what is there.
+        Args:
+            work: Of which the search is a part. Of several ranks the first has it, and the others, with ``None``, learn
+                from it what is there.
+            directory: That of ``work``, or one below it for each search of a sweep.
+            ranks: Who searches.
+            sums: Directory for what does not depend on the sparsity, which a sweep's searches share; by default it is
+                below ``directory``.
         """
         self._work = work
         self._ranks = ranks
+        self._sums = sums or directory / "sums"
         self.directory = directory
 
     def save(self, plan: PruningPlan) -> None:
@@ -63,7 +72,7 @@ class SearchState:
         Raises:
             SenteiError: That is damaged.
         """
-        files, work = StageFiles(self.directory / "sums", stage), self._work
+        files, work = StageFiles(self._sums, stage), self._work
         found = files.load(stage) if work is not None else None
         said, tensors = self._ranks.from_first(*(reversed(found) if found else ()))
 
