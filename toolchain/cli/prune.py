@@ -369,8 +369,8 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
         if compensation["taken"]:
             original = compensation["held_out_perplexity_original"]
             console.print(
-                f"  held out     perplexity {original:.4g} → {before:.4g} → {after:.4g} (compensated), on windows that no "
-                "weight was fitted to"
+                f"  held out     perplexity {original:.4g} → {before:.4g} → {after:.4g} (compensated), on windows that "
+                "no weight was fitted to"
             )
         else:
             console.print(
