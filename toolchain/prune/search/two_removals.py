@@ -1,11 +1,12 @@
 """What removing two attentions would cost and gain, where a plan removes none: KV cache gains nothing then.
 
 With grouped-query attention an attention is small beside an FFN, and the published formula removes none of them at most
-sparsities. What two would cost is measured on the search's own windows, at the plan's sparsity: each attention's
-removal on the first tokens, then the two that do least damage together, on all. On the way from the full widths to the
-plan's, FFNs stop where the two attentions make up for what they keep.
+sparsities. What two would cost is measured on the search's own windows, at the plan's sparsity: the first tokens say
+which one goes, and which of the best others goes after it; the damage of both is measured on all. On the way from the
+full widths to the plan's, FFNs stop where the two attentions make up for what they keep.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from toolchain.checkpoint.directory import Checkpoint
 from toolchain.metrics.token_metrics import KLDivergence, Metric, PerplexityMetric, measure
 from toolchain.plan.plan import PruningPlan, top_neurons
 from toolchain.plan.summary_document import TwoRemovalsSummary
-from toolchain.prune.budget.allocation import ladder
+from toolchain.prune.budget.allocation import BlockParameters, ladder
 from toolchain.prune.search.attention import candidate_scores
 from toolchain.prune.search.candidates import embedded_states
 from toolchain.prune.search.two_stage import Search
@@ -23,6 +24,8 @@ from toolchain.prune.search.two_stage import Search
 _NUM_REMOVALS = 2
 # This share of each window says which two attentions do least damage: a few percent of a run, at any length.
 _SHARE_OF_WINDOW = 1 / 8
+# This share of the attentions, those that do least damage alone, is tried again without the first.
+_SHARE_TRIED_AGAIN = 1 / 3
 
 
 def asks_for_two_removals(plan: PruningPlan) -> bool:
@@ -53,11 +56,12 @@ def two_removals(search: Search, checkpoint: Checkpoint, plan: PruningPlan) -> T
     """
     walk, metric = search.walk, _on_text(search.metric, search.windows)
     walk.layers.restore()
-    widths = _widths_with_removals(search, plan)
+    widths = widths_with_removals(search.sizes, plan)
     with walk.only_neurons([top_neurons(*each) for each in zip(plan.importance, widths, strict=True)]):
         start = metric.ids[:, : max(2, int(metric.ids.shape[1] * _SHARE_OF_WINDOW))]
         layers = _least_damaging(search, start, plan.document.protected.attention)
-        with_removals = measure(walk, metric, without_attention=layers)
+        with_removals = measure(walk, metric, without_attention=layers[1:])
+    walk.layers.restore()
     without = plan.document.metric_at_end
     if metric is not search.metric:
         with walk.only_neurons(plan.kept_neurons):
@@ -85,29 +89,33 @@ def _on_text(metric: Metric, windows: torch.Tensor) -> PerplexityMetric | KLDive
     return PerplexityMetric(windows[:1])
 
 
-def _widths_with_removals(search: Search, plan: PruningPlan) -> tuple[int, ...]:
-    """The plan's widths, on the way back to the full ones by what the attentions weigh."""
-    document, full = plan.document, search.sizes.intermediate_size
+def widths_with_removals(sizes: BlockParameters, plan: PruningPlan) -> tuple[int, ...]:
+    """The plan's widths, on the way back to the full ones by what the attentions weigh, to a unit of one layer."""
+    document, full = plan.document, sizes.intermediate_size
     target = document.target_intermediate_size
-    removed = sum(full - width for width in target) * search.sizes.neuron
-    attentions = _NUM_REMOVALS * (search.sizes.attention + search.sizes.attention_norm)
+    enough = sum(target) + _NUM_REMOVALS * (sizes.attention + sizes.attention_norm) // sizes.neuron
     finest = max(max(full - width for width in target) // document.align, 1)
     rung = ladder(full, target, document.align)
-    enough = (each for each in range(finest + 1) if _removed(search, rung(each, finest)) + attentions >= removed)
-    return rung(next(enough), finest)
-
-
-def _removed(search: Search, widths: Sequence[int]) -> int:
-    return sum(search.sizes.intermediate_size - width for width in widths) * search.sizes.neuron
+    widths = list(rung(0, finest))
+    for step in range(1, finest + 1):
+        for layer, width in enumerate(rung(step, finest)):
+            if sum(widths) <= enough:
+                return tuple(widths)
+            widths[layer] = width
+    return tuple(widths)
 
 
 def _least_damaging(search: Search, ids: torch.Tensor, protected: Sequence[int]) -> list[int]:
-    """The two attentions that do least damage, each removed alone."""
+    """The attention that does least damage, and the one that does least after it; the first is removed."""
     walk, metric = search.walk, PerplexityMetric(ids)
     layers = [layer for layer in range(len(walk.layers)) if layer not in protected]
-    with search.progress("If attentions went", len(layers)) as advance:
-        scores = candidate_scores(walk, metric, layers, embedded_states(walk, ids), advance)
-    return sorted(layers, key=scores.__getitem__)[:_NUM_REMOVALS]
+    again = math.ceil(len(layers) * _SHARE_TRIED_AGAIN)
+    with search.progress("If attentions went", len(layers) + again) as advance:
+        alone = candidate_scores(walk, metric, layers, embedded_states(walk, ids), advance)
+        first, *others = sorted(layers, key=alone.__getitem__)
+        walk.layers.remove_attention(first)
+        after = candidate_scores(walk, metric, sorted(others[:again]), embedded_states(walk, ids), advance)
+    return [first, min(after, key=after.__getitem__)]
 
 
 def _decode_parameters(checkpoint: Checkpoint, plan: PruningPlan) -> int:
