@@ -11,7 +11,7 @@ import torch
 from toolchain.checkpoint.directory import Checkpoint
 from toolchain.errors import SenteiError
 from toolchain.memory import available_bytes
-from toolchain.prune.compensation import RIDGES
+from toolchain.prune.ridge_fit import RIDGES
 from toolchain.prune.settings import PruneSettings
 
 _FLOAT64 = 8

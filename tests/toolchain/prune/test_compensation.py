@@ -20,7 +20,8 @@ from toolchain.model.loading import load_tokenizer
 from toolchain.plan.plan import load_plan
 from toolchain.progress import no_progress
 from toolchain.prune import apply as application
-from toolchain.prune.compensation import Compensated, Moments, Refit, _is_held_out, best_fit, compensate, ridge_fits
+from toolchain.prune.compensation import Compensated, _is_held_out, compensate
+from toolchain.prune.ridge_fit import Moments, Refit, best_fit, ridge_fits
 from toolchain.prune.stage_files import StageFiles
 from toolchain.text.embedded import documents
 from toolchain.text.sources import TextSource

@@ -1,0 +1,178 @@
+"""Ridge regression of one projection: the closed-form fits of :mod:`toolchain.prune.compensation`, in little memory."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from scipy.linalg import lapack
+
+from toolchain.ranks.ranks import ALONE, Ranks
+
+# Ridges that are tried, relative to each input's own energy; held-out windows choose.
+RIDGES = (0.1, 1.0, 10.0)
+# Errors below this share are rounding, not damage.
+_ROUNDING = 1e-6
+# So many rows of a matrix of moments are made at a time.
+_ROWS = 1024
+
+
+class Moments:
+    """What a least-squares fit needs of its data: sums over tokens, in float64.
+
+    Attributes:
+        gram: Of the inputs, ``[num_inputs, num_inputs]``; above the diagonal it is only right after :meth:`complete`.
+        cross: Of targets and inputs, ``[num_outputs, num_inputs]``.
+        energy: Of the targets.
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int, device: torch.device) -> None:
+        self.gram = torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(num_outputs, num_inputs, dtype=torch.float64, device=device)
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """``inputs`` ``[..., num_inputs]`` and ``targets`` ``[..., num_outputs]``, one row per token."""
+        x, y = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
+        with _bfloat16_products(inputs.dtype == targets.dtype == torch.bfloat16):
+            # The other half is the same.
+            for start, stop in self._blocks():
+                self.gram[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
+            self.cross += y.T @ x
+        self.energy += y.double().square().sum()
+
+    def complete(self) -> None:
+        """Fills in what stands above the diagonal."""
+        for start, stop in self._blocks():
+            block = self.gram[start:stop, start:stop]
+            block.copy_(block.tril() + block.tril(-1).T)
+            self.gram[start:stop, stop:] = self.gram[stop:, start:stop].T
+
+    def error(self, weight: torch.Tensor) -> float:
+        """``sum |W x - y|^2 / sum |y|^2``; ``weight`` is ``[num_outputs, num_inputs]``. Of complete moments."""
+        residual = self.energy.clone()
+        for rows, cross in zip(weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
+            exact = rows.double()
+            residual += ((exact @ self.gram).sub_(cross, alpha=2)).mul_(exact).sum()
+        return float(residual / self.energy.clamp_min(torch.finfo(torch.float64).tiny))
+
+    def ridge_fit(self, weight: torch.Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Minimises ``sum |W x - y|^2 + sum_j strength_j |W_j - weight_j|^2``. Of complete moments.
+
+        ``strength_j`` is the ridge times ``sum x_j^2``, so that an input's unit does not matter, and the few inputs of
+        huge activations do not hold the others back.
+
+        Returns:
+            ``[num_outputs, num_inputs]`` in ``dtype``; computed in float64.
+        """
+        energies = self.gram.diagonal().clone()
+        # An input that is always zero would make the matrix singular.
+        strengths = ridge * energies.clamp_min(_ROUNDING * energies.mean())
+        found = torch.empty(self.cross.shape, dtype=dtype, device=self.gram.device)
+        with self._factored(strengths) as factor:
+            # By rows: what is solved for is several times as large as the weight.
+            for part, old, cross in zip(found.split(_ROWS), weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
+                part.copy_(_solved(factor, (old.double() * strengths).add_(cross)))
+        return found
+
+    @contextmanager
+    def _factored(self, strengths: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Lends the Cholesky factor of the matrix with ``strengths`` added to its diagonal, below the diagonal.
+
+        It takes the matrix' place meanwhile: the two of them would be more than anything else that is in memory.
+        """
+        on_host = self.gram.cpu() if self.gram.is_cuda else None
+        energies = self.gram.diagonal().clone()
+        self.gram.diagonal().add_(strengths)
+        try:
+            if on_host is not None:
+                # LAPACK and torch count by columns: of a matrix that is the same both ways.
+                torch.linalg.cholesky(self.gram.mT, out=self.gram.mT)
+                yield self.gram.mT
+                return
+            factor, failed = lapack.dpotrf(self.gram.numpy().T, lower=1, clean=0, overwrite_a=1)
+            if failed:
+                raise torch.linalg.LinAlgError("The matrix of a fit is not positive definite.")
+            yield torch.from_numpy(factor)
+        finally:
+            if on_host is not None:
+                self.gram.copy_(on_host)
+            else:
+                # Only what stands above the diagonal was overwritten.
+                self.gram.diagonal().copy_(energies)
+                self.complete()
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        size = len(self.gram)
+        return ((start, min(start + _ROWS, size)) for start in range(0, size, _ROWS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """The weight that won, ``None`` if nothing beat the old one; held-out errors as shares of the target's energy."""
+
+    weight: torch.Tensor | None
+    ridge: float
+    error_before: float
+    error_after: float
+
+
+def _solved(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``right``, float64 ``[rows, size]``, times the inverse of the matrix with this Cholesky factor."""
+    if factor.is_cuda:
+        halfway = torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False)
+        return torch.linalg.solve_triangular(factor, halfway, upper=False, left=False)
+    solution, _ = lapack.dpotrs(factor.numpy(), right.numpy().T, lower=1, overwrite_b=1)
+    return torch.from_numpy(solution.T)
+
+
+def ridge_fits(
+    weight: torch.Tensor, moments: Moments, dtype: torch.dtype, ranks: Ranks = ALONE
+) -> dict[float, torch.Tensor]:
+    """Ridge regressions towards ``weight``, ``[num_outputs, num_inputs]``, by ridge; rounded to ``dtype``.
+
+    Of several ranks, each fits with ridges of its own.
+    """
+    moments.complete()
+    return {ridge: moments.ridge_fit(weight, ridge, dtype) for ridge in RIDGES[ranks.rank :: ranks.size]}
+
+
+def best_fit(
+    weight: torch.Tensor,
+    fits: Mapping[float, torch.Tensor],
+    held_out: Moments,
+    dtype: torch.dtype,
+    ranks: Ranks = ALONE,
+) -> Refit:
+    """The weight that says best what held-out tokens ask for, if it is not the one there was; in all ranks the same."""
+    held_out.complete()
+    # One rank's word counts: another kind of processor may round in another way.
+    errors = torch.zeros(1 + len(RIDGES), dtype=torch.float64)
+    errors[0] = held_out.error(weight) if ranks.is_first else 0.0
+    for place, ridge in enumerate(RIDGES, 1):
+        if ridge in fits:
+            errors[place] = held_out.error(fits[ridge])
+    before, *by_ridge = torch.stack(ranks.gather(errors)).sum(0).tolist()
+    best = min(range(len(RIDGES)), key=by_ridge.__getitem__)
+    if before < _ROUNDING or not by_ridge[best] < before:
+        return Refit(weight=None, ridge=0.0, error_before=before, error_after=before)
+    found = fits.get(RIDGES[best])
+    if ranks.several:
+        found = torch.empty(weight.shape, dtype=dtype, device=weight.device) if found is None else found.contiguous()
+        ranks.broadcast(found, best % ranks.size)
+    assert found is not None
+    return Refit(weight=found, ridge=RIDGES[best], error_before=before, error_after=by_ridge[best])
+
+
+@contextmanager
+def _bfloat16_products(exact: bool) -> Iterator[None]:
+    """Lets float32 matrix products round their inputs to bfloat16, in which hardware multiplies several times faster.
+
+    Nothing is lost where the inputs are bfloat16 numbers: products are summed in float32 all the same.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if exact else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
