@@ -11,6 +11,7 @@ import torch
 from toolchain.checkpoint.directory import Checkpoint
 from toolchain.errors import SenteiError
 from toolchain.memory import available_bytes
+from toolchain.prune.compensation import RIDGES
 from toolchain.prune.settings import PruneSettings
 
 _FLOAT64 = 8
@@ -47,13 +48,13 @@ def memory_needed(checkpoint: Checkpoint, settings: PruneSettings, *, offload: b
     # A layer's graph: residual stream, norms, queries to outputs, and three activations of the FFN, each about twice.
     graph = settings.seq_len * (12 * hidden + 6 * width) * size
     ranked, compensates = settings.widths == "ranked", settings.compensate
-    # A GPU holds the factor of a matrix beside the matrix.
-    moments = (2 if settings.device.startswith("cuda") else 1) * width * width + 2 * width * hidden
+    # One matrix, which is factored in its own place, and of each ridge the weight that came out.
+    moments = (width * width + width * hidden) * _FLOAT64 + len(RIDGES) * width * hidden * checkpoint.dtype.itemsize
     of_search = (outside + 2 * layer if offload else checkpoint.num_parameters) * size
     of_fit = (outside + layer if offload else checkpoint.num_parameters) * size
     return MemoryNeeded(
         search=of_search + ((layers + 1) * state + graph if ranked else 2 * state),
-        fit=of_fit + 3 * settings.num_samples * state + moments * _FLOAT64 if compensates else 0,
+        fit=of_fit + 3 * settings.num_samples * state + moments if compensates else 0,
     )
 
 
