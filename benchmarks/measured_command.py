@@ -34,8 +34,7 @@ import typer
 
 from serving.benchmark.environment import describe_environment
 from serving.benchmark.gpu_watch import used_memory_bytes
-from serving.child_process import own_environment
-from toolchain.lifetime import tied
+from toolchain.lifetime import own_environment, tied
 from toolchain.outputs import beside, write_text
 
 SENTEI = "from toolchain.lifetime import end_with_parent; end_with_parent(); from toolchain.cli.app import main; main()"
