@@ -1,11 +1,11 @@
 """A plan becomes a checkpoint: cut → compensate → write → prove."""
 
 import hashlib
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -112,9 +112,12 @@ def apply_plan(
     windows = _windows_of(plan, checkpoint, calibration)
     dtype = getattr(torch, plan.document.dtype)
     computing = Computing(windows=windows, dtype=dtype, device=device, offload=offload)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.refit-") as directory:
-        planned = realise(computing.open(checkpoint), checkpoint, plan, computing, Path(directory), progress=progress)
-        return write_planned(checkpoint, planned, out, computing, None, started, force=force, progress=progress)
+    with new_directory(out, force=force) as partial:
+        refits = partial / "refits"
+        planned = realise(computing.open(checkpoint), checkpoint, plan, computing, refits, progress=progress)
+        summary = _write_into(partial, checkpoint, planned, computing, None, started, progress)
+        shutil.rmtree(refits, ignore_errors=True)
+    return summary
 
 
 def _windows_of(plan: PruningPlan, checkpoint: Checkpoint, calibration: Sequence[TextSource]) -> torch.Tensor:
@@ -274,22 +277,35 @@ def write_planned(
     Raises:
         CheckFailedError: The written checkpoint does not compute what was planned; it was deleted.
     """
-    plan, proof = planned.plan, planned.proof
     with new_directory(out, force=force) as partial:
-        write_pruned(checkpoint, plan.layout, plan.kept_neurons, partial, refitted=planned.refitted, progress=progress)
-        plan.save(partial)
-        pruned = open_checkpoint(partial)
-        measured = None
-        if computing is not None and proof is not None:
-            walk = computing.open(pruned)
-            perplexity = measure(walk, proof.metric)
-            _check_as_planned(plan, perplexity, proof.expected)
-            if metric is not None:
-                measured = perplexity if metric is proof.metric else measure(walk, metric)
-        summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
-        summary = summary.model_copy(update={"two_removals": planned.two_removals})
-        write_text(partial / PRUNING_SUMMARY_FILE, summary.to_json())
-        write_text(partial / "README.md", model_card(plan, summary.content()))
+        return _write_into(partial, checkpoint, planned, computing, metric, started, progress)
+
+
+def _write_into(
+    directory: Path,
+    checkpoint: Checkpoint,
+    planned: Planned,
+    computing: Computing | None,
+    metric: Metric | None,
+    started: float,
+    progress: Progress,
+) -> dict[str, Any]:
+    """See :func:`write_planned`; ``directory`` exists."""
+    plan, proof = planned.plan, planned.proof
+    write_pruned(checkpoint, plan.layout, plan.kept_neurons, directory, refitted=planned.refitted, progress=progress)
+    plan.save(directory)
+    pruned = open_checkpoint(directory)
+    measured = None
+    if computing is not None and proof is not None:
+        walk = computing.open(pruned)
+        perplexity = measure(walk, proof.metric)
+        _check_as_planned(plan, perplexity, proof.expected)
+        if metric is not None:
+            measured = perplexity if metric is proof.metric else measure(walk, metric)
+    summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
+    summary = summary.model_copy(update={"two_removals": planned.two_removals})
+    write_text(directory / PRUNING_SUMMARY_FILE, summary.to_json())
+    write_text(directory / "README.md", model_card(plan, summary.content()))
     return summary.content()
 
 
