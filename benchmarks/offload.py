@@ -7,7 +7,7 @@ the limit; in memory, below 1.3 times the weights and what a fit takes.
 
     python benchmarks/offload.py -o offload.json
 
-Results stand in ``benchmarks/results/``; ``docs/decisions/memory.md`` explains them.
+Results stand in ``benchmarks/results/``; ``docs/decisions/memory.md`` says what is counted.
 """
 
 import hashlib

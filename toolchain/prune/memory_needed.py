@@ -1,7 +1,7 @@
 """How much memory a run of ``sentei prune`` takes, from shapes alone: said before anything is loaded.
 
 What is counted is what cannot be avoided, so that no run is refused that would have fitted; the rest is a few hundred
-megabytes of Python and its libraries. ``docs/decisions/memory.md`` compares it with what was measured.
+megabytes of Python and its libraries. See ``docs/decisions/memory.md``.
 """
 
 from dataclasses import dataclass
