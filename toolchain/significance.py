@@ -1,6 +1,7 @@
 """Is a difference between two models more than chance? Every interval and every test of sentei, on scipy.stats.
 
-scipy is optional: what needs it calls :func:`check_statistics` before it begins.
+What needs scipy calls :func:`check_statistics` before it begins: where pip was told to leave dependencies out, it is
+not there.
 """
 
 import math
