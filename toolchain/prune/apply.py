@@ -106,16 +106,17 @@ def apply_plan(
     check_output_directory(out, force=force, inputs=[model_directory, *texts])
     checkpoint = open_checkpoint(model_directory)
     check_plan_fits(plan, checkpoint)
-    plan = plan.unhealed()
-    if plan.document.compensation is None:
-        return write_planned(checkpoint, Planned(plan), out, None, None, started, force=force, progress=progress)
-    windows = _windows_of(plan, checkpoint, calibration)
-    dtype = getattr(torch, plan.document.dtype)
-    computing = Computing(windows=windows, dtype=dtype, device=device, offload=offload)
+    planned, computing = Planned(plan.unhealed()), None
+    if plan.document.compensation is not None:
+        windows = _windows_of(plan, checkpoint, calibration)
+        dtype = getattr(torch, plan.document.dtype)
+        computing = Computing(windows=windows, dtype=dtype, device=device, offload=offload)
     with new_directory(out, force=force) as partial:
         refits = partial / "refits"
-        planned = realise(computing.open(checkpoint), checkpoint, plan, computing, refits, progress=progress)
-        summary = _write_into(partial, checkpoint, planned, computing, None, started, progress)
+        if computing is not None:
+            plan = planned.plan
+            planned = realise(computing.open(checkpoint), checkpoint, plan, computing, refits, progress=progress)
+        summary = write_planned(checkpoint, planned, partial, computing, None, started, progress)
         shutil.rmtree(refits, ignore_errors=True)
     return summary
 
@@ -251,12 +252,10 @@ def realise(
 def write_planned(
     checkpoint: Checkpoint,
     planned: Planned,
-    out: Path,
+    directory: Path,
     computing: Computing | None,
     metric: Metric | None,
     started: float,
-    *,
-    force: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Writes everything, and measures what was written against what was planned.
@@ -264,33 +263,18 @@ def write_planned(
     Args:
         checkpoint: The unpruned model.
         planned: What to write.
-        out: The directory to create.
+        directory: Where to; it exists.
         computing: What measurement takes; ``None`` for none.
         metric: What to measure; without one, only what was compensated is.
         started: When all of it began, by ``time.monotonic()``.
-        force: Replace ``out`` if it is not empty.
         progress: Told of every tensor.
 
     Returns:
         The summary, as in ``pruning_summary.json``.
 
     Raises:
-        CheckFailedError: The written checkpoint does not compute what was planned; it was deleted.
+        CheckFailedError: The written checkpoint does not compute what was planned, and is of no use.
     """
-    with new_directory(out, force=force) as partial:
-        return _write_into(partial, checkpoint, planned, computing, metric, started, progress)
-
-
-def _write_into(
-    directory: Path,
-    checkpoint: Checkpoint,
-    planned: Planned,
-    computing: Computing | None,
-    metric: Metric | None,
-    started: float,
-    progress: Progress,
-) -> dict[str, Any]:
-    """See :func:`write_planned`; ``directory`` exists."""
     plan, proof = planned.plan, planned.proof
     write_pruned(checkpoint, plan.layout, plan.kept_neurons, directory, refitted=planned.refitted, progress=progress)
     plan.save(directory)
@@ -302,8 +286,7 @@ def _write_into(
         _check_as_planned(plan, perplexity, proof.expected)
         if metric is not None:
             measured = perplexity if metric is proof.metric else measure(walk, metric)
-    summary = summarise(checkpoint, pruned, plan, measured, time.monotonic() - started)
-    summary = summary.model_copy(update={"two_removals": planned.two_removals})
+    summary = summarise(checkpoint, pruned, planned, measured, time.monotonic() - started)
     write_text(directory / PRUNING_SUMMARY_FILE, summary.to_json())
     write_text(directory / "README.md", model_card(plan, summary.content()))
     return summary.content()
@@ -378,10 +361,10 @@ def _check_as_planned(plan: PruningPlan, measured: float, planned: float | None)
 
 
 def summarise(
-    original: Checkpoint, pruned: Checkpoint, plan: PruningPlan, measured: float | None, duration_s: float
+    original: Checkpoint, pruned: Checkpoint, planned: Planned, measured: float | None, duration_s: float
 ) -> PruningSummary:
     """What was removed and what it cost on the calibration window."""
-    document, name = plan.document, plan.document.base_model.name
+    plan, document, name = planned.plan, planned.plan.document, planned.plan.document.base_model.name
     return PruningSummary(
         schema_version=1,
         kind="pruning_summary",
@@ -402,6 +385,7 @@ def summarise(
         compensation=_compensation_summary(document.compensation),
         stopped_because=document.stopped_because,
         limit=None if measured is None else _limit_summary(document),
+        two_removals=planned.two_removals,
         duration_s=round(duration_s, 1),
     )
 

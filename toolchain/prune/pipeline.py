@@ -145,9 +145,8 @@ def prune(
     with work.working(identity_of(job.blank), read=read_identity):
         planned = _search_and_realise(job, SearchState(work, work.directory, ranks), progress, ranks)
         if not removes_nothing(planned.plan):
-            summary = write_planned(
-                job.checkpoint, planned, out, job.computing, job.metric, started, force=force, progress=progress
-            )
+            with new_directory(out, force=force) as partial:
+                summary = write_planned(job.checkpoint, planned, partial, job.computing, job.metric, started, progress)
             return cast(dict[str, Any], ranks.from_first(summary)[0])
         with new_directory(out, force=force) as partial:
             planned.plan.save(partial)

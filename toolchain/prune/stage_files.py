@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from toolchain.checkpoint.directory import DTYPES, TensorInfo
 from toolchain.errors import SenteiError, reason_of
 from toolchain.json_files import parse_json
+from toolchain.outputs import whole_file
 from toolchain.safetensors_files import check_header_size
 
 _SAID = "sentei"
@@ -38,14 +39,12 @@ class StageFiles:
             OSError: The disk is full or not writable.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self._file(name).with_suffix(".partial")
         metadata = {_SAID: json.dumps({"belongs_to": self.belongs_to, "said": dict(said or {})})}
-        try:
-            save_file({key: each.cpu().contiguous() for key, each in tensors.items()}, partial, metadata)
-        except SafetensorError as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(f"{partial}: {reason_of(error)}") from error
-        partial.replace(self._file(name))
+        with whole_file(self._file(name)) as partial:
+            try:
+                save_file({key: each.cpu().contiguous() for key, each in tensors.items()}, partial, metadata)
+            except SafetensorError as error:
+                raise OSError(f"{partial}: {reason_of(error)}") from error
 
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """What was saved; ``None`` if nothing was, or of something else.
