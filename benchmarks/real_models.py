@@ -224,7 +224,7 @@ class ModelRun:
         return self.work / self.name / f"{row.replace(' ', '-')}{step.writes}"
 
     def _key(self, row: str, step: Step) -> str:
-        """Of everything that a cell depends on."""
+        """Names everything that a cell depends on."""
         commands = [each.command for _, each in self._needs(row, step)] + [step.command]
         placeholders = {word for command in commands for word in command}
         used = {name: value for name, value in self.settings.items() if f"{{{name}}}" in placeholders}

@@ -1,4 +1,4 @@
-"""The one way in which JSON is read: within bounds, and with one sentence for whatever is wrong with it.
+"""The one way in which JSON is read and compared: within bounds, and with one sentence for whatever is wrong with it.
 
 Files may come from strangers. What Python's parser would let pass and other readers of the same file would take in
 another way is refused: keys that are given twice, ``NaN`` and ``Infinity``, half a character of a surrogate pair. So
@@ -24,6 +24,8 @@ _MAX_DEPTH = 64
 _PARTS, _MOST_PARTS = (b"[", b"{", b",", b'"'), 4_000_000
 # Sums, squares and products of two such numbers are still floats.
 _MAX_NUMBER = 1e150
+_LONGEST_SHOWN = 40
+_ABSENT = object()
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # What may be too large, or no number; strings that look like it only cost time.
 _SUSPECT = re.compile(r"\d{140}|[\d.][eE]\+?\d{2,}\s*(?:[,\]}]|\Z)|NaN|Infinity")
@@ -136,6 +138,35 @@ def parse_json(content: str | bytes, where: str, *, hint: str = "") -> Any:
         said = f"{number:.3g}" if isinstance(number, float) else f"a number of {len(str(abs(number)))} digits"
         raise SenteiError(f"{where} is not readable JSON ({field.lstrip('.')[:200] or 'it'} is {said}).", hint)
     return found
+
+
+def first_difference(one: Any, other: Any, where: str = "") -> tuple[str, str, str] | None:
+    """The first place where two JSON values differ, in the order of the keys, and what stands there.
+
+    Args:
+        one: A value as JSON has it.
+        other: Another.
+        where: What the place's name begins with.
+
+    Returns:
+        The place, as in ``text.sources[1].weight``, and both values for people; ``None`` if all is the same.
+    """
+    pairs: Iterator[tuple[Any, Any, str]]
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = {**one, **other}
+        pairs = ((one.get(key, _ABSENT), other.get(key, _ABSENT), f"{where}.{key}".lstrip(".")) for key in keys)
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = ((*both, f"{where}[{number}]") for number, both in enumerate(zip(one, other, strict=True)))
+    else:
+        return None if one == other else (where, _shown(one), _shown(other))
+    return next((found for each in pairs if (found := first_difference(*each))), None)
+
+
+def _shown(value: object) -> str:
+    if value is _ABSENT:
+        return "nothing"
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
 
 
 @contextmanager

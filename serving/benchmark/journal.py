@@ -11,6 +11,7 @@ from toolchain.errors import SenteiError
 from toolchain.json_files import read_json_lines
 from toolchain.outputs import (
     BENCHMARK,
+    START_OVER,
     Unfinished,
     check_output_directory,
     claimed_directory,
@@ -21,7 +22,6 @@ RESULTS_FILE = "results.json"
 _MEASURED = "measured.jsonl"
 _NOT_STARTED = "not_started.json"  # the settings of what ended before anything was measured
 _REPORT = "told"  # an older name, which journals have that are still to be resumed
-_START_OVER = "Use --force to start over."
 Key = tuple[int, int, str]  # repeat, number of the load, side
 
 
@@ -45,7 +45,7 @@ class Journal:
         file = directory / _MEASURED
         if file.is_file():
             _drop_half_line(file)
-            for where, entry in read_json_lines(file, hint=_START_OVER):
+            for where, entry in read_json_lines(file, hint=START_OVER):
                 self._take_read(where, entry)
 
     def get(self, key: Key) -> dict[str, Any] | None:
@@ -80,7 +80,7 @@ class Journal:
             self._take(entry)
         except (KeyError, TypeError, ValueError) as error:
             raise SenteiError(
-                f"{where} does not have the fields it should ({type(error).__name__}: {error}).", _START_OVER
+                f"{where} does not have the fields it should ({type(error).__name__}: {error}).", START_OVER
             ) from error
 
     def _append(self, entry: dict[str, Any]) -> None:

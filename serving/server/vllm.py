@@ -27,7 +27,7 @@ from toolchain.errors import MissingDependencyError, SenteiError
 HOST = "127.0.0.1"
 _TAIL_LINES = 30
 START_TIMEOUT_S = 900.0
-# Of programs that do not understand their options: another start would end alike.
+# What programs end with that do not understand their options: another start would end alike.
 _USAGE_EXIT_CODE = 2
 _STOP_TIMEOUT_S = 20.0
 # vLLM reports the engine process's exception in its log, far above the last line; the ONNX server as the last one.

@@ -25,7 +25,7 @@ MARGINS: Mapping[str, float] = {
 }
 # Below this, in nats, engines differ by how they write a log-probability down in float32.
 FLOOR = 1e-5
-# Of 64 greedy tokens, two may be ones after which the model does not know its own mind, and count as 1 nat.
+# Two of 64 greedy tokens may come where the model itself is undecided; each counts as 1 nat.
 _GREEDY_FLOOR = 2 / 64
 # By what rounding to a format may do: largest fraction of other likeliest tokens, and factor on perplexity. Measured on
 # the demo model: int8 0.016 | 1.002, int4 0.16 | 1.12; on itself with attention gone in layers 12 and 27: int8 0.057 |

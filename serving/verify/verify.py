@@ -73,7 +73,7 @@ _PROMPTS = (
 )
 
 
-# Of checkpoints for vLLM.
+# How checkpoints for vLLM may be rounded.
 QUANTISED = ("fp8", "int8", "w4a16")
 _ONNX_PRECISIONS = {"fp32": "onnx-float32", "fp16": "float16", "bf16": "bfloat16", "int8": "onnx-int8", "int4": "int4"}
 

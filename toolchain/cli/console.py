@@ -43,7 +43,7 @@ class Output:
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
-        # Of several processes that share a command, the first one tells.
+        # Where several processes share a command, the first one tells.
         self.quiet = quiet = quiet or not is_first()
         self.stdout = PlainConsole(quiet=not is_first(), **_PLAIN)
         self.stderr = PlainConsole(stderr=True, quiet=quiet, **_PLAIN)

@@ -39,7 +39,7 @@ class Layers(Protocol):
         ...
 
     def layer(self, index: int, *, read_ahead: bool = True) -> AbstractContextManager[nn.Module]:
-        """Lends a layer, ready to run; ``read_ahead`` where the next one is to come soon and memory allows it."""
+        """Lends a layer, ready to run; ``read_ahead`` has its neighbour read meanwhile, into memory for one more."""
         ...
 
     def narrow(self, kept_neurons: KeptNeurons) -> None:
@@ -234,7 +234,7 @@ class LayerWalk:
         return list(ids.split(self._sequences_per_call(ids.shape[1])))
 
     def num_fitting(self, seq_len: int) -> int:
-        """How many sequences half of the free memory holds, each with what enters a layer and what leaves it."""
+        """How many sequences fit into half of the free memory; each takes what enters a layer and what leaves it."""
         state_bytes = seq_len * self.model.config.hidden_size * self.model.dtype.itemsize
         return available_bytes(self.model.device) // (2 * 2 * state_bytes)
 

@@ -10,7 +10,7 @@ from toolchain.outputs.claims import (
     writes_file,
 )
 from toolchain.outputs.names import BENCHMARK, HEALING, PARTS, SEARCH, Kind, beside
-from toolchain.outputs.unfinished import Unfinished, begin_with, identity_on_disk
+from toolchain.outputs.unfinished import START_OVER, Unfinished, begin_with, identity_on_disk
 from toolchain.outputs.writing import new_directory, replace_directory, whole_file, write_text
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "HEALING",
     "PARTS",
     "SEARCH",
+    "START_OVER",
     "Kind",
     "Unfinished",
     "begin_with",

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
-from toolchain.json_files import read_json_object
+from toolchain.json_files import first_difference, read_json_object
 from toolchain.outputs.checks import is_empty_directory, kind_of
 from toolchain.outputs.claims import delete
 from toolchain.outputs.names import PARTIAL, Kind, beside
 from toolchain.outputs.writing import write_text
 
 Identity = Mapping[str, Any]
-_START_OVER = "Use --force to start over."
-_LONGEST_VALUE = 40
-_ABSENT = object()
+START_OVER = "Use --force to start over."
 
 
 class Unfinished:
@@ -124,10 +122,11 @@ def begin_with(
     now = json.loads(json.dumps(identity))
     before = (read or (lambda place: identity_on_disk(place, kind)))(directory)
     if before is None and _holds_work(directory, kind):
-        raise SenteiError(f"{directory} does not say what it was begun with ({kind.identity_file}).", _START_OVER)
-    if before is not None and (found := _difference("", json.loads(json.dumps(before)), now)):
+        raise SenteiError(f"{directory} does not say what it was begun with ({kind.identity_file}).", START_OVER)
+    if before is not None and (found := first_difference(json.loads(json.dumps(before)), now)):
+        field, then, here = found
         raise SenteiError(
-            f"{directory} was begun with another {found}.",
+            f"{directory} was begun with another {field}: {then} then, {here} now.",
             "Run the same command as before, or use --force to start over.",
         )
     if not (directory / kind.identity_file).exists():
@@ -143,7 +142,7 @@ def identity_on_disk(directory: Path, kind: Kind) -> Identity | None:
     """
     assert kind.identity_file is not None
     file = directory / kind.identity_file
-    return read_json_object(file, hint=_START_OVER) if file.exists() else None
+    return read_json_object(file, hint=START_OVER) if file.exists() else None
 
 
 def _refuse_others(directory: Path, kind: Kind) -> None:
@@ -164,23 +163,3 @@ def _holds_work(directory: Path, kind: Kind) -> bool:
         not path.is_dir() and path.name != kind.identity_file and path.suffix != f".{PARTIAL}"
         for path in directory.rglob("*")
     )
-
-
-def _difference(where: str, before: Any, now: Any) -> str | None:
-    """The first field that differs between two JSON values, and how; ``None`` if none does."""
-    pairs: Iterator[tuple[str, Any, Any]]
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = {**before, **now}
-        pairs = ((f"{where}.{key}".lstrip("."), before.get(key, _ABSENT), now.get(key, _ABSENT)) for key in keys)
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        pairs = ((f"{where}[{number}]", *both) for number, both in enumerate(zip(before, now, strict=True)))
-    else:
-        return None if before == now else f"{where}: {_shown(before)} then, {_shown(now)} now"
-    return next((found for each in pairs if (found := _difference(*each))), None)
-
-
-def _shown(value: object) -> str:
-    if value is _ABSENT:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

@@ -21,7 +21,7 @@ from toolchain.metrics.token_metrics import Metric
 from toolchain.model.context_length import check_window
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_tokenizer, needed_bos
-from toolchain.outputs import check_output_directory, new_directory, write_text, writes_directory
+from toolchain.outputs import START_OVER, check_output_directory, new_directory, write_text, writes_directory
 from toolchain.plan.document import (
     SCHEMA_VERSION,
     BaseModelRecord,
@@ -192,7 +192,7 @@ def _two_removals(
         return None
     file = state.directory / "two_removals.json"
     if file.exists():
-        return read_document(file, TwoRemovalsSummary, hint="Use --force to start over.")
+        return read_document(file, TwoRemovalsSummary, hint=START_OVER)
     try:
         found = two_removals(job.search(walk, state, progress), job.checkpoint, plan)
     except SenteiError:

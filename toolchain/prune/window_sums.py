@@ -63,8 +63,7 @@ def sum_of_parts(
     for start, counts in _rounds(done, num_parts, ranks.size, at_once):
         first = start + sum(counts[: ranks.rank])
         own = range(first, first + counts[ranks.rank])
-        found = of_parts(own).double().cpu() if own else None
-        for rows in _gathered(found, counts, ranks):
+        for rows in ranks.gather_rows(of_parts(own) if own else None, counts):
             for row in rows:
                 total = row if total is None else total + row
         assert total is not None
@@ -82,16 +81,3 @@ def _rounds(done: int, num_parts: int, num_ranks: int, at_once: int) -> Iterator
         counts = [some // num_ranks + (rank < some % num_ranks) for rank in range(num_ranks)]
         yield done, counts
         done += some
-
-
-def _gathered(own: torch.Tensor | None, counts: list[int], ranks: Ranks) -> list[torch.Tensor]:
-    """What all ranks found, without the rows that made theirs as many as those of rank 0, which has the most."""
-    if not ranks.several:
-        assert own is not None
-        return [own]
-    # A rank without a part learns here how long one is.
-    size = max(int(each) for each in ranks.gather(torch.tensor(0 if own is None else own.shape[1])))
-    padded = torch.zeros(counts[0], size, dtype=torch.float64)
-    if own is not None:
-        padded[: len(own)] = own
-    return [rows[:count] for rows, count in zip(ranks.gather(padded), counts, strict=True)]

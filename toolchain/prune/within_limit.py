@@ -19,7 +19,7 @@ from toolchain.documents import Record, read_document
 from toolchain.metrics.token_metrics import Metric, measure
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.slicing import write_pruned
-from toolchain.outputs import write_text
+from toolchain.outputs import START_OVER, write_text
 from toolchain.plan.document import LimitRecord, Rung
 from toolchain.plan.plan import PruningPlan
 from toolchain.progress import Progress
@@ -75,7 +75,7 @@ class WithinLimit:
     def __post_init__(self) -> None:
         """Reads what an interrupted command measured."""
         if (file := self._limit_directory / _TRIALS_FILE).exists():
-            self._trials = list(read_document(file, _Trials, hint="Use --force to start over.").trials)
+            self._trials = list(read_document(file, _Trials, hint=START_OVER).trials)
 
     def breaks(self, plan: PruningPlan) -> bool:
         """Whether it is known already that the model of ``plan`` breaks the limit."""

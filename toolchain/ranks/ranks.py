@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load, save
 
 from toolchain.errors import SenteiError, reason_of
+from toolchain.json_files import first_difference
 from toolchain.ranks.heartbeat import Heartbeats
 
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 0.00005, 0.002
@@ -62,6 +63,22 @@ class Ranks:
         found = [torch.empty_like(own) for _ in range(self.size)]
         self._finish(lambda: dist.all_gather(found, own, async_op=True))
         return found
+
+    def gather_rows(self, own: torch.Tensor | None, counts: Sequence[int]) -> list[torch.Tensor]:
+        """Rows of all ranks, of which each has its own number: float64 ``[counts[rank], size]`` each, on the CPU.
+
+        Args:
+            own: This rank's, ``[counts[rank], size]``; ``None`` if it has none. It learns here how long a row is.
+            counts: How many rows each rank has.
+        """
+        if not self.several:
+            assert own is not None
+            return [own.double().cpu()]
+        size = max(int(each) for each in self.gather(torch.tensor(0 if own is None else own.shape[1])))
+        padded = torch.zeros(max(counts), size, dtype=torch.float64)
+        if own is not None:
+            padded[: len(own)] = own
+        return [rows[:count] for rows, count in zip(self.gather(padded), counts, strict=True)]
 
     def add(self, tensor: torch.Tensor) -> None:
         """Puts the sum over all ranks into the tensor, on its device; in the same order of additions in every run."""
@@ -124,8 +141,11 @@ class Ranks:
         # As JSON has it: lists for tuples, texts for the keys.
         own = json.loads(json.dumps(what))
         first, _ = self.from_first(own)
-        found = _difference(first, own)
-        for rank, said in enumerate(self._texts(found or "")):
+        difference = ""
+        if found := first_difference(first, own):
+            place, wanted, here = found
+            difference = f"{place} ({here}, not {wanted})"
+        for rank, said in enumerate(self._texts(difference)):
             if said:
                 raise SenteiError(
                     f"Rank {rank} of {self.size} ({self.hosts[rank]}) differs from rank 0 ({self.hosts[0]}) in {said}.",
@@ -171,19 +191,3 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def _difference(first: Any, own: Any, place: str = "") -> str | None:
-    """The first place where two documents differ, and what stands there."""
-    if isinstance(first, dict) and isinstance(own, dict):
-        for key in sorted({*first, *own}):
-            inner = _difference(first.get(key), own.get(key), f"{place}.{key}" if place else key)
-            if inner:
-                return inner
-        return None
-    return None if first == own else f"{place} ({_short(own)}, not {_short(first)})"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."

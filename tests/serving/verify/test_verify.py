@@ -26,7 +26,7 @@ PROMPTS = [[1, 504, 3575, 282, 4649, 314], [504, 253, 2429, 260]]
 
 @pytest.fixture(autouse=True)
 def _a_shorter_long_prompt(request, monkeypatch):
-    """Of 96 tokens, not 1024, where time counts."""
+    """The long prompt has 96 tokens, not 1024, where time counts."""
     if request.node.get_closest_marker("acceptance") is None:
         monkeypatch.setattr(module, "_LONGEST_PROMPT", 96)
 

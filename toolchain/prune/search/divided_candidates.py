@@ -51,7 +51,9 @@ def divided(
     _hand_over(candidates, places, ends, states, ranks)
     ends = [0, *ends]
     found = without_each(walk, candidates[ends[ranks.rank] : ends[ranks.rank + 1]], states, look)
-    return dict(zip(candidates, _all_of(list(found.values()), ends, ranks), strict=True))
+    own = torch.stack([each.flatten().cpu() for each in found.values()]) if found else None
+    rows = ranks.gather_rows(own, [end - start for start, end in pairwise(ends)])
+    return dict(zip(candidates, torch.cat(rows), strict=True))
 
 
 def _costs_below(walk: LayerWalk, seq_len: int) -> list[float]:
@@ -129,14 +131,3 @@ def _hand_over(
     for (_, _, candidate, place), content in zip(incoming, ranks.exchange(sent, counts), strict=True):
         state = content.view(like.dtype).view(like.shape)
         states.keep_of_candidate(candidate, place, state.to(like.device))
-
-
-def _all_of(own: list[torch.Tensor], ends: Sequence[int], ranks: Ranks) -> list[torch.Tensor]:
-    """The results of all ranks, in the order of the candidates."""
-    counts = [end - start for start, end in pairwise(ends)]
-    # A rank without a candidate learns here how long a result is.
-    size = max(int(each) for each in ranks.gather(torch.tensor(own[0].numel() if own else 0)))
-    padded = torch.zeros(max(counts), size, dtype=torch.float64)
-    for row, each in zip(padded, own, strict=False):
-        row.copy_(each.flatten())
-    return [row for rows, count in zip(ranks.gather(padded), counts, strict=True) for row in rows[:count]]
