@@ -23,6 +23,7 @@ from torch import nn
 from toolchain.architecture.parts import Part
 from toolchain.checkpoint.directory import TensorInfo
 from toolchain.errors import SenteiError
+from toolchain.memory import available_bytes
 from toolchain.metrics.token_metrics import PerplexityMetric, finite
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
@@ -33,6 +34,8 @@ from toolchain.ranks.ranks import ALONE, Ranks
 
 # One window in so many is held out: it chooses the ridges and the final norm's factor, and no weight is fitted to it.
 _HELD_OUT_EVERY = 8
+# A projection's inputs in all windows are kept within this share of free memory; otherwise they are computed again.
+_SHARE_FOR_INPUTS = 1 / 16
 _Kept = TypeVar("_Kept")
 
 
@@ -307,7 +310,8 @@ def _refit_layer(
                 continue
             run = partial(_run_part, walk, module, index, name=name, without=other)
             full_name = f"{family.layers}.{index}.{name}.weight"
-            fitting = _Fitting(projection, run, targets[name], pruning.factor, pruning.dtypes[full_name])
+            inputs = _room_for_inputs(walk, projection, states.after)
+            fitting = _Fitting(projection, run, targets[name], pruning.factor, pruning.dtypes[full_name], inputs)
             found = _fit(walk, index, fitting, states.after, share)
             if found.weight is not None:
                 refitted[full_name] = found.weight
@@ -315,8 +319,21 @@ def _refit_layer(
                 states.records.append(_record(index, name, found))
             for number in range(len(states.after)):
                 row = states.after[number : number + 1]
-                states.after[number] = walk.run_without([other], module, index, row)[0]
+                if inputs is None:
+                    states.after[number] = walk.run_without([other], module, index, row)[0]
+                else:
+                    states.after[number] = (row + pruning.factor * projection(inputs.pop(number)))[0]
     return refitted
+
+
+def _room_for_inputs(walk: LayerWalk, projection: nn.Linear, states: torch.Tensor) -> dict[int, torch.Tensor] | None:
+    """Where inputs of a projection are kept by window; ``None`` if they take too much memory, or say too little.
+
+    What follows from them is what the layer itself says, to the bit, unless a norm stands behind the projection.
+    """
+    size = states[..., 0].numel() * projection.in_features * states.element_size()
+    fits = size <= _SHARE_FOR_INPUTS * available_bytes(walk.model.device)
+    return {} if fits and not walk.family.norms_outputs else None
 
 
 @dataclass(frozen=True)
@@ -329,6 +346,7 @@ class _Fitting:
         target: What it should say.
         factor: Of the residual stream.
         dtype: The weight is stored in.
+        inputs: Gets what enters it, by window; ``None`` if that is not kept.
     """
 
     projection: nn.Linear
@@ -336,6 +354,7 @@ class _Fitting:
     target: "_Target"
     factor: float
     dtype: torch.dtype
+    inputs: dict[int, torch.Tensor] | None
 
     def moments(self, states: torch.Tensor, chosen: Sequence[bool], ranks: Ranks) -> Moments:
         """Of all ranks' chosen windows; ``states`` is what enters the part in this rank's."""
@@ -346,6 +365,8 @@ class _Fitting:
             if is_chosen:
                 seen = self.run(states[number : number + 1])
                 found.add(seen.inputs, self.target.of(number, seen, self.factor) - bias)
+                if self.inputs is not None:
+                    self.inputs[number] = seen.inputs
                 # Before the next window runs.
                 del seen
         for each in (found.gram, found.cross, found.energy):

@@ -20,6 +20,7 @@ from toolchain.model.loading import load_tokenizer
 from toolchain.plan.plan import load_plan
 from toolchain.progress import no_progress
 from toolchain.prune import apply as application
+from toolchain.prune import compensation
 from toolchain.prune.compensation import Compensated, _is_held_out, compensate
 from toolchain.prune.ridge_fit import Moments, Refit, best_fit, ridge_fits
 from toolchain.prune.stage_files import StageFiles
@@ -231,7 +232,26 @@ def test_every_familys_last_layer_comes_closer_to_the_original(family: str, tmp_
         assert torch.allclose(scaled, says * done.final_norm_factor, rtol=1e-2, atol=1e-3), variant
 
 
-def test_one_window_of_a_layer_is_in_memory_at_a_time(tmp_path: Path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", VARIANTS)
+def test_inputs_that_are_kept_change_nothing(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_family_pico(model := tmp_path / "model", family, next(iter(VARIANTS[family])))
+    ids, found = torch.randint(3, 96, (9, 32)), []
+    for free in (2**40, 0):
+        monkeypatch.setattr(compensation, "available_bytes", lambda device, free=free: free)
+        walk = open_walk(open_checkpoint(model), dtype=dtype, device="cpu", offload=False)
+        found.append(compensated(walk, model, ids, tmp_path / f"{free}", removed=[1]))
+    kept, again = found
+    assert kept.records == again.records
+    assert kept.held_out_perplexity_after == again.held_out_perplexity_after
+    for name, info in kept.tensors.items():
+        assert same_bits(info.read(name), again.tensors[name].read(name))
+
+
+def test_one_window_of_a_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compensation, "available_bytes", lambda device: 0)
     make_family_pico(model := tmp_path / "model", "llama", "grouped")
     walk, ids = walk_of(model), torch.randint(3, 96, (4, 16))
     inputs: list[weakref.ref] = []
