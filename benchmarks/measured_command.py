@@ -5,9 +5,10 @@
   several processes share count several times).
 - **Read from disk** is ``read_bytes`` of ``/proc/PID/io``: what had to come from the disk, for ``read`` and for mapped
   files. The page cache would hide all of it on a machine with memory to spare, so the model's files are put out of the
-  cache before the command and four times a second while it runs: each further pass over the weights counts, as on a
-  machine whose memory the model fills. Pages that stay mapped stay in memory, and are not read again; what
-  the system read ahead may be read twice; programs and libraries count where the system had dropped them.
+  cache before the command, and every page of them while it runs, once it was there at two looks, four of which are
+  taken a second: each further pass over the weights counts, as on a machine whose memory the model fills, and what the
+  system reads ahead is used before it goes. Pages that stay mapped stay in memory, and are not read again; programs and
+  libraries count where the system had dropped them.
 - **Asked of read** is ``rchar``: what ``read`` returned, cached or not. It counts no mapped file, so none of the
   weights that safetensors maps; it is kept to show what the other number leaves out.
 
@@ -16,7 +17,9 @@
 Linux only.
 """
 
+import ctypes
 import json
+import mmap
 import os
 import re
 import resource
@@ -26,11 +29,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from serving.benchmark.environment import describe_environment
 from serving.benchmark.gpu_watch import used_memory_bytes
@@ -147,7 +153,8 @@ def measure_sentei(
         environment: Added to this process's own.
     """
     files = [file for path in reads for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
-    evict(files, written=True)
+    evict(files)
+    cache = _PageCache(files)
     cpu_before, started = _cpu_s_of_children(), time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
@@ -170,7 +177,7 @@ def measure_sentei(
             if is_late := time.monotonic() - started > limit_s:
                 break
             if time.monotonic() - evicted > _EVICT_S:
-                evict(files)
+                cache.drop_what_stayed()
                 evicted = time.monotonic()
             time.sleep(_SAMPLE_S)
         from_disk, asked = read_bytes(process.pid)
@@ -248,24 +255,47 @@ def read_bytes(pid: int) -> tuple[int, int]:
     return from_disk, asked
 
 
-def evict(files: Iterable[Path], *, written: bool = False) -> None:
-    """Puts files out of the page cache, apart from pages that are mapped now.
-
-    Args:
-        files: Those that are gone are passed over.
-        written: Write them to the disk first: what is only in the cache stays there.
-    """
+def evict(files: Iterable[Path]) -> None:
+    """Puts files out of the page cache; what is only there goes to the disk first. Lost files are passed over."""
     for file in files:
-        try:
-            descriptor = os.open(file, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            if written:
-                os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        with suppress(OSError), file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class _PageCache:
+    """What the page cache holds of some files."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files, self._seen = files, dict[Path, NDArray[np.bool_]]()
+
+    def drop_what_stayed(self) -> None:
+        """Puts out pages that were there at the last look too, and are not mapped now."""
+        for file in self._files:
+            with suppress(OSError), file.open("rb") as opened:
+                there = _cached_pages(opened.fileno())
+                seen = self._seen.get(file)
+                stayed = there & seen if seen is not None and len(seen) == len(there) else np.zeros_like(there)
+                self._seen[file] = there & ~stayed
+                edges = np.flatnonzero(np.diff(stayed, prepend=False, append=False)).reshape(-1, 2)
+                for start, stop in (edges * mmap.PAGESIZE).tolist():
+                    os.posix_fadvise(opened.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
+
+
+def _cached_pages(descriptor: int) -> NDArray[np.bool_]:
+    """Whether each page of an open file is in the page cache."""
+    size = os.fstat(descriptor).st_size
+    pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+    if size:
+        with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as mapped:
+            # Where it was mapped; NumPy's view must be gone when the mapping ends.
+            address = ctypes.c_void_p(np.frombuffer(mapped, np.uint8).ctypes.data)
+            if _LIBC.mincore(address, ctypes.c_size_t(size), pages.ctypes.data_as(ctypes.c_void_p)):
+                raise OSError(ctypes.get_errno(), "mincore")
+    return (pages & 1).astype(bool)
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class GpuMemory:

@@ -94,8 +94,7 @@ class DiskLayers:
         if read_ahead and 0 <= following < len(self):
             self._next = following, self._reader.submit(self._read, following)
         module = self._layers[index]
-        device = self._model.device
-        module.load_state_dict({k: v.to(device, non_blocking=True) for k, v in weights.items()}, assign=True)
+        module.load_state_dict(self._ready(weights), assign=True)
         del weights, reading
         try:
             yield module
@@ -149,10 +148,17 @@ class DiskLayers:
         prefix = f"{self._checkpoint.family.layers}.{index}."
         tensors = self._tensors
         names = [name for name in tensors.shapes if name.startswith(prefix)]
-        weights = {name.removeprefix(prefix): tensors.read(name).to(self._dtype) for name in names}
-        if self._model.device.type == "cuda":
-            return {name: weight.pin_memory() for name, weight in weights.items()}
-        return weights
+        # As stored: what waits takes the memory, and the way to a GPU the time, of that.
+        in_memory = torch.Tensor.pin_memory if self._model.device.type == "cuda" else torch.clone
+        return {name.removeprefix(prefix): in_memory(tensors.read(name)) for name in names}
+
+    def _ready(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """To be computed with; takes each tensor out of ``weights``, so that no two kinds of all are there at once."""
+        device, ready = self._model.device, {}
+        while weights:
+            name, weight = weights.popitem()
+            ready[name] = weight.to(device, non_blocking=True).to(self._dtype)
+        return ready
 
 
 def _without_layers(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> PreTrainedModel:

@@ -80,6 +80,10 @@ class Ranks:
             padded[: len(own)] = own
         return [rows[:count] for rows, count in zip(self.gather(padded), counts, strict=True)]
 
+    def smallest(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        return min(int(each) for each in self.gather(torch.tensor(number)))
+
     def add(self, tensor: torch.Tensor) -> None:
         """Puts the sum over all ranks into the tensor, on its device; in the same order of additions in every run."""
         if self.several:

@@ -310,6 +310,7 @@ def test_an_interrupted_benchmark_says_how_to_go_on(pico_model, pruned_pico, tmp
     assert "The same command with --resume goes on from there.\nInterrupted." in done.stderr.replace("\r", "")
 
 
+@pytest.mark.acceptance
 def test_a_worker_that_never_answers_leaves_its_failures(pico_model, pruned_pico, tmp_path, deaths):
     deaths += [True, True]
     with pytest.raises(SenteiError, match="failed twice"):

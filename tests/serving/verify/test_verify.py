@@ -143,7 +143,8 @@ def test_swapped_neurons_fail(demo_model, tmp_path, dtype):
     assert "differing_tensors" in failed(verify(tmp_path / "out", demo_model, engine="transformers"))
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.acceptance), "int4"])
+@pytest.mark.acceptance
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_swapped_neurons_fail_in_onnx(demo_model, tmp_path, precision):
     export_onnx(swapped(demo_model, tmp_path / "swapped"), tmp_path / "out", precision=precision)
     verdict = verify(tmp_path / "out", demo_model)

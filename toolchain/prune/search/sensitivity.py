@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from toolchain.memory import available_bytes
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
 from toolchain.prune.search.importance import norms_of
@@ -20,6 +21,8 @@ from toolchain.prune.window_sums import UNSHARED, Shared, sum_of_parts
 
 # Logits of so many tokens, with their gradients, exist at a time.
 _HEAD_TOKENS = 256
+# What enters the layers takes so much of free memory where windows go up and down together.
+_SHARE_FOR_STATES = 1 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ def neuron_sensitivity(
     """Estimates what the removal of every neuron does to the loss.
 
     The walk goes up layer by layer and down again; one window's states and one layer's graph are in memory at a time.
+    Where layers are read from disk, as many windows go together as memory holds.
 
     Args:
         walk: Over the unpruned model.
@@ -69,51 +73,77 @@ def neuron_sensitivity(
     # A walk of its own: what others have remembered under inference mode takes no gradients.
     walk = LayerWalk(walk.model, walk.family, walk.layers)
 
-    def of_windows(own: range) -> torch.Tensor:
-        return torch.stack([torch.cat(_of_window(walk, windows[number : number + 1])) for number in own])
-
     def on_windows(done: range) -> None:
         for _ in done:
             on_window()
 
-    total = sum_of_parts(len(windows), of_windows, shared, on_parts=on_windows)
+    total = sum_of_parts(
+        len(windows),
+        lambda own: _of_windows(walk, windows[own.start : own.stop]),
+        shared,
+        at_once=shared.ranks.smallest(_windows_at_once(walk, windows)),
+        on_parts=on_windows,
+    )
     means = (total / len(windows)).float().numpy()
     # The layers of a model that is not pruned are equally wide.
     slope, fisher, importance = (tuple(np.split(each, len(walk.layers))) for each in np.split(means, 3))
     return Sensitivity(slope=slope, fisher=fisher, importance=importance)
 
 
-def _of_window(walk: LayerWalk, window: torch.Tensor) -> list[torch.Tensor]:
-    """Slope, Fisher information and norm of each neuron: float64 ``[intermediate_size]`` a layer, one after another."""
-    states = _entering_states(walk, window)
-    gradient = _gradient_of_loss(walk, states.pop(), window)
-    found: list[list[torch.Tensor]] = []
+def _windows_at_once(walk: LayerWalk, windows: torch.Tensor) -> int:
+    """One where a layer costs nothing to visit again; where it is read, as many as a part of the free memory holds."""
+    if walk.layers.resident:
+        return 1
+    states = (len(walk.layers) + 1) * windows.shape[1] * walk.model.config.hidden_size * walk.model.dtype.itemsize
+    fitting = int(_SHARE_FOR_STATES * available_bytes(walk.model.device) / states)
+    return min(max(1, fitting), len(windows))
+
+
+def _of_windows(walk: LayerWalk, windows: torch.Tensor) -> torch.Tensor:
+    """Slopes, Fisher information and norms of the neurons of all layers, one after another: float64, a row a window.
+
+    Each window goes through a layer by itself, so that its row is the same beside whichever others.
+    """
+    states = _entering_states(walk, windows)
+    ends = zip(states.pop(), windows.split(1), strict=True)
+    gradients = [_gradient_of_loss(walk, last, window) for last, window in ends]
+    found: list[list[_Sums]] = [[] for _ in gradients]
     for index in reversed(range(len(walk.layers))):
-        with (
-            walk.layers.layer(index) as module,
-            torch.enable_grad(),
-            _input_of(module.get_submodule(walk.family.ffn_output)) as seen,
-        ):
-            entering = states.pop().requires_grad_()
-            leaving = walk.run(module, index, entering)
-            [activations] = seen
-            gradient, by_neuron = torch.autograd.grad(leaving, (entering, activations), gradient)
-        contributions = (activations.detach().float() * by_neuron.float()).flatten(0, -2)
-        squared = contributions.square().sum(0).double()
-        if not bool(torch.isfinite(squared).all()):
-            raise not_finite(f"Layer {index}: gradients hold NaN or Inf", walk.model, walk.model.dtype)
-        slope = contributions.sum(0).abs().double()
-        found.append([each.cpu() for each in (slope, squared, norms_of(activations.detach()))])
-    return [each for kind in zip(*reversed(found), strict=True) for each in kind]
+        with walk.layers.layer(index) as module:
+            for number, entering in enumerate(states.pop()):
+                gradients[number], sums = _of_layer(walk, module, index, entering, gradients[number])
+                found[number].append(sums)
+    return torch.stack([torch.cat([sum_ for kind in zip(*reversed(rows), strict=True) for sum_ in kind])
+                        for rows in found])  # fmt: skip
+
+
+_Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _of_layer(
+    walk: LayerWalk, module: nn.Module, index: int, entering: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, _Sums]:
+    """The gradient below a layer, and slope, Fisher information and norm of its neurons, in one window."""
+    with torch.enable_grad(), _input_of(module.get_submodule(walk.family.ffn_output)) as seen:
+        entering.requires_grad_()
+        leaving = walk.run(module, index, entering)
+        [activations] = seen
+        below, by_neuron = torch.autograd.grad(leaving, (entering, activations), gradient)
+    contributions = (activations.detach().float() * by_neuron.float()).flatten(0, -2)
+    squared = contributions.square().sum(0).double()
+    if not bool(torch.isfinite(squared).all()):
+        raise not_finite(f"Layer {index}: gradients hold NaN or Inf", walk.model, walk.model.dtype)
+    slope = contributions.sum(0).abs().double()
+    return below, (slope.cpu(), squared.cpu(), norms_of(activations.detach()).cpu())
 
 
 @torch.no_grad()
-def _entering_states(walk: LayerWalk, window: torch.Tensor) -> list[torch.Tensor]:
-    """What enters each layer, and what leaves the last."""
-    states = [walk.embed(window)]
+def _entering_states(walk: LayerWalk, windows: torch.Tensor) -> list[list[torch.Tensor]]:
+    """What enters each layer, and what leaves the last, in each window."""
+    states = [[walk.embed(window) for window in windows.split(1)]]
     for index in range(len(walk.layers)):
         with walk.layers.layer(index) as module:
-            states.append(walk.run(module, index, states[-1]))
+            states.append([walk.run(module, index, entering) for entering in states[-1]])
     return states
 
 

@@ -189,17 +189,18 @@ class Search:
         full, target = document.base_model.intermediate_size, tuple(document.target_intermediate_size)
         rung = ladder(full, target, document.align)
         last = document.stage_1[-1].intermediate_size if document.stage_1 else [full] * len(target)
+        rungs = [rung(step, _NUM_RUNGS) for step in range(1, _NUM_RUNGS + 1)]
+        todo = [widths for widths in rungs if sum(widths) < sum(last)]
         with self.progress("Widths of FFNs", _NUM_RUNGS) as advance:
-            for step in range(1, _NUM_RUNGS + 1):
-                widths = rung(step, _NUM_RUNGS)
+            for _ in range(len(rungs) - len(todo)):
                 advance()
-                if sum(widths) >= sum(last):
-                    continue
-                taken = self.try_widths(plan, widths)
-                if not _allowed(plan, taken):
-                    return self._stop_inside(plan, taken)
-                plan = plan.at([*plan.document.stage_1, taken], [])
-                self.save(plan)
+            for start in range(0, len(todo), self.ranks.size):
+                for taken in self._try_each(plan, todo[start : start + self.ranks.size]):
+                    advance()
+                    if not _allowed(plan, taken):
+                        return self._stop_inside(plan, taken)
+                    plan = plan.at([*plan.document.stage_1, taken], [])
+                    self.save(plan)
         return plan
 
     def _stop_inside(self, plan: PruningPlan, broken: Rung) -> PruningPlan:
@@ -220,21 +221,33 @@ class Search:
 
     def try_widths(self, plan: PruningPlan, widths: Sequence[int]) -> Rung:
         """Measures the model with other FFN widths, and as it is otherwise."""
-        with self.walk.only_neurons(_kept(plan, widths)):
-            metric = self._measured(self.metric)
-            limited = self._limited_step(plan, metric)
-        removed = sum(self.sizes.intermediate_size - width for width in widths) * self.sizes.neuron
-        return Rung(
-            intermediate_size=list(widths),
-            num_block_parameters=self.sizes.total - removed,
-            metric=metric,
-            limit_metric=limited,
-        )
+        [taken] = self._try_each(plan, [widths])
+        return taken
 
-    def _limited_step(self, plan: PruningPlan, metric: float) -> float | None:
-        """What the limit looks at after a step, if it looks at this model, and at something else than ``metric``."""
-        looks = self.limit_metric is not None and plan.document.compensation is None
-        return self._limited(metric) if looks else None
+    def _try_each(self, plan: PruningPlan, several: Sequence[Sequence[int]]) -> list[Rung]:
+        """Measures several widths, no more than there are ranks: each rank its own."""
+        values, mine = torch.zeros(2, dtype=torch.float64), several[self.ranks.rank :][:1]
+        for widths in mine:
+            with self.walk.only_neurons(_kept(plan, widths)):
+                values[0] = measure(self.walk, self.metric)
+                if (limit_metric := self._looked_at_too(plan)) is not None:
+                    values[1] = measure(self.walk, limit_metric)
+        rungs = []
+        # Ranks that had nothing to measure come last.
+        for widths, (metric, limited) in zip(several, torch.stack(self.ranks.gather(values)).tolist(), strict=False):
+            removed = sum(self.sizes.intermediate_size - width for width in widths) * self.sizes.neuron
+            rung = Rung(
+                intermediate_size=list(widths),
+                num_block_parameters=self.sizes.total - removed,
+                metric=metric,
+                limit_metric=None if self._looked_at_too(plan) is None else limited,
+            )
+            rungs.append(rung)
+        return rungs
+
+    def _looked_at_too(self, plan: PruningPlan) -> Metric | None:
+        """The metric of a limit that looks at the model after each step, and at something else than ``metric``."""
+        return self.limit_metric if plan.document.compensation is None else None
 
     def _remove_attentions(self, plan: PruningPlan) -> PruningPlan:
         document = plan.document
@@ -267,13 +280,14 @@ class Search:
 
     def _removal(self, plan: PruningPlan, tried: Tried) -> Removal:
         metric = tried.candidates[tried.removed]
+        limit_metric = self._looked_at_too(plan)
         return Removal(
             removed=tried.removed,
             metric=metric,
             candidates=tried.candidates,
             dropped=tried.dropped or None,
             num_block_parameters=plan.steps[-1].num_block_parameters - self.sizes.attention - self.sizes.attention_norm,
-            limit_metric=self._limited_step(plan, metric),
+            limit_metric=None if limit_metric is None else self._measured(limit_metric),
         )
 
 
