@@ -9,6 +9,7 @@ and SlimGPT's idea too (arXiv 2312.11983, 2412.18110); the target here is the re
 ``docs/decisions/compensation.md``.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from toolchain.metrics.token_metrics import PerplexityMetric, finite
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
 from toolchain.plan.document import RefitRecord
-from toolchain.prune.ridge_fit import Moments, Refit, best_fit, ridge_fits
+from toolchain.prune.ridge_fit import Moments, Refit, best_fit, ridge_fits, squared_errors
 from toolchain.prune.stage_files import StageFiles
 from toolchain.ranks.ranks import ALONE, Ranks
 
@@ -356,28 +357,48 @@ class _Fitting:
     dtype: torch.dtype
     inputs: dict[int, torch.Tensor] | None
 
-    def moments(self, states: torch.Tensor, chosen: Sequence[bool], ranks: Ranks) -> Moments:
-        """Of all ranks' chosen windows; ``states`` is what enters the part in this rank's."""
+    def moments(self, states: torch.Tensor, share: _Share) -> Moments:
+        """Of all ranks' windows that are not held out; ``states`` is what enters the part in this rank's."""
         projection = self.projection
         found = Moments(projection.in_features, projection.out_features, projection.weight.device)
-        bias = 0.0 if projection.bias is None else projection.bias
-        for number, is_chosen in enumerate(chosen):
-            if is_chosen:
+        self._look_at(states, share, found.add, held_out=False)
+        for each in (found.gram, found.cross, found.energy):
+            share.ranks.add(each)
+        return found
+
+    def errors(self, weights: Sequence[torch.Tensor], states: torch.Tensor, share: _Share) -> list[float]:
+        """What weights leave of what is wanted in all ranks' held-out windows; see :func:`squared_errors`."""
+        rows: list[torch.Tensor] = []
+        self._look_at(states, share, lambda *window: rows.append(squared_errors(weights, *window)), held_out=True)
+        own = torch.stack(rows) if rows else torch.empty(0, len(weights) + 1, dtype=torch.float64)
+        errors = [0.0] * (len(weights) + 1)
+        # In the order of the windows, whoever has them.
+        for row in share.together(own, share.held_out).tolist():
+            errors = [sum_ + each for sum_, each in zip(errors, row, strict=True)]
+        return errors
+
+    def _look_at(
+        self,
+        states: torch.Tensor,
+        share: _Share,
+        look: Callable[[torch.Tensor, torch.Tensor], None],
+        *,
+        held_out: bool,
+    ) -> None:
+        """Shows what enters the projection, and what its weight is to make of it, in each of this rank's windows."""
+        bias = 0.0 if self.projection.bias is None else self.projection.bias
+        for number, is_held_out in enumerate(share.is_held_out):
+            if is_held_out == held_out:
                 seen = self.run(states[number : number + 1])
-                found.add(seen.inputs, self.target.of(number, seen, self.factor) - bias)
                 if self.inputs is not None:
                     self.inputs[number] = seen.inputs
+                look(seen.inputs, self.target.of(number, seen, self.factor) - bias)
                 # Before the next window runs.
                 del seen
-        for each in (found.gram, found.cross, found.energy):
-            ranks.add(each)
-        return found
 
 
 def _fit(walk: LayerWalk, index: int, fitting: _Fitting, states: torch.Tensor, share: _Share) -> Refit:
     """Fits a projection to the windows that are not held out, and lets the others choose.
-
-    One after the other, so that there is one matrix of moments at a time: it is by far the largest there is.
 
     Args:
         walk: The model.
@@ -386,16 +407,22 @@ def _fit(walk: LayerWalk, index: int, fitting: _Fitting, states: torch.Tensor, s
         states: What enters the part of the layer that ends with it, in this rank's windows.
         share: This rank's part.
     """
-
-    def moments(*, held_out: bool) -> Moments:
-        found = fitting.moments(states, [each == held_out for each in share.is_held_out], share.ranks)
-        if not bool(torch.isfinite(found.energy)):
-            raise not_finite(f"Layer {index}: activations hold NaN or Inf", walk.model, walk.model.dtype)
-        return found
-
     weight = fitting.projection.weight
-    fits = ridge_fits(weight, moments(held_out=False), fitting.dtype, share.ranks)
-    return best_fit(weight, fits, moments(held_out=True), fitting.dtype, share.ranks)
+
+    def fits() -> dict[float, torch.Tensor]:
+        # By far the largest matrix there is, and gone when this returns.
+        moments = fitting.moments(states, share)
+        check(float(moments.energy))
+        return ridge_fits(weight, moments, fitting.dtype, share.ranks)
+
+    def check(energy: float) -> None:
+        if not math.isfinite(energy):
+            raise not_finite(f"Layer {index}: activations hold NaN or Inf", walk.model, walk.model.dtype)
+
+    found = fits()
+    errors = fitting.errors([weight, *found.values()], states, share)
+    check(errors[-1])
+    return best_fit(found, errors)
 
 
 def _record(layer: int, projection: str, result: Refit) -> RefitRecord:

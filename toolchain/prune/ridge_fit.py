@@ -1,6 +1,6 @@
 """Ridge regression of one projection: the closed-form fits of :mod:`toolchain.prune.compensation`, in little memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ RIDGES = (0.1, 1.0, 10.0)
 # Errors below this share are rounding, not damage.
 _ROUNDING = 1e-6
 # So many rows of a matrix of moments are made at a time.
-_ROWS = 1024
+_ROWS = 512
 
 
 class Moments:
@@ -38,7 +38,8 @@ class Moments:
             # The other half is the same.
             for start, stop in self._blocks():
                 self.gram[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
-            self.cross += y.T @ x
+            for start in range(0, len(self.cross), _ROWS):
+                self.cross[start : start + _ROWS] += y[:, start : start + _ROWS].T @ x
         self.energy += y.double().square().sum()
 
     def complete(self) -> None:
@@ -47,14 +48,6 @@ class Moments:
             block = self.gram[start:stop, start:stop]
             block.copy_(block.tril() + block.tril(-1).T)
             self.gram[start:stop, stop:] = self.gram[stop:, start:stop].T
-
-    def error(self, weight: torch.Tensor) -> float:
-        """``sum |W x - y|^2 / sum |y|^2``; ``weight`` is ``[num_outputs, num_inputs]``. Of complete moments."""
-        residual = self.energy.clone()
-        for rows, cross in zip(weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
-            exact = rows.double()
-            residual += ((exact @ self.gram).sub_(cross, alpha=2)).mul_(exact).sum()
-        return float(residual / self.energy.clamp_min(torch.finfo(torch.float64).tiny))
 
     def ridge_fit(self, weight: torch.Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Minimises ``sum |W x - y|^2 + sum_j strength_j |W_j - weight_j|^2``. Of complete moments.
@@ -72,7 +65,7 @@ class Moments:
         with self._factored(strengths) as factor:
             # By rows: what is solved for is several times as large as the weight.
             for part, old, cross in zip(found.split(_ROWS), weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
-                part.copy_(_solved(factor, (old.double() * strengths).add_(cross)))
+                part.copy_(_solved(factor, old.to(torch.float64, copy=True).mul_(strengths).add_(cross)))
         return found
 
     @contextmanager
@@ -131,37 +124,53 @@ def ridge_fits(
 ) -> dict[float, torch.Tensor]:
     """Ridge regressions towards ``weight``, ``[num_outputs, num_inputs]``, by ridge; rounded to ``dtype``.
 
-    Of several ranks, each fits with ridges of its own.
+    Of several ranks, each fits with ridges of its own, and hands out what it found.
     """
     moments.complete()
-    return {ridge: moments.ridge_fit(weight, ridge, dtype) for ridge in RIDGES[ranks.rank :: ranks.size]}
+    fits = {}
+    for place, ridge in enumerate(RIDGES):
+        if place % ranks.size == ranks.rank:
+            fits[ridge] = moments.ridge_fit(weight, ridge, dtype)
+    for place, ridge in enumerate(RIDGES if ranks.several else ()):
+        found = fits.setdefault(ridge, torch.empty(weight.shape, dtype=dtype, device=weight.device))
+        ranks.broadcast(found, place % ranks.size)
+    return {ridge: fits[ridge] for ridge in RIDGES}
 
 
-def best_fit(
-    weight: torch.Tensor,
-    fits: Mapping[float, torch.Tensor],
-    held_out: Moments,
-    dtype: torch.dtype,
-    ranks: Ranks = ALONE,
-) -> Refit:
-    """The weight that says best what held-out tokens ask for, if it is not the one there was; in all ranks the same."""
-    held_out.complete()
-    # One rank's word counts: another kind of processor may round in another way.
-    errors = torch.zeros(1 + len(RIDGES), dtype=torch.float64)
-    errors[0] = held_out.error(weight) if ranks.is_first else 0.0
-    for place, ridge in enumerate(RIDGES, 1):
-        if ridge in fits:
-            errors[place] = held_out.error(fits[ridge])
-    before, *by_ridge = torch.stack(ranks.gather(errors)).sum(0).tolist()
-    best = min(range(len(RIDGES)), key=by_ridge.__getitem__)
-    if before < _ROUNDING or not by_ridge[best] < before:
+def squared_errors(weights: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """What each weight leaves of some tokens' targets: ``sum |W x - y|^2``, and at the end what there was, ``|y|^2``.
+
+    Args:
+        weights: ``[num_outputs, num_inputs]`` each.
+        inputs: ``[..., num_inputs]``, a row per token.
+        targets: ``[..., num_outputs]``.
+
+    Returns:
+        float64 ``[len(weights) + 1]``; products are taken in float32.
+    """
+    x, y = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
+    errors = torch.zeros(len(weights) + 1, dtype=torch.float64)
+    with _bfloat16_products(inputs.dtype == targets.dtype == torch.bfloat16):
+        for place, weight in enumerate(weights):
+            for rows, wanted in zip(weight.split(_ROWS), y.split(_ROWS, dim=1), strict=True):
+                errors[place] += (x @ rows.float().T).sub_(wanted).double().square().sum().cpu()
+    errors[-1] = y.double().square().sum()
+    return errors
+
+
+def best_fit(fits: Mapping[float, torch.Tensor], errors: Sequence[float]) -> Refit:
+    """The weight that says best what held-out tokens ask for, if it is not the one there was.
+
+    Args:
+        fits: See :func:`ridge_fits`.
+        errors: Of the weight there was, then of the fits: :func:`squared_errors`, summed over windows.
+    """
+    *left, energy = errors
+    before, *by_ridge = (each / max(energy, torch.finfo(torch.float64).tiny) for each in left)
+    best, ridge = min(zip(by_ridge, fits, strict=True), key=lambda pair: pair[0])
+    if before < _ROUNDING or not best < before:
         return Refit(weight=None, ridge=0.0, error_before=before, error_after=before)
-    found = fits.get(RIDGES[best])
-    if ranks.several:
-        found = torch.empty(weight.shape, dtype=dtype, device=weight.device) if found is None else found.contiguous()
-        ranks.broadcast(found, best % ranks.size)
-    assert found is not None
-    return Refit(weight=found, ridge=RIDGES[best], error_before=before, error_after=by_ridge[best])
+    return Refit(weight=fits[ridge], ridge=ridge, error_before=before, error_after=best)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from toolchain.progress import no_progress
 from toolchain.prune import apply as application
 from toolchain.prune import compensation
 from toolchain.prune.compensation import Compensated, _is_held_out, compensate
-from toolchain.prune.ridge_fit import Moments, Refit, best_fit, ridge_fits
+from toolchain.prune.ridge_fit import Moments, Refit, best_fit, ridge_fits, squared_errors
 from toolchain.prune.stage_files import StageFiles
 from toolchain.text.embedded import documents
 from toolchain.text.sources import TextSource
@@ -41,8 +41,15 @@ def moments_of(x: torch.Tensor, y: torch.Tensor) -> Moments:
     return moments
 
 
-def refit(weight: torch.Tensor, fitted: Moments, held_out: Moments, dtype: torch.dtype) -> Refit:
-    return best_fit(weight, ridge_fits(weight, fitted, dtype), held_out, dtype)
+def refit(weight: torch.Tensor, fitted: Moments, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> Refit:
+    """``x`` and ``y`` are held out."""
+    fits = ridge_fits(weight, fitted, dtype)
+    return best_fit(fits, squared_errors([weight, *fits.values()], x, y).tolist())
+
+
+def error(weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> float:
+    left, energy = squared_errors([weight], x, y).tolist()
+    return left / energy
 
 
 @pytest.fixture
@@ -79,8 +86,9 @@ def test_an_input_that_is_always_zero_keeps_its_weight(data):
 
 def test_errors_are_those_of_the_data(data):
     x, y, weight = data
-    expected = (x @ weight.T - y).square().sum() / y.square().sum()
-    assert moments_of(x, y).error(weight) == pytest.approx(float(expected), rel=1e-4)
+    expected = [(x @ each.T - y).square().sum() for each in (weight, 2 * weight)] + [y.square().sum()]
+    found = squared_errors([weight, 2 * weight], x[None], y[None])
+    assert found.tolist() == pytest.approx(list(map(float, expected)), rel=1e-5)
 
 
 def test_products_of_bfloat16_activations_lose_nothing(data):
@@ -89,16 +97,19 @@ def test_products_of_bfloat16_activations_lose_nothing(data):
     moments = moments_of(x, y)
     for got, wanted in ((moments.gram, x.double().T @ x.double()), (moments.cross, y.double().T @ x.double())):
         assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    weight = data[2].repeat(8, 8).bfloat16()
+    exact = (x.double() @ weight.double().T - y.double()).square().sum()
+    assert float(squared_errors([weight], x, y)[0]) == pytest.approx(float(exact), rel=1e-5)
     assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_refit_is_never_worse_on_what_it_was_fitted_to(data):
     x, y, weight = data
-    fitted, held_out = moments_of(x[:250], y[:250]), moments_of(x[250:], y[250:])
-    result = refit(weight, fitted, held_out, torch.float32)
+    fitted = moments_of(x[:250], y[:250])
+    result = refit(weight, fitted, x[250:], y[250:], torch.float32)
     assert result.weight is not None
     assert result.error_after < result.error_before
-    assert fitted.error(result.weight) < fitted.error(weight)
+    assert error(result.weight, x[:250], y[:250]) < error(weight, x[:250], y[:250])
 
 
 @pytest.mark.parametrize("num_windows", [2, 7, 8, 15, 32, 100])
@@ -119,7 +130,7 @@ def test_each_text_of_a_mixture_has_a_window_held_out(num_texts: int):
 def test_windows_that_are_held_out_leave_no_trace_in_the_weight(data):
     x, y, weight = data
     fitted = moments_of(x[:250], y[:250])
-    result = refit(weight, fitted, moments_of(x[250:], y[250:]), torch.float64)
+    result = refit(weight, fitted, x[250:], y[250:], torch.float64)
     assert result.weight is not None
     assert torch.allclose(result.weight, moments_of(x[:250], y[:250]).ridge_fit(weight, result.ridge))
 
@@ -129,10 +140,11 @@ def test_held_out_tokens_guard_against_overfitting():
     weight = torch.randn(3, 40)
     x, unseen = torch.randn(20, 40), torch.randn(500, 40)
     # Fewer tokens than inputs, and noise: what fits these says nothing about others.
-    noisy = moments_of(x, x @ weight.T + 5 * torch.randn(20, 3))
-    result = refit(weight, noisy, moments_of(unseen, unseen @ weight.T), torch.float32)
+    noise = x @ weight.T + 5 * torch.randn(20, 3)
+    noisy = moments_of(x, noise)
+    result = refit(weight, noisy, unseen, unseen @ weight.T, torch.float32)
     assert result.weight is None
-    assert noisy.error(noisy.ridge_fit(weight, 1e-4)) < 0.01
+    assert error(noisy.ridge_fit(weight, 1e-4), x, noise) < 0.01
 
 
 def prune(model: Path, out: Path, text: Path, *more: object):
