@@ -23,7 +23,7 @@ class MemoryNeeded:
 
     Attributes:
         search: The weights, and what gradients add to them where widths are ranked. With ``--offload`` the weights are
-            those of embeddings, head and two layers: one runs, and one is read.
+            those of embeddings, head and two layers: one runs, and one waits as it is stored.
         fit: The weights, the hidden states of all windows and the moments of the widest projection; 0 without
             compensation. With ``--offload`` one layer.
     """
@@ -50,8 +50,8 @@ def memory_needed(checkpoint: Checkpoint, settings: PruneSettings, *, offload: b
     ranked, compensates = settings.widths == "ranked", settings.compensate
     # One matrix, which is factored in its own place, and of each ridge the weight that came out.
     moments = (width * width + width * hidden) * _FLOAT64 + len(RIDGES) * width * hidden * checkpoint.dtype.itemsize
-    of_search = (outside + 2 * layer if offload else checkpoint.num_parameters) * size
     of_fit = (outside + layer if offload else checkpoint.num_parameters) * size
+    of_search = of_fit + (layer * checkpoint.dtype.itemsize if offload else 0)
     return MemoryNeeded(
         search=of_search + ((layers + 1) * state + graph if ranked else 2 * state),
         fit=of_fit + 3 * settings.num_samples * state + moments if compensates else 0,
