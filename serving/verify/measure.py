@@ -65,17 +65,18 @@ def measure(
     Raises:
         SenteiError: The model's own answers are not finite.
     """
-    noise_dtype = other_dtype(computed_in, computing.dtype)
-    noisy = computing.open(source, noise_dtype)
-    if rounded is not None:
-        noisy.carry(rounded)
-    moved = _answers_and_close(noisy, prompts)
-    reference = computing.open(source, computing.dtype)
-    rounding = None
-    if rounded is not None:
-        [rounding] = compare(reference, prompts, answers)
-        reference.carry(rounded)
-    differences, noise = compare(reference, prompts, answers, moved)
+    noise_dtype, rounding = other_dtype(computed_in, computing.dtype), None
+    num_passes = 2 if rounded is None else 3
+    with computing.progress("Checkpoint's answers", num_passes * len(source.layout)) as advance:
+        noisy = computing.open(source, noise_dtype, advance)
+        if rounded is not None:
+            noisy.carry(rounded)
+        moved = _answers_and_close(noisy, prompts)
+        reference = computing.open(source, computing.dtype, advance)
+        if rounded is not None:
+            [rounding] = compare(reference, prompts, answers)
+            reference.carry(rounded)
+        differences, noise = compare(reference, prompts, answers, moved)
     described = {
         "device": computing.device,
         "dtype": dtype_name(computing.dtype),

@@ -1,6 +1,6 @@
 """The checkpoint an export was made from, run layer by layer: what the export's answers are compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from serving.verify.rounded import HEAD, RoundedMatrices, carry, round_inputs
 from toolchain.checkpoint.directory import Checkpoint
 from toolchain.memory import available_bytes
 from toolchain.model.disk_layers import open_walk
+from toolchain.progress import Progress, no_progress
 
 # Beside the weights: activations, the logits of the longest prompt, and what the libraries need.
 _FILLED_BY_WEIGHTS = 0.8
@@ -25,9 +26,17 @@ class CheckpointReference:
         offloaded: Whether layers stay on disk.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, offload: bool) -> None:
-        """Loads the checkpoint, or what of it is no decoder layer."""
-        self._checkpoint, self.dtype, self.offloaded = checkpoint, dtype, offload
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        offload: bool,
+        on_layer: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Loads the checkpoint, or what of it is no decoder layer; ``on_layer`` is called when one has been run."""
+        self._checkpoint, self.dtype, self.offloaded, self._on_layer = checkpoint, dtype, offload, on_layer
         self._walk = open_walk(checkpoint, dtype=dtype, device=device, offload=offload)
         self._rounded: RoundedMatrices | None = None
 
@@ -52,6 +61,7 @@ class CheckpointReference:
                     if self._rounded is not None and not walk.layers.resident:
                         carry(module, self._rounded, prefix=f"{self._checkpoint.family.layers}.{index}.")
                     hidden = [walk.run(module, index, each) for each in hidden]
+                self._on_layer()
             for each in hidden:
                 logits = [some for _, some in walk.logits(each[0])]
                 yield torch.cat(logits, dim=-1).log_softmax(-1)
@@ -69,16 +79,20 @@ class Computing:
         device: cpu, cuda, cuda:1 ...
         dtype: What the export is compared in.
         offload: One layer in memory at a time, even where all fit.
+        progress: Told of every layer that was run.
     """
 
     device: str
     dtype: torch.dtype
     offload: bool
+    progress: Progress = no_progress
 
-    def open(self, checkpoint: Checkpoint, dtype: torch.dtype) -> CheckpointReference:
+    def open(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, on_layer: Callable[[], None] = lambda: None
+    ) -> CheckpointReference:
         """A checkpoint in a dtype, layer by layer where it does not fit into what is free."""
         offload = not self.fits(checkpoint, dtype)
-        return CheckpointReference(checkpoint, dtype=dtype, device=self.device, offload=offload)
+        return CheckpointReference(checkpoint, dtype=dtype, device=self.device, offload=offload, on_layer=on_layer)
 
     def fits(self, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
         """Whether all layers may be in memory at once."""

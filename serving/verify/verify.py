@@ -53,6 +53,7 @@ from toolchain.errors import SenteiError
 from toolchain.model.decilm import is_nemotron_nas
 from toolchain.model.loading import bos_of, load_tokenizer
 from toolchain.outputs import write_text
+from toolchain.progress import Progress, no_progress
 
 EngineName = Literal["auto", "transformers", "vllm", "onnx"]
 _WINDOWS, _WINDOW_TOKENS = 8, 64
@@ -119,6 +120,7 @@ def verify(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Compares an export with its checkpoint; the verdict goes into its ``verification.json`` and model card.
 
@@ -130,6 +132,7 @@ def verify(
         device: Where the reference is computed, and the export by Transformers.
         dtype: What the reference is computed in.
         offload: One layer in memory at a time, even where all fit.
+        progress: Told of answers, weights and the reference's layers.
 
     Returns:
         What ``verification.json`` holds; ``passed`` says whether every check did.
@@ -143,9 +146,13 @@ def verify(
     picked = _pick_engine(exported, engine)
     prompts = _prompts(source, text, long=picked.reads_onnx)
     export = _Export(directory=exported, source=source, engine=picked, precision=_precision(exported, picked, source))
-    computing = Computing(dtype=dtype, device=device, offload=offload)
-    answers, not_run = _ask_export(export, computing, prompts)
-    weights = _check_weights(export)
+    computing = Computing(dtype=dtype, device=device, offload=offload, progress=progress)
+    with progress(f"Answers of {picked.name}", 1) as advance:
+        answers, not_run = _ask_export(export, computing, prompts)
+        advance()
+    with progress("Weights", 1) as advance:
+        weights = _check_weights(export)
+        advance()
     measured, limits, checks = None, {}, weights.checks
     if answers is not None:
         rounded, computed_in = weights.rounded, weights.computed_in

@@ -199,8 +199,9 @@ def _verify(
     output.note(f"Verifying {exported} against {against} on {device} ...")
     with held_in_place(exported):
         verdict: dict[str, Any] = run(
-            exported, against, engine=engine.value, text=text, device=device, dtype=computed_in, offload=offload
-        )
+            exported, against, engine=engine.value, text=text, device=device, dtype=computed_in, offload=offload,
+            progress=output.progress,
+        )  # fmt: skip
     if verdict["not_run"]:
         output.note(verdict["not_run"])
     output.result({"directory": str(exported), **verdict}, lambda console: _show(console, exported, verdict))
