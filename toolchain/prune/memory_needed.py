@@ -58,25 +58,33 @@ def memory_needed(checkpoint: Checkpoint, settings: PruneSettings, *, offload: b
     )
 
 
-def check_memory(checkpoint: Checkpoint, settings: PruneSettings) -> None:
+def check_memory(checkpoint: Checkpoint, settings: PruneSettings, *, processes: int = 1) -> None:
     """Checks that a run will fit.
+
+    Args:
+        checkpoint: To be pruned.
+        settings: What is asked for.
+        processes: How many of the job's ranks share the memory; each holds a model of its own.
 
     Raises:
         SenteiError: It will not; says how much is needed, and how much there is.
     """
     needed = memory_needed(checkpoint, settings, offload=settings.offload)
     free = available_bytes(torch.device(settings.device))
-    if needed.peak <= free:
+    if processes * needed.peak <= free:
         return
     ways = []
     less = memory_needed(checkpoint, settings, offload=True)
+    each = f" in each of {processes} processes" if processes > 1 else ""
     if not settings.offload and less.peak < needed.peak:
-        ways.append(f"add --offload, which needs {_gb(less.peak)}")
+        ways.append(f"add --offload, which needs {_gb(less.peak)}{each}")
     if needed.fit > needed.search:
         ways.append("prune with fewer --samples or --no-compensate")
+    if each:
+        ways.append("start fewer processes")
     hint = ", ".join([*ways, "or use a larger machine" if ways else "use a larger machine"])
     raise SenteiError(
-        f"Pruning {checkpoint.directory} needs at least {_gb(needed.peak)} of memory on {settings.device}, and "
+        f"Pruning {checkpoint.directory} needs at least {_gb(needed.peak)} of memory on {settings.device}{each}, and "
         f"{_gb(free)} are free.",
         f"{hint[0].upper()}{hint[1:]}.",
     )

@@ -23,7 +23,7 @@ _SHORTEST_NAP_S, _LONGEST_NAP_S = 0.00005, 0.002
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """The processes of a job. Every method but :meth:`share` is to be called by all of them, in the same order.
+    """The processes of a job. Every method that talks is to be called by all of them, in the same order.
 
     Attributes:
         rank: Of this process.
@@ -48,6 +48,11 @@ class Ranks:
     def several(self) -> bool:
         """Whether there is anybody to talk to."""
         return self.size > 1
+
+    @property
+    def num_local(self) -> int:
+        """How many ranks are on this machine."""
+        return self.hosts.count(self.hosts[self.rank])
 
     def share(self, count: int) -> range:
         """This rank's part of ``count`` things in a row."""

@@ -12,7 +12,9 @@ from toolchain.errors import SenteiError
 from toolchain.prune import memory_needed as module
 from toolchain.prune.memory_needed import check_memory, memory_needed
 from toolchain.prune.methods import DEFAULT
+from toolchain.prune.pipeline import prepare
 from toolchain.prune.settings import PruneSettings
+from toolchain.ranks.ranks import Ranks
 
 SETTINGS = PruneSettings(
     sparsity=0.25, calibration=[], num_samples=16, seq_len=64, align=8, attention_removals=None, device="cpu",
@@ -52,6 +54,20 @@ def test_too_little_memory_is_said_before_weights_are_read(pico_model: Path, mon
     with pytest.raises(SenteiError) as error:
         check_memory(checkpoint, replace(SETTINGS, offload=True, num_samples=10**6))
     assert "--offload" not in str(error.value.hint)
+
+
+def test_every_process_on_the_machine_holds_a_model(pico_model: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint = open_checkpoint(pico_model)
+    needed = memory_needed(checkpoint, SETTINGS, offload=False).peak
+    monkeypatch.setattr(module, "available_bytes", lambda device: 2 * needed)
+    check_memory(checkpoint, SETTINGS, processes=2)
+    with pytest.raises(SenteiError, match="in each of 3 processes") as error:
+        check_memory(checkpoint, SETTINGS, processes=3)
+    assert "start fewer processes" in str(error.value.hint)
+    ranks = Ranks(rank=2, size=3, hosts=("here", "there", "here"))
+    with pytest.raises(SenteiError, match="in each of 2 processes"):
+        monkeypatch.setattr(module, "available_bytes", lambda device: 2 * needed - 1)
+        prepare(pico_model, SETTINGS, "pico", ranks)
 
 
 def test_the_command_refuses_what_cannot_fit(pico_model: Path, text: Path, tmp_path: Path):
