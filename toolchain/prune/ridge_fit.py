@@ -14,7 +14,7 @@ RIDGES = (0.1, 1.0, 10.0)
 # Errors below this share are rounding, not damage.
 _ROUNDING = 1e-6
 # So many rows of a matrix of moments are made at a time.
-_ROWS = 512
+_ROWS = 256
 
 
 class Moments:
