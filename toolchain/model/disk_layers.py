@@ -148,9 +148,13 @@ class DiskLayers:
         prefix = f"{self._checkpoint.family.layers}.{index}."
         tensors = self._tensors
         names = [name for name in tensors.shapes if name.startswith(prefix)]
-        # As stored: what waits takes the memory, and the way to a GPU the time, of that.
+        # Not wider than stored: what waits takes the memory, and the way to a GPU the time, of that.
         in_memory = torch.Tensor.pin_memory if self._model.device.type == "cuda" else torch.clone
-        return {name.removeprefix(prefix): in_memory(tensors.read(name)) for name in names}
+        return {name.removeprefix(prefix): in_memory(self._narrowed(tensors.read(name))) for name in names}
+
+    def _narrowed(self, weight: torch.Tensor) -> torch.Tensor:
+        """In the narrower of the dtypes that it is stored and computed in."""
+        return weight.to(self._dtype) if self._dtype.itemsize < weight.dtype.itemsize else weight
 
     def _ready(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """To be computed with; takes each tensor out of ``weights``, so that no two kinds of all are there at once."""

@@ -29,7 +29,7 @@ from toolchain.metrics.token_metrics import PerplexityMetric, finite
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
 from toolchain.plan.document import RefitRecord
-from toolchain.prune.ridge_fit import Moments, Refit, best_fit, ridge_fits, squared_errors
+from toolchain.prune.ridge_fit import Moments, Refit, best_fit, fit_bytes, ridge_fits, squared_errors
 from toolchain.prune.stage_files import StageFiles
 from toolchain.ranks.ranks import ALONE, Ranks
 
@@ -311,7 +311,7 @@ def _refit_layer(
                 continue
             run = partial(_run_part, walk, module, index, name=name, without=other)
             full_name = f"{family.layers}.{index}.{name}.weight"
-            inputs = _room_for_inputs(walk, projection, states.after)
+            inputs = _room_for_inputs(walk, projection, states.after, share.ranks)
             fitting = _Fitting(projection, run, targets[name], pruning.factor, pruning.dtypes[full_name], inputs)
             found = _fit(walk, index, fitting, states.after, share)
             if found.weight is not None:
@@ -327,14 +327,19 @@ def _refit_layer(
     return refitted
 
 
-def _room_for_inputs(walk: LayerWalk, projection: nn.Linear, states: torch.Tensor) -> dict[int, torch.Tensor] | None:
+def _room_for_inputs(
+    walk: LayerWalk, projection: nn.Linear, states: torch.Tensor, ranks: Ranks
+) -> dict[int, torch.Tensor] | None:
     """Where inputs of a projection are kept by window; ``None`` if they take too much memory, or say too little.
 
     What follows from them is what the layer itself says, to the bit, unless a norm stands behind the projection.
     """
-    size = states[..., 0].numel() * projection.in_features * states.element_size()
-    fits = size <= _SHARE_FOR_INPUTS * available_bytes(walk.model.device)
-    return {} if fits and not walk.family.norms_outputs else None
+    num_inputs, device = projection.in_features, walk.model.device
+    size = states[..., 0].numel() * num_inputs * states.element_size()
+    # Each rank of a machine is about to make moments and fits, too.
+    fit = fit_bytes(num_inputs, projection.out_features, walk.model.dtype.itemsize)
+    free = available_bytes(device) // ranks.num_sharing(device) - fit
+    return {} if size <= _SHARE_FOR_INPUTS * free and not walk.family.norms_outputs else None
 
 
 @dataclass(frozen=True)

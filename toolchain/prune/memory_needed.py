@@ -11,10 +11,8 @@ import torch
 from toolchain.checkpoint.directory import Checkpoint
 from toolchain.errors import SenteiError
 from toolchain.memory import available_bytes
-from toolchain.prune.ridge_fit import RIDGES
+from toolchain.prune.ridge_fit import fit_bytes
 from toolchain.prune.settings import PruneSettings
-
-_FLOAT64 = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +21,7 @@ class MemoryNeeded:
 
     Attributes:
         search: The weights, and what gradients add to them where widths are ranked. With ``--offload`` the weights are
-            those of embeddings, head and two layers: one runs, and one waits as it is stored.
+            those of embeddings, head and two layers: one runs, and one waits, no wider than it is stored.
         fit: The weights, the hidden states of all windows and the moments of the widest projection; 0 without
             compensation. With ``--offload`` one layer.
     """
@@ -48,10 +46,9 @@ def memory_needed(checkpoint: Checkpoint, settings: PruneSettings, *, offload: b
     # A layer's graph: residual stream, norms, queries to outputs, and three activations of the FFN, each about twice.
     graph = settings.seq_len * (12 * hidden + 6 * width) * size
     ranked, compensates = settings.widths == "ranked", settings.compensate
-    # One matrix, which is factored in its own place, and of each ridge the weight that came out.
-    moments = (width * width + width * hidden) * _FLOAT64 + len(RIDGES) * width * hidden * checkpoint.dtype.itemsize
+    moments = fit_bytes(width, hidden, checkpoint.dtype.itemsize)
     of_fit = (outside + layer if offload else checkpoint.num_parameters) * size
-    of_search = of_fit + (layer * checkpoint.dtype.itemsize if offload else 0)
+    of_search = of_fit + (layer * min(size, checkpoint.dtype.itemsize) if offload else 0)
     return MemoryNeeded(
         search=of_search + ((layers + 1) * state + graph if ranked else 2 * state),
         fit=of_fit + 3 * settings.num_samples * state + moments if compensates else 0,

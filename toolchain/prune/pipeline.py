@@ -236,7 +236,7 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str, 
     checkpoint = opened(model)
     check_window(checkpoint.directory, checkpoint.config, settings.seq_len)
     allocations = possible_allocations(checkpoint, settings)
-    check_memory(checkpoint, settings, processes=ranks.num_local if settings.device == "cpu" else 1)
+    check_memory(checkpoint, settings, processes=ranks.num_sharing(torch.device(settings.device)))
     settings = _as_recorded(checkpoint, settings)
     tokenizer = load_tokenizer(checkpoint.directory)
     bos = (bos_of if settings.as_served else needed_bos)(checkpoint.family, tokenizer)

@@ -1,5 +1,6 @@
 """Ridge regression of one projection: the closed-form fits of :mod:`toolchain.prune.compensation`, in little memory."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,13 @@ from toolchain.ranks.ranks import ALONE, Ranks
 RIDGES = (0.1, 1.0, 10.0)
 # Errors below this share are rounding, not damage.
 _ROUNDING = 1e-6
-# So many rows of a matrix of moments are made at a time.
+# So many rows of a matrix of moments, or of a weight, are worked on at a time.
 _ROWS = 256
+
+
+def fit_bytes(num_inputs: int, num_outputs: int, weight_itemsize: int) -> int:
+    """What a fit takes at least: the moments, in float64, and of each ridge the weight that came out."""
+    return 8 * num_inputs * (num_inputs + num_outputs) + len(RIDGES) * num_inputs * num_outputs * weight_itemsize
 
 
 class Moments:
@@ -127,14 +133,13 @@ def ridge_fits(
     Of several ranks, each fits with ridges of its own, and hands out what it found.
     """
     moments.complete()
+    owners = {ridge: place % ranks.size for place, ridge in enumerate(RIDGES)}
+    own = {ridge: moments.ridge_fit(weight, ridge, dtype) for ridge, owner in owners.items() if owner == ranks.rank}
     fits = {}
-    for place, ridge in enumerate(RIDGES):
-        if place % ranks.size == ranks.rank:
-            fits[ridge] = moments.ridge_fit(weight, ridge, dtype)
-    for place, ridge in enumerate(RIDGES if ranks.several else ()):
-        found = fits.setdefault(ridge, torch.empty(weight.shape, dtype=dtype, device=weight.device))
-        ranks.broadcast(found, place % ranks.size)
-    return {ridge: fits[ridge] for ridge in RIDGES}
+    for ridge, owner in owners.items():
+        fits[ridge] = own[ridge] if ridge in own else torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        ranks.broadcast(fits[ridge], owner)
+    return fits
 
 
 def squared_errors(weights: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -146,7 +151,8 @@ def squared_errors(weights: Sequence[torch.Tensor], inputs: torch.Tensor, target
         targets: ``[..., num_outputs]``.
 
     Returns:
-        float64 ``[len(weights) + 1]``; products are taken in float32.
+        float64 ``[len(weights) + 1]``; products are summed in float32; beside bfloat16 inputs weights are rounded
+        so too, as the model will have them.
     """
     x, y = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
     errors = torch.zeros(len(weights) + 1, dtype=torch.float64)
@@ -167,7 +173,8 @@ def best_fit(fits: Mapping[float, torch.Tensor], errors: Sequence[float]) -> Ref
     """
     *left, energy = errors
     before, *by_ridge = (each / max(energy, torch.finfo(torch.float64).tiny) for each in left)
-    best, ridge = min(zip(by_ridge, fits, strict=True), key=lambda pair: pair[0])
+    # A weight that overflowed when it was rounded says NaN.
+    best, ridge = min(zip(by_ridge, fits, strict=True), key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
     if before < _ROUNDING or not best < before:
         return Refit(weight=None, ridge=0.0, error_before=before, error_after=before)
     return Refit(weight=fits[ridge], ridge=ridge, error_before=before, error_after=best)

@@ -103,9 +103,11 @@ class Heartbeats:
         self._thread.join(timeout=2 * _DEAD_S)
 
     def wait_for_others(self) -> None:
-        """Waits for the last words of the others that are alive, for a few seconds."""
+        """Waits for the last words of the others that are alive, for some seconds."""
         end = time.monotonic() + _LONGEST_WAIT_S
-        while time.monotonic() < end and not all(self._has_ended(each) or self._is_silent(each) for each in self._seen):
+        while time.monotonic() < end and not self._store_is_lost:
+            if all(self._has_ended(each) or self._is_silent(each) for each in self._seen):
+                return
             self._look()
             time.sleep(BEAT_S / 5)
 

@@ -49,10 +49,9 @@ class Ranks:
         """Whether there is anybody to talk to."""
         return self.size > 1
 
-    @property
-    def num_local(self) -> int:
-        """How many ranks are on this machine."""
-        return self.hosts.count(self.hosts[self.rank])
+    def num_sharing(self, device: torch.device) -> int:
+        """How many ranks share the memory of a device: all of this machine on a CPU; a GPU has one."""
+        return self.hosts.count(self.hosts[self.rank]) if device.type == "cpu" else 1
 
     def share(self, count: int) -> range:
         """This rank's part of ``count`` things in a row."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import prune_by_hand
 from tests.families import make_family_pico
@@ -36,6 +37,19 @@ def test_an_ffn_without_neurons_is_gone_with_its_bias(tmp_path: Path, family: st
 def offloaded(tmp_path: Path) -> LayerWalk:
     make_family_pico(tmp_path, "llama", "grouped")
     return open_walk(open_checkpoint(tmp_path), dtype=torch.float32, device="cpu", offload=True)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16])
+def test_a_layer_that_waits_is_as_narrow_as_can_be(tmp_path: Path, stored: torch.dtype, computed: torch.dtype):
+    make_family_pico(tmp_path, "llama", "grouped")
+    file = tmp_path / "model.safetensors"
+    save_file({name: each.to(stored) for name, each in load_file(file).items()}, file, {"format": "pt"})
+    layers = open_walk(open_checkpoint(tmp_path), dtype=computed, device="cpu", offload=True).layers
+    narrower = min(stored, computed, key=lambda dtype: dtype.itemsize)
+    assert {weight.dtype for weight in layers._read(1).values()} == {narrower}
+    with layers.layer(0) as module:
+        assert {weight.dtype for weight in module.parameters()} == {computed}
 
 
 def test_a_block_leaves_half_of_the_memory_free(offloaded: LayerWalk, monkeypatch: pytest.MonkeyPatch):

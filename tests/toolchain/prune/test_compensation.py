@@ -1,5 +1,6 @@
 """Compensation: the fit against brute force, and what it gains on text it has not seen."""
 
+import math
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,13 @@ def test_products_of_bfloat16_activations_lose_nothing(data):
     exact = (x.double() @ weight.double().T - y.double()).square().sum()
     assert float(squared_errors([weight], x, y)[0]) == pytest.approx(float(exact), rel=1e-5)
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_fit_that_overflowed_does_not_hide_the_others(data):
+    fits = {ridge: data[2] + ridge for ridge in (0.1, 1.0, 10.0)}
+    found = best_fit(fits, [1.0, math.nan, 0.2, 0.3, 2.0])
+    assert (found.ridge, found.error_before, found.error_after) == (1.0, 0.5, 0.1)
+    assert best_fit(fits, [1.0, math.nan, math.nan, math.nan, 2.0]).weight is None
 
 
 def test_a_refit_is_never_worse_on_what_it_was_fitted_to(data):
@@ -250,12 +258,15 @@ def test_inputs_that_are_kept_change_nothing(
     family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     make_family_pico(model := tmp_path / "model", family, next(iter(VARIANTS[family])))
-    ids, found = torch.randint(3, 96, (9, 32)), []
+    ids, found, runs = torch.randint(3, 96, (9, 32)), [], []
     for free in (2**40, 0):
         monkeypatch.setattr(compensation, "available_bytes", lambda device, free=free: free)
         walk = open_walk(open_checkpoint(model), dtype=dtype, device="cpu", offload=False)
         found.append(compensated(walk, model, ids, tmp_path / f"{free}", removed=[1]))
+        runs.append(walk.num_layer_forwards)
     kept, again = found
+    # A norm behind a projection needs the layer itself.
+    assert runs[0] == runs[1] if walk.family.norms_outputs else runs[0] < runs[1]
     assert kept.records == again.records
     assert kept.held_out_perplexity_after == again.held_out_perplexity_after
     for name, info in kept.tensors.items():

@@ -66,6 +66,27 @@ def test_two_ranks_that_torchrun_started_write_what_one_process_does(pico_model:
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_limit_stops_several_ranks_where_it_stops_one(pico_model: Path, tmp_path: Path):
+    """What lies beyond it is not measured: there a metric may be NaN."""
+
+    def measures_one_at_a_time(rank: int) -> None:
+        real = two_stage.Search._try_each
+
+        def tried(search, plan, several):
+            assert len(several) == 1
+            return real(search, plan, several)
+
+        two_stage.Search._try_each = tried
+
+    more = ("-q", "--no-compensate", "--metric", "kl", "--max-metric", "0.01")
+    one = sentei(*command(pico_model, tmp_path / "one", *more))
+    asked = [command(pico_model, tmp_path / "two", *more)] * 2
+    ranks = start_ranks(tmp_path, asked, first=measures_one_at_a_time)
+    assert {each.end() for each in ranks} == {one.returncode}, ranks[0].said
+    assert (tmp_path / "two/plan.json").read_bytes() == (tmp_path / "one/plan.json").read_bytes()
+    assert json.loads((tmp_path / "one/plan.json").read_text())["stopped_because"]
+
+
 def test_a_killed_rank_is_named_and_one_process_goes_on(pico_model: Path, alone: Path, tmp_path: Path):
     def dies_after_a_step(rank: int) -> None:
         if rank == 1:

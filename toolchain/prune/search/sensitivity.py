@@ -18,6 +18,7 @@ from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
 from toolchain.prune.search.importance import norms_of
 from toolchain.prune.window_sums import UNSHARED, Shared, sum_of_parts
+from toolchain.ranks.ranks import Ranks
 
 # Logits of so many tokens, with their gradients, exist at a time.
 _HEAD_TOKENS = 256
@@ -81,7 +82,7 @@ def neuron_sensitivity(
         len(windows),
         lambda own: _of_windows(walk, windows[own.start : own.stop]),
         shared,
-        at_once=shared.ranks.smallest(_windows_at_once(walk, windows)),
+        at_once=shared.ranks.smallest(_windows_at_once(walk, windows, shared.ranks)),
         on_parts=on_windows,
     )
     means = (total / len(windows)).float().numpy()
@@ -90,12 +91,13 @@ def neuron_sensitivity(
     return Sensitivity(slope=slope, fisher=fisher, importance=importance)
 
 
-def _windows_at_once(walk: LayerWalk, windows: torch.Tensor) -> int:
+def _windows_at_once(walk: LayerWalk, windows: torch.Tensor, ranks: Ranks) -> int:
     """One where a layer costs nothing to visit again; where it is read, as many as a part of the free memory holds."""
     if walk.layers.resident:
         return 1
     states = (len(walk.layers) + 1) * windows.shape[1] * walk.model.config.hidden_size * walk.model.dtype.itemsize
-    fitting = int(_SHARE_FOR_STATES * available_bytes(walk.model.device) / states)
+    free = available_bytes(walk.model.device) // ranks.num_sharing(walk.model.device)
+    fitting = int(_SHARE_FOR_STATES * free / states)
     return min(max(1, fitting), len(windows))
 
 

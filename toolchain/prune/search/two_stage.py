@@ -194,8 +194,10 @@ class Search:
         with self.progress("Widths of FFNs", _NUM_RUNGS) as advance:
             for _ in range(len(rungs) - len(todo)):
                 advance()
-            for start in range(0, len(todo), self.ranks.size):
-                for taken in self._try_each(plan, todo[start : start + self.ranks.size]):
+            # What a limit may never reach is not measured ahead: it could be NaN.
+            ahead = self.ranks.size if _never_stops(plan) else 1
+            for start in range(0, len(todo), ahead):
+                for taken in self._try_each(plan, todo[start : start + ahead]):
                     advance()
                     if not _allowed(plan, taken):
                         return self._stop_inside(plan, taken)
@@ -226,9 +228,9 @@ class Search:
 
     def _try_each(self, plan: PruningPlan, several: Sequence[Sequence[int]]) -> list[Rung]:
         """Measures several widths, no more than there are ranks: each rank its own."""
-        values, mine = torch.zeros(2, dtype=torch.float64), several[self.ranks.rank :][:1]
-        for widths in mine:
-            with self.walk.only_neurons(_kept(plan, widths)):
+        values, rank = torch.zeros(2, dtype=torch.float64), self.ranks.rank
+        if rank < len(several):
+            with self.walk.only_neurons(_kept(plan, several[rank])):
                 values[0] = measure(self.walk, self.metric)
                 if (limit_metric := self._looked_at_too(plan)) is not None:
                     values[1] = measure(self.walk, limit_metric)
@@ -295,9 +297,14 @@ def _limited(step: Rung | Removal) -> float:
     return step.metric if step.limit_metric is None else step.limit_metric
 
 
+def _never_stops(plan: PruningPlan) -> bool:
+    """Whether the search goes to the target, whatever it measures."""
+    return plan.document.limit is None or plan.document.compensation is not None
+
+
 def _allowed(plan: PruningPlan, step: Rung | Removal) -> bool:
     """Whether the limit lets the search go as far as ``step``."""
-    return plan.document.compensation is not None or holds(plan.document.limit, _limited(step))
+    return _never_stops(plan) or holds(plan.document.limit, _limited(step))
 
 
 def _stopped(plan: PruningPlan, broken: Rung | Removal, how: str) -> PruningPlan:

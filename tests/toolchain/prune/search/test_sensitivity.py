@@ -11,6 +11,7 @@ from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.model.disk_layers import open_walk
 from toolchain.plan.plan import load_plan
 from toolchain.prune.pipeline import prepare, prune
+from toolchain.prune.search import sensitivity
 from toolchain.prune.search.importance import neuron_importance
 from toolchain.prune.search.sensitivity import Sensitivity, neuron_sensitivity
 from toolchain.prune.settings import PruneSettings
@@ -50,11 +51,23 @@ def test_it_is_the_slope_of_the_loss_along_each_neuron_and_its_square_by_token(f
             assert np.allclose(seen, scored, rtol=1e-5), variant
 
 
-def test_layers_from_disk_say_the_same(pico_model: Path):
-    ids = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
-    one, other = (neuron_sensitivity(walk_of(pico_model, offload=offload), ids) for offload in (False, True))
-    for here, there in zip((*one.slope, *one.fisher), (*other.slope, *other.fisher), strict=True):
-        assert np.allclose(here, there, rtol=1e-4)
+def test_layers_from_disk_say_the_same_however_many_windows_go_together(
+    pico_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ids = torch.randint(3, 96, (5, 16), generator=torch.Generator().manual_seed(0))
+    expected, visits = neuron_sensitivity(walk_of(pico_model), ids), []
+    walk = walk_of(pico_model, offload=True)
+    lend = walk.layers.layer
+    monkeypatch.setattr(walk.layers, "layer", lambda index, **how: visits.append(index) or lend(index, **how))
+    a_window = 5 * 16 * walk.model.config.hidden_size * 4
+    for together, num_groups in ((5, 1), (2, 3), (0, 5)):
+        monkeypatch.setattr(sensitivity, "available_bytes", lambda device, n=together: 8 * n * a_window)
+        visits.clear()
+        found = neuron_sensitivity(walk, ids)
+        assert len(visits) == 2 * 4 * num_groups
+        for kind in ("slope", "fisher", "importance"):
+            pairs = zip(getattr(expected, kind), getattr(found, kind), strict=True)
+            assert all(np.array_equal(here, there) for here, there in pairs), kind
 
 
 def test_neurons_are_weighed_layer_by_layer():
@@ -75,7 +88,7 @@ def test_ranked_importance_is_of_all_windows(num_samples: int, pico_model: Path,
     )  # fmt: skip
     prune(pico_model, tmp_path / "out", settings, model_name="pico")
     ids = prepare(pico_model, settings, "pico").windows.ids
-    sensitivity = neuron_sensitivity(walk_of(pico_model), ids[:8])
-    expected = sensitivity.weigh(neuron_importance(walk_of(pico_model), ids))
+    seen = neuron_sensitivity(walk_of(pico_model), ids[:8])
+    expected = seen.weigh(neuron_importance(walk_of(pico_model), ids))
     for found, scores in zip(load_plan(tmp_path / "out").importance, expected, strict=True):
         assert np.allclose(found, scores, rtol=1e-4)
