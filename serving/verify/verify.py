@@ -147,12 +147,8 @@ def verify(
     prompts = _prompts(source, text, long=picked.reads_onnx)
     export = _Export(directory=exported, source=source, engine=picked, precision=_precision(exported, picked, source))
     computing = Computing(dtype=dtype, device=device, offload=offload, progress=progress)
-    with progress(f"Answers of {picked.name}", 1) as advance:
-        answers, not_run = _ask_export(export, computing, prompts)
-        advance()
-    with progress("Weights", 1) as advance:
-        weights = _check_weights(export)
-        advance()
+    answers, not_run = _ask_export(export, computing, prompts)
+    weights = _check_weights(export, progress)
     measured, limits, checks = None, {}, weights.checks
     if answers is not None:
         rounded, computed_in = weights.rounded, weights.computed_in
@@ -186,6 +182,13 @@ def _write(exported: Path, verification: AnswersVerification) -> dict[str, Any]:
 
 def _ask_export(export: _Export, computing: Computing, prompts: Sequences) -> tuple[Answers | None, str]:
     """The export's answers, and what could not be run."""
+    with computing.progress(f"Answers of {export.engine.name}", 1) as advance:
+        found = _answers_of_export(export, computing, prompts)
+        advance()
+    return found
+
+
+def _answers_of_export(export: _Export, computing: Computing, prompts: Sequences) -> tuple[Answers | None, str]:
     if export.engine.reads_onnx:
         return _ask_onnx(export.directory, prompts)
     if is_nemotron_nas(export.directory):
@@ -220,8 +223,15 @@ def _ask_onnx(exported: Path, prompts: Sequences) -> tuple[Answers | None, str]:
         return None, f"{missing} The CPU cannot run it: weights were compared, answers were not."
 
 
-def _check_weights(export: _Export) -> _Weights:
+def _check_weights(export: _Export, progress: Progress) -> _Weights:
     """Compares all that is stored with the source, tensor by tensor."""
+    with progress("Weights", 1) as advance:
+        found = _compared_weights(export)
+        advance()
+    return found
+
+
+def _compared_weights(export: _Export) -> _Weights:
     source, directory = export.source, export.directory
     if export.engine.reads_onnx:
         from serving.engines.onnxruntime import runs_on
