@@ -27,28 +27,6 @@ from toolchain.text.sources import TextSource
 SETTINGS = ("--steps", 10, "--batch-size", 2, "--seq-len", 16, "--dtype", "float32", "--quiet")
 
 
-@pytest.fixture(scope="module")
-def pruned_pico(pico_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("healing") / "pruned"
-    settings = (
-        "--sparsity",
-        0.3,
-        "--samples",
-        2,
-        "--seq-len",
-        64,
-        "--align",
-        8,
-        "--attention-removals",
-        1,
-        *PLAIN,
-        "--quiet",
-    )
-    done = sentei("prune", pico_model, "-o", out, "--calibration", text, *settings)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
 def healed(pruned: Path, original: Path, out: Path, text: Path, *more: object):
     return sentei("heal", pruned, "--against", original, "--data", text, "-o", out, *SETTINGS, *more)
 
