@@ -216,7 +216,6 @@ def _trainer_arguments(
         # One sequence at a time: its logits are what takes memory.
         per_device_train_batch_size=1,
         gradient_accumulation_steps=training.batch_size // ranks.size,
-        ddp_broadcast_buffers=False,  # they are constants
         # A layer's insides are then computed again for the gradients: a quarter more work, and the same gradients.
         gradient_checkpointing=is_short_of_memory,
         gradient_checkpointing_kwargs={"use_reentrant": False},

@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from tests.command_line import sentei
 from tests.toolchain.ranks.processes import start_ranks
 from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.errors import SenteiError
 from toolchain.heal import distillation  # loaded before the ranks are forked
 from toolchain.model.loading import load_model
 from toolchain.plan.plan import load_plan
+from toolchain.ranks import joining
+from toolchain.ranks.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of os.fork
 
@@ -97,7 +100,7 @@ def test_a_stopped_rank_ends_the_job(command: list[object], tmp_path: Path):
                 os.kill(os.getpid(), signal.SIGSTOP)
 
         distillation._OnStep.on_step_end = end_step
-        distillation.library_waits.__globals__["_LIBRARY_S"] = 0.5
+        joining._LIBRARY_S = 0.5
 
     ranks = start_ranks(tmp_path, [[*command, "-q"]] * 2, first=stops, timeout_s=3)
     assert ranks[0].end() == 2
@@ -112,3 +115,10 @@ def test_what_cannot_be_divided_is_refused_once(command: list[object], tmp_path:
     assert [each.end() for each in ranks] == [2, 2]
     assert "".join(each.said for each in ranks).count("--batch-size 3 cannot be divided equally among 2") == 1
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_machine_that_does_not_see_the_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Ranks, "from_first", lambda ranks, document: ("checkpoint-4", {}))
+    ranks = Ranks(rank=1, size=2, hosts=("first", "second"))
+    with pytest.raises(SenteiError, match="checkpoint-4 is not on second"):
+        distillation._where_to_go_on(tmp_path, ranks)
