@@ -93,7 +93,7 @@ def test_a_killed_rank_is_named_and_one_process_goes_on(command: list[object], a
 
 
 @pytest.mark.acceptance
-def test_a_stopped_rank_ends_the_job(command: list[object], tmp_path: Path):
+def test_a_stopped_rank_ends_the_job(command: list[object], alone: Path, tmp_path: Path):
     def stops(rank: int) -> None:
         def end_step(self: object, args: object, state: object, control: object, **_: object) -> None:
             if rank == 1 and state.global_step == 4:
@@ -107,7 +107,10 @@ def test_a_stopped_rank_ends_the_job(command: list[object], tmp_path: Path):
     ranks[1].kill()
     [sentence] = [line for line in ranks[0].said.splitlines() if line.startswith("Error")]
     assert "Rank 1 of 2" in sentence and "3 seconds" in sentence
-    assert (tmp_path / "out.heal").is_dir()
+    done = sentei(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    check_same(tmp_path / "out", alone)
+    assert not list(tmp_path.glob("out.*"))
 
 
 def test_what_cannot_be_divided_is_refused_once(command: list[object], tmp_path: Path):
