@@ -166,7 +166,9 @@ def distill(
 def _tell_accelerate(ranks: Ranks) -> None:
     """It reads in the environment which process is where; not every launcher has said all of it."""
     if ranks.several:
-        os.environ.update(LOCAL_RANK=str(ranks.local_rank), LOCAL_WORLD_SIZE=str(ranks.num_local))
+        os.environ.update(
+            LOCAL_RANK=str(ranks.local_rank), LOCAL_WORLD_SIZE=str(ranks.num_sharing(torch.device("cpu")))
+        )
         # Otherwise it would choose the number of threads itself.
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
@@ -174,9 +176,9 @@ def _tell_accelerate(ranks: Ranks) -> None:
 def _is_short_of_memory(source: Checkpoint, seq_len: int, training: Training, ranks: Ranks) -> bool:
     """Whether what the layers keep of a window for the gradients is too much for the device."""
     num_channels = sum(source.config["hidden_size"] + layer.intermediate_size for layer in source.layout)
-    free = available_bytes(torch.device(training.device))
-    sharing = ranks.num_local if training.device == "cpu" else 1
-    return _KEPT_BYTES * num_channels * seq_len > _SHARE_FOR_KEPT * free / sharing
+    device = torch.device(training.device)
+    free = available_bytes(device) / ranks.num_sharing(device)
+    return _KEPT_BYTES * num_channels * seq_len > _SHARE_FOR_KEPT * free
 
 
 def _where_to_go_on(directory: Path, ranks: Ranks) -> str | None:
