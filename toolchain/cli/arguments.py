@@ -15,7 +15,7 @@ from toolchain.errors import SenteiError
 from toolchain.ranks.launch import several
 
 # The commands that several processes can share, which torchrun or the like has started.
-_IN_SEVERAL_RANKS = ("prune",)
+_IN_SEVERAL_RANKS = ("prune", "heal")
 _EMPTY_VALUE = re.compile(r"--[a-z-]+=")
 
 
@@ -49,7 +49,7 @@ class CheckedCommand(TyperCommand):
             if ctx.info_name not in _IN_SEVERAL_RANKS or ctx.parent.parent is not None:
                 raise SenteiError(
                     f"sentei {ctx.info_name} works in one process, and several were started (WORLD_SIZE is set).",
-                    f"Start it without torchrun; sentei {', '.join(_IN_SEVERAL_RANKS)} can use several.",
+                    f"Start it without torchrun; sentei {' and '.join(_IN_SEVERAL_RANKS)} can use several.",
                 )
             from toolchain.ranks.joining import join
 

@@ -111,6 +111,7 @@ def evaluate(
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, checkpoint.dtype),
         offload=offload,
+        spread=device == "auto" and picked_device == "cuda" and not offload,
     )
     if out is None:
         document = run(checkpoint, original, settings, Parts(None), progress=output.progress)

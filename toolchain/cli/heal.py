@@ -68,6 +68,7 @@ def heal(
     from toolchain.checkpoint.directory import open_checkpoint, resolve_model
     from toolchain.heal.heal import HealSettings
     from toolchain.heal.heal import heal as run
+    from toolchain.ranks.joining import join
     from toolchain.text.sources import parse_sources
 
     if full and lora_rank is not None:
@@ -88,8 +89,9 @@ def heal(
     )
     with output.telling_what_stays():
         result = run(
-            directory, resolve_model(against), out, settings, force=force, resume=resume, progress=output.progress
-        )
+            directory, resolve_model(against), out, settings, force=force, resume=resume, ranks=join(),
+            progress=output.progress,
+        )  # fmt: skip
     output.result({"directory": str(out), **result}, lambda console: _show(console, out, result))
 
 

@@ -53,6 +53,7 @@ from toolchain.model.context_length import check_window, context_length
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, check_same_vocabulary, load_tokenizer
+from toolchain.model.several_gpus import device_map_for
 from toolchain.parts_cache import Parts
 from toolchain.progress import Progress, no_progress
 from toolchain.significance import check_statistics, compare_means
@@ -79,6 +80,7 @@ class EvaluationSettings:
         device: Computed on.
         dtype: Computed in.
         offload: One layer in memory at a time; texts only.
+        spread: A model that the first GPU cannot hold goes to all of them.
     """
 
     texts: tuple[Text, ...]
@@ -91,6 +93,7 @@ class EvaluationSettings:
     device: str
     dtype: torch.dtype
     offload: bool = False
+    spread: bool = False
 
     @property
     def input_files(self) -> list[Path]:
@@ -107,6 +110,7 @@ class _Model:
         self.tokenizer = load_tokenizer(checkpoint.directory)
         self.bos = bos_of(checkpoint.family, self.tokenizer)
         self.identity = _identity(checkpoint, settings)
+        self._device_map = device_map_for(checkpoint, settings.dtype) if settings.spread else None
         self._walk: LayerWalk | None = None
 
     @property
@@ -114,13 +118,15 @@ class _Model:
         if self._walk is None:
             settings = self._settings
             self._walk = open_walk(
-                self.checkpoint, dtype=settings.dtype, device=settings.device, offload=settings.offload
-            )
+                self.checkpoint, dtype=settings.dtype, device=settings.device, offload=settings.offload,
+                device_map=self._device_map,
+            )  # fmt: skip
         return self._walk
 
     def unload(self) -> None:
         self._walk = None
         gc.collect()
+        torch.cuda.empty_cache()  # accelerate counts what is free
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -43,6 +43,7 @@ from toolchain.plan.document import HealingRecord
 from toolchain.plan.plan import PruningPlan, load_plan
 from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE
 from toolchain.progress import Progress, no_progress
+from toolchain.ranks.ranks import ALONE, Ranks
 from toolchain.text.fingerprints import merge_hashes
 from toolchain.text.sources import TextSource, local_paths
 from toolchain.text.windows import TokenWindows, load_mixture
@@ -62,12 +63,12 @@ class HealSettings:
     Attributes:
         data: Texts to learn from, and their weights.
         steps: Updates of the weights.
-        batch_size: Windows an update.
-        seq_len: Tokens a window.
+        batch_size: Windows per update, of all ranks together.
+        seq_len: Tokens per window.
         learning_rate: The highest, after the warm-up.
         lora_rank: Of the adapters; ``None`` to train all weights.
         seed: Orders the windows, and draws the adapters.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu`` or ``cuda``; of several ranks each has its own GPU.
         dtype: ``float32`` or ``bfloat16``.
     """
 
@@ -91,6 +92,7 @@ def heal(
     *,
     force: bool = False,
     resume: bool = False,
+    ranks: Ranks = ALONE,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Trains a pruned checkpoint towards the original and writes it, with its plan.
@@ -105,6 +107,7 @@ def heal(
         settings: See :class:`HealSettings`.
         force: Replace ``out`` if it is not empty, and an interrupted healing.
         resume: Go on with an interrupted healing.
+        ranks: Who shares the training. The first alone measures, and writes at ``out``.
         progress: Told of every step.
 
     Returns:
@@ -118,29 +121,89 @@ def heal(
     # Whatever is missing is to be said before anything takes long.
     import toolchain.heal.distillation  # noqa: F401
 
+    if not ranks.is_first:
+        job = _prepare(directory, teacher_directory, settings, ranks)
+        with _memory_in_a_sentence():
+            _train(job, job.load_teacher(), HEALING.directory(out), ranks, progress)
+        return cast(dict[str, Any], ranks.from_first()[0])
     texts = local_paths(source.text for source in settings.data)
     check_output_directory(out, force=force, inputs=[directory, teacher_directory, *texts])
     work = Unfinished(out, HEALING, force=force, resume=resume)
-    _check_settings(settings)
+    job = _prepare(directory, teacher_directory, settings, ranks)
+    with work.working(job.identity), _kept_if_trained(work), _memory_in_a_sentence():
+        teacher = job.load_teacher()
+        before = _compare(teacher, job.source, job.held_out, settings)
+        student = _train(job, teacher, work.directory, ranks, progress)
+        with new_directory(out, force=force) as partial:
+            _write_weights(job.source, student, partial, progress)
+            del student
+            gc.collect()  # models and what trained them refer to each other, and another model is coming
+            after = _compare(teacher, open_checkpoint(partial), job.held_out, settings)
+            _check_closer(before, after)
+            found = _measured_record(job.record, before, after, num_held_out=len(job.held_out))
+            _carry_over(directory, job.plan, found, job.windows, partial)
+    return cast(dict[str, Any], ranks.from_first(found.model_dump())[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What a healing begins with, the same in all ranks.
+
+    Attributes:
+        source: The pruned checkpoint.
+        teacher: What it learns from.
+        plan: The pruned checkpoint's.
+        windows: The text.
+        record: Everything in :class:`HealingRecord` but what is measured.
+        settings: What was asked for.
+    """
+
+    source: Checkpoint
+    teacher: Checkpoint
+    plan: PruningPlan
+    windows: TokenWindows
+    record: dict[str, Any]
+    settings: HealSettings
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the healed weights depend on, as JSON."""
+        return {"student": self.source.fingerprint, **self.record}
+
+    @property
+    def learnt(self) -> torch.Tensor:
+        """Windows to learn from, int64 ``[num_windows, seq_len]``."""
+        return self.windows.ids[: -_num_held_out(self.windows)]
+
+    @property
+    def held_out(self) -> torch.Tensor:
+        """Windows to judge by, at the end of the text, likewise."""
+        return self.windows.ids[-_num_held_out(self.windows) :]
+
+    def load_teacher(self) -> PreTrainedModel:
+        """The model it learns from, where this rank computes."""
+        return load_model(self.teacher, dtype=self.settings.dtype, device=self.settings.device)
+
+
+def _prepare(directory: Path, teacher_directory: Path, settings: HealSettings, ranks: Ranks) -> _Job:
+    """Checks everything before a model is loaded.
+
+    Raises:
+        SenteiError: Bad input, or ranks that would not do the same.
+    """
+    _check_settings(settings, ranks)
     source, teacher = open_checkpoint(directory), open_checkpoint(teacher_directory)
     _check_pair(source, teacher, settings)
     plan = load_plan(directory)
     windows = _load_windows(source, settings)
-    learnt, held_out = _split(windows)
-    record = _record(teacher, windows, settings)
-    with work.working({"student": source.fingerprint, **record}), _kept_if_trained(work):
-        teacher_model = load_model(teacher, dtype=settings.dtype, device=settings.device)
-        before = _compare(teacher_model, source, held_out, settings)
-        student = _train(teacher_model, source, learnt, settings, work.directory, progress)
-        with new_directory(out, force=force) as partial:
-            _write_weights(source, student, partial, progress)
-            del student
-            gc.collect()  # models and what trained them refer to each other, and another model is coming
-            after = _compare(teacher_model, open_checkpoint(partial), held_out, settings)
-            _check_closer(before, after)
-            found = _measured_record(record, before, after, num_held_out=len(held_out))
-            _carry_over(directory, plan, found, windows, partial)
-    return found.model_dump()
+    _num_held_out(windows)
+    job = _Job(
+        source=source, teacher=teacher, plan=plan, windows=windows, record=_record(teacher, windows, settings),
+        settings=settings,
+    )  # fmt: skip
+    if ranks.several:  # a process alone need not hash weights before it knows that the output is free
+        ranks.check_same({**job.identity, "device": torch.device(settings.device).type})
+    return job
 
 
 def _load_windows(source: Checkpoint, settings: HealSettings) -> TokenWindows:
@@ -156,17 +219,11 @@ def _load_windows(source: Checkpoint, settings: HealSettings) -> TokenWindows:
     )
 
 
-def _train(
-    teacher: PreTrainedModel,
-    source: Checkpoint,
-    windows: torch.Tensor,
-    settings: HealSettings,
-    unfinished: Path,
-    progress: Progress,
-) -> "Student":
+def _train(job: _Job, teacher: PreTrainedModel, unfinished: Path, ranks: Ranks, progress: Progress) -> "Student":
     """Trains, or goes on; Trainer's checkpoints are in ``unfinished``."""
     from toolchain.heal.distillation import Training, distill
 
+    settings = job.settings
     training = Training(
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -177,16 +234,12 @@ def _train(
         dtype=settings.dtype,
     )
     with progress("Healing", settings.steps) as advance:
-        return distill(teacher, source, windows, training, unfinished, on_step=advance)
+        return distill(teacher, job.source, job.learnt, training, unfinished, ranks=ranks, on_step=advance)
 
 
 @contextmanager
 def _kept_if_trained(work: Unfinished) -> Iterator[None]:
-    """Keeps what was trained if there is a checkpoint to go on from, but not where it did not help.
-
-    Raises:
-        SenteiError: Memory ran out.
-    """
+    """Keeps what was trained if there is a checkpoint to go on from, but not where it did not help."""
     from toolchain.heal.distillation import last_checkpoint
 
     try:
@@ -194,6 +247,19 @@ def _kept_if_trained(work: Unfinished) -> Iterator[None]:
     except BaseException as error:
         did_not_help = isinstance(error, CheckFailedError)
         work.worth_keeping = not did_not_help and last_checkpoint(work.directory) is not None
+        raise
+
+
+@contextmanager
+def _memory_in_a_sentence() -> Iterator[None]:
+    """Says what to do where memory runs out.
+
+    Raises:
+        SenteiError: It did.
+    """
+    try:
+        yield
+    except BaseException as error:
         if is_out_of_memory(error):
             raise SenteiError(
                 "Memory ran out.", "Lower --seq-len, train with LoRA instead of --full, or use a larger machine."
@@ -201,7 +267,7 @@ def _kept_if_trained(work: Unfinished) -> Iterator[None]:
         raise
 
 
-def _check_settings(settings: HealSettings) -> None:
+def _check_settings(settings: HealSettings, ranks: Ranks) -> None:
     for name, value in (
         ("--steps", settings.steps),
         ("--batch-size", settings.batch_size),
@@ -216,12 +282,17 @@ def _check_settings(settings: HealSettings) -> None:
             f"{_MOST_WINDOWS}.",
             "Give fewer steps or a smaller batch.",
         )
+    if settings.batch_size % ranks.size:
+        raise SenteiError(
+            f"--batch-size {settings.batch_size} cannot be divided equally among {ranks.size} processes.",
+            f"Give a multiple of {ranks.size}.",
+        )
     if settings.dtype not in (torch.float32, torch.bfloat16):
         raise SenteiError(
             f"Healing does not compute in {dtype_name(settings.dtype)}, in which small gradients vanish.",
             "Use --dtype bfloat16 or float32.",
         )
-    if settings.device not in ("cpu", "cuda"):
+    if settings.device not in ("cpu", "cuda") and not ranks.several:
         raise SenteiError(
             f"Healing takes the first GPU there is, not --device {settings.device}.",
             "Choose another by the environment variable CUDA_VISIBLE_DEVICES.",
@@ -244,8 +315,12 @@ def _check_pair(source: Checkpoint, teacher: Checkpoint, settings: HealSettings)
         check_window(each.directory, each.config, settings.seq_len)
 
 
-def _split(windows: TokenWindows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows to learn from, and those held out: one in ten at the end, eight at most."""
+def _num_held_out(windows: TokenWindows) -> int:
+    """How many windows at the end are not learnt from: one in ten, eight at most.
+
+    Raises:
+        SenteiError: There are too few.
+    """
     count = len(windows.ids)
     if count < 2:
         raise SenteiError(
@@ -253,8 +328,7 @@ def _split(windows: TokenWindows) -> tuple[torch.Tensor, torch.Tensor]:
             "more has to be held out.",
             "Give more text, or lower --seq-len.",
         )
-    num_held_out = max(1, min(_MOST_HELD_OUT, count // 10))
-    return windows.ids[:-num_held_out], windows.ids[-num_held_out:]
+    return max(1, min(_MOST_HELD_OUT, count // 10))
 
 
 def _record(teacher: Checkpoint, windows: TokenWindows, settings: HealSettings) -> dict[str, Any]:

@@ -5,7 +5,7 @@ moves weights. At most two layers are in memory then: the one that runs, and the
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -31,13 +31,23 @@ from toolchain.model.loading import (
 from toolchain.model.slicing import KeptNeurons, PrunedTensors, narrow_ffn
 
 
-def open_walk(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, offload: bool) -> LayerWalk:
-    """A model ready to run layer by layer: in memory, or on disk but for the layer that runs."""
+def open_walk(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    offload: bool,
+    device_map: Mapping[str, int] | None = None,
+) -> LayerWalk:
+    """A model ready to run layer by layer: in memory, or on disk but for the layer that runs.
+
+    With ``device_map`` it is spread over several GPUs; see :func:`toolchain.model.loading.load_model`.
+    """
     # Weights, which come and go, are given back; activations, which come again with every layer, are kept.
     give_back_freed_memory()
     if offload:
         return open_offloaded(checkpoint, dtype=dtype, device=device)
-    walk = LayerWalk(load_model(checkpoint, dtype=dtype, device=device), checkpoint.family)
+    walk = LayerWalk(load_model(checkpoint, dtype=dtype, device=device, device_map=device_map), checkpoint.family)
     keep_freed_memory()
     return walk
 

@@ -196,8 +196,10 @@ class LayerWalk:
         if len(hidden) <= rows:
             return _first(module(hidden, **arguments))
         # Not joined at the end, when what entered, the parts and the whole would be there at once.
-        left = torch.empty_like(hidden)
-        for start in range(0, len(hidden), rows):
+        first = _first(module(hidden[:rows], **arguments))
+        left = first.new_empty(hidden.shape)  # of a model on several GPUs, where this layer is
+        left[:rows] = first
+        for start in range(rows, len(hidden), rows):
             left[start : start + rows] = _first(module(hidden[start : start + rows], **arguments))
         return left
 
@@ -269,7 +271,8 @@ class LayerWalk:
         Yields:
             Which entries of the vocabulary, and float32 ``[num_tokens, block]`` (float64 where that is computed in).
         """
-        states = states if normed else self.final_norm(states)
+        # Of a model on several GPUs the head may be on another one.
+        states = (states if normed else self.final_norm(states)).to(self._head.weight.device)
         size = max(1, _HEAD_LOGITS["cuda" if states.is_cuda else "cpu"] // len(states))
         for start in range(0, self._head.out_features, size):
             entries = slice(start, min(start + size, self._head.out_features))
@@ -288,6 +291,7 @@ class LayerWalk:
             float32 ``[num_tokens]``.
         """
         parts = []
+        states, targets = (each.to(self._head.weight.device) for each in (states, targets))
         for some, wanted in zip(states.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True):
             normalizers, found = [], torch.zeros(len(some), device=some.device)
             for entries, logits in self.logits(some):

@@ -1,7 +1,7 @@
 """Checkpoints as Transformers models: the loader that knows ``per_layer_config``."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -77,7 +77,11 @@ class RemovedFFN(nn.Module):
 
 
 def load_model(
-    checkpoint: Checkpoint | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    checkpoint: Checkpoint | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    device_map: Mapping[str, str | int] | None = None,
 ) -> PreTrainedModel:
     """Loads a checkpoint, pruned or not, in evaluation mode. Transformers' own loader does the work.
 
@@ -85,6 +89,7 @@ def load_model(
         checkpoint: An opened checkpoint or its directory.
         dtype: Computed in; by default what the weights are stored in.
         device: Where the model goes.
+        device_map: Where its parts go instead, as accelerate has it, which then moves what is computed between them.
 
     Raises:
         SenteiError: The directory is not a good checkpoint, or tensors are missing or left over.
@@ -105,12 +110,13 @@ def load_model(
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map=None if device_map is None else dict(device_map),
         )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
             names = sorted(str(name) for name in info[problem])
             raise SenteiError(f"{checkpoint.directory}: {problem.replace('_', ' ')} in the weights: {names[0]}.")
-    return model.to(device).eval()
+    return (model.to(device) if device_map is None else model).eval()
 
 
 def check_complete(checkpoint: Checkpoint) -> PreTrainedModel:

@@ -3,12 +3,15 @@
 import os
 import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from toolchain.errors import INTERRUPTED, SenteiError, reason_of
-from toolchain.ranks.heartbeat import BEAT_S, Heartbeats, beat_key
+from toolchain.errors import INTERRUPTED, SenteiError, is_out_of_memory, reason_of
+from toolchain.ranks.heartbeat import BEAT_S, Heartbeats, RankLost, beat_key
 from toolchain.ranks.launch import Launch, is_first, launch, several
 from toolchain.ranks.ranks import ALONE, Ranks
 
@@ -19,6 +22,8 @@ TIMEOUT_VARIABLE = "SENTEI_RANK_TIMEOUT_S"
 # Heartbeats say when to stop waiting, and not how long a rank computes.
 _FOREVER = timedelta(days=365)
 _NOT_YET_S = 0.1
+# A library that finds out by itself that a rank is lost gets so long to say so.
+_LIBRARY_S = 10.0
 
 # One process is in one job, as torch.distributed has it too.
 _joined: Ranks | None = None
@@ -73,6 +78,44 @@ def end(exit_code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
+
+
+@contextmanager
+def library_waits(ranks: Ranks) -> Iterator[None]:
+    """For a library that waits for the other ranks in its own way, which no signal interrupts.
+
+    Where it goes on waiting for a rank that is lost, this process tells so and ends, as if it had been killed.
+
+    Raises:
+        RankLost: The library noticed that a rank is lost.
+    """
+    beats = ranks.heartbeats
+    if beats is None:
+        yield
+        return
+    left = threading.Event()
+    threading.Thread(target=_watch, args=(beats, left), name="watch", daemon=True).start()
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error) or (lost := beats.why_interrupted()) is None:
+            raise
+        raise lost from error
+    finally:
+        left.set()
+
+
+def _watch(beats: Heartbeats, left: threading.Event) -> None:
+    while not left.wait(BEAT_S):
+        try:
+            beats.check()
+        except RankLost as lost:
+            if left.wait(_LIBRARY_S):
+                return
+            sentence, exit_code = last_word(str(lost), lost.exit_code)
+            if sentence:
+                sys.stderr.write(f"Error: {sentence}\n")
+            end(exit_code)
 
 
 def _join(launched: Launch) -> Ranks:

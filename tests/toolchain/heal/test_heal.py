@@ -15,6 +15,7 @@ from tests.conftest import prune_by_hand
 from tests.families import VARIANTS, make_family_pico
 from tests.quantized import write_quantized
 from toolchain.checkpoint.directory import open_checkpoint, same_bits, write_config, write_weights
+from toolchain.heal import distillation
 from toolchain.heal.distillation import Training, distill, divergence, order_of_windows
 from toolchain.heal.heal import HealSettings, heal
 from toolchain.metrics.perplexity import perplexity
@@ -25,28 +26,6 @@ from toolchain.text.embedded import documents
 from toolchain.text.sources import TextSource
 
 SETTINGS = ("--steps", 10, "--batch-size", 2, "--seq-len", 16, "--dtype", "float32", "--quiet")
-
-
-@pytest.fixture(scope="module")
-def pruned_pico(pico_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("healing") / "pruned"
-    settings = (
-        "--sparsity",
-        0.3,
-        "--samples",
-        2,
-        "--seq-len",
-        64,
-        "--align",
-        8,
-        "--attention-removals",
-        1,
-        *PLAIN,
-        "--quiet",
-    )
-    done = sentei("prune", pico_model, "-o", out, "--calibration", text, *settings)
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 def healed(pruned: Path, original: Path, out: Path, text: Path, *more: object):
@@ -140,6 +119,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     assert open_checkpoint(out).fingerprint == open_checkpoint(tmp_path / "whole").fingerprint
     assert (out / "plan.json").read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("lora_rank", [4, None])
+def test_little_memory_changes_nothing_but_time(
+    pico_model: Path, pruned_pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_rank: int | None
+):
+    windows = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(0))
+    training = Training(
+        steps=2, batch_size=2, learning_rate=0.02, lora_rank=lora_rank, seed=0, device="cpu", dtype=torch.float32
+    )
+    source, teacher = open_checkpoint(pruned_pico), load_model(pico_model)
+    plain = distill(teacher, source, windows, training, tmp_path / "plain")
+    monkeypatch.setattr(distillation, "available_bytes", lambda device: 10_000)
+    short = distill(teacher, source, windows, training, tmp_path / "short")
+    assert [each.model.is_gradient_checkpointing for each in (plain, short)] == [False, True]
+    for name in source.tensors:
+        assert torch.allclose(plain.read(name), short.read(name), atol=1e-6), name
 
 
 @pytest.mark.parametrize("family", VARIANTS)

@@ -1,0 +1,54 @@
+"""A model that one GPU cannot hold, in one process: accelerate spreads its layers over all of them."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from toolchain.checkpoint.directory import Checkpoint, dtype_name
+from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.memory import available_bytes
+from toolchain.model.loading import empty_model
+
+# The rest is for what the model computes.
+_SHARE_FOR_WEIGHTS = 0.8
+
+
+def device_map_for(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int] | None:
+    """The GPU of each part of a model that takes several; ``None`` where there is one, or the first has room for it.
+
+    Raises:
+        MissingDependencyError: It takes several, and accelerate is not installed.
+        SenteiError: There are several, and they are too small together.
+    """
+    free = [available_bytes(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    usable = {index: int(_SHARE_FOR_WEIGHTS * each) for index, each in enumerate(free)}
+    num_bytes = sum(math.prod(shape) for shape in checkpoint.shapes.values()) * dtype.itemsize
+    if len(usable) < 2 or num_bytes <= usable[0]:
+        return None
+    found = _spread(checkpoint, dtype, usable)
+    if found is None:
+        raise SenteiError(
+            f"{checkpoint.directory} has {num_bytes / 1e9:.1f} GB of weights in {dtype_name(dtype)}, and "
+            f"the {len(free)} GPUs have {sum(free) / 1e9:.1f} GB free together, of which a fifth is for computing.",
+            "Use --offload for perplexity, a smaller --dtype, or --device cpu.",
+        )
+    return found
+
+
+def _spread(checkpoint: Checkpoint, dtype: torch.dtype, usable: Mapping[int, int]) -> dict[str, int] | None:
+    """Whole layers on each GPU, evenly if that fits; ``None`` if nothing does. ``usable``: bytes of each GPU."""
+    try:
+        from accelerate import infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+    except ImportError as missing:
+        raise MissingDependencyError("accelerate, which spreads a model over several GPUs,", "eval") from missing
+    model = empty_model(checkpoint)
+    model.tie_weights()  # what shares a tensor goes to one GPU
+    whole = list(model._no_split_modules or ())
+    even = get_balanced_memory(model, dict(usable), whole, dtype=dtype)
+    for limits in ({index: even[index] for index in usable}, usable):
+        found = infer_auto_device_map(model, dict(limits), whole, dtype=dtype)
+        if set(found.values()) <= set(usable):  # otherwise the rest is on disk
+            return dict(found)
+    return None
