@@ -70,6 +70,7 @@ def test_two_ranks_learn_what_one_process_does(command: list[object], alone: Pat
     check_same(tmp_path / "out", alone)
 
 
+@pytest.mark.acceptance
 def test_a_killed_rank_is_named_and_one_process_goes_on(command: list[object], alone: Path, tmp_path: Path):
     def dies(rank: int) -> None:
         def end_step(self: object, args: object, state: object, control: object, **_: object) -> None:
