@@ -19,7 +19,7 @@ import typer
 from torch import nn
 
 from serving.benchmark.environment import describe_environment
-from serving.verify import verify as module
+from serving.verify import verify as verification
 from serving.verify.answers import Answers, Differences, answers_of, compare
 from serving.verify.judge import judge, limits_from, noise_by_check, other_dtype
 from serving.verify.reference import CheckpointReference
@@ -84,7 +84,7 @@ def main(
     found = {}
     for directory in models:
         checkpoint = open_checkpoint(directory)
-        asked = module._prompts(checkpoint, None, long=False)[:prompts]
+        asked = verification._prompts(checkpoint, None, long=False)[:prompts]
         rows = []
         for dtype in DTYPES:
             for row in _of_dtype(checkpoint, asked, dtype):
