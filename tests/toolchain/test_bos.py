@@ -255,7 +255,7 @@ def test_healing_quantising_and_verifying_read_with_it(
         "--sparsity", 0.3, "--align", 8, "--attention-removals", 1, "--no-compensate", "--quiet",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(healing, "_split", stop)
+    monkeypatch.setattr(healing, "_num_held_out", stop)
     refused(sentei("heal", tmp_path / "out", "--against", gemma, "--data", prose, "-o", tmp_path / "healed",
                    "--steps", 2, "--batch-size", 2, "--seq-len", TEXT_LEN + 1), "Read.")  # fmt: skip
     monkeypatch.setattr(quantize, "find_python", lambda: "python")
