@@ -4,7 +4,7 @@
 
 Each model is damaged in one place at a time, in the layers at a third, in the middle and the last but two, and answers
 the first of the built-in prompts in each dtype, as an engine would. Every row has the differences over the model's own
-noise, and whether the verdict is "failed". The undamaged model is a row too, and must pass.
+noise, and the checks that fail. The undamaged model has a row as well; it must pass.
 ``docs/decisions/verification.md`` says which of these answers cannot find.
 """
 

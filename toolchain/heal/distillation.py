@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from toolchain.checkpoint.directory import Checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.json_files import read_json_object
-from toolchain.memory import available_bytes
 from toolchain.model.loading import load_model
 from toolchain.ranks.joining import library_waits
 from toolchain.ranks.ranks import ALONE, Ranks
@@ -176,8 +175,7 @@ def _tell_accelerate(ranks: Ranks) -> None:
 def _is_short_of_memory(source: Checkpoint, seq_len: int, training: Training, ranks: Ranks) -> bool:
     """Whether what the layers keep of a window for the gradients is too much for the device."""
     num_channels = sum(source.config["hidden_size"] + layer.intermediate_size for layer in source.layout)
-    device = torch.device(training.device)
-    free = available_bytes(device) / ranks.num_sharing(device)
+    free = ranks.free_bytes(torch.device(training.device))
     return _KEPT_BYTES * num_channels * seq_len > _SHARE_FOR_KEPT * free
 
 

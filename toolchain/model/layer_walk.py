@@ -197,7 +197,7 @@ class LayerWalk:
             return _first(module(hidden, **arguments))
         # Not joined at the end, when what entered, the parts and the whole would be there at once.
         first = _first(module(hidden[:rows], **arguments))
-        left = first.new_empty(hidden.shape)  # of a model on several GPUs, where this layer is
+        left = first.new_empty(hidden.shape)  # on this layer's GPU, where a model is spread over several
         left[:rows] = first
         for start in range(rows, len(hidden), rows):
             left[start : start + rows] = _first(module(hidden[start : start + rows], **arguments))
@@ -271,7 +271,7 @@ class LayerWalk:
         Yields:
             Which entries of the vocabulary, and float32 ``[num_tokens, block]`` (float64 where that is computed in).
         """
-        # Of a model on several GPUs the head may be on another one.
+        # Where a model is spread over several GPUs, the head may be on another one than the last layer.
         states = (states if normed else self.final_norm(states)).to(self._head.weight.device)
         size = max(1, _HEAD_LOGITS["cuda" if states.is_cuda else "cpu"] // len(states))
         for start in range(0, self._head.out_features, size):

@@ -1,6 +1,5 @@
 """A model that one GPU cannot hold, in one process: accelerate spreads its layers over all of them."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -23,7 +22,7 @@ def device_map_for(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]
     """
     free = [available_bytes(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
     usable = {index: int(_SHARE_FOR_WEIGHTS * each) for index, each in enumerate(free)}
-    num_bytes = sum(math.prod(shape) for shape in checkpoint.shapes.values()) * dtype.itemsize
+    num_bytes = checkpoint.num_parameters * dtype.itemsize
     if len(usable) < 2 or num_bytes <= usable[0]:
         return None
     found = _spread(checkpoint, dtype, usable)

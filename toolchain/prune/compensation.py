@@ -24,7 +24,6 @@ from torch import nn
 from toolchain.architecture.parts import Part
 from toolchain.checkpoint.directory import TensorInfo
 from toolchain.errors import SenteiError
-from toolchain.memory import available_bytes
 from toolchain.metrics.token_metrics import PerplexityMetric, finite
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
@@ -334,11 +333,11 @@ def _room_for_inputs(
 
     What follows from them is what the layer itself says, to the bit, unless a norm stands behind the projection.
     """
-    num_inputs, device = projection.in_features, walk.model.device
+    num_inputs = projection.in_features
     size = states[..., 0].numel() * num_inputs * states.element_size()
-    # Each rank of a machine is about to make moments and fits, too.
+    # Moments and fits are about to take their part.
     fit = fit_bytes(num_inputs, projection.out_features, walk.model.dtype.itemsize)
-    free = available_bytes(device) // ranks.num_sharing(device) - fit
+    free = ranks.free_bytes(walk.model.device) - fit
     return {} if size <= _SHARE_FOR_INPUTS * free and not walk.family.norms_outputs else None
 
 
@@ -363,7 +362,12 @@ class _Fitting:
     inputs: dict[int, torch.Tensor] | None
 
     def moments(self, states: torch.Tensor, share: _Share) -> Moments:
-        """Of all ranks' windows that are not held out; ``states`` is what enters the part in this rank's."""
+        """Sums over the windows of all ranks that are not held out.
+
+        Args:
+            states: What enters the part of the layer, in this rank's windows.
+            share: This rank's part.
+        """
         projection = self.projection
         found = Moments(projection.in_features, projection.out_features, projection.weight.device)
         self._look_at(states, share, found.add, held_out=False)
@@ -414,20 +418,18 @@ def _fit(walk: LayerWalk, index: int, fitting: _Fitting, states: torch.Tensor, s
     """
     weight = fitting.projection.weight
 
-    def fits() -> dict[float, torch.Tensor]:
-        # By far the largest matrix there is, and gone when this returns.
-        moments = fitting.moments(states, share)
-        check(float(moments.energy))
-        return ridge_fits(weight, moments, fitting.dtype, share.ranks)
-
     def check(energy: float) -> None:
         if not math.isfinite(energy):
             raise not_finite(f"Layer {index}: activations hold NaN or Inf", walk.model, walk.model.dtype)
 
-    found = fits()
-    errors = fitting.errors([weight, *found.values()], states, share)
+    moments = fitting.moments(states, share)
+    check(float(moments.energy))
+    fits = ridge_fits(weight, moments, fitting.dtype, share.ranks)
+    # By far the largest matrix there is; held-out windows can do without.
+    del moments
+    errors = fitting.errors([weight, *fits.values()], states, share)
     check(errors[-1])
-    return best_fit(found, errors)
+    return best_fit(fits, errors)
 
 
 def _record(layer: int, projection: str, result: Refit) -> RefitRecord:

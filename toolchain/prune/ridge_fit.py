@@ -151,17 +151,17 @@ def squared_errors(weights: Sequence[torch.Tensor], inputs: torch.Tensor, target
         targets: ``[..., num_outputs]``.
 
     Returns:
-        float64 ``[len(weights) + 1]``; products are summed in float32; beside bfloat16 inputs weights are rounded
-        so too, as the model will have them.
+        float64 ``[len(weights) + 1]`` on the CPU. Products are summed in float32; beside bfloat16 inputs weights are
+        rounded to bfloat16, as the model will have them.
     """
     x, y = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
-    errors = torch.zeros(len(weights) + 1, dtype=torch.float64)
+    errors = torch.zeros(len(weights) + 1, dtype=torch.float64, device=x.device)
     with _bfloat16_products(inputs.dtype == targets.dtype == torch.bfloat16):
         for place, weight in enumerate(weights):
             for rows, wanted in zip(weight.split(_ROWS), y.split(_ROWS, dim=1), strict=True):
-                errors[place] += (x @ rows.float().T).sub_(wanted).double().square().sum().cpu()
+                errors[place] += (x @ rows.float().T).sub_(wanted).double().square().sum()
     errors[-1] = y.double().square().sum()
-    return errors
+    return errors.cpu()
 
 
 def best_fit(fits: Mapping[float, torch.Tensor], errors: Sequence[float]) -> Refit:

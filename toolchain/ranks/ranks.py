@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 
 from toolchain.errors import SenteiError, reason_of
 from toolchain.json_files import first_difference
+from toolchain.memory import available_bytes
 from toolchain.ranks.heartbeat import Heartbeats
 
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 0.00005, 0.002
@@ -53,6 +54,10 @@ class Ranks:
         """How many ranks share the memory of a device: all of this machine on a CPU; a GPU has one."""
         return self.hosts.count(self.hosts[self.rank]) if device.type == "cpu" else 1
 
+    def free_bytes(self, device: torch.device) -> int:
+        """This rank's part of what is free on a device, where all that share it ask at the same time."""
+        return available_bytes(device) // self.num_sharing(device)
+
     def share(self, count: int) -> range:
         """This rank's part of ``count`` things in a row."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
@@ -78,7 +83,7 @@ class Ranks:
         if not self.several:
             assert own is not None
             return [own.double().cpu()]
-        size = max(int(each) for each in self.gather(torch.tensor(0 if own is None else own.shape[1])))
+        size = self._largest(0 if own is None else own.shape[1])
         padded = torch.zeros(max(counts), size, dtype=torch.float64)
         if own is not None:
             padded[: len(own)] = own
@@ -87,6 +92,9 @@ class Ranks:
     def smallest(self, number: int) -> int:
         """The smallest of the ranks' numbers."""
         return min(int(each) for each in self.gather(torch.tensor(number)))
+
+    def _largest(self, number: int) -> int:
+        return max(int(each) for each in self.gather(torch.tensor(number)))
 
     def add(self, tensor: torch.Tensor) -> None:
         """Puts the sum over all ranks into the tensor, on its device; in the same order of additions in every run."""
@@ -128,7 +136,7 @@ class Ranks:
                 for to in range(self.size)]  # fmt: skip
         flat = [each for some in sent for each in some]
         # Ranks that send nothing learn the size too: everybody knows one, or nobody has anything.
-        size = max(int(each) for each in self.gather(torch.tensor(flat[0].numel() if flat else 0)))
+        size = self._largest(flat[0].numel() if flat else 0)
         into = torch.empty(size * sum(counts), dtype=torch.uint8)
         out = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)
         incoming, outgoing = [size * count for count in counts], [size * len(some) for some in sent]
@@ -163,7 +171,7 @@ class Ranks:
     def _texts(self, own: str) -> list[str]:
         """A short text of each rank."""
         content = own.encode()
-        longest = max(int(each) for each in self.gather(torch.tensor(len(content))))
+        longest = self._largest(len(content))
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
         return [bytes(each.tolist()).rstrip(b"\0").decode() for each in self.gather(padded)]

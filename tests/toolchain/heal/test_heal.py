@@ -15,13 +15,13 @@ from tests.conftest import prune_by_hand
 from tests.families import VARIANTS, make_family_pico
 from tests.quantized import write_quantized
 from toolchain.checkpoint.directory import open_checkpoint, same_bits, write_config, write_weights
-from toolchain.heal import distillation
 from toolchain.heal.distillation import Training, distill, divergence, order_of_windows
 from toolchain.heal.heal import HealSettings, heal
 from toolchain.metrics.perplexity import perplexity
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.loading import load_model, load_tokenizer
 from toolchain.plan.plan import load_plan
+from toolchain.ranks import ranks
 from toolchain.text.embedded import documents
 from toolchain.text.sources import TextSource
 
@@ -131,7 +131,7 @@ def test_little_memory_changes_nothing_but_time(
     )
     source, teacher = open_checkpoint(pruned_pico), load_model(pico_model)
     plain = distill(teacher, source, windows, training, tmp_path / "plain")
-    monkeypatch.setattr(distillation, "available_bytes", lambda device: 10_000)
+    monkeypatch.setattr(ranks, "available_bytes", lambda device: 10_000)
     short = distill(teacher, source, windows, training, tmp_path / "short")
     assert [each.model.is_gradient_checkpointing for each in (plain, short)] == [False, True]
     for name in source.tensors:

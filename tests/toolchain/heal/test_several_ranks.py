@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.command_line import sentei
-from tests.toolchain.ranks.processes import start_ranks
+from tests.toolchain.ranks.processes import end_after_a_kill, start_ranks
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.heal import distillation  # loaded before the ranks are forked
@@ -60,6 +60,19 @@ def check_same(out: Path, alone: Path) -> None:
     load_model(open_checkpoint(out))
 
 
+def gets_after_four_steps(number: signal.Signals) -> Callable[[int], None]:
+    """Has the second rank send itself a signal."""
+
+    def prepare(rank: int) -> None:
+        def end_step(self: object, args: object, state: object, control: object, **_: object) -> None:
+            if rank == 1 and state.global_step == 4:
+                os.kill(os.getpid(), number)
+
+        distillation._OnStep.on_step_end = end_step
+
+    return prepare
+
+
 def test_two_ranks_learn_what_one_process_does(command: list[object], alone: Path, tmp_path: Path):
     ranks = start_ranks(tmp_path, [[*command, "--json"]] * 2)
     assert [each.end() for each in ranks] == [0, 0], [each.said for each in ranks]
@@ -72,20 +85,8 @@ def test_two_ranks_learn_what_one_process_does(command: list[object], alone: Pat
 
 @pytest.mark.acceptance
 def test_a_killed_rank_is_named_and_one_process_goes_on(command: list[object], alone: Path, tmp_path: Path):
-    def dies(rank: int) -> None:
-        def end_step(self: object, args: object, state: object, control: object, **_: object) -> None:
-            if rank == 1 and state.global_step == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        distillation._OnStep.on_step_end = end_step
-
-    ranks = start_ranks(tmp_path, [[*command, "-q"]] * 2, first=dies)
-    started = time.monotonic()
-    assert [each.end() for each in ranks] == [2, -signal.SIGKILL]
-    assert time.monotonic() - started < 30
-    [sentence] = [line for line in ranks[0].said.splitlines() if line.startswith("Error")]
-    assert "Rank 1 of 2" in sentence and "died" in sentence and "--resume" in sentence
-    assert "Traceback" not in ranks[0].said
+    ranks = start_ranks(tmp_path, [[*command, "-q"]] * 2, first=gets_after_four_steps(signal.SIGKILL))
+    end_after_a_kill(ranks)
     # What is kept does not depend on how many there were.
     done = sentei(*command, "--resume")
     assert done.returncode == 0, done.stderr
@@ -96,11 +97,7 @@ def test_a_killed_rank_is_named_and_one_process_goes_on(command: list[object], a
 @pytest.mark.acceptance
 def test_a_stopped_rank_ends_the_job(command: list[object], alone: Path, tmp_path: Path):
     def stops(rank: int) -> None:
-        def end_step(self: object, args: object, state: object, control: object, **_: object) -> None:
-            if rank == 1 and state.global_step == 4:
-                os.kill(os.getpid(), signal.SIGSTOP)
-
-        distillation._OnStep.on_step_end = end_step
+        gets_after_four_steps(signal.SIGSTOP)(rank)
         joining._LIBRARY_S = 0.5
 
     ranks = start_ranks(tmp_path, [[*command, "-q"]] * 2, first=stops, timeout_s=3)

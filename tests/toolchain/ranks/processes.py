@@ -78,6 +78,16 @@ def start_ranks(
     return started
 
 
+def end_after_a_kill(ranks: Sequence[Process]) -> None:
+    """Waits for two ranks of which the second is killed: the first ends soon, and says so in one sentence."""
+    started = time.monotonic()
+    assert [each.end() for each in ranks] == [2, -signal.SIGKILL]
+    assert time.monotonic() - started < 30
+    [sentence] = [line for line in ranks[0].said.splitlines() if line.startswith("Error")]
+    assert "Rank 1 of 2" in sentence and "died" in sentence and "--resume" in sentence
+    assert "Traceback" not in ranks[0].said
+
+
 def _run(command: Sequence[object], variables: dict[str, str], log: Path, first: Callable[[], None]) -> None:
     """The whole life of a child, which never returns into pytest."""
     code = 99

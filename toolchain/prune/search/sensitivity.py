@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from toolchain.memory import available_bytes
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
 from toolchain.prune.search.importance import norms_of
@@ -96,8 +95,7 @@ def _windows_at_once(walk: LayerWalk, windows: torch.Tensor, ranks: Ranks) -> in
     if walk.layers.resident:
         return 1
     states = (len(walk.layers) + 1) * windows.shape[1] * walk.model.config.hidden_size * walk.model.dtype.itemsize
-    free = available_bytes(walk.model.device) // ranks.num_sharing(walk.model.device)
-    fitting = int(_SHARE_FOR_STATES * free / states)
+    fitting = int(_SHARE_FOR_STATES * ranks.free_bytes(walk.model.device) / states)
     return min(max(1, fitting), len(windows))
 
 
