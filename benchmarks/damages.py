@@ -24,6 +24,7 @@ from serving.verify.answers import Answers, Differences, answers_of, compare
 from serving.verify.judge import judge, limits_from, noise_by_check, other_dtype
 from serving.verify.reference import CheckpointReference
 from toolchain.checkpoint.directory import Checkpoint, open_checkpoint
+from toolchain.model.disk_layers import open_walk
 from toolchain.model.loading import decoder_layers
 from toolchain.outputs import write_text
 
@@ -103,7 +104,8 @@ def main(
 @torch.no_grad()
 def _of_dtype(checkpoint: Checkpoint, prompts: list[list[int]], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     def opened(dtype: torch.dtype) -> CheckpointReference:
-        return CheckpointReference(checkpoint, dtype=dtype, device="cpu", offload=False)
+        # In memory, to be damaged there.
+        return CheckpointReference(open_walk(checkpoint, dtype=dtype, device="cpu", offload=False), dtype=dtype)
 
     noisy = opened(other_dtype(dtype, torch.float32))
     noise_answers = answers_of(noisy, prompts)

@@ -77,12 +77,8 @@ def measure(
             [rounding] = compare(reference, prompts, answers)
             reference.carry(rounded)
         differences, noise = compare(reference, prompts, answers, moved)
-    described = {
-        "device": computing.device,
-        "dtype": dtype_name(computing.dtype),
-        "offloaded": reference.offloaded,
-    }
     reference.close()
+    described = {"device": computing.device, "dtype": dtype_name(computing.dtype)}
     return Measured(
         differences=differences, noise=noise, noise_dtype=noise_dtype, rounding=rounding, reference=described
     )

@@ -19,9 +19,8 @@ What is compared, and with what (:mod:`serving.verify.answers` says how answers 
   a number is rounded, and grows into one as large as rounding makes. The noise has that in it: it is measured between
   references that both carry the rounded matrices and both round what goes into them.
 
-The reference runs on a device, layer by layer where the model does not fit into its memory. It reads the checkpoint
-once to compare weights, and once for each pass: one in float32, one for the noise, and one more where matrices are
-rounded.
+The reference runs on a device, with one layer in memory at a time. It reads the checkpoint once to compare weights, and
+once for each pass: one in float32, one for the noise, and one more where matrices are rounded.
 """
 
 import importlib.util
@@ -131,7 +130,7 @@ def verify(
         text: Prompts are windows of this text instead of the built-in ones.
         device: Where the reference is computed, and the export by Transformers.
         dtype: What the reference is computed in.
-        offload: One layer in memory at a time, even where all fit.
+        offload: Also run an export that Transformers runs one layer at a time, even where all fit.
         progress: Told of answers, weights and the reference's layers.
 
     Returns:

@@ -51,11 +51,11 @@ class ExportVerification(Document):
 
 
 class ReferenceRecord(Record):
-    """Where and how the checkpoint was computed; ``offloaded``: one layer in memory at a time."""
+    """Where and how the checkpoint was computed; ``offloaded`` is in files of earlier versions only."""
 
     device: str
     dtype: str
-    offloaded: bool
+    offloaded: bool | None = None
 
 
 class NoiseRecord(Record):

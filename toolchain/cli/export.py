@@ -101,7 +101,7 @@ def export_onnx(
         typer.Option(help="fp32, int8 or int4 on cpu (fp32 if not given); fp16, bf16, int8 or int4 on cuda (fp16)."),
     ] = None,
     device: Annotated[OnnxDevice, typer.Option(help="What it will run on; cuda need not be here.")] = OnnxDevice.cpu,
-    offload: Annotated[bool, offload_option("Verify it against one layer of the model at a time.")] = False,
+    offload: Annotated[bool, offload_option("No effect: one layer at a time is read in any case.")] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

@@ -166,6 +166,11 @@ class LayerWalk:
         self._head = model.get_output_embeddings()
         self._scale_logits = _logits_scaling(model.config, family)
 
+    @property
+    def vocab_size(self) -> int:
+        """How many logits a token has."""
+        return int(self._head.out_features)
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """What enters the first layer.
 

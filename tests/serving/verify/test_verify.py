@@ -13,12 +13,14 @@ from serving.engines.transformers import TransformersEngine
 from serving.verify import verify as module
 from serving.verify.answers import Answers, answers_of, compare
 from serving.verify.judge import judge, limits_from, other_dtype
-from serving.verify.reference import CheckpointReference
+from serving.verify.reference import CheckpointReference, Computing
 from serving.verify.verify import verify
 from tests.command_line import refused, sentei
 from tests.conftest import prune_by_hand
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
+from toolchain.model.disk_layers import open_walk
+from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import decoder_layers
 
 PROMPTS = [[1, 504, 3575, 282, 4649, 314], [504, 253, 2429, 260]]
@@ -31,8 +33,10 @@ def _a_shorter_long_prompt(request, monkeypatch):
         monkeypatch.setattr(module, "_LONGEST_PROMPT", 96)
 
 
-def open_reference(source, dtype=torch.float32, *, offload=False):
-    return CheckpointReference(open_checkpoint(source), dtype=dtype, device="cpu", offload=offload)
+def open_reference(source, dtype=torch.float32):
+    return CheckpointReference(
+        open_walk(open_checkpoint(source), dtype=dtype, device="cpu", offload=False), dtype=dtype
+    )
 
 
 def changed(source, directory, change, layer=17):
@@ -255,7 +259,6 @@ def test_layer_by_layer_is_the_same(pico_model, tmp_path):
     whole, layered = (
         verify(tmp_path / "out", pruned, engine="transformers", offload=offload) for offload in (False, True)
     )
-    assert (whole["reference"]["offloaded"], layered["reference"]["offloaded"]) == (False, True)
     assert whole["passed"] and layered["passed"], failed(whole) | failed(layered)
     assert layered["mean_difference"] == pytest.approx(whole["mean_difference"], rel=1e-3)
     assert layered["noise"]["mean_difference"] == pytest.approx(whole["noise"]["mean_difference"], rel=1e-3)
@@ -266,15 +269,32 @@ def test_layer_by_layer_is_the_same(pico_model, tmp_path):
 def test_what_does_not_fit_is_run_layer_by_layer(pico_model, tmp_path, monkeypatch):
     export_vllm(pico_model, tmp_path / "out")
     monkeypatch.setattr("serving.verify.reference.available_bytes", lambda device: 10_000)
-    assert verify(tmp_path / "out", pico_model, engine="transformers")["reference"]["offloaded"]
+    assert "layer by layer" in verify(tmp_path / "out", pico_model, engine="transformers")["not_run"]
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_rounded_matrices_layer_by_layer(demo_model, wide_model, tmp_path, offload):
+def test_no_more_than_one_layer_of_the_reference_is_in_memory(demo_model, monkeypatch):
+    checkpoint = open_checkpoint(demo_model)
+    reference = Computing(dtype=torch.float64, device="cpu", offload=False).open(checkpoint, torch.float64)
+    layers, held = decoder_layers(reference._walk.model, checkpoint.family), []
+    forward = LayerWalk.run
+
+    def run(walk, module, index, hidden):
+        held.append(sum(not weight.is_meta for layer in layers for weight in layer.parameters()))
+        return forward(walk, module, index, hidden)
+
+    monkeypatch.setattr(LayerWalk, "run", run)
+    found = list(reference.log_probabilities(PROMPTS[:2]))
+    assert len(held) == 60 and max(held) == 9  # the weights of one layer
+    whole = CheckpointReference(
+        open_walk(checkpoint, dtype=torch.float64, device="cpu", offload=False), dtype=torch.float64
+    )
+    assert all(torch.equal(*pair) for pair in zip(found, whole.log_probabilities(PROMPTS[:2]), strict=True))
+
+
+def test_rounded_matrices_layer_by_layer(demo_model, wide_model, tmp_path):
     export_onnx(wide_model, tmp_path / "out", precision="int4")
-    verdict = verify(tmp_path / "out", wide_model, offload=offload)
+    verdict = verify(tmp_path / "out", wide_model)
     assert {"mean_difference", "median_difference"}.isdisjoint(failed(verdict)), verdict["checks"]
-    assert verdict["reference"]["offloaded"] == offload
     assert verdict["rounding_mean_difference"] > 2 * verdict["mean_difference"]
 
 
