@@ -68,7 +68,9 @@ class Computing:
 
     def open(self, checkpoint: Checkpoint) -> LayerWalk:
         """A model ready to run."""
-        return open_walk(checkpoint, dtype=self.dtype, device=self.device, offload=self.offload)
+        walk = open_walk(checkpoint, dtype=self.dtype, device=self.device, offload=self.offload)
+        walk.num_sharing = self.ranks.num_sharing(walk.model.device)
+        return walk
 
 
 @writes_directory
