@@ -73,13 +73,13 @@ class Reader:
 
 def _model(directory: Path, **overrides: object) -> None:
     make_pico(directory, vocab_size=64, num_hidden_layers=2, **overrides)
-    _tokenizer(directory)
+    write_tokenizer(directory)
 
 
 def _pruned(directory: Path) -> None:
     _model(directory / "source")
     prune_by_hand(directory / "source", directory, removed_attention={1}, width=(48, 31).__getitem__)
-    _tokenizer(directory)
+    write_tokenizer(directory)
 
 
 def _sharded(directory: Path) -> None:
@@ -94,7 +94,7 @@ def _quantized(directory: Path) -> None:
     write_quantized(directory / "source", directory, "w4a16")
 
 
-def _tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
     words = {word: number for number, word in enumerate(["<s>", "</s>", "?", "a", "b", "c"])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -261,7 +261,7 @@ def _documents(name: str) -> Callable[[Path], object]:
 
 
 def _prompts(directory: Path) -> None:
-    _tokenizer(directory)
+    write_tokenizer(directory)
     _write_lines("prompts.jsonl", {"prompt": "a b", "output_tokens": 3})(directory)
 
 
@@ -278,9 +278,9 @@ READERS: dict[str, Reader] = {
     "quantised weights": Reader(
         make=_quantized, file="model.safetensors", read=_open_quantized, spoiled=spoiled_bytes
     ),
-    "tokenizer.json": Reader(make=_tokenizer, file="tokenizer.json", read=load_tokenizer),
-    "tokenizer_config.json": Reader(make=_tokenizer, file="tokenizer_config.json", read=load_tokenizer),
-    "special tokens": Reader(make=_tokenizer, file="special_tokens_map.json", read=load_tokenizer),
+    "tokenizer.json": Reader(make=write_tokenizer, file="tokenizer.json", read=load_tokenizer),
+    "tokenizer_config.json": Reader(make=write_tokenizer, file="tokenizer_config.json", read=load_tokenizer),
+    "special tokens": Reader(make=write_tokenizer, file="special_tokens_map.json", read=load_tokenizer),
     "plan": Reader(make=write_plan, file="plan.json", read=_views),
     "scores": Reader(make=write_plan, file="plan.safetensors", read=_views, spoiled=spoiled_bytes),
     "interrupted search": Reader(make=write_plan, file="plan.json", read=read_identity),
