@@ -25,7 +25,7 @@ from toolchain.outputs import whole_file
 
 _NOT_TO_BE_SERVED = "Do not serve it; get it again from whoever signed it."
 _NO_SIGNATURE = "Get the directory again from whoever signed it."
-_MOST_NAMED = 3
+_MOST_NAMED, _LONGEST_NAME = 3, 100
 
 
 class _Key(BaseModel):
@@ -196,7 +196,13 @@ def _different(files: list[str], signed: Signed, changed: list[str]) -> str:
 
 def _named(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return f"{', '.join(names[:_MOST_NAMED])}{more}"
+    return f"{', '.join(map(_shown, names[:_MOST_NAMED]))}{more}"
+
+
+def _shown(name: str) -> str:
+    """A name that a stranger may have chosen."""
+    short = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
+    return short if short.isprintable() else ascii(short)
 
 
 def _all_files(library: Any, without: tuple[str, ...]) -> Any:
