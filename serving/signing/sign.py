@@ -14,7 +14,8 @@ from serving.signing.signature import file_hashes, write_signature
 from serving.signing.signed_files import SIGNATURE_FILE, signed_files
 from toolchain.checkpoint.licences import stated_licences
 from toolchain.errors import SenteiError
-from toolchain.outputs import write_text
+from toolchain.outputs import beside, write_text
+from toolchain.outputs.names import PARTIAL
 
 _WRITTEN = (PROVENANCE_FILE, BOM_FILE, SIGNATURE_FILE)
 
@@ -39,21 +40,24 @@ def sign(directory: Path, key: SigningKey, *, force: bool) -> dict[str, Any]:
             key on a token cannot be used.
         MissingDependencyError: A library is not installed.
     """
-    names = signed_files(directory)
-    if isinstance(key, KeyFile) and key.path.resolve().is_relative_to(directory.resolve()):
+    signed_files(directory)  # refuses what cannot be signed before anything is read
+    secret = key.path if isinstance(key, KeyFile) else key.pin_file
+    if secret is not None and secret.resolve().is_relative_to(directory.resolve()):
         raise SenteiError(
-            f"The private key {key.path} lies in the directory that is to be signed, and would be given away with it.",
+            f"{secret} lies in the directory that is to be signed, and would be given away with it.",
             "Move it elsewhere.",
         )
     if (directory / SIGNATURE_FILE).exists() and not force:
         raise SenteiError(f"{directory} is signed already.", "Add --force to sign it anew.")
     exported = open_exported(directory)
     with _as_it_was(directory):
+        _clear_away(directory)
+        names = set(signed_files(directory))
         provenance = provenance_of(exported)
         write_text(directory / PROVENANCE_FILE, provenance.to_json())
         without = (BOM_FILE, SIGNATURE_FILE)
         hashes = file_hashes(directory, without=without)
-        if set(hashes) != (set(names) | {PROVENANCE_FILE}) - {BOM_FILE}:
+        if set(hashes) != (names | {PROVENANCE_FILE}) - {BOM_FILE}:
             raise SenteiError(f"{directory} changed while it was being signed.", "Sign it again.")
         write_text(directory / BOM_FILE, bill_of_materials(exported, hashes))
         signed = write_signature(directory, key)
@@ -66,6 +70,12 @@ def sign(directory: Path, key: SigningKey, *, force: bool) -> dict[str, Any]:
         "licences": [licence.name for licence in stated_licences(directory)],
         "provenance": provenance.content(),
     }
+
+
+def _clear_away(directory: Path) -> None:
+    """Deletes what a signing that was killed had half written; else it would be signed as a part of the model."""
+    for name in _WRITTEN:
+        beside(directory / name, PARTIAL).unlink(missing_ok=True)
 
 
 @contextmanager

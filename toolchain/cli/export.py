@@ -204,6 +204,7 @@ def verify(
 def _verify_signature(output: Output, exported: Path, public_key: Path) -> None:
     from serving.signing.signature import check_signature
 
+    output.note(f"Checking {exported} ...")
     signed = check_signature(exported, public_key)
     result = {"directory": str(exported), "files": len(signed.files), "key_sha256": signed.key_sha256}
     said = f"{exported}: all {result['files']} files are as they were signed, by key {signed.key_sha256[:16]}"

@@ -146,7 +146,10 @@ def test_a_library_that_is_missing(exported, keys, monkeypatch, library):
 
 def test_a_key_in_the_directory_would_be_given_away(exported, keys):
     shutil.copy(keys.private, exported / "key.pem")
-    refused(sentei("sign", exported, "--key", exported / "key.pem"), "lies in the directory that is to be signed")
+    (exported / "pin").write_text("1234")
+    token = f"pkcs11:token=t;object=o?module-path=/none.so&pin-source=file:{exported / 'pin'}"
+    for key in (exported / "key.pem", token):
+        refused(sentei("sign", exported, "--key", key), "lies in the directory that is to be signed")
 
 
 def failed_check(directory):
@@ -212,6 +215,16 @@ def test_what_fails_leaves_everything_as_it_was(state, error, keys, monkeypatch,
     before = contents(directory)
     assert sentei("sign", directory, "--key", keys.private, "--force").returncode in (2, 130)
     assert contents(directory) == before
+
+
+def test_what_a_killed_signing_left_is_no_part_of_the_model(exported, keys):
+    before = contents(exported)
+    (exported / "provenance.json").write_text("{}")
+    for name in WRITTEN:
+        (exported / f"{name}.partial").write_text("half")
+    assert sentei("sign", exported, "--key", keys.private).returncode == 0
+    assert contents(exported).keys() == before.keys() | WRITTEN
+    assert sentei("verify", exported, "--signature", keys.public).returncode == 0
 
 
 def test_what_changes_meanwhile_is_not_signed(exported, keys, monkeypatch):
