@@ -15,10 +15,12 @@ from toolchain.checkpoint.rounding_error import check_limit
 
 Checks = dict[str, dict[str, Any]]  # by name, as they are written
 
-# Times the noise. Maxima come from a few tokens to which a model is very sensitive; outside float32 they tell nothing.
-# Greedy tokens are few, so their noise is that of the likeliest tokens after every prefix of the prompts.
+# Times the noise. Maxima come from a few tokens to which a model is very sensitive: outside float32 they tell nothing,
+# and in float32 one draw of rounding errors can be many times another (a right export came to 5.3). Damages of a single
+# matrix come to 1,000 and more there. Greedy tokens are few, so their noise is that of the likeliest tokens after every
+# prefix of the prompts.
 MARGINS: Mapping[str, float] = {
-    "max_difference": 4.0,
+    "max_difference": 100.0,
     "mean_difference": 2.0,
     "median_difference": 1.5,
     "greedy_margin": 4.0,
