@@ -32,7 +32,8 @@ import typer
 
 from serving.benchmark.environment import describe_environment
 from toolchain.checkpoint.directory import open_checkpoint
-from toolchain.evaluate.lm_eval_tasks import TaskRequest, load_task, run_task
+from toolchain.evaluate.lm_eval_tasks import load_task, run_task
+from toolchain.evaluate.task_requests import TaskRequest
 from toolchain.metrics.perplexity import perplexity
 from toolchain.model.gguf import demo_gguf, import_gguf
 from toolchain.model.layer_walk import LayerWalk
