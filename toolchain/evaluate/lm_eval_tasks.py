@@ -202,19 +202,27 @@ def run_task(
             apply_chat_template=chat_template,
         )
     assert results is not None
-    questions = _questions(task, results["samples"], chat_template=chat_template)
+    return {
+        **_answers(task, results["samples"], chat_template=chat_template),
+        "batch_size": picked,
+        "num_cut": lm.num_cut,
+    }
+
+
+def _answers(
+    task: LoadedTask, samples_by_part: Mapping[str, Sequence[Mapping[str, Any]]], *, chat_template: bool
+) -> dict[str, Any]:
+    """What :func:`run_task` returns of a task and its questions."""
+    questions = _questions(task, samples_by_part, chat_template=chat_template)
     shared = shared_metrics(questions)
     known = [name for name in (*_METRICS, *shared) if name in shared]
     if not known:
         raise SenteiError(f"Task {task.label} has no metric that gives every question a number.")
-    fewshot = {part.config.num_fewshot or 0 for part in task.parts.values()}
     return {
         "metric": known[0],
-        "num_fewshot": max(fewshot),
+        "num_fewshot": max(part.config.num_fewshot or 0 for part in task.parts.values()),
         "fewshot_source": task.fewshot_source,
-        "batch_size": picked,
-        "prompts_sha256": _prompts_sha256(results["samples"]),
-        "num_cut": lm.num_cut,
+        "prompts_sha256": _prompts_sha256(samples_by_part),
         "questions": questions,
     }
 

@@ -157,9 +157,6 @@ def evaluate(
     tasks = [load_task(request, chat_template=settings.chat_template) for request in settings.tasks]
     tokenizer = models[-1].tokenizer
     texts = _load_texts(models[-1], settings)
-    if settings.chat_template:
-        for each in models:
-            check_template(each.tokenizer, "--chat-template takes")
     _check_same_reading(models, chats=settings.chat_template or any(text.windows.holds_chats for text in texts))
     read_before = text_hashes(models[-1].checkpoint.directory)
     generation = _Generation(texts[0], models, settings, parts) if settings.num_generations else None
@@ -196,7 +193,8 @@ def _open_models(
     """The original, if one is given, then the model; neither is loaded yet.
 
     Raises:
-        SenteiError: One of them cannot read the windows, or their vocabularies differ.
+        SenteiError: One of them cannot read the windows, or has no chat template where that is asked for; or their
+            vocabularies differ.
     """
     checkpoints = [opened(each) for each in (against, model) if each is not None]
     sides: list[Side] = ["original", "pruned"] if against else ["pruned" if checkpoints[0].is_pruned else "original"]
@@ -205,7 +203,11 @@ def _open_models(
             check_window(each.directory, each.config, settings.seq_len)
     if against is not None:
         check_same_vocabulary(checkpoints[1], checkpoints[0])
-    return [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
+    models = [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
+    if settings.chat_template:
+        for opened_model in models:
+            check_template(opened_model.tokenizer, "--chat-template takes")
+    return models
 
 
 def _check_same_reading(models: Sequence[_Model], *, chats: bool) -> None:

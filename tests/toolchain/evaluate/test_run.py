@@ -89,6 +89,12 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_look_at_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval lists all installed packages after every task, in another process, which takes longer than the rest."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 @pytest.fixture(scope="module")
 def demo(demo_model: Path):
     return load_model(demo_model, dtype=torch.float32), load_tokenizer(demo_model)
@@ -146,13 +152,9 @@ def pico(pico_model: Path):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_are_drawn_and_written_as_lm_eval_does(
-    name: str, pico: tuple, manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_examples_are_drawn_and_written_as_lm_eval_does(name: str, pico: tuple, manager, tmp_path: Path):
     from lm_eval.models.huggingface import HFLM
 
-    # It looks all over the machine, which takes longer than the rest.
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     file = write_lines(tmp_path / "questions.jsonl", QUESTIONS[name])
     examples = write_lines(tmp_path / "examples.jsonl", EXAMPLES[name])
     theirs = lm_evals_own_samples(
@@ -493,7 +495,7 @@ def hub_task(**splits: str | None):
     from lm_eval.api.task import ConfigurableTask
 
     rows = Dataset.from_list([{"q": f"{number}?", "choices": ["a", "b"], "answer": 0} for number in range(3)])
-    data = DatasetDict({name: rows for name in ("train", "validation", "test")})
+    data = DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
     return ConfigurableTask(
         config={"task": "hub", "custom_dataset": lambda **_: data, "output_type": "multiple_choice",
                 "doc_to_text": "q", "doc_to_target": "answer", "doc_to_choice": "choices", **splits}
@@ -510,7 +512,7 @@ def test_a_task_whose_only_examples_are_its_questions_is_refused():
                    {"test_split": "test", "fewshot_split": "test"}):  # fmt: skip
         with pytest.raises(SenteiError, match="no examples but the questions that are asked"):
             set_examples(request, {"hub": hub_task(**splits)})
-    with pytest.raises(SenteiError, match="needs 5 examples .* and hub has 3"):
+    with pytest.raises(SenteiError, match=r"needs 5 examples .* and hub has 3"):
         set_examples(TaskRequest(name="hub", file=None, num_fewshot=4), apart)
     # As in lm-eval: what is defined without examples has none, and 0 takes away those that a task is defined with.
     fixed = {"hub": hub_task(training_split="train", test_split="test", num_fewshot=0)}
