@@ -120,6 +120,7 @@ def evaluate(
     from toolchain.text.sources import parse_text
 
     requests = parse_requests(task or [], questions or [], num_fewshot=num_fewshot, fewshot=fewshot or [])
+    requests_at_a_time = None if batch_size is None else parse_batch_size(batch_size)
     if generations is None:
         generations = _DEFAULT_GENERATIONS if against and text and not offload else 0
     if resume and out is None:
@@ -133,7 +134,7 @@ def evaluate(
         tasks=tuple(requests),
         limit=limit,
         chat_template=chat_template,
-        batch_size=None if batch_size is None else parse_batch_size(batch_size),
+        batch_size=requests_at_a_time,
         num_generations=generations,
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, checkpoint.dtype),
