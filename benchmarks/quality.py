@@ -1,19 +1,26 @@
-"""How much of a model is left: perplexity and tasks of every method at every size, one table, filled cell by cell.
+"""How much of a model is left: perplexity and tasks of every method at every size, filled cell by cell.
+
+    python benchmarks/quality.py MODEL --data ../shared/data --work /tmp/quality -o benchmarks/results
+    python benchmarks/quality.py MODEL --data ../shared/data --work /tmp/quality -o /tmp/short --limit 20 --windows 2 \\
+        --methods 2ssp,ours --sparsity 0.25
+
+MODEL is any model directory (``sentei import -o MODEL`` makes the demo model). Results go to ``quality_<model>.json``,
+and as tables to ``quality_<model>.md``, which says before any result which test decides and what it can find.
+
+**Protocol of the texts.** Documents 0 to 499 of the C4 sample calibrate, and nothing else does. Documents 500 to 599
+and WikiText-2's validation text are for choosing between variants, as often as one likes: ``--choose`` evaluates on
+them, without the tasks, which have no part for choosing, into ``quality_<model>_choose.json``. Documents 600 to 999,
+WikiText-2's test text and the tasks are looked at once, at the end: without ``--choose``.
 
 A cell is one method at one sparsity on one text or task. Cells are written as they are finished, so that the table can
-be filled over several runs, and extended by another method, size, text or limit: only what is missing is computed.
-Pruned models are kept in ``--work``. A cell is done anew if a method's arguments changed; if its code did, delete its
-rows.
-
-    python benchmarks/quality.py -o quality.json --data ../shared/data --work /tmp/quality
-    python benchmarks/quality.py -o quality.json --data ../shared/data --work /tmp/quality --methods 2ssp --sparsity 0.5
-
-Calibrated on the C4 sample's documents 0 to 599 and evaluated on 600 to 999 only. Results stand in
-``benchmarks/results/``.
+be filled over several runs, and extended by another method or size: only what is missing is computed. What changes a
+number for all cells (limit, windows, dtype, weights ...) may not change within a file: such a run is refused. Pruned
+models are kept in ``--work``. A cell is done anew if a method's arguments changed; if its code did, delete its rows.
 """
 
 import hashlib
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -24,22 +31,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from statistics import fmean, geometric_mean
 from typing import Annotated, Any
 
 import torch
 import typer
+from quality_table import markdown
 
 from serving.benchmark.environment import describe_environment
-from toolchain.checkpoint.directory import open_checkpoint
-from toolchain.evaluate.lm_eval_tasks import TaskRequest, load_task, run_task
+from toolchain.checkpoint.directory import Checkpoint, model_name, open_checkpoint
+from toolchain.cli.console import pick_device
+from toolchain.errors import SenteiError
+from toolchain.evaluate.lm_eval_tasks import LoadedTask, load_task, run_task
+from toolchain.evaluate.task_requests import BatchSize, TaskRequest, parse_batch_size
 from toolchain.metrics.perplexity import perplexity
-from toolchain.model.gguf import demo_gguf, import_gguf
+from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
-from toolchain.model.loading import bos_of, load_model, load_tokenizer
+from toolchain.model.loading import bos_of, load_tokenizer
 from toolchain.outputs import write_text
 from toolchain.parts_cache import digest_of
-from toolchain.significance import mcnemar
 from toolchain.text.windows import load_windows
 
 
@@ -50,8 +59,8 @@ class Method:
     Attributes:
         name: In the table.
         commands: ``sentei`` commands, run in turn. Each writes ``{out}``, may read ``{before}``, which the one before
-            it wrote, and knows ``{model}``, ``{sparsity}``, ``{calibration}``, ``{samples}``, ``{seq_len}`` and
-            ``{dtype}``.
+            it wrote, and knows ``{model}``, ``{sparsity}``, ``{calibration}``, ``{samples}``, ``{seq_len}``,
+            ``{dtype}`` and ``{device}``.
     """
 
     name: str
@@ -60,7 +69,7 @@ class Method:
 
 _PRUNE = (
     "prune {model} -o {out} --sparsity {sparsity} --calibration {calibration} --samples {samples} --seq-len {seq_len} "
-    "--dtype {dtype}"
+    "--dtype {dtype} --device {device}"
 )
 _OURS = f"{_PRUNE} --align 1 --widths ranked --compensate --search racing"
 METHODS = (
@@ -73,7 +82,7 @@ METHODS = (
     Method(name="evopress", commands=(f"{_PRUNE} --method evopress --evopress-budget small",)),
     Method(
         name="ours+heal",
-        commands=(_OURS, "heal {before} --against {model} --data {calibration} -o {out} --steps 20"),
+        commands=(_OURS, "heal {before} --against {model} --data {calibration} -o {out} --steps 20 --device {device}"),
     ),
 )
 BASELINE = "2ssp"
@@ -85,114 +94,220 @@ TASKS = {
     "piqa": "piqa_valid.jsonl",
     "mmlu": "mmlu_validation.jsonl",
 }
-_NUM_CALIBRATION_DOCUMENTS = 600
+# Documents of the C4 sample by what they are for, from the first to before the last; see the protocol above.
+CALIBRATING, CHOOSING, FINAL = (0, 500), (500, 600), (600, 1000)
 _SENTEI = "from toolchain.cli.app import main; main()"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is measured, and how.
+
+    Attributes:
+        model: The unpruned model.
+        data: Directory with the texts and tasks.
+        work: Directory for the pruned models.
+        choose: Evaluate on the texts for choosing, without tasks.
+        windows: Of each text.
+        seq_len: Tokens a window, for calibration too.
+        limit: The first so many questions of each task; ``None`` for all.
+        samples: Calibration windows.
+        dtype: Computed in, to prune and to evaluate.
+        device: Likewise.
+        batch_size: Requests that a model reads at a time.
+        discordant: The share of discordant questions that the power is stated for.
+    """
+
+    model: Checkpoint
+    data: Path
+    work: Path
+    choose: bool
+    windows: int
+    seq_len: int
+    limit: int | None
+    samples: int
+    dtype: str
+    device: str
+    batch_size: BatchSize
+    discordant: float
+
+
 def main(
+    model: Annotated[Path, typer.Argument(help="A model directory.")],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file, gone on with if it exists; .md beside it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory; what it holds of this model is gone on with.")],
     data: Annotated[Path, typer.Option(help="Directory with the texts and tasks; see its README.")],
     work: Annotated[Path, typer.Option(help="Directory for the pruned models.")],
+    choose: Annotated[bool, typer.Option("--choose", help="On the texts for choosing, without tasks.")] = False,
     sparsity: Annotated[list[float], typer.Option(help="Of the decoder blocks; several times.")] = [0.25, 0.375, 0.5],  # noqa: B006
     methods: Annotated[str, typer.Option(help="Names, comma-separated; without it, all.")] = "",
-    windows: Annotated[int, typer.Option(help="Windows of each text.")] = 16,
-    seq_len: Annotated[int, typer.Option(help="Tokens a window, for calibration too.")] = 2048,
-    limit: Annotated[int, typer.Option(help="The first so many questions of each task.")] = 150,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 16,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a window, for calibration too.")] = 2048,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first so many questions of each task; without it, all.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
     dtype: Annotated[str, typer.Option(help="Computed in, to prune and to evaluate.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Requests that a model reads at a time: a number, or auto.")] = "4",
+    discordant: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            max=1,
+            help="Share of questions that only one of two models answers rightly, assumed for the "
+            "power: 0.14 to 0.35 between the pruned demo models.",
+        ),
+    ] = 0.25,
     max_minutes: Annotated[float, typer.Option(help="Start no new cell after so long.")] = float("inf"),
 ) -> None:
-    """Fills the table."""
-    chosen = [method for method in METHODS if not methods or method.name in methods.split(",")]
+    """Fills the tables."""
+    known = [method.name for method in METHODS]
+    names = methods.split(",") if methods else known
+    if unknown := [name for name in names if name not in known]:
+        raise SenteiError(f"--methods: {unknown[0]!r} is not known.", f"Known are {', '.join(known)}.")
+    asked = Asked(
+        model=open_checkpoint(model), data=data, work=work, choose=choose, windows=windows, seq_len=seq_len,
+        limit=limit, samples=samples, dtype=dtype, device=pick_device(device), discordant=discordant,
+        batch_size=parse_batch_size(batch_size),
+    )  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
-    calibration, texts = _texts(data, work)
-    tasks = {name: data / file for name, file in TASKS.items()}
-    model = work / "original"
-    if not model.exists():
-        import_gguf(demo_gguf(), model)
-    table = _Table(out, deadline=time.monotonic() + 60 * max_minutes)
-    table.settings = {
-        "num_windows": windows, "seq_len": seq_len, "limit": limit, "num_calibration_windows": samples,
-        "calibration": f"C4, documents 0 to {_NUM_CALIBRATION_DOCUMENTS - 1}", "model": "SmolLM2-135M-Instruct",
-        "dtype": dtype, "methods": {method.name: list(method.commands) for method in METHODS},
-    }  # fmt: skip
-
-    def measure_texts(row: str, walk: Callable[[], LayerWalk], depends_on: Mapping[str, Any]) -> None:
-        for name, path in texts.items():
-            asked = {**depends_on, "text": _digest(path), "windows": windows, "seq_len": seq_len, "dtype": dtype}
-            table.fill(row, name, asked, partial(lambda path: _perplexity(walk(), path, windows, seq_len, model), path))
-
-    def measure_tasks(row: str, walk: Callable[[], LayerWalk], depends_on: Mapping[str, Any]) -> None:
-        for name, file in tasks.items():
-            asked = {**depends_on, "questions": _digest(file), "limit": limit, "dtype": dtype}
-            table.fill(
-                row, name, asked, partial(lambda name, file: _task(walk(), name, file, limit, model), name, file)
-            )
-
-    # Texts of all rows come first: the ratio of perplexities is the first question, and tasks take longest.
-    for measure in (measure_texts, measure_tasks):
-        measure("original", cache(partial(_walk, model, dtype)), {})
-        for target in sparsity:
-            values = {
-                "sparsity": target, "samples": samples, "seq_len": seq_len, "model": model, "calibration": calibration,
-                "dtype": dtype,
-            }  # fmt: skip
-            for method in chosen:
-                row = f"{method.name} {target:g}"
-                depends_on = {
-                    "commands": method.commands, "sparsity": target, "samples": samples, "seq_len": seq_len,
-                    "calibration": _digest(calibration), "dtype": dtype,
-                }  # fmt: skip
-                place = work / f"{method.name}-{target:g}-{digest_of(depends_on)}"
-                prune = partial(_prune, method, place, values)
-                if table.fill(row, "pruning", depends_on, prune) is not None:
-                    measure(row, cache(partial(_pruned_walk, place, dtype, prune)), depends_on)
+    calibration, texts = texts_of(data, work, choose=choose)
+    # All questions are read before anything is pruned: how many there are decides what can be found.
+    tasks = (
+        {} if choose else {name: load_task(TaskRequest(name=name, file=data / file)) for name, file in TASKS.items()}
+    )
+    num_questions = {name: _num_questions(task, limit) for name, task in tasks.items()}
+    settings = _settings(asked, texts, num_questions)
+    table = Table(
+        results_file(out, asked), settings, num_questions, deadline=time.monotonic() + 60 * max_minutes
+    )  # fmt: skip
     table.save()
+    _fill(table, asked, [method for method in METHODS if method.name in names], sparsity, calibration, texts, tasks)
     typer.echo(table.markdown())
 
 
-def _walk(directory: Path, dtype: str) -> LayerWalk:
-    checkpoint = open_checkpoint(directory)
-    return LayerWalk(load_model(checkpoint, dtype=getattr(torch, dtype)), checkpoint.family)
+def results_file(out: Path, asked: Asked) -> Path:
+    """Where the results of a model go; those for choosing have a file of their own."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model_name(asked.model.directory))
+    return out / f"quality_{name}{'_choose' if asked.choose else ''}.json"
 
 
-def _pruned_walk(place: Path, dtype: str, prune: Callable[[], object]) -> LayerWalk:
+def texts_of(data: Path, work: Path, *, choose: bool) -> tuple[Path, dict[str, Path]]:
+    """The text that calibrates, and those that evaluate, by the protocol above; C4's parts are written to ``work``."""
+    documents = (data / "c4_sample_1000docs.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    if len(documents) < FINAL[1]:
+        raise SenteiError(f"{data / 'c4_sample_1000docs.jsonl'} has {len(documents)} documents, not {FINAL[1]}.")
+    files = {}
+    for part in (CALIBRATING, CHOOSING if choose else FINAL):
+        files[part] = work / f"c4-{part[0]}-{part[1] - 1}.jsonl"
+        write_text(files[part], "\n".join(documents[slice(*part)]) + "\n")
+    return files.pop(CALIBRATING), {
+        "wikitext-2": data / ("wikitext2_valid.txt" if choose else "wikitext2_test.txt"),
+        "c4": next(iter(files.values())),
+    }
+
+
+def _num_questions(task: LoadedTask, limit: int | None) -> int:
+    return sum(len(list(part.eval_docs)[:limit]) for part in task.parts.values())
+
+
+def _settings(asked: Asked, texts: Mapping[str, Path], num_questions: Mapping[str, int]) -> dict[str, Any]:
+    """What all cells of a file have in common."""
+    return {
+        "model": model_name(asked.model.directory), "weights_sha256": asked.model.fingerprint, "choose": asked.choose,
+        "calibration": f"C4, documents {CALIBRATING[0]} to {CALIBRATING[1] - 1}",
+        "texts": {name: file.name for name, file in texts.items()},
+        "num_windows": asked.windows, "seq_len": asked.seq_len, "num_calibration_windows": asked.samples,
+        "limit": asked.limit, "num_questions": dict(num_questions), "num_fewshot": 0, "batch_size": asked.batch_size,
+        "dtype": asked.dtype, "discordant": asked.discordant,
+    }  # fmt: skip
+
+
+def _fill(
+    table: "Table", asked: Asked, methods: list[Method], sparsities: list[float], calibration: Path,
+    texts: Mapping[str, Path], tasks: Mapping[str, LoadedTask],
+) -> None:  # fmt: skip
+    def measure_texts(row: str, walk: Callable[[], LayerWalk], depends_on: Mapping[str, Any]) -> None:
+        for name, path in texts.items():
+            table.fill(row, name, {**depends_on, "text": _digest(path)}, partial(_perplexity, walk, path, asked))
+
+    def measure_tasks(row: str, walk: Callable[[], LayerWalk], depends_on: Mapping[str, Any]) -> None:
+        for name, task in tasks.items():
+            table.fill(row, name, {**depends_on, "questions": task.sha256}, partial(_task, walk, task, asked))
+
+    # Texts of all rows come first: the ratio of perplexities is the first question, and tasks take longest.
+    for measure in (measure_texts, measure_tasks):
+        measure("original", cache(partial(_walk, asked.model.directory, asked)), {})
+        for target in sparsities:
+            for method in methods:
+                row = f"{method.name} {target:g}"
+                depends_on = {
+                    "commands": method.commands, "sparsity": target, "calibration": _digest(calibration),
+                    "weights": asked.model.fingerprint, "samples": asked.samples, "seq_len": asked.seq_len,
+                    "dtype": asked.dtype,
+                }  # fmt: skip
+                place = asked.work / f"{method.name}-{target:g}-{digest_of(depends_on)}"
+                prune = partial(_prune, method, place, asked, target, calibration)
+                if table.fill(row, "pruning", depends_on, prune) is not None:
+                    measure(row, cache(partial(_pruned_walk, place, asked, prune)), depends_on)
+
+
+def _walk(directory: Path, asked: Asked) -> LayerWalk:
+    return open_walk(open_checkpoint(directory), dtype=getattr(torch, asked.dtype), device=asked.device, offload=False)
+
+
+def _pruned_walk(place: Path, asked: Asked, prune: Callable[[], object]) -> LayerWalk:
     """What a row measures, pruned again if an earlier run's model is gone."""
     if not place.exists():
         prune()
-    return _walk(place, dtype)
+    return _walk(place, asked)
 
 
-class _Table:
+class Table:
     """The cells so far, and where they are kept."""
 
-    def __init__(self, path: Path, *, deadline: float) -> None:
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], num_questions: Mapping[str, int], *, deadline: float
+    ) -> None:
+        """Goes on with what is in the file.
+
+        Raises:
+            SenteiError: It holds cells of other settings, which must not stand beside new ones.
+        """
         self._path, self._deadline = path, deadline
+        self._settings, self._num_questions = settings, num_questions
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self.cells: dict[str, dict[str, Any]] = before.get("rows", {})
-        self.settings: dict[str, Any] = {}
+        self.rows: dict[str, dict[str, Any]] = before.get("rows", {})
+        known = before.get("settings", settings)
+        if differing := [name for name in settings if known.get(name) != settings[name]]:
+            name = differing[0]
+            raise SenteiError(
+                f"{path} was measured with another {name} ({known.get(name)}, now {settings[name]}).",
+                "Ask as before, or give another directory to --out.",
+            )
 
     def fill(
         self, row: str, column: str, depends_on: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
     ) -> dict[str, Any] | None:
         """A cell's content: what is there if it depended on the same, else computed; ``None`` past the deadline."""
         key = digest_of(depends_on)
-        cell = self.cells.get(row, {}).get(column)
+        cell = self.rows.get(row, {}).get(column)
         if cell is None or cell["key"] != key:
             if time.monotonic() > self._deadline:
                 return None
             typer.echo(f"{row}: {column} ...", err=True)
             started = time.monotonic()
             cell = {**compute(), "seconds": round(time.monotonic() - started, 1), "key": key}
-            self.cells.setdefault(row, {})[column] = cell
+            self.rows.setdefault(row, {})[column] = cell
             self.save()
         return cell
 
     def save(self) -> None:
-        """Writes the table, as JSON and as Markdown."""
+        """Writes the results, as JSON and as Markdown."""
         document = {
-            "schema_version": 1, "kind": "quality_benchmark", "settings": self.settings, "rows": self.cells,
+            "schema_version": 2, "kind": "quality_benchmark", "settings": self._settings,
+            "methods": {method.name: list(method.commands) for method in METHODS}, "rows": self.rows,
             "environment": describe_environment(),
         }  # fmt: skip
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,94 +315,18 @@ class _Table:
         write_text(self._path.with_suffix(".md"), self.markdown())
 
     def markdown(self) -> str:
-        """The table for people: perplexities, shares of right answers in %, and what they say together."""
-        columns = ["wikitext-2", "c4", *TASKS]
-        header = [
-            "method",
-            "sparsity",
-            "parameters",
-            *columns,
-            "mean of tasks",
-            "kept",
-            f"perplexity / {BASELINE}",
-            "s",
-            "CPU s",
-        ]
-        lines = [" | ".join(header), " | ".join("---" for _ in header)]
-        for row, cells in self.cells.items():
-            name, _, target = row.partition(" ")
-            pruning = cells.get("pruning", {})
-            accuracies = self._accuracies(row)
-            original = self._accuracies("original")
-            kept = fmean(accuracies) / fmean(original) if accuracies and original else None
-            ratio = self._ratio(row, f"{BASELINE} {target}") if target else None
-            lines.append(
-                " | ".join(
-                    [
-                        name,
-                        _shown(pruning.get("sparsity"), ".1%"),
-                        _shown(pruning.get("num_parameters"), ",d"),
-                        *(self._cell(row, column) for column in columns),
-                        _shown(fmean(accuracies) if accuracies else None, ".1%"),
-                        _shown(kept, ".1%"),
-                        _shown(ratio, ".3f"),
-                        _shown(pruning.get("seconds"), ".0f"),
-                        _shown(pruning.get("cpu_seconds"), ".0f"),
-                    ]
-                )
-            )
-        notes = (
-            "Perplexity of text; share of right answers (acc_norm where the task has it); perplexity against "
-            f"{BASELINE}'s at the same target, geometric mean of both texts; s and CPU s: seconds of pruning, by the "
-            "clock and of all processors (compare these where other work ran beside it). In brackets what a task lost "
-            "and gained against the original's answers, with an exact McNemar p below 0.05 as *."
-        )
-        return "\n".join(f"| {line} |" for line in lines) + f"\n\n{notes}\n"
-
-    def _accuracies(self, row: str) -> list[float] | None:
-        cells = [self.cells.get(row, {}).get(task) for task in TASKS]
-        return [cell["accuracy"] for cell in cells if cell is not None] if all(cells) else None
-
-    def _ratio(self, row: str, baseline: str) -> float | None:
-        ratios = []
-        for text in ("wikitext-2", "c4"):
-            ours, theirs = (self.cells.get(each, {}).get(text) for each in (row, baseline))
-            if ours is None or theirs is None:
-                return None
-            ratios.append(ours["perplexity"] / theirs["perplexity"])
-        return geometric_mean(ratios)
-
-    def _cell(self, row: str, column: str) -> str:
-        cell = self.cells.get(row, {}).get(column)
-        if cell is None:
-            return ""
-        if "perplexity" in cell:
-            return f"{cell['perplexity']:.2f}"
-        original = self.cells.get("original", {}).get(column)
-        if row == "original" or original is None or len(original["right"]) != len(cell["right"]):
-            return f"{cell['accuracy']:.1%}"
-        pairs = list(zip(original["right"], cell["right"], strict=True))
-        lost, gained = pairs.count(("1", "0")), pairs.count(("0", "1"))
-        chance = "*" if mcnemar(lost=lost, gained=gained) < 0.05 else ""
-        return f"{cell['accuracy']:.1%} (−{lost} +{gained}){chance}"
+        """The results for people."""
+        return markdown(self._settings, self._num_questions, self.rows, baseline=BASELINE)
 
 
-def _texts(data: Path, work: Path) -> tuple[Path, dict[str, Path]]:
-    """The C4 sample in two, so that nothing that calibrates can evaluate, and WikiText-2."""
-    documents = (data / "c4_sample_1000docs.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    halves = {"calibrate": documents[:_NUM_CALIBRATION_DOCUMENTS], "evaluate": documents[_NUM_CALIBRATION_DOCUMENTS:]}
-    for name, lines in halves.items():
-        write_text(work / f"c4-{name}.jsonl", "\n".join(lines) + "\n")
-    return work / "c4-calibrate.jsonl", {
-        "wikitext-2": data / "wikitext2_test.txt",
-        "c4": work / "c4-evaluate.jsonl",
-    }
-
-
-def _prune(method: Method, place: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+def _prune(method: Method, place: Path, asked: Asked, sparsity: float, calibration: Path) -> dict[str, Any]:
     """Runs a method's commands; keeps only what the last one writes."""
     shutil.rmtree(place, ignore_errors=True)
     before_cpu_s = _cpu_s_of_children()
+    values = {
+        "model": asked.model.directory, "sparsity": sparsity, "calibration": calibration, "samples": asked.samples,
+        "seq_len": asked.seq_len, "dtype": asked.dtype, "device": asked.device,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(dir=place.parent) as steps:
         before = Path(steps) / "none"
         for number, command in enumerate(method.commands):
@@ -296,10 +335,10 @@ def _prune(method: Method, place: Path, values: Mapping[str, Any]) -> dict[str, 
             arguments = [part.format(**values, out=step, before=before) for part in command.split()]
             subprocess.run([sys.executable, "-c", _SENTEI, *arguments, "--quiet"], check=True)
             before = step
-    original, pruned = open_checkpoint(values["model"]), open_checkpoint(place)
+    pruned = open_checkpoint(place)
     return {
         "num_parameters": pruned.num_parameters,
-        "sparsity": 1 - pruned.num_block_parameters / original.num_block_parameters,
+        "sparsity": 1 - pruned.num_block_parameters / asked.model.num_block_parameters,
         "cpu_seconds": round(_cpu_s_of_children() - before_cpu_s, 1),
     }
 
@@ -310,21 +349,26 @@ def _cpu_s_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _perplexity(walk: LayerWalk, path: Path, windows: int, seq_len: int, model: Path) -> dict[str, Any]:
-    tokenizer = load_tokenizer(model)
-    bos = bos_of(walk.family, tokenizer)
-    return asdict(perplexity(walk, load_windows(path, tokenizer, num_samples=windows, seq_len=seq_len, bos=bos).ids))
+def _perplexity(walk: Callable[[], LayerWalk], path: Path, asked: Asked) -> dict[str, Any]:
+    tokenizer = load_tokenizer(asked.model.directory)
+    bos = bos_of(asked.model.family, tokenizer)
+    windows = load_windows(path, tokenizer, num_samples=asked.windows, seq_len=asked.seq_len, bos=bos)
+    return asdict(perplexity(walk(), windows.ids))
 
 
-def _task(walk: LayerWalk, name: str, file: Path, limit: int, model: Path) -> dict[str, Any]:
-    tokenizer, task = load_tokenizer(model), load_task(TaskRequest(name=name, file=file))
-    result = run_task(walk.model, tokenizer, task, limit=limit, bos=bos_of(walk.family, tokenizer))
-    right = [question["scores"][result["metric"]] for question in result["questions"]]
+def _task(walk: Callable[[], LayerWalk], task: LoadedTask, asked: Asked) -> dict[str, Any]:
+    tokenizer = load_tokenizer(asked.model.directory)
+    result = run_task(
+        walk().model, tokenizer, task, limit=asked.limit, bos=bos_of(asked.model.family, tokenizer),
+        batch_size=asked.batch_size,
+    )  # fmt: skip
+    questions = result["questions"]
+    metrics = [name for name in ("acc", "acc_norm") if name in questions[0]["scores"]]
     return {
         "metric": result["metric"],
-        "accuracy": fmean(right),
-        "num_questions": len(right),
-        "right": "".join(str(int(each)) for each in right),
+        "num_questions": len(questions),
+        "prompts_sha256": result["prompts_sha256"],
+        "right": {name: "".join(str(int(each["scores"][name])) for each in questions) for name in metrics},
     }
 
 
@@ -332,9 +376,9 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _shown(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except SenteiError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)

@@ -89,6 +89,47 @@ def mcnemar(*, lost: int, gained: int) -> float:
     return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
+def mcnemar_power(difference: float, *, num_questions: int, discordant: float) -> float:
+    """How probable it is that the exact test of :func:`compare_shares` finds a true difference at 5 %.
+
+    Summed over all outcomes: the number of discordant questions, which only one of the models answers rightly, is
+    binomial, and so is, given it, the number of those that fall to the worse model.
+
+    Args:
+        difference: Between the models' true shares of right answers; at most ``discordant``.
+        num_questions: All questions.
+        discordant: The true share of discordant questions, above 0.
+    """
+    import numpy as np
+    from scipy.stats import binom
+
+    count = np.arange(num_questions + 1)
+    # The largest number on the rarer side whose two-sided p-value is still below 5 %; -1 where there is none.
+    most = binom.ppf((1 - CONFIDENCE) / 2, count, 0.5) - 1
+    of_better = (1 + abs(difference) / discordant) / 2
+    found = binom.cdf(most, count, of_better) + binom.sf(count - most - 1, count, of_better)
+    return float((binom.pmf(count, num_questions, discordant) * found).sum())
+
+
+def smallest_difference(*, num_questions: int, discordant: float, power: float) -> float | None:
+    """The smallest true difference of two shares that :func:`mcnemar` finds at 5 % with this power.
+
+    Args:
+        num_questions: As for :func:`mcnemar_power`.
+        discordant: Likewise.
+        power: The probability to find it, above 0.05.
+
+    Returns:
+        A difference up to ``discordant``; ``None`` where not even that is found so often.
+    """
+    from scipy.optimize import brentq
+
+    def missing(difference: float) -> float:
+        return mcnemar_power(difference, num_questions=num_questions, discordant=discordant) - power
+
+    return None if missing(discordant) < 0 else float(brentq(missing, 0.0, discordant, xtol=1e-6))
+
+
 def compare_means(differences: Sequence[float]) -> Difference:
     """Of paired measurements: Student's paired t-test (1908) and the t-interval of the mean difference.
 

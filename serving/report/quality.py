@@ -5,7 +5,14 @@ from typing import Any
 
 from serving.report.translate import Say
 from serving.saved_json import Source, fields_of
-from toolchain.evaluate.document import Change, EvaluationDocument, GenerationComparison, Share, TaskComparison
+from toolchain.evaluate.document import (
+    Change,
+    EvaluationDocument,
+    GenerationComparison,
+    Share,
+    TaskComparison,
+    TaskResult,
+)
 
 
 def evaluation_view(sources: Sequence[Source], say: Say) -> list[dict[str, Any]]:
@@ -42,9 +49,7 @@ def _task(document: EvaluationDocument, comparison: TaskComparison, say: Say) ->
     pruned = by_side["pruned"]
     return {
         "task": comparison.task,
-        "metric": say("%(metric)s, %(count)s examples", metric=comparison.metric, count=pruned.num_fewshot)
-        if pruned.num_fewshot
-        else comparison.metric,
+        "metric": ", ".join([comparison.metric, *_asked(pruned, say)]),
         "num_questions": pruned.num_questions,
         "original": _share(by_side["original"].score, say),
         "pruned": _share(pruned.score, say),
@@ -54,11 +59,20 @@ def _task(document: EvaluationDocument, comparison: TaskComparison, say: Say) ->
     }
 
 
+def _asked(task: TaskResult, say: Say) -> list[str]:
+    """What a prompt holds beside the question; with it, scores are others than without."""
+    examples = [say("%(count)s examples", count=task.num_fewshot)] if task.num_fewshot else []
+    return [*examples, *([say("in the chat template")] if task.chat_template else [])]
+
+
 def _mean(document: EvaluationDocument, say: Say) -> dict[str, Any] | None:
     mean = document.mean_score
     if mean is None or mean.num_tasks < 2:
         return None
+    asked = {", ".join(_asked(task, say)) for task in document.tasks}
     return {
+        # Two evaluations on one page may have asked in two ways.
+        "asked": asked.pop() if len(asked) == 1 else "",
         "original": f"{100 * mean.original:.1f}",
         "pruned": f"{100 * mean.pruned:.1f}",
         "kept": f"{100 * mean.kept:.1f} %" if mean.kept is not None else say("not known"),

@@ -78,7 +78,8 @@ def _size(inputs: ReportInputs) -> dict[str, Any] | None:
 
 def _quality(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> dict[str, Any] | None:
     """Perplexity before and after; text the plan was not made from comes first."""
-    evaluated: dict[str, dict[str, Mapping[str, Any]]] = {}
+    # Perplexities of a text compare only where both models read the same tokens of it.
+    evaluated: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     warnings = []
     for source in inputs.evaluations:
         with fields_of(source) as content:
@@ -91,13 +92,22 @@ def _quality(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> d
                 if overlap["share"]
             ]  # fmt: skip
             for entry in content["evaluations"]:
-                evaluated.setdefault(str(entry["text"]), {})[entry["model"]] = {
+                read = (
+                    str(entry["text"]),
+                    *(entry.get(name) for name in ("text_sha256", "num_windows", "seq_len", "bos")),
+                    bool(entry.get("chat_template")),
+                )
+                evaluated.setdefault(read, {})[entry["model"]] = {
                     "perplexity": _positive(entry["perplexity"]),
                     "standard_error": None if entry["standard_error"] is None else float(entry["standard_error"]),
                     **{name: int(entry[name]) for name in ("num_windows", "seq_len", "num_tokens")},
                 }
     bars: list[tuple[str, float, float | None]] = []
-    texts = [_evaluated(text, sides) for text, sides in evaluated.items() if {"original", "pruned"} <= set(sides)]
+    texts = [_evaluated(read[0], sides) for read, sides in evaluated.items() if {"original", "pruned"} <= set(sides)]
+    warnings += [
+        say("The two models read %(text)s in different ways, so its perplexities are not compared.", text=text)
+        for text in _read_differently(evaluated)
+    ]
     if texts:
         first = texts[0]
         bars = [
@@ -122,6 +132,18 @@ def _quality(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> d
         "calibration": {name: f"{value:.4g}" for name, value in (calibration or {}).items()},
         "chart": charts.perplexity_chart(bars, say),
     }
+
+
+def _read_differently(evaluated: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[str]:
+    """Texts that both models read, but never the same tokens of them."""
+    sides: dict[str, list[set[str]]] = {}
+    for read, by_side in evaluated.items():
+        sides.setdefault(read[0], []).append(set(by_side))
+    return [
+        text
+        for text, found in sides.items()
+        if len(found) > 1 and set.union(*found) == {"original", "pruned"} and max(map(len, found)) == 1
+    ]
 
 
 def _positive(perplexity: Any) -> float:

@@ -23,7 +23,8 @@ from toolchain.errors import SenteiError
 from toolchain.evaluate import run as evaluation_run
 from toolchain.evaluate import writing as damage
 from toolchain.evaluate.lm_eval_model import ServedHFLM
-from toolchain.evaluate.lm_eval_tasks import TaskRequest, load_task, run_task
+from toolchain.evaluate.lm_eval_tasks import load_task, run_task
+from toolchain.evaluate.task_requests import TaskRequest
 from toolchain.metrics.accuracy import AccuracyMetric, load_questions
 from toolchain.metrics.token_metrics import measure
 from toolchain.model.layer_walk import LayerWalk

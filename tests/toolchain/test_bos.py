@@ -18,7 +18,8 @@ from toolchain.checkpoint.directory import copy_companions, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluate import run as evaluation_run
 from toolchain.evaluate import writing as damage
-from toolchain.evaluate.lm_eval_tasks import TaskRequest, load_task, run_task
+from toolchain.evaluate.lm_eval_tasks import load_task, run_task
+from toolchain.evaluate.task_requests import TaskRequest
 from toolchain.evaluate.text_overlap import find_overlap
 from toolchain.heal import heal as healing
 from toolchain.metrics.accuracy import AccuracyMetric, Question, load_questions

@@ -15,7 +15,10 @@ from toolchain.significance import (
     compare_means,
     compare_shares,
     holm,
+    mcnemar,
+    mcnemar_power,
     ratio_interval,
+    smallest_difference,
     verdict,
     welch_interval,
     wilson_interval,
@@ -28,6 +31,42 @@ def test_mcnemar_counts_only_questions_that_one_model_alone_answered():
         found = compare_shares(lost=9, gained=1, num_questions=num_questions)
         assert found.p_value == pytest.approx(2 * 11 / 1024)
     assert found.value == -8 / 1000
+
+
+def test_power_of_mcnemar_by_hand():
+    # Six discordant questions show something only if all fall to one side: 2 / 2^6 = 0.03. Five never do: 2 / 2^5.
+    assert mcnemar(lost=6, gained=0) < 0.05 < mcnemar(lost=5, gained=0)
+    assert mcnemar_power(1, num_questions=6, discordant=1) == pytest.approx(1)
+    assert mcnemar_power(1, num_questions=5, discordant=1) == 0
+    # Each falls to the better model in three of four cases.
+    assert mcnemar_power(0.5, num_questions=6, discordant=1) == pytest.approx(0.75**6 + 0.25**6)
+    assert mcnemar_power(-0.5, num_questions=6, discordant=1) == pytest.approx(0.75**6 + 0.25**6)
+    # Half of the questions are discordant, all to one side: all six must be.
+    assert mcnemar_power(0.5, num_questions=6, discordant=0.5) == pytest.approx(0.5**6)
+    # Without a difference it is what chance alone shows, which the exact test keeps below 5 %.
+    assert mcnemar_power(0, num_questions=6, discordant=1) == pytest.approx(2 / 2**6)
+    assert 0.03 < mcnemar_power(0, num_questions=5000, discordant=0.25) < 0.05
+
+
+def test_smallest_difference_that_would_be_found():
+    assert smallest_difference(num_questions=5, discordant=1, power=0.8) is None
+    # x^6 + (1 - x)^6 = 0.8 for the share x that falls to the better model, and a difference of 2 x - 1.
+    found = smallest_difference(num_questions=6, discordant=1, power=0.8)
+    share = (1 + found) / 2
+    assert share**6 + (1 - share) ** 6 == pytest.approx(0.8, abs=1e-4)
+    # Many questions: n = (z(0.975) sqrt(p) + z(0.8) sqrt(p - d^2))^2 / d^2 (Connor 1987, Biometrics 43:207).
+    for num_questions in (1000, 8000):
+        found = smallest_difference(num_questions=num_questions, discordant=0.25, power=0.8)
+        needed = (1.959964 * 0.5 + 0.841621 * math.sqrt(0.25 - found**2)) ** 2 / found**2
+        assert needed == pytest.approx(num_questions, rel=0.06)
+
+
+def test_a_difference_is_found_as_often_as_its_power_says():
+    difference = smallest_difference(num_questions=150, discordant=0.25, power=0.8)
+    lost, gained = (0.25 + difference) / 2, (0.25 - difference) / 2
+    draws = np.random.default_rng(0).multinomial(150, [lost, gained, 0.75], size=800)
+    found = [mcnemar(lost=int(draw[0]), gained=int(draw[1])) < 0.05 for draw in draws]
+    assert fmean(found) == pytest.approx(0.8, abs=0.045)
 
 
 def test_shares_that_do_not_differ_are_not_different():

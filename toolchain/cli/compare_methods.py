@@ -94,9 +94,9 @@ def compare_methods(
     """Prune by every method to several sparsities, evaluate what is left, and put it in one table."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint.directory import dtype_name, model_name, open_checkpoint, resolve_model
-    from toolchain.evaluate.lm_eval_tasks import parse_requests
     from toolchain.evaluate.method_comparison import Comparison, compare_methods, save_comparison
     from toolchain.evaluate.run import EvaluationSettings
+    from toolchain.evaluate.task_requests import parse_requests
     from toolchain.outputs import beside, check_output_directory, new_directory
     from toolchain.parts_cache import unfinished_parts
     from toolchain.prune.settings import PruneSettings

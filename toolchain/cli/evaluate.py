@@ -72,7 +72,33 @@ def evaluate(
         questions_option('Your own, one {"prompt", "choices", "answer"} per line; several times.', panel=_TASKS),
     ] = None,
     limit: Annotated[int | None, limit_option(panel=_TASKS)] = None,
-    chat_template: Annotated[bool, chat_template_option("tasks and questions", panel=_TASKS)] = False,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Examples with answers before each question; without it, as many as the task is defined with.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    fewshot: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Examples for a task or questions from a file, in the same form; NAME is what results call it.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    chat_template: Annotated[
+        bool, chat_template_option("tasks and questions", "--apply-chat-template", panel=_TASKS)
+    ] = False,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Prompts that the model reads at a time (4; on a GPU 16); auto: as many as fit the GPU.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
     device: DeviceInPanelOption = "auto",
     dtype: DtypeInPanelOption = "auto",
     offload: Annotated[
@@ -86,14 +112,15 @@ def evaluate(
     """Measure quality: perplexity, tasks, your questions and generation, alone or against the original."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint.directory import open_checkpoint, resolve_model
-    from toolchain.evaluate.lm_eval_tasks import parse_requests
     from toolchain.evaluate.run import EvaluationSettings
     from toolchain.evaluate.run import evaluate as run
+    from toolchain.evaluate.task_requests import parse_batch_size, parse_requests
     from toolchain.outputs import check_output_directory, new_directory
     from toolchain.parts_cache import Parts, unfinished_parts
     from toolchain.text.sources import parse_text
 
-    requests = parse_requests(task or [], questions or [])
+    requests = parse_requests(task or [], questions or [], num_fewshot=num_fewshot, fewshot=fewshot or [])
+    requests_at_a_time = None if batch_size is None else parse_batch_size(batch_size)
     if generations is None:
         generations = _DEFAULT_GENERATIONS if against and text and not offload else 0
     if resume and out is None:
@@ -107,6 +134,7 @@ def evaluate(
         tasks=tuple(requests),
         limit=limit,
         chat_template=chat_template,
+        batch_size=requests_at_a_time,
         num_generations=generations,
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, checkpoint.dtype),

@@ -72,6 +72,7 @@ def _tasks(document: "EvaluationDocument") -> list[str]:
                 f"{each.task}: {each.metric} {_share(each.score)} of {each.num_questions} questions"
                 for each in document.tasks
             ),
+            *_asked(document),
             *_cut(document),
         ]
     lines = ["", _row("Score, %", "original", "pruned", "points, 95 % interval", "p")]
@@ -100,7 +101,19 @@ def _tasks(document: "EvaluationDocument") -> list[str]:
         )
         if mean.kept is not None:
             lines.append(f"{100 * mean.kept:.1f} % of the original's mean is kept.")
-    return [*lines, *_cut(document)]
+    return [*lines, *_asked(document), *_cut(document)]
+
+
+def _asked(document: "EvaluationDocument") -> list[str]:
+    """What to say of tasks whose prompts hold more than the question: their scores are others than without it."""
+    lines = {
+        f"{each.task}: {each.num_fewshot} {'example' if each.num_fewshot == 1 else 'examples'} before each question"
+        + (f", from {each.fewshot_source}." if each.fewshot_source else ".")
+        for each in document.tasks
+        if each.num_fewshot
+    }
+    in_chat = ["Asked in the model's chat template."] if any(each.chat_template for each in document.tasks) else []
+    return [*sorted(lines), *in_chat]
 
 
 def _cut(document: "EvaluationDocument") -> list[str]:

@@ -180,10 +180,13 @@ def questions_option(help: str, *, panel: str) -> Any:
     return typer.Option(help=help, rich_help_panel=panel)
 
 
-def chat_template_option(of: str, *, panel: str) -> Any:
-    """Questions as a chat model is asked them."""
+def chat_template_option(of: str, *names: str, panel: str) -> Any:
+    """Questions as a chat model is asked them; ``names`` are what other programs call it."""
     return typer.Option(
-        "--chat-template", help=f"Ask {of} as a user's turn, in the model's chat template.", rich_help_panel=panel
+        "--chat-template",
+        *names,
+        help=f"Ask {of} as a user's turn, in the model's chat template.",
+        rich_help_panel=panel,
     )
 
 

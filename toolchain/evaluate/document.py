@@ -55,7 +55,9 @@ class TaskResult(Record):
     ``scores`` has the mean of each metric of lm-eval's, ``score`` that of ``metric``, the one that is compared.
     ``num_cut`` prompts (one for each choice or generation) were longer than the model's context and lost their
     beginning; null in files from before they were counted. ``bos`` is what each prompt begins with, unless the chat
-    template says so.
+    template says so. ``num_fewshot`` examples from ``fewshot_source`` (null without any) stand before each question;
+    in a group some tasks may be defined with fewer. ``prompts_sha256`` is of every prompt and choice: only results
+    where it is equal answer the same questions, asked in the same way. It and ``batch_size`` are null in older files.
     """
 
     model: Side
@@ -63,10 +65,13 @@ class TaskResult(Record):
     task: str
     source: str
     num_fewshot: int
+    fewshot_source: str | None = None
     num_questions: int
     bos: int | None = None
     chat_template: bool = False
     num_cut: int | None = None
+    batch_size: int | Literal["auto"] | None = None
+    prompts_sha256: str | None = None
     metric: str
     score: Share
     scores: dict[str, float]

@@ -1,6 +1,8 @@
 """lm-eval's wrapper around a loaded model, which reads as the model is served. Imports lm-eval."""
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -8,9 +10,24 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.errors import SenteiError
+from toolchain.evaluate.task_requests import BatchSize
 from toolchain.text.chat_template import ANSWER_BEGINS, LAST_GOES_ON, ChatTemplate
 
 _BATCH_SIZES = {"cpu": 4, "cuda": 16}
+
+
+def pick_batch_size(asked: BatchSize | None, device: torch.device) -> BatchSize:
+    """How many requests a model reads at a time.
+
+    Args:
+        asked: A number; ``auto``, for which lm-eval tries what fits; or ``None`` for sentei's default.
+        device: Where the model is. What does not fit into a CPU's memory ends the process, so there ``auto`` tries
+            nothing and is the default.
+    """
+    on_gpu = device.type == "cuda"
+    if asked is None or (asked == "auto" and not on_gpu):
+        return _BATCH_SIZES["cuda" if on_gpu else "cpu"]
+    return asked
 
 
 class ServedHFLM(HFLM):
@@ -27,25 +44,28 @@ class ServedHFLM(HFLM):
         bos: int | None,
         template: ChatTemplate | None,
         on_request: Callable[[], None],
+        batch_size: BatchSize,
     ) -> None:
         """See :func:`toolchain.evaluate.lm_eval_tasks.run_task`; without ``template``, prompts go in as they are."""
         self._bos, self._template, self.num_cut = bos, template, 0
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=_BATCH_SIZES["cuda" if model.device.type == "cuda" else "cpu"],
+            batch_size=batch_size,
             # Half precision would make ties of close choices.
             softmax_dtype="float32",
         )
         self.set_cache_hook(_RequestCounter(on_request))
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """Without a bar."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        """Without a bar, and without what lm-eval prints of batch sizes to where results go."""
+        with redirect_stdout(io.StringIO()):
+            return super().loglikelihood(requests, disable_tqdm=True)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """Without a bar."""
-        return super().generate_until(requests, disable_tqdm=True)
+        """Likewise."""
+        with redirect_stdout(io.StringIO()):
+            return super().generate_until(requests, disable_tqdm=True)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """A prompt's tokens as a server makes them, without what the tokenizer would add at the end."""

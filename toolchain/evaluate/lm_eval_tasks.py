@@ -1,6 +1,6 @@
 """Tasks through lm-eval: its prompts, its model wrapper and its metrics, around a model that sentei loaded.
 
-Only this module and lm_eval_model import lm-eval.
+Only this module, lm_eval_model, fewshot and subject_sampler import lm-eval.
 """
 
 import hashlib
@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.errors import MissingDependencyError, SenteiError
+from toolchain.evaluate.fewshot import example_source, set_examples
 from toolchain.evaluate.local_tasks import TASK_FILES
+from toolchain.evaluate.task_requests import BatchSize, TaskRequest, local_task_names
 from toolchain.model.loading import said_in_a_sentence
 from toolchain.text.chat_template import ChatTemplate
 from toolchain.text.chats import check_template
@@ -24,27 +25,8 @@ from toolchain.text.chats import check_template
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-USER_QUESTIONS = "questions"
 # Of lm-eval's metrics the one that is reported and tested, where a task has several.
 _METRICS = ("acc_norm", "acc", "exact_match")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskRequest:
-    """A task somebody asked for.
-
-    Attributes:
-        name: Of the task; :data:`USER_QUESTIONS` for a person's own.
-        file: The questions, or ``None`` to download them from the hub.
-    """
-
-    name: str
-    file: Path | None
-
-    @property
-    def label(self) -> str:
-        """What it is called in results."""
-        return self.file.name if self.name == USER_QUESTIONS and self.file else self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +37,27 @@ class LoadedTask:
         label: See :class:`TaskRequest`.
         parts: lm-eval's tasks by name: one, or those of a group such as the hub's ``mmlu``.
         manager: What loaded them.
+        num_fewshot: Examples that were asked for; ``None`` for as many as each part is defined with.
+        fewshot_source: Where examples come from: a file's name, or splits of the hub; ``None`` without examples.
     """
 
     label: str
     parts: Mapping[str, "Task"]
     manager: Any
+    num_fewshot: int | None = None
+    fewshot_source: str | None = None
 
     @property
     def sha256(self) -> str:
-        """Of its questions and prompts."""
+        """Of its questions and prompts, and of what examples are drawn from where their number was asked for."""
         digest = hashlib.sha256()
         for name, task in self.parts.items():
             for doc in task.eval_docs:
                 digest.update(json.dumps([name, doc, task.doc_to_text(doc)], sort_keys=True, default=str).encode())
+            if self.num_fewshot is not None:
+                examples = list(task.fewshot_docs()) if self.num_fewshot else []
+                asked = ["examples", self.num_fewshot, examples]
+                digest.update(json.dumps(asked, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
     def num_requests(self, limit: int | None) -> int:
@@ -78,33 +68,6 @@ class LoadedTask:
             choices = task.config.output_type == "multiple_choice"
             total += sum(len(task.doc_to_choice(doc)) for doc in docs) if choices else len(docs)
         return total
-
-
-def local_task_names() -> list[str]:
-    """Tasks that can be read from a file."""
-    return sorted(path.stem for path in TASK_FILES.glob("*.yaml") if path.stem != USER_QUESTIONS)
-
-
-def parse_task(asked: str) -> TaskRequest:
-    """Reads ``NAME=FILE``, or ``NAME`` for a task of the hub.
-
-    Raises:
-        SenteiError: A file for a task without a local definition, or an empty one.
-    """
-    name, separator, file = asked.partition("=")
-    if separator and name not in local_task_names():
-        raise SenteiError(
-            f"--task {asked}: {name!r} cannot be read from a file.",
-            f"Use one of {', '.join(local_task_names())}, or --questions FILE for questions of your own.",
-        )
-    if separator and not file.strip():
-        raise SenteiError(f"--task {asked}: the file is empty.", f"Write --task {name}=FILE.jsonl.")
-    return TaskRequest(name=name, file=Path(file) if separator else None)
-
-
-def parse_requests(tasks: Sequence[str], questions: Sequence[Path]) -> list[TaskRequest]:
-    """What ``--task`` and ``--questions`` ask for; see :func:`parse_task`."""
-    return [*map(parse_task, tasks), *(TaskRequest(name=USER_QUESTIONS, file=each) for each in questions)]
 
 
 def lm_eval_version() -> str:
@@ -130,7 +93,8 @@ def load_task(request: TaskRequest, *, chat_template: bool = False) -> LoadedTas
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
-        SenteiError: A bad file, an unknown task, or no hub; or a task that cannot be judged question by question.
+        SenteiError: A bad file, an unknown task, or no hub; a task that cannot be judged question by question; or
+            fewer examples than were asked for, or none but the questions themselves.
     """
     lm_eval_version()
     from datasets import disable_progress_bars
@@ -139,11 +103,13 @@ def load_task(request: TaskRequest, *, chat_template: bool = False) -> LoadedTas
     disable_progress_bars()
     if request.file is not None:
         metadata = {"file": str(request.file), "chat_template": chat_template}
+        if request.fewshot_file is not None:
+            metadata["fewshot_file"] = str(request.fewshot_file)
         manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
         # Arrow's own errors and lm-eval's have no common class.
         with said_in_a_sentence(f"{request.file} cannot be read as questions of {request.name}"):
             parts = manager.load([request.name])["tasks"]
-        return LoadedTask(label=request.label, parts=parts, manager=manager)
+        return _with_examples(request, parts, manager)
     manager = TaskManager()
     if request.name not in manager.all_tasks:
         raise SenteiError(f"--task {request.name}: lm-eval has no such task.", "lm_eval ls tasks lists them.")
@@ -156,7 +122,15 @@ def load_task(request: TaskRequest, *, chat_template: bool = False) -> LoadedTas
             f"Give a file: --task {request.name}=FILE.jsonl." if request.name in local_task_names() else "",
         ) from error
     _check_questions(request.name, parts)
-    return LoadedTask(label=request.label, parts=parts, manager=manager)
+    return _with_examples(request, parts, manager)
+
+
+def _with_examples(request: TaskRequest, parts: Mapping[str, "Task"], manager: Any) -> LoadedTask:
+    set_examples(request, parts)
+    return LoadedTask(
+        label=request.label, parts=parts, manager=manager, num_fewshot=request.num_fewshot,
+        fewshot_source=example_source(request, parts),
+    )  # fmt: skip
 
 
 def _check_questions(name: str, parts: Mapping[str, "Task"]) -> None:
@@ -186,6 +160,7 @@ def run_task(
     limit: int | None,
     bos: int | None = None,
     chat_template: bool = False,
+    batch_size: BatchSize | None = None,
     on_request: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Asks a model all questions.
@@ -197,12 +172,15 @@ def run_task(
         limit: The first so many questions; of each of a group's tasks.
         bos: What each question begins with, see :func:`toolchain.model.loading.bos_of`.
         chat_template: Ask through the model's chat template, which then says what a question begins with.
+        batch_size: Requests that the model reads at a time; see
+            :func:`toolchain.evaluate.lm_eval_model.pick_batch_size`.
         on_request: Called once a log-likelihood or generation, for progress.
 
     Returns:
-        ``metric``, ``num_fewshot``, ``num_cut`` (requests longer than the model's context, which lost their beginning)
-        and ``questions``: one mapping each, with ``id``, ``hash``, ``subject``, ``question``, ``choices``, ``answer``,
-        ``log_likelihoods`` and ``scores`` by metric.
+        ``metric``, ``num_fewshot``, ``fewshot_source``, ``batch_size``, ``prompts_sha256`` (of all that was asked: it
+        is equal for two models that were asked the same), ``num_cut`` (requests longer than the model's context, which
+        lost their beginning) and ``questions``: one mapping each, with ``id``, ``hash``, ``subject``, ``question``,
+        ``choices``, ``answer``, ``log_likelihoods`` and ``scores`` by metric.
 
     Raises:
         SenteiError: The task has no metric that is a number a question, a choice alone is longer than the model's
@@ -210,10 +188,11 @@ def run_task(
     """
     from lm_eval import simple_evaluate
 
-    from toolchain.evaluate.lm_eval_model import ServedHFLM
+    from toolchain.evaluate.lm_eval_model import ServedHFLM, pick_batch_size
 
+    picked = pick_batch_size(batch_size, model.device)
     with _template_of(tokenizer) if chat_template else nullcontext() as template:
-        lm = ServedHFLM(model, tokenizer, bos, template, on_request)
+        lm = ServedHFLM(model, tokenizer, bos, template, on_request, picked)
         results = simple_evaluate(
             model=lm,
             tasks=list(task.parts.values()),
@@ -223,13 +202,38 @@ def run_task(
             apply_chat_template=chat_template,
         )
     assert results is not None
-    questions = _questions(task, results["samples"], chat_template=chat_template)
+    return {
+        **_answers(task, results["samples"], chat_template=chat_template),
+        "batch_size": picked,
+        "num_cut": lm.num_cut,
+    }
+
+
+def _answers(
+    task: LoadedTask, samples_by_part: Mapping[str, Sequence[Mapping[str, Any]]], *, chat_template: bool
+) -> dict[str, Any]:
+    """What :func:`run_task` returns of a task and its questions."""
+    questions = _questions(task, samples_by_part, chat_template=chat_template)
     shared = shared_metrics(questions)
     known = [name for name in (*_METRICS, *shared) if name in shared]
     if not known:
         raise SenteiError(f"Task {task.label} has no metric that gives every question a number.")
-    fewshot = {part.config.num_fewshot or 0 for part in task.parts.values()}
-    return {"metric": known[0], "num_fewshot": max(fewshot), "num_cut": lm.num_cut, "questions": questions}
+    return {
+        "metric": known[0],
+        "num_fewshot": max(part.config.num_fewshot or 0 for part in task.parts.values()),
+        "fewshot_source": task.fewshot_source,
+        "prompts_sha256": _prompts_sha256(samples_by_part),
+        "questions": questions,
+    }
+
+
+def _prompts_sha256(samples_by_part: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Of every prompt and choice, in the order of the parts and of their questions."""
+    digest = hashlib.sha256()
+    for name, samples in samples_by_part.items():
+        for sample in sorted(samples, key=lambda each: each["doc_id"]):
+            digest.update(json.dumps([name, sample["doc_id"], sample["arguments"]], default=str).encode())
+    return digest.hexdigest()
 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

@@ -1,9 +1,11 @@
 """What the task definitions in ``task_files/`` call: JSONL files in place of hub data sets.
 
-The prompts are lm-eval's own, so that results compare with published ones.
+The prompts are lm-eval's own, so that results compare with published ones. A data set has two splits: ``questions``,
+which are asked, and ``examples``, which may stand before a question and are empty where no file was given for them.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +18,21 @@ if TYPE_CHECKING:
 TASK_FILES = Path(__file__).with_name("task_files")
 
 
-def load_dataset(*, file: str, fields: Sequence[str], **_: Any) -> "DatasetDict":
+def load_dataset(*, file: str, fewshot_file: str | None = None, fields: Sequence[str], **_: Any) -> "DatasetDict":
     """Reads a file of questions as lm-eval wants it.
 
     Args:
         file: JSONL, one question a line, in the form that the hub has it in.
+        fewshot_file: Examples, in the same form.
         fields: What every question must have.
 
     Raises:
-        SenteiError: Missing or empty file, or a line without these fields.
+        SenteiError: Missing or empty file, a line without these fields, or an example that is also a question.
     """
-    return _as_dataset(_read(Path(file), fields))
+    return _both(file, fewshot_file, lambda path: _read(path, fields), fields)
 
 
-def load_hellaswag(*, file: str, fields: Sequence[str], **_: Any) -> "DatasetDict":
+def load_hellaswag(*, file: str, fewshot_file: str | None = None, fields: Sequence[str], **_: Any) -> "DatasetDict":
     """Reads HellaSwag: as the hub has it (``activity_label``, ``ctx_a``, ``ctx_b``) or with all of it in ``context``.
 
     A ``context`` is ``activity: sentences. beginning``; the beginning, which lm-eval capitalises, is what follows the
@@ -38,20 +41,26 @@ def load_hellaswag(*, file: str, fields: Sequence[str], **_: Any) -> "DatasetDic
     Raises:
         SenteiError: See :func:`load_dataset`.
     """
-    questions = _read(Path(file), fields)
-    for number, question in enumerate(questions, 1):
-        if "ctx_a" in question:
-            continue
-        if not isinstance(question.get("context"), str):
-            raise SenteiError(f"{file} question {number} has neither ctx_a nor context.")
-        activity, _, rest = question["context"].partition(": ")
-        sentences, stop, beginning = rest.rpartition(". ")
-        question |= {"activity_label": activity, "ctx_a": f"{sentences}." if stop else beginning}
-        question |= {"ctx_b": beginning if stop else ""}
-    return _as_dataset(questions)
+
+    def read(path: Path) -> list[dict[str, Any]]:
+        questions = _read(path, fields)
+        for number, question in enumerate(questions, 1):
+            if "ctx_a" in question:
+                continue
+            if not isinstance(question.get("context"), str):
+                raise SenteiError(f"{path} question {number} has neither ctx_a nor context.")
+            activity, _, rest = question["context"].partition(": ")
+            sentences, stop, beginning = rest.rpartition(". ")
+            question |= {"activity_label": activity, "ctx_a": f"{sentences}." if stop else beginning}
+            question |= {"ctx_b": beginning if stop else ""}
+        return questions
+
+    return _both(file, fewshot_file, read, ["ctx_a", "ctx_b", *fields])
 
 
-def load_user_questions(*, file: str, chat_template: bool = False, **_: Any) -> "DatasetDict":
+def load_user_questions(
+    *, file: str, fewshot_file: str | None = None, chat_template: bool = False, **_: Any
+) -> "DatasetDict":
     """Reads a person's own questions, with each choice as it follows the prompt; see :mod:`toolchain.metrics.accuracy`.
 
     In a chat, a choice is the answer, and nothing joins it to the prompt.
@@ -59,21 +68,25 @@ def load_user_questions(*, file: str, chat_template: bool = False, **_: Any) -> 
     A line may also have a ``subject``, by which results are broken down.
 
     Raises:
-        SenteiError: See :func:`toolchain.metrics.accuracy.load_questions`.
+        SenteiError: See :func:`toolchain.metrics.accuracy.load_questions`; or an example that is also a question.
     """
-    rows = []
-    for question in load_questions(Path(file)):
-        parts = [split_prompt(question.prompt, choice) for choice in question.choices]
-        rows.append(
-            {
-                "context": parts[0][0],
-                "continuations": list(question.choices) if chat_template else [after for _, after in parts],
-                "choices": list(question.choices),
-                "answer": question.answer,
-                "subject": question.subject,
-            }
-        )
-    return _as_dataset(rows)
+
+    def read(path: Path) -> list[dict[str, Any]]:
+        rows = []
+        for question in load_questions(path):
+            parts = [split_prompt(question.prompt, choice) for choice in question.choices]
+            rows.append(
+                {
+                    "context": parts[0][0],
+                    "continuations": list(question.choices) if chat_template else [after for _, after in parts],
+                    "choices": list(question.choices),
+                    "answer": question.answer,
+                    "subject": question.subject,
+                }
+            )
+        return rows
+
+    return _both(file, fewshot_file, read, ["context", "choices"])
 
 
 def score_user_question(question: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
@@ -86,11 +99,39 @@ def score_user_question(question: Mapping[str, Any], results: Sequence[tuple[flo
     }
 
 
-def _as_dataset(rows: list[dict[str, Any]]) -> "DatasetDict":
+def _both(
+    file: str,
+    fewshot_file: str | None,
+    read: Callable[[Path], list[dict[str, Any]]],
+    fields: Sequence[str],
+) -> "DatasetDict":
+    """Questions and examples, of which none is the other's: the answer would stand in the prompt.
+
+    ``fields`` tell a question from another.
+    """
+    questions, examples = read(Path(file)), read(Path(fewshot_file)) if fewshot_file else []
+    asked = {_key(each, fields): number for number, each in enumerate(questions, 1)}
+    shared = [
+        (number, asked[_key(each, fields)]) for number, each in enumerate(examples, 1) if _key(each, fields) in asked
+    ]
+    if shared:
+        raise SenteiError(
+            f"{len(shared)} of the {len(examples)} examples in {fewshot_file} are also asked: example "
+            f"{shared[0][0]} is question {shared[0][1]} of {file}.",
+            "Give examples that are not asked.",
+        )
+    return _as_dataset(questions, examples)
+
+
+def _key(question: Mapping[str, Any], fields: Sequence[str]) -> str:
+    return json.dumps([question.get(field) for field in fields], sort_keys=True)
+
+
+def _as_dataset(questions: list[dict[str, Any]], examples: list[dict[str, Any]]) -> "DatasetDict":
     from datasets import Dataset, DatasetDict
 
     try:
-        return DatasetDict({"test": Dataset.from_list(rows)})
+        return DatasetDict({"questions": Dataset.from_list(questions), "examples": Dataset.from_list(examples)})
     # Arrow's words for a column of several kinds, or a number of more than 64 bits.
     except (ValueError, TypeError, OverflowError, KeyError) as error:
         raise SenteiError(f"Questions differ in what their fields hold ({reason_of(error)}).") from error

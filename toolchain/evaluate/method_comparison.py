@@ -179,7 +179,7 @@ def _quality(evaluated: EvaluationDocument, side: str) -> dict[str, dict[str, fl
 def _identity(asked: Comparison, settings: PruneSettings) -> dict[str, Any]:
     """All that a cell depends on. Files count by name, size and time."""
     files = _text_files(asked.evaluation.texts)
-    files += [request.file for request in asked.evaluation.tasks if request.file]
+    files += [file for request in asked.evaluation.tasks for file in request.files]
     return {
         **_pruning_identity(asked, settings),
         "evaluation": _as_json(asdict(asked.evaluation)),

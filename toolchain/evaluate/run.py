@@ -41,12 +41,12 @@ from toolchain.evaluate.document import (
 )
 from toolchain.evaluate.lm_eval_tasks import (
     LoadedTask,
-    TaskRequest,
     lm_eval_version,
     load_task,
     run_task,
     shared_metrics,
 )
+from toolchain.evaluate.task_requests import BatchSize, TaskRequest
 from toolchain.evaluate.text_overlap import find_overlap, text_hashes
 from toolchain.metrics.perplexity import summarise_losses, token_losses
 from toolchain.model.context_length import check_window, context_length
@@ -57,7 +57,7 @@ from toolchain.model.several_gpus import device_map_for
 from toolchain.parts_cache import Parts
 from toolchain.progress import Progress, no_progress
 from toolchain.significance import check_statistics, compare_means
-from toolchain.text.chats import chat_prompts
+from toolchain.text.chats import chat_prompts, check_template
 from toolchain.text.passages import number_passages, worst_passages
 from toolchain.text.sources import Text, local_paths, text_name
 from toolchain.text.windows import TokenWindows, begin_with, load_windows
@@ -76,6 +76,7 @@ class EvaluationSettings:
         tasks: For lm-eval.
         limit: The first so many questions of each task; ``None`` for all.
         chat_template: Ask tasks through the model's chat template; chats among the texts go through it anyway.
+        batch_size: Requests of a task that the model reads at a time; ``None`` for the default.
         num_generations: Prompts from the first text that both models continue; 0 for none.
         device: Computed on.
         dtype: Computed in.
@@ -89,6 +90,7 @@ class EvaluationSettings:
     tasks: tuple[TaskRequest, ...] = ()
     limit: int | None = None
     chat_template: bool = False
+    batch_size: BatchSize | None = None
     num_generations: int = 0
     device: str
     dtype: torch.dtype
@@ -98,7 +100,7 @@ class EvaluationSettings:
     @property
     def input_files(self) -> list[Path]:
         """Files and directories that texts and questions are read from."""
-        return [*local_paths(self.texts), *(task.file for task in self.tasks if task.file)]
+        return [*local_paths(self.texts), *(file for task in self.tasks for file in task.files)]
 
 
 class _Model:
@@ -191,7 +193,8 @@ def _open_models(
     """The original, if one is given, then the model; neither is loaded yet.
 
     Raises:
-        SenteiError: One of them cannot read the windows, or their vocabularies differ.
+        SenteiError: One of them cannot read the windows, or has no chat template where that is asked for; or their
+            vocabularies differ.
     """
     checkpoints = [opened(each) for each in (against, model) if each is not None]
     sides: list[Side] = ["original", "pruned"] if against else ["pruned" if checkpoints[0].is_pruned else "original"]
@@ -200,7 +203,11 @@ def _open_models(
             check_window(each.directory, each.config, settings.seq_len)
     if against is not None:
         check_same_vocabulary(checkpoints[1], checkpoints[0])
-    return [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
+    models = [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
+    if settings.chat_template:
+        for opened_model in models:
+            check_template(opened_model.tokenizer, "--chat-template takes")
+    return models
 
 
 def _check_same_reading(models: Sequence[_Model], *, chats: bool) -> None:
@@ -255,6 +262,8 @@ def _check(settings: EvaluationSettings, against: Path | Checkpoint | None) -> N
             "--chat-template is for tasks and questions, and there are none.",
             "Leave it out: chats in a text (field messages) go through the chat template by themselves.",
         )
+    if settings.batch_size is not None and not settings.tasks:
+        raise SenteiError("--batch-size is for tasks and questions, and there are none.", "Leave it out.")
     if settings.offload and settings.tasks:
         raise SenteiError(
             "--offload measures perplexity only: lm-eval's tasks need the whole model in memory.",
@@ -297,13 +306,15 @@ def _ask(
         with progress(f"{task.label}, {model.side}", task.num_requests(settings.limit)) as advance:
             result = run_task(
                 model.walk.model, model.tokenizer, task, limit=settings.limit, bos=model.bos,
-                chat_template=settings.chat_template, on_request=advance,
+                chat_template=settings.chat_template, batch_size=settings.batch_size, on_request=advance,
             )  # fmt: skip
         return {**result, "duration_s": round(time.monotonic() - started, 1)}
 
     identity = {**model.identity, "task": task.label, "questions": task.sha256, "limit": settings.limit}
     if settings.chat_template:
         identity["chat_template"] = hashlib.sha256(str(model.tokenizer.chat_template).encode()).hexdigest()
+    if settings.batch_size is not None:
+        identity["batch_size"] = settings.batch_size
     return parts.get(f"{model.side}-{task.label}", {**identity, "lm_eval": lm_eval_version()}, compute)
 
 
@@ -436,12 +447,15 @@ def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any], *,
         task=request.label,
         source=request.file.name if request.file else "Hugging Face hub",
         num_fewshot=result["num_fewshot"],
+        fewshot_source=result.get("fewshot_source"),
         num_questions=len(questions),
         # The template writes it, if any.
         bos=None if chat_template else model.bos,
         chat_template=chat_template,
-        # A part from before it was counted does not have it.
+        # A part from before these were kept does not have them.
         num_cut=result.get("num_cut"),
+        batch_size=result.get("batch_size"),
+        prompts_sha256=result.get("prompts_sha256"),
         metric=result["metric"],
         score=share(_scores(result)),
         scores={name: fmean(question["scores"][name] for question in questions) for name in shared_metrics(questions)},
@@ -468,10 +482,16 @@ def _compare_text(text: _Text, pair: Sequence[dict[str, Any]], tokenizer: PreTra
 
 
 def _compare_tasks(requests: Sequence[TaskRequest], answers: Sequence[list[dict[str, Any]]]) -> list[TaskComparison]:
-    return [
-        compare_task(request.label, before["metric"], before["questions"], after["questions"])
-        for request, before, after in zip(requests, *answers, strict=True)
-    ]
+    compared = []
+    for request, before, after in zip(requests, *answers, strict=True):
+        # A part from before it was kept does not have it.
+        if None not in (asked := [each.get("prompts_sha256") for each in (before, after)]) and asked[0] != asked[1]:
+            raise SenteiError(
+                f"{request.label}: the two models were not asked the same, so their answers cannot be compared.",
+                "Evaluate both anew, with --force.",
+            )
+        compared.append(compare_task(request.label, before["metric"], before["questions"], after["questions"]))
+    return compared
 
 
 def _mean_score(answers: Sequence[list[dict[str, Any]]]) -> Any:

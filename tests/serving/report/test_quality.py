@@ -3,7 +3,7 @@
 import pytest
 
 from serving.report.render import render_report
-from tests.serving.report.test_render import page_text, write
+from tests.serving.report.test_render import page_text, write, write_summary
 from toolchain.errors import SenteiError
 from toolchain.evaluate.comparison import compare_task, mean_score, perplexity_ratio, share
 from toolchain.evaluate.document import (
@@ -89,3 +89,42 @@ def test_a_file_that_does_not_follow_the_schema(tmp_path):
     write(tmp_path, "evaluation.json", written)
     with pytest.raises(SenteiError, match="does not have the fields it should"):
         render_report([tmp_path], tmp_path / "report.html")
+
+
+def test_how_a_task_was_asked_stands_beside_its_score(tmp_path):
+    asked = document()
+    tasks = [
+        task.model_copy(update={"num_fewshot": 5, "fewshot_source": "train.jsonl", "chat_template": True})
+        for task in asked.tasks
+    ]
+    asked.model_copy(update={"tasks": tasks}).save(tmp_path)
+    render_report([tmp_path], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    assert "<code>acc, 5 examples, in the chat template</code>" in text
+    assert "Mean score of the tasks (5 examples, in the chat template)" in text
+    render_report([tmp_path], tmp_path / "report.md")
+    assert "(acc, 5 examples, in the chat template)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def one_side(side: str, **read) -> EvaluationDocument:
+    whole = document()
+    texts = [each.model_copy(update=read) for each in whole.evaluations if each.model == side]
+    return EvaluationDocument(evaluations=texts)
+
+
+@pytest.mark.parametrize("read", [{"seq_len": 6}, {"text_sha256": "01"}, {"num_windows": 2}, {"bos": 1}])
+def test_perplexities_of_other_windows_are_not_compared(tmp_path, read):
+    write_summary(tmp_path)
+    for name, found in (("one", one_side("original")), ("other", one_side("pruned", **read))):
+        (tmp_path / name).mkdir()
+        found.save(tmp_path / name)
+    render_report([tmp_path], tmp_path / "report.html")
+    text = page_text(tmp_path / "report.html")
+    assert "The two models read t.txt in different ways, so its perplexities are not compared." in text
+    assert "on t.txt" not in text
+
+    one_side("pruned").save(tmp_path / "other")
+    render_report([tmp_path], tmp_path / "alike.html")
+    text = page_text(tmp_path / "alike.html")
+    assert "20 → 30, on t.txt." in text
+    assert "in different ways" not in text

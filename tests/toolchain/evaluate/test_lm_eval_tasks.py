@@ -8,7 +8,8 @@ import pytest
 
 from toolchain.errors import SenteiError
 from toolchain.evaluate import lm_eval_model
-from toolchain.evaluate.lm_eval_tasks import LoadedTask, TaskRequest, load_task, run_task
+from toolchain.evaluate.lm_eval_tasks import LoadedTask, load_task, run_task
+from toolchain.evaluate.task_requests import TaskRequest
 
 
 def part(output_type: str, *metrics: str) -> SimpleNamespace:

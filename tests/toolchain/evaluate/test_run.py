@@ -1,6 +1,7 @@
 """Tasks from local files: the prompts and scores must be lm-eval's own."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import yaml
 from tests.command_line import refused, sentei
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
-from toolchain.evaluate.lm_eval_tasks import TaskRequest, load_task, parse_task, run_task
+from toolchain.evaluate.fewshot import example_source, set_examples
+from toolchain.evaluate.lm_eval_tasks import load_task, run_task
 from toolchain.evaluate.local_tasks import TASK_FILES
+from toolchain.evaluate.task_requests import TaskRequest, parse_task
 from toolchain.metrics.accuracy import AccuracyMetric, load_questions
 from toolchain.metrics.token_metrics import measure
 from toolchain.model.layer_walk import LayerWalk
@@ -52,6 +55,29 @@ QUESTIONS = {
          "choice3": "地方", "choice4": "牧場", "label": 2},
     ],
 }  # fmt: skip
+# What may stand before them: lm-eval draws, so the same ones must be drawn in the same order.
+EXAMPLES = {
+    "winogrande": [
+        {"sentence": f"The {first} beat the {second} since the _ was fast.", "option1": first, "option2": second,
+         "answer": "1"}
+        for first, second in (("fox", "hen"), ("car", "bike"), ("boat", "swimmer"), ("boy", "old man"))
+    ],
+    "piqa": [{"goal": f"To fill {each}", "sol1": "pour in water.", "sol2": "add a hole.", "label": 0}
+             for each in ("a cup", "a pool", "a jug", "a bath")],
+    "arc_easy": [{"question": f"What is {number} and one?", "answerKey": "B",
+                  "choices": {"text": ["9", str(number + 1)], "label": ["A", "B"]}} for number in range(4)],
+    "hellaswag": [{"activity_label": "Walking", "ctx_a": f"A man walks to {each}.", "ctx_b": "he",
+                   "endings": ["sits down.", "explodes.", "is a wall.", "swims up."], "label": "0"}
+                  for each in ("a bench", "a chair", "a tree", "a stone")],
+    "mmlu_us_foreign_policy": [
+        {"question": f"Treaty number {number}?", "subject": "us_foreign_policy", "answer": number,
+         "choices": ["One", "Two", "Three", "Four"]} for number in range(4)
+    ],
+    "ja_leaderboard_jcommonsenseqa": [
+        {"question": f"{each}は何か？", "choice0": "物", "choice1": "人", "choice2": "国", "choice3": "色",
+         "choice4": "数", "label": 0} for each in ("机", "椅子", "箱", "鍵")
+    ],
+}  # fmt: skip
 OURS = {"mmlu_us_foreign_policy": "mmlu", "ja_leaderboard_jcommonsenseqa": "jcommonsenseqa"}
 
 
@@ -61,6 +87,12 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
         "".join(json.dumps(row, ensure_ascii=False).replace("ANY", "\u2028") + "\n" for row in rows), "utf-8"
     )
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_look_at_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval lists all installed packages after every task, in another process, which takes longer than the rest."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture(scope="module")
@@ -75,23 +107,20 @@ def manager():
     return TaskManager()
 
 
-def lm_evals_own_samples(name: str, file: Path, demo: tuple, manager) -> list[dict]:
+def lm_evals_own_samples(name: str, file: Path, model, manager, examples: Path | None = None, **asked) -> list[dict]:
     """lm-eval as its users run it: its own task definition and model, but for the place of the data."""
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     splits = {split: str(file) for split in ("train", "validation", "test", "dev")}
-    overrides = {
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": splits},
-        "num_fewshot": 0,
-    }
+    if examples is not None:
+        splits |= {split: str(examples) for split in ("train", "dev")}
+    overrides = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": splits}}
+    if examples is None:
+        overrides["num_fewshot"] = 0
     group = manager.load([{"group": "own", "task": [{"task": name, **overrides}]}])
     results = simple_evaluate(
-        model=HFLM(pretrained=demo[0], tokenizer=demo[1]), tasks=list(group["tasks"].values()), bootstrap_iters=0,
-        task_manager=manager,
-    )  # fmt: skip
+        model=model, tasks=list(group["tasks"].values()), bootstrap_iters=0, task_manager=manager, **asked
+    )
     assert results is not None
     (samples,) = results["samples"].values()
     return samples
@@ -99,8 +128,10 @@ def lm_evals_own_samples(name: str, file: Path, demo: tuple, manager) -> list[di
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_every_answer_is_scored_as_lm_eval_scores_it(name: str, demo: tuple, manager, tmp_path: Path):
+    from lm_eval.models.huggingface import HFLM
+
     file = write_lines(tmp_path / "questions.jsonl", QUESTIONS[name])
-    theirs = lm_evals_own_samples(name, file, demo, manager)
+    theirs = lm_evals_own_samples(name, file, HFLM(pretrained=demo[0], tokenizer=demo[1]), manager)
     task = load_task(TaskRequest(name=OURS.get(name, name), file=file))
     counted: list[None] = []
     ours = run_task(*demo, task, limit=None, on_request=lambda: counted.append(None))
@@ -113,6 +144,79 @@ def test_every_answer_is_scored_as_lm_eval_scores_it(name: str, demo: tuple, man
         assert asked == own["arguments"]
         assert mine["log_likelihoods"] == pytest.approx([each[0] for each in own["filtered_resps"]], abs=1e-4)
         assert mine["scores"] == {metric: own[metric] for metric in own["metrics"]}
+
+
+@pytest.fixture(scope="module")
+def pico(pico_model: Path):
+    return load_model(pico_model, dtype=torch.float32), load_tokenizer(pico_model)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_are_drawn_and_written_as_lm_eval_does(name: str, pico: tuple, manager, tmp_path: Path):
+    from lm_eval.models.huggingface import HFLM
+
+    file = write_lines(tmp_path / "questions.jsonl", QUESTIONS[name])
+    examples = write_lines(tmp_path / "examples.jsonl", EXAMPLES[name])
+    theirs = lm_evals_own_samples(
+        name, file, HFLM(pretrained=pico[0], tokenizer=pico[1]), manager, examples, num_fewshot=3
+    )
+    request = TaskRequest(name=OURS.get(name, name), file=file, num_fewshot=3, fewshot_file=examples)
+    task = load_task(request)
+    found = [run_task(*pico, each, limit=None) for each in (task, task)]
+    (part,) = task.parts.values()
+    for mine, own in zip(found[0]["questions"], theirs, strict=True):
+        assert [each.args for each in part.instances if each.doc_id == own["doc_id"]] == own["arguments"]
+        assert mine["scores"] == {metric: own[metric] for metric in own["metrics"]}
+    assert {(each["num_fewshot"], each["fewshot_source"]) for each in found} == {(3, "examples.jsonl")}
+    assert len({each["prompts_sha256"] for each in found}) == 1, "asked again, it must be the same examples"
+
+
+def contexts(task, **chat) -> list[str]:
+    (part,) = task.parts.values()
+    part.set_fewshot_seed(1234)
+    return [part.fewshot_context(doc, part.config.num_fewshot, **chat) for doc in part.eval_docs]
+
+
+def test_what_stands_before_a_question(tmp_path: Path):
+    arc = load_task(
+        TaskRequest(
+            name="arc_easy", file=write_lines(tmp_path / "arc.jsonl", QUESTIONS["arc_easy"][:1]), num_fewshot=1,
+            fewshot_file=write_lines(tmp_path / "arc_train.jsonl", QUESTIONS["arc_easy"][1:]),
+        )
+    )  # fmt: skip
+    assert contexts(arc) == ["Question: Ice is\nAnswer: cold\n\nQuestion: What do plants need?\nAnswer:"]
+
+    # A person's own: the first of the file, in its order, before every question.
+    mine = [{"prompt": f"{each} is", "choices": ["a thing", "no thing"], "answer": 0} for each in ("Air", "Tea")]
+    first = [{"prompt": f"{each} is", "choices": ["no", "wet"], "answer": 1} for each in ("Rain", "Fog", "Dew")]
+    own = load_task(
+        TaskRequest(
+            name="questions", file=write_lines(tmp_path / "mine.jsonl", mine), num_fewshot=2,
+            fewshot_file=write_lines(tmp_path / "first.jsonl", first),
+        )
+    )  # fmt: skip
+    assert contexts(own) == [f"Rain is wet\n\nFog is wet\n\n{each} is" for each in ("Air", "Tea")]
+
+    # Each question of MMLU sees its own subject.
+    def mmlu(subject: str, question: str) -> dict:
+        return {"question": question, "subject": subject, "choices": ["k", "l", "m", "n"], "answer": 2}
+
+    asked = [mmlu("high_school_biology", "B?"), mmlu("virology", "V?")]
+    shown = [
+        mmlu(subject, f"{subject} {number}") for number in (1, 2) for subject in ("virology", "high_school_biology")
+    ]
+    task = load_task(
+        TaskRequest(
+            name="mmlu", file=write_lines(tmp_path / "mmlu.jsonl", asked), num_fewshot=1,
+            fewshot_file=write_lines(tmp_path / "dev.jsonl", shown),
+        )
+    )  # fmt: skip
+    choices = "A. k\nB. l\nC. m\nD. n\nAnswer:"
+    assert contexts(task) == [
+        f"The following are multiple choice questions (with answers) about {name.replace('_', ' ')}.\n\n"
+        f"{name} 1\n{choices} C\n\n{question}\n{choices}"
+        for name, question in (("high_school_biology", "B?"), ("virology", "V?"))
+    ]
 
 
 def test_every_subject_of_mmlu_is_introduced_as_in_lm_eval():
@@ -242,6 +346,75 @@ def test_a_model_against_itself_shows_no_difference(pico_model: Path, files: dic
     assert document["generation"]["common_prefix_tokens"] == 64
 
 
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Examples for the questions in ``mine.jsonl``."""
+    rows = [{"prompt": f"{each} and one make", "choices": [f"{each + 1}", "9"], "answer": 0} for each in (20, 30, 40)]
+    return write_lines(tmp_path_factory.mktemp("shown") / "shown.jsonl", rows)
+
+
+def test_a_real_model_is_asked_with_examples_in_its_template(
+    demo_model: Path, files: dict[str, Path], shown: Path, tmp_path: Path
+):
+    asked = [
+        "evaluate", demo_model, "--questions", files["mine"], "--limit", 2, "--num-fewshot", 2,
+        "--fewshot", f"mine.jsonl={shown}", "--apply-chat-template", "--batch-size", "auto", "-o", tmp_path / "out",
+    ]  # fmt: skip
+    done = sentei(*asked, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert "mine.jsonl: 2 examples before each question, from shown.jsonl." in done.stdout
+    assert "Asked in the model's chat template." in done.stdout
+    [task] = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
+    told = ("num_fewshot", "fewshot_source", "num_questions", "batch_size", "chat_template", "num_cut")
+    assert [task[each] for each in told] == [2, "shown.jsonl", 2, 4, True, 0]
+    plain = json.loads(sentei(*asked[:6], "--batch-size", 1, "--json", "--quiet").stdout)["tasks"][0]
+    assert [plain[each] for each in told] == [0, None, 2, 1, False, 0]
+    assert task["prompts_sha256"] != plain["prompts_sha256"]
+
+
+def test_examples_in_a_chat_are_turns_of_their_own(demo: tuple, files: dict[str, Path], shown: Path):
+    request = TaskRequest(name="questions", file=files["mine"], num_fewshot=1, fewshot_file=shown)
+    task = load_task(request, chat_template=True)
+    run_task(*demo, task, limit=1, chat_template=True)
+    (part,) = task.parts.values()
+    context, choice = part.instances[0].args
+    system, _, turns = context.partition("<|im_end|>\n")
+    assert system.startswith("<|im_start|>system\n")
+    assert turns == (
+        "<|im_start|>user\n20 and one make<|im_end|>\n<|im_start|>assistant\n21<|im_end|>\n"
+        "<|im_start|>user\n0 and one make<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert choice == "1"
+
+
+def test_models_that_were_asked_in_two_ways_are_not_compared(
+    pico_model: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    answers = iter(["one", "other"])
+    asked = run_task
+
+    def ask(*arguments, **more):
+        return {**asked(*arguments, **more), "prompts_sha256": next(answers)}
+
+    monkeypatch.setattr("toolchain.evaluate.run.run_task", ask)
+    refused(
+        sentei("evaluate", pico_model, "--against", pico_model, "--questions", files["mine"], "--quiet"),
+        "mine.jsonl: the two models were not asked the same",
+    )
+
+
+def test_another_number_of_examples_is_not_taken_from_an_interrupted_run(
+    pico_model: Path, files: dict[str, Path], shown: Path
+):
+    def digest(num_fewshot: int | None, file: Path | None = shown) -> str:
+        request = TaskRequest(name="questions", file=files["mine"], num_fewshot=num_fewshot, fewshot_file=file)
+        return load_task(request).sha256
+
+    other = write_lines(shown.with_name("other.jsonl"), [json.loads(shown.read_text().splitlines()[0])] * 2)
+    digests = [digest(None, None), digest(0, None), digest(1), digest(2), digest(2, other)]
+    assert len(set(digests)) == len(digests)
+
+
 def test_bad_input_is_refused_before_a_model_is_loaded(pico_model: Path, files: dict[str, Path], tmp_path: Path):
     def asked(*more: object):
         return sentei("evaluate", pico_model, *more)
@@ -258,6 +431,98 @@ def test_bad_input_is_refused_before_a_model_is_loaded(pico_model: Path, files: 
     refused(asked("--questions", files["mine"], "--questions", files["mine"]), "Two of the tasks")
     refused(asked("--questions", files["mine"], "--resume"), "--resume needs --out")
     refused(asked("--questions", files["mine"], "--limit", 0), "--limit 0")
+
+
+def test_examples_that_cannot_be_shown_are_refused_before_a_model_is_loaded(
+    pico_model: Path, files: dict[str, Path], shown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("toolchain.evaluate.run.open_walk", lambda *_, **__: pytest.fail("a model was loaded"))
+    mine, piqa = files["mine"], f"piqa={files['piqa']}"
+
+    def asked(*more: object):
+        return sentei("evaluate", pico_model, *more)
+
+    refused(asked("--questions", mine, "--num-fewshot", -1), "--num-fewshot -1 makes no sense")
+    refused(asked("--text", files["text"], "--num-fewshot", 1), "--num-fewshot is for tasks and questions")
+    refused(asked("--questions", mine, "--num-fewshot", 1), "other questions", "--fewshot mine.jsonl=FILE.jsonl")
+    refused(asked("--questions", mine, "--fewshot", f"mine.jsonl={shown}"), "none are asked for", "--num-fewshot N")
+    refused(asked("--questions", mine, "--num-fewshot", 1, "--fewshot", f"piqa={shown}"), "NAME out of mine.jsonl")
+    refused(asked("--task", "gsm8k", "--num-fewshot", 1, "--fewshot", f"gsm8k={shown}"), "has its own examples")
+    twice = ("--num-fewshot", 1, "--fewshot", f"mine.jsonl={shown}", "--fewshot", f"mine.jsonl={mine}")
+    refused(asked("--questions", mine, *twice), "two files for mine.jsonl")
+    refused(asked("--questions", mine, "--num-fewshot", 4, "--fewshot", f"mine.jsonl={shown}"), "needs 4", "has 3")
+    refused(asked("--questions", mine, "--num-fewshot", 1, "--fewshot", f"mine.jsonl={mine}"), "8 of the 8 examples",
+            "example 1 is question 1")  # fmt: skip
+    refused(
+        asked("--questions", mine, "--num-fewshot", 1, "--fewshot", "mine.jsonl=no.jsonl"), "no.jsonl does not exist"
+    )
+    # lm-eval draws one example more than it shows, lest it be the question.
+    rows = [{"goal": "Tie", "sol1": "knot", "sol2": "cut", "label": label} for label in (0, 2)]
+    few = ("--task", piqa, "--num-fewshot", 1, "--fewshot")
+    refused(asked(*few, f"piqa={write_lines(tmp_path / 'one.jsonl', rows[:1])}"), "needs 2 examples", "has 1")
+    refused(asked(*few, f"piqa={write_lines(tmp_path / 'two.jsonl', rows)}"), "example 2", "2 is none of its 2 choices")
+    subjects = [
+        {"question": "Q?", "choices": ["a", "b", "c", "d"], "answer": 0, "subject": each} for each in ("x", "y")
+    ]
+    asks, shows = (write_lines(tmp_path / f"mmlu{n}.jsonl", rows) for n, rows in enumerate((subjects, [
+        {**subjects[0], "question": "E?"}])))  # fmt: skip
+    refused(asked("--task", f"mmlu={asks}", "--num-fewshot", 1, "--fewshot", f"mmlu={shows}"), "has 0 of y")
+
+
+def test_other_ways_to_ask_that_make_no_sense(pico_model: Path, files: dict[str, Path], tmp_path: Path):
+    def asked(*more: object, model: Path = pico_model):
+        return sentei("evaluate", model, *more)
+
+    for size, sentence in (
+        ("0", "--batch-size 0 makes no sense"),
+        ("-4", "makes no sense"),
+        ("auto:4", "number, or auto"),
+    ):
+        refused(asked("--questions", files["mine"], "--batch-size", size), sentence)
+    refused(asked("--text", files["text"], "--batch-size", 2), "--batch-size is for tasks and questions")
+    bare = tmp_path / "bare"
+    shutil.copytree(pico_model, bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    refused(asked("--questions", files["mine"], "--apply-chat-template", model=bare), "its tokenizer has none")
+
+
+def hub_task(**splits: str | None):
+    """lm-eval's own kind of task over the test's rows, with splits as a task of the hub might have them."""
+    from datasets import Dataset, DatasetDict
+    from lm_eval.api.task import ConfigurableTask
+
+    rows = Dataset.from_list([{"q": f"{number}?", "choices": ["a", "b"], "answer": 0} for number in range(3)])
+    data = DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
+    return ConfigurableTask(
+        config={"task": "hub", "custom_dataset": lambda **_: data, "output_type": "multiple_choice",
+                "doc_to_text": "q", "doc_to_target": "answer", "doc_to_choice": "choices", **splits}
+    )  # fmt: skip
+
+
+def test_a_task_whose_only_examples_are_its_questions_is_refused():
+    request = TaskRequest(name="hub", file=None, num_fewshot=2)
+    apart = {"hub": hub_task(training_split="train", validation_split="validation")}
+    set_examples(request, apart)
+    assert example_source(request, apart) == "Hugging Face hub: train"
+    assert apart["hub"].config.num_fewshot == 2
+    for splits in ({"test_split": "test"}, {"validation_split": "validation"},
+                   {"test_split": "test", "fewshot_split": "test"}):  # fmt: skip
+        with pytest.raises(SenteiError, match="no examples but the questions that are asked"):
+            set_examples(request, {"hub": hub_task(**splits)})
+    with pytest.raises(SenteiError, match=r"needs 5 examples .* and hub has 3"):
+        set_examples(TaskRequest(name="hub", file=None, num_fewshot=4), apart)
+    # As in lm-eval: what is defined without examples has none, and 0 takes away those that a task is defined with.
+    fixed = {"hub": hub_task(training_split="train", test_split="test", num_fewshot=0)}
+    set_examples(request, fixed)
+    assert (fixed["hub"].config.num_fewshot, example_source(request, fixed)) == (0, None)
+    default = {"hub": hub_task(training_split="train", test_split="test", num_fewshot=3)}
+    set_examples(TaskRequest(name="hub", file=None), default)
+    assert default["hub"].config.num_fewshot == 3
+    set_examples(TaskRequest(name="hub", file=None, num_fewshot=0), default)
+    assert default["hub"].config.num_fewshot == 0
 
 
 def test_a_hub_task_without_a_hub_is_one_sentence(pico_model: Path, monkeypatch):

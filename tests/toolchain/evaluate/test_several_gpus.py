@@ -10,7 +10,7 @@ from tests.conftest import make_pico, prune_by_hand
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.evaluate import run
-from toolchain.evaluate.lm_eval_tasks import USER_QUESTIONS, TaskRequest
+from toolchain.evaluate.task_requests import USER_QUESTIONS, TaskRequest
 from toolchain.model import several_gpus
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import load_model
