@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving.server.answer_text import Piece
-from serving.server.continuous_batch import StoppedError
 from serving.server.http_guards import AnswerFailedError, error_content
 from serving.server.openai_protocol import Reply
 
@@ -46,8 +45,6 @@ class Pieces:
             piece = await self._queue.get()
             if isinstance(piece, HTTPException):
                 raise piece
-            if isinstance(piece, StoppedError):
-                raise HTTPException(503, str(piece))
             if isinstance(piece, Exception):
                 raise AnswerFailedError from piece
             yield piece

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from concurrent.futures import Future
 
-from serving.server.continuous_batch import BatchRequest, OnnxBatch, StoppedError, tell
+from serving.server.continuous_batch import BatchRequest, OnnxBatch
 
 _LOG = logging.getLogger("uvicorn.error")
 # A step runs at most 256 tokens of a prompt and one of each answer. A server that takes longer serves nobody.
@@ -29,7 +29,7 @@ class BatchThread(threading.Thread):
         self._probe: Future[None] | None = None
         self._probed_at = -_PROBE_AGE_S
         self._stepping_since: float | None = None
-        self._ending = self._giving_up = False
+        self._ending = False
 
     @property
     def num_waiting(self) -> int:
@@ -69,12 +69,6 @@ class BatchThread(threading.Thread):
             return f"The engine failed {self._batch.failures} times in a row."
         return self.standstill()
 
-    def give_up(self) -> None:
-        """Ends all requests, those that wait and those under way."""
-        with self._wake:
-            self._giving_up = True
-            self._wake.notify()
-
     def stop(self) -> None:
         """Ends the thread after the step that it is at, or with the process if that takes long."""
         with self._wake:
@@ -86,14 +80,12 @@ class BatchThread(threading.Thread):
         """See the class."""
         while True:
             with self._wake:
-                while not (self._ending or self._giving_up or self._probe or self._waiting or not self._batch.is_empty):
+                while not (self._ending or self._probe or self._waiting or not self._batch.is_empty):
                     self._wake.wait()
                 if self._ending:
                     return
             self._stepping_since = time.monotonic()
             try:
-                if self._giving_up:
-                    self._end_all(StoppedError("The server is shutting down."))
                 self._let_in()
                 self._answer_probe()
                 self._batch.step()
@@ -122,10 +114,3 @@ class BatchThread(threading.Thread):
         else:
             self._probed_at = time.monotonic()
             probe.set_result(None)
-
-    def _end_all(self, error: Exception) -> None:
-        with self._wake:
-            waiting, self._waiting, self._giving_up = list(self._waiting), deque(), False
-        for request in waiting:
-            tell(request, error)
-        self._batch.fail(error)

@@ -26,10 +26,6 @@ _PROMPT_PIECE = 256  # tokens; logits are float32 [_PROMPT_PIECE, vocab_size]
 _KV_BLOCK = 32
 
 
-class StoppedError(Exception):
-    """The server stops: an answer was ended on purpose."""
-
-
 @dataclass(kw_only=True, eq=False)
 class BatchRequest:
     """What is to be continued.
@@ -67,7 +63,7 @@ class OnnxBatch:
     Attributes:
         prompt_tokens: That have been run.
         generation_tokens: That have been given.
-        failures: Runs of the engine that failed since the last one that went well.
+        failures: Times that the engine failed, or computed no number, since it last gave a token.
     """
 
     def __init__(
@@ -149,12 +145,7 @@ class OnnxBatch:
         if self._probe_cache is None:
             self._probe_cache = self._engine.new_cache(1, 1)
         self._probe_cache.lengths[:] = 0
-        logits = self._run(self._probe_cache, [[0]])
-        try:
-            Sampler().pick(logits[0][-1])
-        except SenteiError:
-            self.failures += 1
-            raise
+        self._pick(Sampler(), self._run(self._probe_cache, [[0]])[0][-1])
 
     def step(self) -> None:
         """Runs a piece of one prompt, then one token of every answer."""
@@ -165,7 +156,7 @@ class OnnxBatch:
             self._prefill(self._prefilling[0])
         self._decode()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: Exception) -> None:
         """Ends every request."""
         for index, row in enumerate(self._rows):
             if row:
@@ -229,18 +220,25 @@ class OnnxBatch:
 
     def _run(self, cache: Cache, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         try:
-            logits = self._engine.step(cache, rows)
+            return self._engine.step(cache, rows)
         except Exception:
             self.failures += 1
             raise
+
+    def _pick(self, sampler: Sampler, logits: NDArray[np.float32]) -> int:
+        try:
+            token = sampler.pick(logits)
+        except SenteiError:  # no number
+            self.failures += 1
+            raise
         self.failures = 0
-        return logits
+        return token
 
     def _give(self, index: int, logits: NDArray[np.float32]) -> None:
         row = self._rows[index]
         assert row
         try:
-            row.token = row.request.sampler.pick(logits)
+            row.token = self._pick(row.request.sampler, logits)
             self.generation_tokens += 1
             goes_on = row.request.take(row.token)
         except BaseException as error:  # in what is this request's own: the others go on
@@ -255,20 +253,14 @@ class OnnxBatch:
         row = self._rows[index]
         assert row
         self._leave(index)
-        tell(row.request, error)
+        _LOG.error("A request failed.", exc_info=error)
+        row.request.fail(error if isinstance(error, Exception) else RuntimeError("A library panicked."))
 
     def _leave(self, index: int) -> None:
         self._rows[index] = None
         self._cache.forget(index)
         if index in self._prefilling:
             self._prefilling.remove(index)
-
-
-def tell(request: BatchRequest, error: BaseException) -> None:
-    """Ends a request with an error, and logs it unless the server stops."""
-    if not isinstance(error, StoppedError):
-        _LOG.error("A request failed.", exc_info=error)
-    request.fail(error if isinstance(error, Exception) else RuntimeError("A library panicked."))
 
 
 def _in_blocks(tokens: int) -> int:

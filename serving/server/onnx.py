@@ -70,15 +70,16 @@ def serve(directory: Path, options: Sequence[str]) -> None:
             access_log=False,
         )
         # At its end it raises the signal that it was stopped by.
-        _DrainingServer(config, api, drain_s=given.drain_seconds).run(sockets=[listener])
+        DrainingServer(config, api, drain_s=given.drain_seconds).run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-class _DrainingServer(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """Lets requests under way end when it is told to stop, for so long; then ends them with an error."""
 
     def __init__(self, config: uvicorn.Config, api: OnnxApi, *, drain_s: float) -> None:
+        """Prepares a server; ``drain_s`` is for SIGTERM, Ctrl-C leaves a second at most."""
         super().__init__(config)
         self._api, self._drain_s = api, drain_s
 

@@ -6,7 +6,7 @@ tokenizer does not hold Python's lock meanwhile), chat templates are rendered in
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,8 @@ class OnnxApi:
         self._metrics = ServerMetrics(self._names[0], self._max_model_len)
         self._metrics.watch(self._batch, self._thread)
         self._places = Places(limits.max_num_seqs + limits.max_num_queued_reqs, refused=self._metrics.refused.inc)
+        self._under_way: set[Callable[[HTTPException], None]] = set()
+        self._is_giving_up = False
         self._tokenizer("")  # sets what every call sets, so that threads may share the tokenizer
         self._max_chars = max(map(len, self._tokenizer.get_vocab())) * self._max_model_len
         has_template = bool(self._tokenizer.chat_template)
@@ -124,8 +126,13 @@ class OnnxApi:
         return CountAnswers(app, self._metrics)  # around Starlette's own answers to what nobody expected, too
 
     def give_up(self) -> None:
-        """Ends all answers under way and all requests that wait, each with an error."""
-        self._thread.give_up()
+        """Ends all answers under way and all requests that wait, each with an error, whatever the engine does.
+
+        For the event loop, when the server is about to end.
+        """
+        self._is_giving_up = True
+        for end in tuple(self._under_way):
+            end(_shutting_down())
 
     async def completions(self, connection: Request) -> Response:
         """Continues a prompt."""
@@ -229,25 +236,29 @@ class OnnxApi:
         reply = Reply(chat=isinstance(body, ChatCompletionRequest), model=self._names[0], prompt_tokens=len(ids))
         times = RequestTimes(self._metrics, prompt_tokens=len(ids), max_tokens=max_tokens)
         loop = asyncio.get_running_loop()
+        if self._is_giving_up:
+            raise _shutting_down()
 
         def done() -> None:
             timer.cancel()
+            self._under_way.discard(end)
             turn.place.leave()
 
         pieces = Pieces(done)
         request = self._request(body, ids, max_tokens, pieces, times)
 
-        def too_late() -> None:
+        def end(error: HTTPException) -> None:
             request.cancelled = True
             times.ended("error")
-            pieces.put(self._too_late())
+            pieces.put(error)
 
         def ended() -> None:  # also where the client has gone
             request.cancelled = True
             times.ended("abort")
             done()
 
-        timer = loop.call_at(turn.deadline, too_late)
+        timer = loop.call_at(turn.deadline, end, self._too_late())
+        self._under_way.add(end)
         self._thread.submit(request)
         if body.stream:
             stream = events(reply, pieces, include_usage=body.stream_options.include_usage, ended=ended)
@@ -312,6 +323,10 @@ class _Turn:
     place: Place
     deadline: float
     connection: Request
+
+
+def _shutting_down() -> HTTPException:
+    return HTTPException(503, "The server is shutting down.")
 
 
 def _new_batch(engine: OnnxEngine, max_num_seqs: int, max_model_len: int) -> OnnxBatch:
