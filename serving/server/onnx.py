@@ -147,7 +147,7 @@ def _parse(options: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--request-timeout",
-        type=_seconds,
+        type=_some_seconds,
         default=defaults.request_timeout_s,
         help="seconds from a request to its last token; later ones are answered 408",
     )
@@ -177,6 +177,13 @@ def _seconds(text: str) -> float:
         found = math.nan
     if not 0 <= found <= _MOST_SECONDS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {_MOST_SECONDS:.0f}")
+    return found
+
+
+def _some_seconds(text: str) -> float:
+    found = _seconds(text)
+    if not found:
+        raise argparse.ArgumentTypeError("no request is answered in 0 seconds")
     return found
 
 

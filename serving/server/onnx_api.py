@@ -335,19 +335,19 @@ def _new_batch(engine: OnnxEngine, max_num_seqs: int, max_model_len: int) -> Onn
     Raises:
         SenteiError: There is no memory for one request, or the model's context is shorter.
     """
-    no_memory = SenteiError(
-        f"There is no memory for {max_num_seqs} answers of {max_model_len} tokens.",
-        "Lower --max-model-len or --max-num-seqs.",
-    )
-    per_token = engine.kv_bytes_per_token
-    tokens = int(_KV_SHARE * available_bytes(torch.device(engine.device))) // per_token if per_token else None
-    if tokens is not None and tokens < max_model_len <= engine.batch_context_length:
-        raise SenteiError(
-            f"A request of {max_model_len} tokens takes {max_model_len * per_token / 1e9:.2f} GB of KV cache; there "
-            f"is memory for {tokens} tokens.",
-            f"Give at most --max-model-len {tokens}." if tokens else "Free some memory.",
-        )
+    per_token, tokens = engine.kv_bytes_per_token, None
+    if per_token and engine.device == "cpu":  # a GPU gives all of the memory at once, or refuses
+        tokens = int(_KV_SHARE * available_bytes(torch.device("cpu"))) // per_token
+        if tokens < max_model_len <= engine.batch_context_length:
+            raise SenteiError(
+                f"A request of {max_model_len} tokens takes {max_model_len * per_token / 1e9:.2f} GB of KV cache; "
+                f"there is memory for {tokens} tokens.",
+                f"Give at most --max-model-len {tokens}." if tokens else "Free some memory.",
+            )
     try:
         return OnnxBatch(engine, max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_tokens=tokens)
     except (MemoryError, RuntimeError) as error:  # the latter of CUDA
-        raise no_memory from error
+        raise SenteiError(
+            f"There is no memory for {max_num_seqs} answers of {max_model_len} tokens.",
+            "Lower --max-model-len or --max-num-seqs.",
+        ) from error

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from serving.engines.sampling import Sampler
-from serving.server import batch_thread, http_connections, onnx_api
+from serving.server import batch_thread, http_connections, http_guards, onnx_api
 from serving.server.continuous_batch import BatchRequest, OnnxBatch
 from serving.server.onnx_api import OnnxApi, ServerLimits
 from serving.server.places import Places
@@ -276,6 +276,18 @@ def test_a_chat_that_waits_too_long_for_its_template_is_ended(served: Served, mo
     monkeypatch.setattr(served.api._template, "render", lambda messages: time.sleep(1) or "late")
     answer = served.ask(CHAT, {"messages": [{"role": "user", "content": "a"}]})
     assert answer.status == 408, answer
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(served: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(http_guards, "_BODY_TIMEOUT_S", 0.3)
+    with socket.create_connection(served.address) as connection:
+        connection.settimeout(10)
+        head = (
+            f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{"
+        )
+        connection.sendall(head.encode())
+        received = connection.recv(4096)
+    assert b" 408 " in received.partition(b"\r\n")[0] and b"timeout_error" in received
 
 
 def test_stop_strings_are_bounded(served: Served):

@@ -90,20 +90,25 @@ def test_who_is_inside_is_served_and_the_door_is_closed(export: Path, monkeypatc
         assert [answer.content["usage"]["completion_tokens"] for answer in answers] == [20] * 3
 
 
+@pytest.mark.parametrize(("drain_s", "signals", "longest_s"), [(0.3, [], 5), (60, [signal.SIGINT], 10)])
 def test_what_is_not_finished_in_time_ends_with_an_error_even_where_the_engine_is_stuck(
-    export: Path, monkeypatch: pytest.MonkeyPatch
+    export: Path, monkeypatch: pytest.MonkeyPatch, drain_s: float, signals: list[int], longest_s: float
 ):
+    """After SIGTERM as long as was asked for, after Ctrl-C a second."""
     monkeypatch.setattr(batch_thread, "_STOP_S", 0.1)
-    with serving(OnnxApi(export, LIMITS), drain_s=0.3) as served:
+    with serving(OnnxApi(export, LIMITS), drain_s=drain_s) as served:
         gate = Gate(served.api)
         monkeypatch.setattr(served.api._engine, "step", gate)
         with gate.closed():
             streamed, threads = served.in_background(stream=True)
             whole, more = served.in_background(2)
             wait_for(lambda: served.api._thread.num_waiting == 2, 10)
+            started = time.monotonic()
+            served.server._captured_signals += signals
             served.server.should_exit = True
             for thread in (*threads, *more):
                 thread.join(20)
+            assert time.monotonic() - started < longest_s
     for answer in whole:
         assert answer.status == 503 and "shutting down" in answer.error
     last = json.loads(streamed[0].content.rpartition("data: ")[2])
