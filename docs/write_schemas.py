@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from serving.benchmark.journal import RESULTS_FILE
 from serving.benchmark.results_document import ResultsDocument
 from serving.forecast.estimate_document import EstimateDocument
+from serving.signing.provenance_document import PROVENANCE_FILE, ProvenanceDocument
 from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
 from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
 from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument
@@ -33,6 +34,7 @@ _DOCUMENTS: dict[str, type[BaseModel]] = {
     EVALUATION_FILE: EvaluationDocument,
     COMPARISON_FILE: ComparisonDocument,
     "estimate.json": EstimateDocument,
+    PROVENANCE_FILE: ProvenanceDocument,
 }
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from gguf import GGUFWriter
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -24,6 +26,8 @@ from serving.onnx_export.files import check_files, read_settings
 from serving.readiness import examine_directory
 from serving.report.render import render_report
 from serving.server.lora_check import check_adapters
+from serving.signing.keys import open_signing_key
+from serving.signing.signature import check_signature, write_signature
 from serving.vllm_plugin.weights import stored_shapes
 from tests.conftest import make_pico, prune_by_hand
 from tests.quantized import write_quantized
@@ -36,6 +40,7 @@ from tests.serving.report.test_render import (
     write_verification,
 )
 from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.checkpoint.licences import stated_licences
 from toolchain.checkpoint.quantized import open_servable
 from toolchain.evaluate.local_tasks import load_hellaswag, load_user_questions
 from toolchain.heal.heal import _kept_if_trained
@@ -73,13 +78,13 @@ class Reader:
 
 def _model(directory: Path, **overrides: object) -> None:
     make_pico(directory, vocab_size=64, num_hidden_layers=2, **overrides)
-    _tokenizer(directory)
+    write_tokenizer(directory)
 
 
 def _pruned(directory: Path) -> None:
     _model(directory / "source")
     prune_by_hand(directory / "source", directory, removed_attention={1}, width=(48, 31).__getitem__)
-    _tokenizer(directory)
+    write_tokenizer(directory)
 
 
 def _sharded(directory: Path) -> None:
@@ -94,7 +99,7 @@ def _quantized(directory: Path) -> None:
     write_quantized(directory / "source", directory, "w4a16")
 
 
-def _tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
     words = {word: number for number, word in enumerate(["<s>", "</s>", "?", "a", "b", "c"])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -245,6 +250,29 @@ def _open_quantized(directory: Path) -> object:
     return opened.shapes, opened.dtype, [opened.matrix(name) for name in getattr(opened, "matrices", ())]
 
 
+def _sign(directory: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    (directory / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    (directory / "key.pub").write_bytes(
+        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    (directory / "signed").mkdir()
+    (directory / "signed" / "config.json").write_text("{}")
+    write_signature(directory / "signed", open_signing_key(str(directory / "key.pem"), lambda: None))
+
+
+def _check_signature(directory: Path) -> object:
+    return check_signature(directory / "signed", directory / "key.pub")
+
+
+def _card(directory: Path) -> None:
+    (directory / "README.md").write_text(
+        "---\nlicense: [mit, other]\nlicense_name: a\ntags: &a {b: c}\n---\n# A model\n"
+    )
+
+
 def _write_lines(name: str, *rows: object) -> Callable[[Path], object]:
     return lambda directory: (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -261,7 +289,7 @@ def _documents(name: str) -> Callable[[Path], object]:
 
 
 def _prompts(directory: Path) -> None:
-    _tokenizer(directory)
+    write_tokenizer(directory)
     _write_lines("prompts.jsonl", {"prompt": "a b", "output_tokens": 3})(directory)
 
 
@@ -278,9 +306,9 @@ READERS: dict[str, Reader] = {
     "quantised weights": Reader(
         make=_quantized, file="model.safetensors", read=_open_quantized, spoiled=spoiled_bytes
     ),
-    "tokenizer.json": Reader(make=_tokenizer, file="tokenizer.json", read=load_tokenizer),
-    "tokenizer_config.json": Reader(make=_tokenizer, file="tokenizer_config.json", read=load_tokenizer),
-    "special tokens": Reader(make=_tokenizer, file="special_tokens_map.json", read=load_tokenizer),
+    "tokenizer.json": Reader(make=write_tokenizer, file="tokenizer.json", read=load_tokenizer),
+    "tokenizer_config.json": Reader(make=write_tokenizer, file="tokenizer_config.json", read=load_tokenizer),
+    "special tokens": Reader(make=write_tokenizer, file="special_tokens_map.json", read=load_tokenizer),
     "plan": Reader(make=write_plan, file="plan.json", read=_views),
     "scores": Reader(make=write_plan, file="plan.safetensors", read=_views, spoiled=spoiled_bytes),
     "interrupted search": Reader(make=write_plan, file="plan.json", read=read_identity),
@@ -293,6 +321,13 @@ READERS: dict[str, Reader] = {
     "comparison": Reader(make=_results, file="results.json", read=lambda d: compare_results(d, d)),
     "genai config": Reader(make=_onnx, file="export/genai_config.json", read=_read_onnx),
     "export record": Reader(make=_onnx, file="export/sentei_export.json", read=_read_onnx),
+    "signature": Reader(make=_sign, file="signed/model.sig", read=_check_signature),
+    "public key": Reader(make=_sign, file="key.pub", read=_check_signature, spoiled=spoiled_bytes),
+    "private key": Reader(
+        make=_sign, file="key.pem", spoiled=spoiled_bytes,
+        read=lambda d: open_signing_key(str(d / "key.pem"), lambda: None),
+    ),
+    "model card": Reader(make=_card, file="README.md", read=stated_licences, spoiled=spoiled_bytes),
     "GGUF": Reader(
         make=_gguf, file="model.gguf", spoiled=spoiled_bytes,
         read=lambda d: gguf_import._model_class(d / "model.gguf", read_gguf_header(d / "model.gguf")),

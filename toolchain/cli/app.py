@@ -32,6 +32,7 @@ from toolchain.cli import (
     quantize,
     report,
     serve,
+    sign,
 )
 from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.terminal import prepare_streams, printable
@@ -76,6 +77,7 @@ app.command("compare-methods")(compare_methods.compare_methods)
 app.add_typer(export.app, name="export")
 app.command("quantize")(quantize.quantize)
 app.command("verify")(export.verify)
+app.command("sign")(sign.sign)
 app.command("generate")(serve.generate)
 app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
 app.command("benchmark")(benchmark.benchmark)

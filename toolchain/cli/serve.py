@@ -23,11 +23,18 @@ def serve(
     force: Annotated[
         bool, typer.Option("--force", help="Serve what failed its verification, or does not fit, with a warning.")
     ] = False,
+    require_signature: Annotated[
+        Path | None, typer.Option(metavar="KEY.pub", help="Serve only what this key's owner signed, byte for byte.")
+    ] = None,
 ) -> None:
     """Start an OpenAI server on loopback: vLLM with the sentei plugin, or ONNX Runtime. Options after -- are its."""
     from serving.engines.spec import ENGINES
     from serving.onnx_export.files import is_onnx_export
 
+    if require_signature is not None:
+        from serving.signing.signature import check_signature
+
+        check_signature(directory, require_signature)
     is_onnx = is_onnx_export(directory)
     if engine not in (_AUTO, *_SERVABLE):
         raise SenteiError(f"--engine {engine!r} is not known.", "Choose auto, vllm or onnx.")

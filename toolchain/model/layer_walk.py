@@ -152,14 +152,19 @@ class LayerWalk:
         family: Names of the parts.
         layers: The decoder layers.
         final_norm: The norm between them and the head.
+        num_sharing: How many processes share the memory of the model's device, this one included; each may take its
+            part of what is free.
         num_layer_forwards: How many sequences went through how many layers so far.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, layers: Layers | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, family: Family, layers: Layers | None = None, *, num_sharing: int = 1
+    ) -> None:
         """By default the model's own layers, in memory."""
         self.model = model
         self.family = family
         self.layers = layers or ResidentLayers(model, family)
+        self.num_sharing = num_sharing
         self.num_layer_forwards = 0
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         self.final_norm = model.get_submodule(family.final_norm)
@@ -243,7 +248,11 @@ class LayerWalk:
     def num_fitting(self, seq_len: int) -> int:
         """How many sequences fit into half of the free memory; each takes what enters a layer and what leaves it."""
         state_bytes = seq_len * self.model.config.hidden_size * self.model.dtype.itemsize
-        return available_bytes(self.model.device) // (2 * 2 * state_bytes)
+        return self.free_bytes() // (2 * 2 * state_bytes)
+
+    def free_bytes(self) -> int:
+        """What this process may still take of the device's memory, where all that share it ask at the same time."""
+        return available_bytes(self.model.device) // self.num_sharing
 
     def _sequences_per_call(self, seq_len: int) -> int:
         return max(1, _TOKENS_PER_CALL["cuda" if self.model.device.type == "cuda" else "cpu"] // seq_len)

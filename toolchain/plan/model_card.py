@@ -1,5 +1,8 @@
 """The pruned checkpoint's ``README.md``: what was removed and what it cost."""
 
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from toolchain.plan.plan import PruningPlan
@@ -7,12 +10,15 @@ from toolchain.plan.summary_words import limit_in_words, two_removals_in_words
 from toolchain.plan.views import sources_of
 
 
-def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
+def model_card(
+    plan: PruningPlan, summary: dict[str, Any], *, licence: Mapping[str, str | list[str]] = MappingProxyType({})
+) -> str:
     """Writes the model card.
 
     Args:
         plan: What was removed.
         summary: The content of ``pruning_summary.json``.
+        licence: What the original's card says of its licence, which is the pruned model's too.
     """
     document, damage = plan.document, summary["calibration_metric"]
     method = document.described_method
@@ -30,9 +36,10 @@ def model_card(plan: PruningPlan, summary: dict[str, Any]) -> str:
     measured_on = document.metric_source or "the calibration text"
     sources = "; ".join(sources_of(document.calibration))
     again = ", on the same calibration text" if document.compensation else ""
+    licensed = "".join(f"{key}: {json.dumps(value)}\n" for key, value in licence.items())
     return f"""---
 library_name: transformers
-tags: [sentei, pruned]
+{licensed}tags: [sentei, pruned]
 ---
 # {document.base_model.name}, pruned by {summary["sparsity"]:.1%}
 

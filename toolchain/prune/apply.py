@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from toolchain.checkpoint.directory import Checkpoint, TensorInfo, open_checkpoint
+from toolchain.checkpoint.licences import licence_of_card
 from toolchain.errors import CheckFailedError, SenteiError, is_out_of_memory
 from toolchain.metrics.token_metrics import Metric, PerplexityMetric, measure
 from toolchain.model.context_length import check_context
@@ -68,7 +69,9 @@ class Computing:
 
     def open(self, checkpoint: Checkpoint) -> LayerWalk:
         """A model ready to run."""
-        return open_walk(checkpoint, dtype=self.dtype, device=self.device, offload=self.offload)
+        walk = open_walk(checkpoint, dtype=self.dtype, device=self.device, offload=self.offload)
+        walk.num_sharing = self.ranks.num_sharing(walk.model.device)
+        return walk
 
 
 @writes_directory
@@ -288,7 +291,8 @@ def write_planned(
             measured = perplexity if metric is proof.metric else measure(walk, metric)
     summary = summarise(checkpoint, pruned, planned, measured, time.monotonic() - started)
     write_text(directory / PRUNING_SUMMARY_FILE, summary.to_json())
-    write_text(directory / "README.md", model_card(plan, summary.content()))
+    licence = licence_of_card(checkpoint.directory)
+    write_text(directory / "README.md", model_card(plan, summary.content(), licence=licence))
     return summary.content()
 
 

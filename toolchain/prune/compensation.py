@@ -310,7 +310,7 @@ def _refit_layer(
                 continue
             run = partial(_run_part, walk, module, index, name=name, without=other)
             full_name = f"{family.layers}.{index}.{name}.weight"
-            inputs = _room_for_inputs(walk, projection, states.after, share.ranks)
+            inputs = _room_for_inputs(walk, projection, states.after)
             fitting = _Fitting(projection, run, targets[name], pruning.factor, pruning.dtypes[full_name], inputs)
             found = _fit(walk, index, fitting, states.after, share)
             if found.weight is not None:
@@ -326,9 +326,7 @@ def _refit_layer(
     return refitted
 
 
-def _room_for_inputs(
-    walk: LayerWalk, projection: nn.Linear, states: torch.Tensor, ranks: Ranks
-) -> dict[int, torch.Tensor] | None:
+def _room_for_inputs(walk: LayerWalk, projection: nn.Linear, states: torch.Tensor) -> dict[int, torch.Tensor] | None:
     """Where inputs of a projection are kept by window; ``None`` if they take too much memory, or say too little.
 
     What follows from them is what the layer itself says, to the bit, unless a norm stands behind the projection.
@@ -337,7 +335,7 @@ def _room_for_inputs(
     size = states[..., 0].numel() * num_inputs * states.element_size()
     # Moments and fits are about to take their part.
     fit = fit_bytes(num_inputs, projection.out_features, walk.model.dtype.itemsize)
-    free = ranks.free_bytes(walk.model.device) - fit
+    free = walk.free_bytes() - fit
     return {} if size <= _SHARE_FOR_INPUTS * free and not walk.family.norms_outputs else None
 
 

@@ -172,7 +172,7 @@ def _realised_target(
     job: Job, state: SearchState, limited: WithinLimit | None, progress: Progress, ranks: Ranks
 ) -> tuple[PruningPlan, Planned | None, TwoRemovalsSummary | None]:
     """What the search ends with, and its weights unless it removes nothing or is known to break the limit."""
-    walk = job.computing.open(job.checkpoint)
+    walk = replace(job.computing, ranks=ranks).open(job.checkpoint)
     plan = run_search(job, walk, state.load(), state, progress, ranks)
     # What a limit allows is found out by the first rank alone.
     if removes_nothing(plan) or (limited is not None and (not ranks.is_first or limited.breaks(plan))):

@@ -60,6 +60,14 @@ def test_a_block_leaves_half_of_the_memory_free(offloaded: LayerWalk, monkeypatc
     assert [len(block) for block in offloaded.blocks(torch.zeros(200, seq_len))] == [3 * together, 3 * together, 8]
 
 
+def test_processes_that_share_a_machine_share_its_memory(offloaded: LayerWalk, monkeypatch: pytest.MonkeyPatch):
+    """Three of them, each taking half of all that is free, would be killed by the system."""
+    together, seq_len = 32, 64
+    monkeypatch.setattr(layer_walk, "available_bytes", lambda device: 3 * together * seq_len * 32 * 4 * 4)
+    offloaded.num_sharing = 3
+    assert [len(block) for block in offloaded.blocks(torch.zeros(200, seq_len))] == [together] * 6 + [8]
+
+
 def test_a_block_is_gone_before_the_next_one_comes(offloaded: LayerWalk, monkeypatch: pytest.MonkeyPatch):
     ids, real, left = torch.randint(0, 96, (40, 64)), offloaded.forward, []
     monkeypatch.setattr(layer_walk, "available_bytes", lambda device: 0)

@@ -15,6 +15,7 @@ from tests.families import VARIANTS, make_family_pico
 from toolchain.checkpoint.directory import open_checkpoint, same_bits
 from toolchain.errors import SenteiError
 from toolchain.metrics.perplexity import perplexity
+from toolchain.model import layer_walk
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import load_tokenizer
@@ -24,7 +25,6 @@ from toolchain.prune import apply as application
 from toolchain.prune.compensation import Compensated, _is_held_out, compensate
 from toolchain.prune.ridge_fit import Moments, Refit, best_fit, ridge_fits, squared_errors
 from toolchain.prune.stage_files import StageFiles
-from toolchain.ranks import ranks
 from toolchain.text.embedded import documents
 from toolchain.text.sources import TextSource
 from toolchain.text.windows import _Stretches, _together
@@ -260,7 +260,7 @@ def test_inputs_that_are_kept_change_nothing(
     make_family_pico(model := tmp_path / "model", family, next(iter(VARIANTS[family])))
     ids, found, runs = torch.randint(3, 96, (9, 32)), [], []
     for free in (2**40, 0):
-        monkeypatch.setattr(ranks, "available_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(layer_walk, "available_bytes", lambda device, free=free: free)
         walk = open_walk(open_checkpoint(model), dtype=dtype, device="cpu", offload=False)
         found.append(compensated(walk, model, ids, tmp_path / f"{free}", removed=[1]))
         runs.append(walk.num_layer_forwards)
@@ -274,7 +274,7 @@ def test_inputs_that_are_kept_change_nothing(
 
 
 def test_one_window_of_a_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ranks, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(layer_walk, "available_bytes", lambda device: 0)
     make_family_pico(model := tmp_path / "model", "llama", "grouped")
     walk, ids = walk_of(model), torch.randint(3, 96, (4, 16))
     inputs: list[weakref.ref] = []

@@ -9,11 +9,14 @@ import torch
 from tests.command_line import refused, sentei
 from toolchain.checkpoint.directory import TensorInfo, open_checkpoint
 from toolchain.errors import SenteiError
+from toolchain.progress import no_progress
 from toolchain.prune import memory_needed as module
+from toolchain.prune import pipeline
 from toolchain.prune.memory_needed import check_memory, memory_needed
 from toolchain.prune.methods import DEFAULT
 from toolchain.prune.pipeline import prepare
 from toolchain.prune.settings import PruneSettings
+from toolchain.prune.unfinished import SearchState
 from toolchain.ranks.ranks import Ranks
 
 SETTINGS = PruneSettings(
@@ -68,6 +71,22 @@ def test_every_process_on_the_machine_holds_a_model(pico_model: Path, monkeypatc
     with pytest.raises(SenteiError, match="in each of 2 processes"):
         monkeypatch.setattr(module, "available_bytes", lambda device: 2 * needed - 1)
         prepare(pico_model, SETTINGS, "pico", ranks)
+
+
+def test_the_search_knows_who_shares_its_memory(pico_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ranks, seen = Ranks(rank=2, size=3, hosts=("here", "there", "here")), []
+
+    def run_search(job, walk, *_: object) -> None:
+        seen.append(walk.num_sharing)
+        raise SenteiError("Far enough.")
+
+    monkeypatch.setattr(pipeline, "run_search", run_search)
+    monkeypatch.setattr(SearchState, "load", lambda state: None)
+    with pytest.raises(SenteiError, match="Far enough"):
+        pipeline._search_and_realise(
+            prepare(pico_model, SETTINGS, "pico"), SearchState(None, tmp_path, ranks), no_progress, ranks
+        )
+    assert seen == [2]
 
 
 def test_the_command_refuses_what_cannot_fit(pico_model: Path, text: Path, tmp_path: Path):

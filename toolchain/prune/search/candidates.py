@@ -14,7 +14,6 @@ import torch
 
 from toolchain.architecture.parts import SubBlock
 from toolchain.errors import SenteiError, is_out_of_memory
-from toolchain.memory import available_bytes
 from toolchain.model.layer_walk import LayerWalk
 
 # The rest is for what a layer and the head need while they run.
@@ -119,7 +118,7 @@ def without_each(
     results: dict[SubBlock, Found] = {}
     if not candidates:
         return results
-    free = available_bytes(walk.model.device) + (len(states) - 1) * states.nbytes
+    free = walk.free_bytes() + (len(states) - 1) * states.nbytes
     room = max(2, int(_SHARE_FOR_STATES * free / states.nbytes))
     size = min(len(candidates), room - 1)
     # In flight are the candidates; of the model itself there is at most one state a layer.
@@ -159,7 +158,7 @@ def last_states(walk: LayerWalk, ids: torch.Tensor, models: Sequence[frozenset[S
     """
     embedded = walk.embed(ids)
     # In a layer, what enters it and what leaves it are there of each model.
-    together = max(1, int(_SHARE_FOR_STATES * available_bytes(walk.model.device) / (2 * embedded.nbytes)))
+    together = max(1, int(_SHARE_FOR_STATES * walk.free_bytes() / (2 * embedded.nbytes)))
     for start in range(0, len(models), together):
         group = models[start : start + together]
         states = {frozenset[SubBlock](): embedded}

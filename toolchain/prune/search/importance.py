@@ -11,7 +11,6 @@ from torch import nn
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
 from toolchain.prune.window_sums import UNSHARED, Shared, sum_of_parts
-from toolchain.ranks.ranks import Ranks
 
 
 @torch.inference_mode()
@@ -50,18 +49,18 @@ def neuron_importance(
         for _ in range(sum(len(calls[number]) for number in done)):
             on_window()
 
-    at_once = shared.ranks.smallest(_calls_at_once(walk, calls, shared.ranks))
+    at_once = shared.ranks.smallest(_calls_at_once(walk, calls))
     total = sum_of_parts(len(calls), norms_by_call, shared, at_once=at_once, on_parts=on_calls)
     means = (total / len(windows)).float().numpy()
     # The layers of a model that is not pruned are equally wide.
     return tuple(np.split(means, len(walk.layers)))
 
 
-def _calls_at_once(walk: LayerWalk, calls: Sequence[torch.Tensor], ranks: Ranks) -> int:
+def _calls_at_once(walk: LayerWalk, calls: Sequence[torch.Tensor]) -> int:
     """One where a layer costs nothing to visit again; as many as memory holds where it is read."""
     if walk.layers.resident:
         return 1
-    fitting = max(1, walk.num_fitting(calls[0].shape[1]) // ranks.num_sharing(walk.model.device) // len(calls[0]))
+    fitting = max(1, walk.num_fitting(calls[0].shape[1]) // len(calls[0]))
     return min(fitting, len(calls))
 
 

@@ -17,7 +17,6 @@ from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.not_finite import not_finite
 from toolchain.prune.search.importance import norms_of
 from toolchain.prune.window_sums import UNSHARED, Shared, sum_of_parts
-from toolchain.ranks.ranks import Ranks
 
 # Logits of so many tokens, with their gradients, exist at a time.
 _HEAD_TOKENS = 256
@@ -71,7 +70,7 @@ def neuron_sensitivity(
         SenteiError: NaN or Inf among the gradients; names the highest such layer.
     """
     # A walk of its own: what others have remembered under inference mode takes no gradients.
-    walk = LayerWalk(walk.model, walk.family, walk.layers)
+    walk = LayerWalk(walk.model, walk.family, walk.layers, num_sharing=walk.num_sharing)
 
     def on_windows(done: range) -> None:
         for _ in done:
@@ -81,7 +80,7 @@ def neuron_sensitivity(
         len(windows),
         lambda own: _of_windows(walk, windows[own.start : own.stop]),
         shared,
-        at_once=shared.ranks.smallest(_windows_at_once(walk, windows, shared.ranks)),
+        at_once=shared.ranks.smallest(_windows_at_once(walk, windows)),
         on_parts=on_windows,
     )
     means = (total / len(windows)).float().numpy()
@@ -90,12 +89,12 @@ def neuron_sensitivity(
     return Sensitivity(slope=slope, fisher=fisher, importance=importance)
 
 
-def _windows_at_once(walk: LayerWalk, windows: torch.Tensor, ranks: Ranks) -> int:
+def _windows_at_once(walk: LayerWalk, windows: torch.Tensor) -> int:
     """One where a layer costs nothing to visit again; where it is read, as many as a part of the free memory holds."""
     if walk.layers.resident:
         return 1
     states = (len(walk.layers) + 1) * windows.shape[1] * walk.model.config.hidden_size * walk.model.dtype.itemsize
-    fitting = int(_SHARE_FOR_STATES * ranks.free_bytes(walk.model.device) / states)
+    fitting = int(_SHARE_FOR_STATES * walk.free_bytes() / states)
     return min(max(1, fitting), len(windows))
 
 

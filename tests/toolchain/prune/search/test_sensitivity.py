@@ -8,13 +8,13 @@ import torch
 
 from tests.families import VARIANTS, make_family_pico
 from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.model import layer_walk
 from toolchain.model.disk_layers import open_walk
 from toolchain.plan.plan import load_plan
 from toolchain.prune.pipeline import prepare, prune
 from toolchain.prune.search.importance import neuron_importance
 from toolchain.prune.search.sensitivity import Sensitivity, neuron_sensitivity
 from toolchain.prune.settings import PruneSettings
-from toolchain.ranks import ranks
 
 
 def walk_of(model: Path, *, offload: bool = False):
@@ -61,7 +61,7 @@ def test_layers_from_disk_say_the_same_however_many_windows_go_together(
     monkeypatch.setattr(walk.layers, "layer", lambda index, **how: visits.append(index) or lend(index, **how))
     a_window = 5 * 16 * walk.model.config.hidden_size * 4
     for together, num_groups in ((5, 1), (2, 3), (0, 5)):
-        monkeypatch.setattr(ranks, "available_bytes", lambda device, n=together: 8 * n * a_window)
+        monkeypatch.setattr(layer_walk, "available_bytes", lambda device, n=together: 8 * n * a_window)
         visits.clear()
         found = neuron_sensitivity(walk, ids)
         assert len(visits) == 2 * 4 * num_groups

@@ -19,6 +19,7 @@ from toolchain.architecture.families import FAMILIES
 from toolchain.checkpoint.directory import copy_companions, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.metrics.token_metrics import PerplexityMetric
+from toolchain.model import layer_walk
 from toolchain.model.disk_layers import open_offloaded
 from toolchain.model.layer_walk import LayerWalk, attention_removed
 from toolchain.model.loading import load_model
@@ -84,7 +85,7 @@ def test_agrees_with_the_plain_way_until_no_attention_is_left(deep_model: Path, 
 def test_memory_changes_nothing(deep_model: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, rows: int):
     expected = search(deep_model, ids, 3)
     row_bytes = 48 * 32 * 4
-    monkeypatch.setattr(stepping, "available_bytes", lambda device: int(rows * row_bytes / 0.4) + 1)
+    monkeypatch.setattr(layer_walk, "available_bytes", lambda device: int(rows * row_bytes / 0.4) + 1)
     assert search(deep_model, ids, 3) == expected
 
 
