@@ -18,7 +18,7 @@ from serving.server import batch_thread
 from serving.server.onnx_api import OnnxApi, ServerLimits
 from serving.server.vllm import HOST, free_port, is_healthy
 from tests.accidents.processes import descendants, wait_for
-from tests.serving.server.in_process import Gate, serving, write_pico_onnx
+from tests.serving.server.in_process import Gate, Served, serving, write_pico_onnx
 
 LIMITS = ServerLimits(max_num_seqs=2, max_model_len=256)
 KEY, TOKENS = "typed-by-hand", 2000  # which take longer than the second that Ctrl-C leaves
@@ -70,14 +70,19 @@ def running(port: int) -> bool:
     return 'vllm:num_requests_running{engine="0",model_name="pico-export"} 2.0' in text
 
 
+def inside(served: Served) -> int:
+    """How many requests have arrived: with a row or without, as it happens."""
+    return served.api._batch.num_running + served.api._thread.num_waiting
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_is_inside_is_served_and_the_door_is_closed(export: Path, monkeypatch: pytest.MonkeyPatch, stream: bool):
     with serving(OnnxApi(export, LIMITS), drain_s=30) as served:
         gate = Gate(served.api)
         monkeypatch.setattr(served.api._engine, "step", gate)
         with gate.closed():
-            answers, threads = served.in_background(3, max_tokens=20, stream=stream)  # of which one waits
-            wait_for(lambda: served.numbers()["vllm:num_requests_waiting"] == 1, 10)
+            answers, threads = served.in_background(3, max_tokens=20, stream=stream)  # of which one waits at least
+            wait_for(lambda: inside(served) == 3, 30)
             served.server.should_exit = True
             wait_for(lambda: not is_healthy(served.url), 10)
             time.sleep(1.5)  # more than Ctrl-C leaves
@@ -102,7 +107,7 @@ def test_what_is_not_finished_in_time_ends_with_an_error_even_where_the_engine_i
         with gate.closed():
             streamed, threads = served.in_background(stream=True)
             whole, more = served.in_background(2)
-            wait_for(lambda: served.api._thread.num_waiting == 2, 10)
+            wait_for(lambda: inside(served) == 3, 30)
             started = time.monotonic()
             served.server._captured_signals += signals
             served.server.should_exit = True
