@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 
 from serving.engines.onnxruntime import missing_provider
-from serving.forecast.model_facts import checkpoint_facts
+from serving.forecast.model_facts import ModelFacts, checkpoint_facts
 from serving.onnx_export.files import check_graph, is_onnx_export, listed_files, read_settings
 from serving.onnx_export.members import member
+from serving.server.kv_cache_asked import KvCacheAsked, kv_cache_asked
 from serving.server.vllm import has_cxx_compiler
 from serving.server.vllm_launcher import is_cpu_build
 from toolchain.architecture.families import check_vllm_follows
@@ -33,11 +35,12 @@ _KV_TOKENS = 2048
 _GPU_SHARE = 0.9
 
 
-def examine_directory(directory: Path) -> dict[str, Any]:
+def examine_directory(directory: Path, options: Sequence[str] = ()) -> dict[str, Any]:
     """Says whether this machine can serve a directory, and if not, why.
 
     Args:
         directory: A checkpoint for vLLM, pruned or not, quantised or not, or an ONNX or nemotron-nas export.
+        options: Of vLLM, which may ask for a KV cache of some size; without, a small one is enough.
 
     Returns:
         ``servable``, ``problems`` (one sentence each), ``notes`` (what is good to know), and what was found.
@@ -55,7 +58,7 @@ def examine_directory(directory: Path) -> dict[str, Any]:
         elif is_nemotron_nas(directory):
             _examine_nemotron_nas(directory, findings)
         else:
-            _examine_checkpoint(open_servable(directory), findings)
+            _examine_checkpoint(open_servable(directory), findings, options)
     except SenteiError as error:
         findings["problems"].insert(0, str(error))
     return {"directory": str(directory), "servable": not findings["problems"], **findings}
@@ -67,13 +70,15 @@ def plugin_registered() -> bool:
     return _PLUGIN in found and importlib.util.find_spec("serving.vllm_plugin.registration") is not None
 
 
-def _examine_checkpoint(checkpoint: Checkpoint | QuantizedCheckpoint, findings: dict[str, Any]) -> None:
+def _examine_checkpoint(
+    checkpoint: Checkpoint | QuantizedCheckpoint, findings: dict[str, Any], options: Sequence[str]
+) -> None:
     architectures = checkpoint.config.get("architectures") or []
     needs_plugin = checkpoint.family.pruned_architecture in architectures
     findings |= {"architectures": list(architectures), "needs_plugin": needs_plugin}
     findings["tensor_parallel_sizes"] = possible_ranks(checkpoint)
     _examine_vllm(findings, needs_plugin=needs_plugin)
-    _examine_memory(checkpoint, findings)
+    _examine_memory(checkpoint, findings, kv_cache_asked(options, on_cpu=_runs_on_cpu(findings["vllm"])))
     check_vllm_follows(checkpoint.config)
 
 
@@ -115,12 +120,25 @@ def _examine_vllm(findings: dict[str, Any], *, needs_plugin: bool) -> None:
         notes.append("There is no C++ compiler, so vLLM runs in eager mode, which is slower. Install g++ to compile.")
 
 
-def _examine_memory(checkpoint: Checkpoint | QuantizedCheckpoint, findings: dict[str, Any]) -> None:
-    """Weights and a small KV cache against what is free, on as few GPUs as will do."""
+def _examine_memory(
+    checkpoint: Checkpoint | QuantizedCheckpoint, findings: dict[str, Any], asked: KvCacheAsked
+) -> None:
+    """Weights and the KV cache asked for, or a small one, against what is free, on as few GPUs as will do."""
+    if asked.spread_otherwise:
+        return
     facts = checkpoint_facts(checkpoint.directory, None)
-    needed = facts.weight_bytes + facts.kv_bytes_per_token * min(_KV_TOKENS, facts.max_len)
+    cache_bytes, cache = _kv_cache(checkpoint, facts, asked)
     on_cpu, free = _runs_on_cpu(findings["vllm"]), _free_bytes(findings["vllm"])
-    ranks = next((n for n in findings["tensor_parallel_sizes"] if n <= len(free) and needed / n <= free[n - 1]), None)
+    sizes = findings["tensor_parallel_sizes"]
+    if asked.tensor_parallel_size and not on_cpu:
+        sizes = [asked.tensor_parallel_size]
+
+    def fits(number: int) -> bool:
+        share = facts.weight_bytes / number
+        share += cache_bytes if asked.bytes_per_rank is not None else cache_bytes / number
+        return number <= len(free) and share <= free[number - 1]
+
+    ranks, needed = next(filter(fits, sizes), None), facts.weight_bytes + cache_bytes
     findings["memory"] = {
         "device": "cpu" if on_cpu else "cuda",
         "weight_bytes": facts.weight_bytes,
@@ -132,18 +150,31 @@ def _examine_memory(checkpoint: Checkpoint | QuantizedCheckpoint, findings: dict
     if ranks is None:
         where = "of memory are free" if on_cpu else f"are free on the emptiest of {len(free)} GPUs"
         findings["problems"].append(
-            f"Weights and a KV cache of {min(_KV_TOKENS, facts.max_len)} tokens take {_gb(needed)}, and {_gb(free[0])} "
-            f"{where}. Free some, prune further, or export in bfloat16 if the weights are in float32."
+            f"Weights and {cache} take {_gb(needed)}, and {_gb(free[0])} {where}. Free some, prune further, or export "
+            "in bfloat16 if the weights are in float32."
         )
         return
     if ranks > 1:
         findings["notes"].append(f"The model needs {ranks} of the GPUs: serve it with --tensor-parallel-size {ranks}.")
     left = int(free[ranks - 1] * ranks - facts.weight_bytes)
-    if left < facts.kv_bytes_per_token * facts.max_len:
+    if not asked.max_model_len and left < facts.kv_bytes_per_token * facts.max_len:
         findings["notes"].append(
             f"What is free holds {left // facts.kv_bytes_per_token:,} tokens of KV cache, less than the model's "
             f"context of {facts.max_len:,}: serve it with a --max-model-len that fits."
         )
+
+
+def _kv_cache(checkpoint: Checkpoint | QuantizedCheckpoint, facts: ModelFacts, asked: KvCacheAsked) -> tuple[int, str]:
+    """Bytes of the KV cache that is asked for, on one GPU or on all together, and what it is in words."""
+    if asked.bytes_per_rank is not None:
+        return asked.bytes_per_rank, f"the KV cache of {_gb(asked.bytes_per_rank)} that is asked for"
+    if asked.max_model_len is None or asked.stored_otherwise:
+        tokens = min(_KV_TOKENS, facts.max_len)
+        return facts.kv_bytes_per_token * tokens, f"a KV cache of {tokens} tokens"
+    # vLLM runs float32 in 16 bits unless it is told not to.
+    dtype = asked.dtype or ("bfloat16" if checkpoint.dtype == torch.float32 else None)
+    per_token = checkpoint_facts(checkpoint.directory, dtype).kv_bytes_per_token if dtype else facts.kv_bytes_per_token
+    return per_token * asked.max_model_len, f"a KV cache of the {asked.max_model_len:,} tokens that are asked for"
 
 
 def _examine_onnx(directory: Path, findings: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ over the padding, and its logits are those at its own last position.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from serving.engines.kv_pages import KvPages
 from serving.engines.transformers import top_of
 from serving.onnx_export.files import check_files, damaged, first_line, read_settings
 from toolchain.errors import SenteiError
@@ -41,16 +42,24 @@ class Cache:
         lengths: int64 ``[batch]``, tokens of each row that are in it.
         capacity: Tokens a row can have.
         first_row: Of the buffers; they may have more rows than this cache.
+        pages: The memory of the buffers, where rows can give theirs back.
     """
 
     buffers: dict[str, Any]
     lengths: NDArray[np.int64]
     capacity: int
     first_row: int = 0
+    pages: list[KvPages] = field(default_factory=list)
 
     def rows(self, start: int, end: int) -> "Cache":
         """Some of the rows; what happens to them there happens here too."""
-        return Cache(self.buffers, self.lengths[start:end], self.capacity, self.first_row + start)
+        return Cache(self.buffers, self.lengths[start:end], self.capacity, self.first_row + start, self.pages)
+
+    def forget(self, row: int) -> None:
+        """Empties a row, and gives its memory back where that can be done."""
+        self.lengths[row] = 0
+        for each in self.pages:
+            each.give_back(self.first_row + row)
 
 
 class OnnxEngine:
@@ -98,8 +107,19 @@ class OnnxEngine:
             raise SenteiError(f"{self._directory}: the graph's original context is {original[:20]!r}.", "Export again.")
         return min(self.settings.context_length, int(original))
 
+    @property
+    def device(self) -> str:
+        """Where it runs: cpu or cuda."""
+        return self._device
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token of one row takes in the cache."""
+        values = self.settings.num_key_value_heads * self.settings.head_size
+        return values * sum(_ELEMENT_TYPES[kind][1] for kind in self._caches.values())
+
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
-        """Allocates an empty cache.
+        """Allocates an empty cache; in float32 on a CPU, the system gives memory only as tokens come.
 
         Args:
             batch_size: Rows.
@@ -107,6 +127,7 @@ class OnnxEngine:
 
         Raises:
             SenteiError: The model's context is shorter.
+            MemoryError: There is no memory for it; of CUDA, a ``RuntimeError``.
         """
         settings = self.settings
         if capacity > settings.context_length:
@@ -114,13 +135,16 @@ class OnnxEngine:
         # Attention over a window wants a buffer that holds one window at least.
         shape = (batch_size, settings.num_key_value_heads, max(capacity, settings.window), settings.head_size)
         ort = import_onnx_library("onnxruntime")
-        buffers = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), "cpu")
-            if kind == "tensor(float)" and self._device == "cpu"
-            else ort.OrtValue.ortvalue_from_shape_and_type(shape, _ELEMENT_TYPES[kind][0], self._device, 0)
-            for name, kind in self._caches.items()
-        }
-        return Cache(buffers, np.zeros(batch_size, np.int64), capacity)
+        buffers, pages = {}, []
+        for name, kind in self._caches.items():
+            if kind == "tensor(float)" and self._device == "cpu":
+                pages.append(KvPages(shape))
+                buffers[name] = ort.OrtValue.ortvalue_from_numpy(pages[-1].array, "cpu")
+            else:
+                buffers[name] = ort.OrtValue.ortvalue_from_shape_and_type(
+                    shape, _ELEMENT_TYPES[kind][0], self._device, 0
+                )
+        return Cache(buffers, np.zeros(batch_size, np.int64), capacity, pages=pages)
 
     def step(self, cache: Cache, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """Runs the next tokens of every row of a batch.

@@ -19,9 +19,23 @@ _BODY_TIMEOUT_S = 60.0
 # Of a body that is too long, so much is read and forgotten: most clients do not listen before they have sent all.
 _SWALLOWED_BYTES = 64 * 2**20
 _KINDS = ("str", "function-after")
-_GUARDED = "/v1"  # as in vLLM: /health and /metrics answer everybody
+_GUARDED = "/v1"  # as in vLLM: /health, /ready and /metrics answer everybody
+_ERROR_KINDS = {
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "internal_server_error",
+    503: "service_unavailable_error",
+}
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
+
+
+class AnswerFailedError(Exception):
+    """The model failed to answer one request. What failed has been logged; the client is not told."""
+
+    def __str__(self) -> str:
+        """What the client is told."""
+        return "The server failed to answer this request; its log says why."
 
 
 class KeyGuard:
@@ -39,7 +53,7 @@ class KeyGuard:
             await self._app(scope, receive, send)
             return
         message = "The API key is missing or wrong: send the header 'Authorization: Bearer KEY'."
-        await _error_response(401, message, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        await error_response(401, message, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
     def _is_known(self, header: bytes) -> bool:
         scheme, _, key = header.partition(b" ")
@@ -74,17 +88,22 @@ def error_handlers() -> dict[Any, ExceptionHandler]:
         SenteiError: _refused,
         HTTPException: _refused,
         ClientDisconnect: _gone,
+        AnswerFailedError: _told_so,
         Exception: _failed,
     }
 
 
 def error_content(status: int, message: str) -> dict[str, Any]:
     """An error in OpenAI's form."""
-    kind = "internal_server_error" if status == 500 else "invalid_request_error"
+    kind = _ERROR_KINDS.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-FAILED = error_content(500, "The server failed to answer this request; its log says why.")
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    """An answer with an error in OpenAI's form."""
+    # The message may repeat what was sent; half a character could not be sent back.
+    content = error_content(status, message.encode("utf-8", "replace").decode())
+    return JSONResponse(content, status, headers)
 
 
 def _digest(key: bytes) -> bytes:
@@ -130,20 +149,18 @@ def _is_kind(part: int | str) -> bool:
 
 async def _refused(_: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        return _error_response(error.status_code, str(error.detail), dict(error.headers or {}))
-    return _error_response(400, str(error))
+        return error_response(error.status_code, str(error.detail), dict(error.headers or {}))
+    return error_response(400, str(error))
 
 
 async def _gone(_: Request, error: Exception) -> Response:
     return Response(status_code=499)  # which nobody reads
 
 
+async def _told_so(_: Request, error: Exception) -> Response:
+    return error_response(500, str(error))
+
+
 async def _failed(_: Request, error: Exception) -> Response:
     """The last handler; Starlette raises the error again behind it, and uvicorn logs the trace."""
-    return JSONResponse(FAILED, 500)
-
-
-def _error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    # The message may repeat what was sent; half a character could not be sent back.
-    content = error_content(status, message.encode("utf-8", "replace").decode())
-    return JSONResponse(content, status, headers)
+    return error_response(500, str(AnswerFailedError()))

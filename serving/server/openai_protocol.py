@@ -14,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from serving.engines.sampling import Sampling
 from toolchain.errors import SenteiError
 
-_MOST_STOP_STRINGS = 64  # each is looked for after each token, between the tokens of everybody else
+# Each is looked for after each token, between the tokens of everybody else.
+_MOST_STOP_STRINGS, _LONGEST_STOP_STRING = 64, 256
 
 FinishReason = Literal["stop", "length"]
+_StopString = Annotated[str, Field(max_length=_LONGEST_STOP_STRING)]
 
 
 class StreamOptions(BaseModel):
@@ -34,7 +36,7 @@ class _Request(BaseModel):
     top_p: float = 1.0
     top_k: int = Field(0, ge=-1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=_MOST_STOP_STRINGS)] = []
+    stop: _StopString | Annotated[list[_StopString], Field(max_length=_MOST_STOP_STRINGS)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     ignore_eos: bool = False

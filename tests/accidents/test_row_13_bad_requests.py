@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from serving.server import onnx_api
+from serving.server.metrics import ServerMetrics
+from serving.server.places import Places
 from tests.accidents.onnx_service import Service
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -95,8 +97,9 @@ def test_the_unexpected_is_json_too_and_tells_nothing(monkeypatch: pytest.Monkey
         raise ZeroDivisionError("/secret/path")
 
     api = object.__new__(onnx_api.OnnxApi)  # without a model
-    api._template, api._tokenizer, api._max_model_len, api._name = None, fails, 9, "m"
-    api._max_chars = 9
+    api._template, api._tokenizer, api._max_model_len, api._names = None, fails, 9, ("m",)
+    api._max_chars, api._timeout_s = 9, 60
+    api._places, api._metrics = Places(1), ServerMetrics("m", 9)
     with pytest.raises(ZeroDivisionError):  # uvicorn logs it
         TestClient(api.app()).post(COMPLETIONS, json={"prompt": "a"})
     answer = TestClient(api.app(), raise_server_exceptions=False).post(COMPLETIONS, json={"prompt": "a"})

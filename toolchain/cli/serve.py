@@ -20,6 +20,9 @@ def serve(
         Path, typer.Argument(metavar="DIR", help="A model, pruned, quantised, or neither; or an ONNX export.")
     ],
     engine: Annotated[str, typer.Option(help="vllm or onnx; auto goes by what DIR is.")] = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="Serve what failed its verification, or does not fit, with a warning.")
+    ] = False,
     require_signature: Annotated[
         Path | None, typer.Option(metavar="KEY.pub", help="Serve only what this key's owner signed, byte for byte.")
     ] = None,
@@ -38,12 +41,16 @@ def serve(
     if engine != _AUTO and is_onnx != ENGINES[engine].reads_onnx:
         kind = "an ONNX export" if is_onnx else "no ONNX export"
         raise SenteiError(f"{directory} is {kind}; engine {engine!r} cannot serve it.", "Use --engine auto.")
+    from serving.before_serving import check_before_serving
+
     if is_onnx:
+        check_before_serving(directory, context.args, force=force)
         _serve_onnx(directory, context.args)
         return
     from toolchain.checkpoint.quantized import open_servable
 
     open_servable(directory)
+    check_before_serving(directory, context.args, force=force)
     from serving.server.vllm import serve as run
 
     raise typer.Exit(run(directory, context.args))

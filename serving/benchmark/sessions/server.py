@@ -26,6 +26,9 @@ _PROMPTS_FILE = "prompts.jsonl"
 _CPU_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 # Of the mean time between arrivals: none of thousands comes later than this after the one before it.
 _LONGEST_GAP = 20
+# A search for the highest rate also tries rates that a server cannot keep up with; who waits then counts, and is not
+# turned away.
+_MOST_QUEUED = 100_000
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _WEIGHTS_GIB = re.compile(r"[Mm]odel loading took ([\d.]+) Gi?B")
 # Without what stands before a message in vLLM's log: process, level, time, file and line.
@@ -144,12 +147,13 @@ class ServerSession:
         from serving.server.onnx import DEFAULT_MAX_NUM_SEQS
         from serving.server.onnx import running_server as running_onnx_server
 
-        # It reserves the memory of every answer at its full length. A search for the highest rate has more requests in
-        # flight than a workload has.
+        # No row more than the load can fill. A search for the highest rate has more requests in flight than a workload.
         width = max(settings.widest.width, DEFAULT_MAX_NUM_SEQS if settings.slo else 1)
         longest = max(workload.longest for workload in settings.workloads)
         context = min(each.facts.max_len for each in self._sides)
         fair = {"--max-num-seqs": width, "--max-model-len": min(longest + 16, context)}
+        if settings.slo:
+            fair["--max-num-queued-reqs"] = _MOST_QUEUED
         given = {option.split("=")[0] for option in settings.engine_options}
         added = [text for name, value in fair.items() if name not in given for text in (name, str(value))]
         return [*settings.engine_options, *added], running_onnx_server

@@ -15,6 +15,7 @@ import openai
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from prometheus_client.parser import text_string_to_metric_families
 
 from serving.engines.onnxruntime import OnnxEngine
 from serving.server.onnx import running_server
@@ -43,7 +44,7 @@ def complete(client: openai.OpenAI, demo_onnx: Path) -> Callable[..., Completion
     def ask(**fields: Any) -> Completion:
         extra = {name: fields.pop(name) for name in ("top_k", "ignore_eos") if name in fields}
         fields = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0} | fields
-        return client.completions.create(model=str(demo_onnx.resolve()), extra_body=extra, **fields)
+        return client.completions.create(model=demo_onnx.name, extra_body=extra, **fields)
 
     return ask
 
@@ -57,7 +58,8 @@ def greedy(demo_onnx: Path) -> Callable[[str, int], str]:
 
 def generated(base_url: str) -> int:
     with urllib.request.urlopen(f"{base_url}/metrics") as response:
-        return int(response.read().decode().partition("vllm:generation_tokens_total ")[2])
+        families = {each.name: each for each in text_string_to_metric_families(response.read().decode())}
+    return int(families["vllm:generation_tokens"].samples[0].value)
 
 
 def test_completions(complete: Callable[..., Completion], greedy: Callable[[str, int], str], demo_onnx: Path) -> None:
@@ -92,7 +94,7 @@ def test_stop_strings_end_and_are_not_in_the_text(complete: Callable[..., Any]) 
 
 
 def test_chat(client: openai.OpenAI, greedy: Callable[[str, int], str], demo_onnx: Path) -> None:
-    asked: dict[str, Any] = {"model": str(demo_onnx.resolve()), "temperature": 0}
+    asked: dict[str, Any] = {"model": demo_onnx.name, "temperature": 0}
     answer = client.chat.completions.create(messages=MESSAGES, **asked)  # up to its end: no max_tokens
     ChatCompletion.model_validate(answer.model_dump(), strict=True)
     choice, usage = answer.choices[0], answer.usage
