@@ -103,7 +103,7 @@ def compare_means(differences: Sequence[float]) -> Difference:
     error = stdev(differences) / math.sqrt(len(differences))
     if error == 0:
         return Difference(value=center, low=center, high=center, p_value=1.0 if center == 0 else 0.0)
-    margin = _t_margin(error, degrees)
+    margin = t_margin(error, degrees)
     return Difference(
         value=center, low=center - margin, high=center + margin, p_value=float(2 * t.sf(abs(center) / error, degrees))
     )
@@ -138,7 +138,7 @@ def ratio_interval(original: Sequence[float], pruned: Sequence[float]) -> dict[s
     center, count = fmean(logs), len(logs)
     # Not statistics.stdev, which differs in the last digit from what earlier results hold.
     error = math.sqrt(sum((log - center) ** 2 for log in logs) / (count - 1) / count)
-    return _ratio(center, _t_margin(error, count - 1))
+    return _ratio(center, t_margin(error, count - 1))
 
 
 def welch_interval(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
@@ -156,7 +156,7 @@ def welch_interval(one: Sequence[float], other: Sequence[float]) -> dict[str, fl
     margin = 0.0
     if sum(parts) > 0:
         degrees = sum(parts) ** 2 / sum(p**2 / (len(each) - 1) for p, each in zip(parts, logs, strict=True))
-        margin = _t_margin(math.sqrt(sum(parts)), degrees)
+        margin = t_margin(math.sqrt(sum(parts)), degrees)
     return _ratio(fmean(logs[1]) - fmean(logs[0]), margin)
 
 
@@ -166,7 +166,7 @@ def _ratio(center: float, margin: float) -> dict[str, float]:
     return {"value": math.exp(center), "low": low, "high": high, "confidence": CONFIDENCE}
 
 
-def _t_margin(error: float, degrees: float) -> float:
+def t_margin(error: float, degrees: float) -> float:
     """Half the width of Student's interval, from a standard error and its degrees of freedom."""
     from scipy.stats import t
 

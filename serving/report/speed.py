@@ -33,6 +33,8 @@ LABELS = {
 _LATENCIES = {"mean_ttft_ms": "TTFT", "mean_tpot_ms": "TPOT", "mean_e2el_ms": "E2EL"}
 _TIMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
 _CHARTED = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms")
+# The formula of files from before a server had to keep up with what arrives.
+_HALF_WAS_ENOUGH = "at least 50% as many a second were answered"
 _ENGINES = {
     "transformers": "Transformers",
     "onnx": "ONNX Runtime",
@@ -84,7 +86,8 @@ def benchmark_view(source: Source, number: int, say: Say) -> dict[str, Any]:
             "options": flatten(results["options"], say),
             "models": {say(side): flatten(told, say) for side, told in results["models"].items()},
             "environment": flatten(results["environment"], say),
-            "formulas": _formulas(metrics, results["sizes"], expected, say),
+            "formulas": _formulas({**metrics, **(results["goodput"] or {}).get("metrics", {})}, results["sizes"],
+                                  expected, say),
             "ratio_formula": say(results["ratio_formula"]),
             "repeats": len(first["runs"]),
         }
@@ -238,11 +241,14 @@ def _goodput(found: Mapping[str, Any], name: str, say: Say) -> dict[str, Any]:
     rate = metrics["max_request_rate"]
     return {
         "limits": ", ".join(f"{time.upper()} ≤ {limit:g} ms" for time, limit in found["slo_ms"].items()),
-        "attainment": f"{100 * found['attainment']:.0f}",
+        "attainment": f"{100 * found['attainment']:g}",
+        "half_was_enough": _HALF_WAS_ENOUGH in rate["formula"],
         "speed": _speed(rate, None, say),
         "rows": [_metric_row(each, metric, None, say) for each, metric in metrics.items()],
         "unmet": [say(side) for side in tried if not all(rate[side]["values"])],
-        "chart": charts.attainment_chart(f"goodput-{name}", tried, found["attainment"], say),
+        "chart": charts.attainment_chart(f"goodput-{name}", tried, found["attainment"], say)
+        if any(tried.values())
+        else None,
     }
 
 
