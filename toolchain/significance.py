@@ -73,7 +73,7 @@ def compare_shares(*, lost: int, gained: int, num_questions: int) -> Difference:
     total = num_questions + 2
     center = (gained - lost) / total
     error = math.sqrt((lost + gained + 1) - (gained - lost) ** 2 / total) / total
-    margin = _normal_margin(error)
+    margin = normal_margin(error)
     return Difference(
         value=(gained - lost) / num_questions,
         low=max(-1.0, center - margin),
@@ -119,7 +119,7 @@ def compare_mean_of_means(value: float, differences: Sequence[Sequence[float]]) 
     if not all(len(each) > 1 for each in differences):
         return Difference(value=value, low=None, high=None, p_value=None)
     error = math.sqrt(sum(stdev(each) ** 2 / len(each) for each in differences)) / len(differences)
-    margin = _normal_margin(error)
+    margin = normal_margin(error)
     p_value = 2 * NormalDist().cdf(-abs(value) / error) if error else float(value == 0)
     return Difference(value=value, low=value - margin, high=value + margin, p_value=p_value)
 
@@ -173,7 +173,7 @@ def t_margin(error: float, degrees: float) -> float:
     return float(t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
 
 
-def _normal_margin(error: float) -> float:
+def normal_margin(error: float) -> float:
     """Half the width of the normal interval, from a standard error."""
     return NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
 

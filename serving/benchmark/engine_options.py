@@ -103,6 +103,7 @@ def _kv_itemsize(given: dict[str, str]) -> int | None:
     text = given.get(KV_DTYPE, "auto")
     if text not in _KV_BYTES:
         raise SenteiError(
-            f"{KV_DTYPE} {text!r} is not one whose bytes the expectation knows.", f"Possible are {', '.join(_KV_BYTES)}."
+            f"{KV_DTYPE} {text!r} is not one whose bytes the expectation knows.",
+            f"Possible are {', '.join(_KV_BYTES)}.",
         )
     return _KV_BYTES[text]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
@@ -112,7 +113,7 @@ def read_probe(requests: Sequence[AskedRequest], *, rate: float) -> Probe:
 
 def _counts(times_s: Sequence[float], edges: Sequence[float]) -> list[int]:
     """How many fall into each stretch: after its left edge, up to its right."""
-    return [sum(left < time <= right for time in times_s) for left, right in zip(edges, edges[1:], strict=False)]
+    return [sum(left < time <= right for time in times_s) for left, right in pairwise(edges)]
 
 
 def _answered_share(sent: Sequence[int], ended: Sequence[int], behind: float) -> Share:

@@ -73,7 +73,7 @@ class Journal:
         return found[-1] if found else {}
 
     def startups(self, side: str) -> list[float]:
-        """Seconds of each start, one a repeat, in the order in which they were made; empty where nothing was started."""
+        """Seconds of each start, one a repeat, in the order in which they were made; empty if nothing was started."""
         found: dict[int, float] = {}
         for (repeat, _, of), entry in self._measured.items():
             if of == side and (seconds := entry[_REPORT].get("startup_s")) is not None:

@@ -87,8 +87,8 @@ class MeasurementRecord(Record):
     """One load. ``percentiles`` by time and side: percentile to ms, the median over repeats.
 
     ``cost`` is null without a price, and 0 where the price is 0. ``gap`` is null where what was expected of the primary
-    metric lies inside the measured interval, and missing in files from before it was measured; in these ``why_not_more``
-    lists causes of a shortfall too.
+    metric lies inside the measured interval, and missing in files from before it was measured; in these
+    ``why_not_more`` lists causes of a shortfall too.
     """
 
     workload: WorkloadRecord

@@ -109,7 +109,8 @@ def planned_checkpoint(checkpoint: Checkpoint, layout: Sequence[LayerLayout]) ->
 def tiled_facts(checkpoint: Checkpoint, dtype: str | None) -> ModelFacts:
     """Facts of a checkpoint if each FFN were as wide as the next multiple of :data:`serving.forecast.explain.TILE`."""
     layout = [
-        replace(layer, intermediate_size=math.ceil(layer.intermediate_size / TILE) * TILE) for layer in checkpoint.layout
+        replace(layer, intermediate_size=math.ceil(layer.intermediate_size / TILE) * TILE)
+        for layer in checkpoint.layout
     ]
     wider = planned_checkpoint(checkpoint, layout)
     return facts_of(wider, dtype, size_on_disk_bytes=wider.weight_bytes)

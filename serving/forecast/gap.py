@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving.forecast.explain import NOT_COMPILED, Observations, Told, kv_full, untileable
-from serving.forecast.model_facts import ModelFacts
 from toolchain.architecture.layout import LayerLayout
 
 BOUND = (
@@ -170,8 +169,10 @@ def _of_unknown_share(compared: Compared, direction: str) -> dict[str, tuple[Non
     tokens = compared.concurrency * compared.context
     waits = {side for side, held in seen.kv_cache_tokens.items() if held is not None and held < tokens}
     helps = {"original"} if direction == "above" else {"pruned"}
-    if waits and (waits == helps or len(waits) == 2) and (
-        told := kv_full(seen.kv_cache_tokens, compared.context, compared.concurrency)
+    if (
+        waits
+        and (waits == helps or len(waits) == 2)
+        and (told := kv_full(seen.kv_cache_tokens, compared.context, compared.concurrency))
     ):
         found["kv_cache_full"] = (None, told)
     if seen.not_compiled and direction == "below":

@@ -174,5 +174,5 @@ def test_one_request_that_is_late_by_chance_does_not_end_the_search(attainment, 
 @pytest.mark.parametrize("attainment", [0.4, 1.0, 90.0, math.nan])
 def test_a_share_that_is_none_is_refused(attainment):
     settings = BenchmarkSettings(engine="vllm", workloads=make_workloads(engine="vllm"), attainment=attainment)
-    with pytest.raises(SenteiError, match="attainment is .* from 0.5 to 0.995"):
+    with pytest.raises(SenteiError, match=r"attainment is .* from 0\.5 to 0\.995"):
         check_settings(settings, num_models=2)
