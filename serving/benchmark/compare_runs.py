@@ -21,8 +21,8 @@ FORMULA = (
     "ratio = exp(mean ln B - mean ln A) over the repeats of each run, with Welch's 95 % t-interval: the repeats of two "
     "runs are not pairs. An interval that contains 1 shows no difference. The original, which both runs measured, is "
     "the yardstick of the pruned model: pruned_against_original = exp(mean ln (pruned B / original B) - mean ln "
-    "(pruned A / original A)) over the pairs of repeats of each run, turned so that above 1 is better. What changed the "
-    "original's speed from A to B is not in it."
+    "(pruned A / original A)) over the pairs of repeats of each run, turned so that above 1 is better. What changed "
+    "the original's speed from A to B is not in it."
 )
 Metrics = Mapping[str, MetricRecord]
 SIDES: tuple[Side, ...] = ("original", "pruned")
@@ -42,9 +42,9 @@ def compare_results(one: Path, other: Path) -> dict[str, Any]:
         ``changed`` (what differs of models, options and environment: ``[name, A's, B's]``), ``loads`` (for each:
         ``workload`` and by metric and side A's and B's geometric means and ``ratio`` B/A; ``verdict`` is the
         original's, and under ``pruned_against_original`` the pruned model's, by its gain over the original in A and in
-        B), ``goodput`` (likewise, with its ``slo_ms`` and the sides that left them ``unmet`` in a repeat; ``None`` where no rate was
-        searched for in both), ``goodput_left_out`` (whether one was, and cannot be compared), ``left_out`` (how many
-        loads of one run alone) and ``formula``.
+        B), ``goodput`` (likewise, with its ``slo_ms`` and the sides that left them ``unmet`` in a repeat; ``None``
+        where no rate was searched for in both), ``goodput_left_out`` (whether one was, and cannot be compared),
+        ``left_out`` (how many loads of one run alone) and ``formula``.
 
     Raises:
         SenteiError: Not two benchmarks, or not comparable; the message says why.

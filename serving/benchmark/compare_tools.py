@@ -133,7 +133,7 @@ def _pair(a: tuple[ToolRun, Values], b: tuple[ToolRun, Values]) -> dict[str, Any
 
 
 def _ratio(before: Sequence[float], after: Sequence[float], better: str) -> dict[str, Any]:
-    centers = [math.exp(fmean(map(math.log, each))) for each in (before, after)]
+    centers = [each[0] if len(each) == 1 else math.exp(fmean(map(math.log, each))) for each in (before, after)]
     found: dict[str, Any] = {"a": centers[0], "b": centers[1]}
     if len(before) < 2 or len(after) < 2:
         return {**found, "ratio": {"value": centers[1] / centers[0], "low": None, "high": None}, "verdict": None}

@@ -43,7 +43,7 @@ def settings(*options, engine="vllm"):
 )
 @pytest.mark.parametrize("engine", ["vllm", "vllm-offline"])
 def test_what_would_make_the_expectation_about_another_server_is_refused(options, engine):
-    with pytest.raises(SenteiError, match="expectation knows|no number of GPUs") as told:
+    with pytest.raises(SenteiError, match=r"expectation knows|no number of GPUs") as told:
         check_settings(settings(*options, engine=engine), num_models=2)
     assert told.value.hint
 
@@ -81,7 +81,10 @@ def test_two_gpus_read_twice_as_fast_and_promise_the_same_gain(tmp_path):
     sides = open_sides(tmp_path / "model", tmp_path / "model", settings("--tensor-parallel-size=2"))
     facts = {name: side.facts for name, side in sides.items()}
     load = {"input_len": 100, "output_len": 20, "concurrency": 4}
-    one, two = (roofline(facts, PEAKS, **load, num_gpus=gpus) for gpus in (1, read_vllm_options(["--tensor-parallel-size=2"]).num_gpus))
+    one, two = (
+        roofline(facts, PEAKS, **load, num_gpus=gpus)
+        for gpus in (1, read_vllm_options(["--tensor-parallel-size=2"]).num_gpus)
+    )
     for phase in ("prefill", "decode"):
         assert two[phase]["original"]["at_least_ms"] == pytest.approx(one[phase]["original"]["at_least_ms"] / 2)
         assert two[phase]["gain"] == one[phase]["gain"]

@@ -105,7 +105,9 @@ def test_an_original_that_waited_for_its_cache_is_a_reason_to_be_above():
 
 def test_causes_whose_part_one_measurement_cannot_tell_have_no_share():
     seen = Observations(kv_cache_tokens={"original": 10_000, "pruned": 100}, not_compiled="Enforce eager set")
-    causes = {each["cause"]: each["share"] for each in explain_gap(compared((1, 1.1, 1.2), tpot_ms=3.2, seen=seen))["causes"]}
+    causes = {
+        each["cause"]: each["share"] for each in explain_gap(compared((1, 1.1, 1.2), tpot_ms=3.2, seen=seen))["causes"]
+    }
     assert causes["kv_cache_full"] is causes["not_compiled"] is None
     assert causes["overhead"] > 0
 

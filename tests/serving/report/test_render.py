@@ -414,7 +414,7 @@ def test_only_damage_beyond_chance_is_red(tmp_path, low, high, verdict, colour):
     for name in ("report.html", "report.md"):
         render_report([tmp_path / "run"], tmp_path / name)
     page = page_text(tmp_path / "report.html")
-    card = page[page.rindex("<div class=\"card", 0, page.index("Perplexity, lower is better")) :]
+    card = page[page.rindex('<div class="card', 0, page.index("Perplexity, lower is better")) :]
     assert card.startswith(f'<div class="card {colour}">')
     said = f"the 95 % interval of the ratio, {low:.3f}x to {high:.3f}x, contains 1"
     assert (said in (tmp_path / "report.md").read_text(encoding="utf-8")) == (colour == "open")
