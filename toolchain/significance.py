@@ -73,7 +73,7 @@ def compare_shares(*, lost: int, gained: int, num_questions: int) -> Difference:
     total = num_questions + 2
     center = (gained - lost) / total
     error = math.sqrt((lost + gained + 1) - (gained - lost) ** 2 / total) / total
-    margin = _normal_margin(error)
+    margin = normal_margin(error)
     return Difference(
         value=(gained - lost) / num_questions,
         low=max(-1.0, center - margin),
@@ -144,7 +144,7 @@ def compare_means(differences: Sequence[float]) -> Difference:
     error = stdev(differences) / math.sqrt(len(differences))
     if error == 0:
         return Difference(value=center, low=center, high=center, p_value=1.0 if center == 0 else 0.0)
-    margin = _t_margin(error, degrees)
+    margin = t_margin(error, degrees)
     return Difference(
         value=center, low=center - margin, high=center + margin, p_value=float(2 * t.sf(abs(center) / error, degrees))
     )
@@ -160,7 +160,7 @@ def compare_mean_of_means(value: float, differences: Sequence[Sequence[float]]) 
     if not all(len(each) > 1 for each in differences):
         return Difference(value=value, low=None, high=None, p_value=None)
     error = math.sqrt(sum(stdev(each) ** 2 / len(each) for each in differences)) / len(differences)
-    margin = _normal_margin(error)
+    margin = normal_margin(error)
     p_value = 2 * NormalDist().cdf(-abs(value) / error) if error else float(value == 0)
     return Difference(value=value, low=value - margin, high=value + margin, p_value=p_value)
 
@@ -179,7 +179,7 @@ def ratio_interval(original: Sequence[float], pruned: Sequence[float]) -> dict[s
     center, count = fmean(logs), len(logs)
     # Not statistics.stdev, which differs in the last digit from what earlier results hold.
     error = math.sqrt(sum((log - center) ** 2 for log in logs) / (count - 1) / count)
-    return _ratio(center, _t_margin(error, count - 1))
+    return _ratio(center, t_margin(error, count - 1))
 
 
 def welch_interval(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
@@ -197,7 +197,7 @@ def welch_interval(one: Sequence[float], other: Sequence[float]) -> dict[str, fl
     margin = 0.0
     if sum(parts) > 0:
         degrees = sum(parts) ** 2 / sum(p**2 / (len(each) - 1) for p, each in zip(parts, logs, strict=True))
-        margin = _t_margin(math.sqrt(sum(parts)), degrees)
+        margin = t_margin(math.sqrt(sum(parts)), degrees)
     return _ratio(fmean(logs[1]) - fmean(logs[0]), margin)
 
 
@@ -207,14 +207,14 @@ def _ratio(center: float, margin: float) -> dict[str, float]:
     return {"value": math.exp(center), "low": low, "high": high, "confidence": CONFIDENCE}
 
 
-def _t_margin(error: float, degrees: float) -> float:
+def t_margin(error: float, degrees: float) -> float:
     """Half the width of Student's interval, from a standard error and its degrees of freedom."""
     from scipy.stats import t
 
     return float(t.ppf((1 + CONFIDENCE) / 2, degrees)) * error
 
 
-def _normal_margin(error: float) -> float:
+def normal_margin(error: float) -> float:
     """Half the width of the normal interval, from a standard error."""
     return NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
 

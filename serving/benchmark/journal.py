@@ -72,6 +72,14 @@ class Journal:
         found = [entry[_REPORT] for (_, _, of), entry in self._measured.items() if of == side]
         return found[-1] if found else {}
 
+    def startups(self, side: str) -> list[float]:
+        """Seconds of each start, one a repeat, in the order in which they were made; empty if nothing was started."""
+        found: dict[int, float] = {}
+        for (repeat, _, of), entry in self._measured.items():
+            if of == side and (seconds := entry[_REPORT].get("startup_s")) is not None:
+                found.setdefault(repeat, seconds)
+        return list(found.values())
+
     def _take_read(self, where: str, entry: Any) -> None:
         try:
             for part in ("failure",) if "failure" in entry else ("metrics", _REPORT):

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from serving.benchmark.environment import describe_environment
-from serving.benchmark.goodput import ATTAINMENT, GOODPUT_METRICS
+from serving.benchmark.goodput import GOODPUT_METRICS
 from serving.benchmark.gpu_watch import NOT_RECORDED, RECORDED
 from serving.benchmark.journal import Journal
 from serving.benchmark.metrics import DISTRIBUTED, ENERGY, METRICS
@@ -15,27 +15,39 @@ from serving.benchmark.ratios import RATIO_FORMULA, SIDES, compare_repeats
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.side import Side
 from serving.benchmark.workload import Slo, Workload
-from serving.engines.spec import EngineSpec
 from serving.forecast.device_probe import DevicePeaks, probe_device
-from serving.forecast.explain import Observations, explain
-from serving.forecast.model_facts import compare_sizes, expected_gains, size_entry
+from serving.forecast.explain import Observations, limits_of_measurement
+from serving.forecast.gap import Compared, explain_gap
+from serving.forecast.model_facts import ModelFacts, compare_sizes, expected_gains, size_entry
 from serving.forecast.roofline import roofline
 from toolchain.checkpoint.directory import model_name
 from toolchain.errors import SenteiError
 
 SCHEMA_VERSION = 1
+_KV_SIZES = ("--kv-cache-memory-bytes", "--num-gpu-blocks-override")
 _FLOATS = ("float32", "bfloat16", "float16")
 _PEAK_FORMULA = {
     "cpu": "highest resident memory of the process that ran the model alone, the Python runtime and libraries included",
     "cuda": "highest memory allocated by torch on the device; null for engines that do not tell",
     "vllm": "not measured: vLLM reserves the memory it is told to, not what the model needs",
 }
-_KV_TOKENS_FORMULA = "tokens that fit into the server's KV cache, from its log; both were given the same memory"
-_STARTUP_FORMULA = (
-    "from starting the engine until it could answer: loading, compiling and vLLM's own warm-up; the last start"
+_KV_TOKENS = "tokens that fit into the server's KV cache, from its log; "
+_KV_TOKENS_FORMULA = {
+    "same": f"{_KV_TOKENS}both caches were given the same memory",
+    "rest": f"{_KV_TOKENS}each server took the same share of the GPU's memory and its cache what the weights leave of "
+    "it, so smaller weights make a larger cache, whether a token takes less of it or not",
+    "unknown": f"{_KV_TOKENS}how much memory each cache was given is not known",
+}
+_STARTUP = "from starting the engine until it could answer: loading, compiling and vLLM's own warm-up; "
+_STARTUP_COLD_FORMULA = (
+    f"{_STARTUP}the first start of the benchmark, in which files are read and kernels compiled that later starts find "
+    "in memory or on disk. No ratio: the original started first, and part of what it read serves the pruned model too"
 )
+_STARTUP_WARM_FORMULA = f"{_STARTUP}the median of the starts after the first, which find what that one left"
 COST_FORMULA = "price per hour / (3600 x median output throughput) x 1,000,000"
-FORMULAS = (*_PEAK_FORMULA.values(), _KV_TOKENS_FORMULA, _STARTUP_FORMULA, COST_FORMULA)
+FORMULAS = (
+    *_PEAK_FORMULA.values(), *_KV_TOKENS_FORMULA.values(), _STARTUP_COLD_FORMULA, _STARTUP_WARM_FORMULA, COST_FORMULA,
+)  # fmt: skip
 
 
 def assemble_results(journal: Journal, settings: BenchmarkSettings, sides: Mapping[str, Side]) -> dict[str, Any]:
@@ -51,9 +63,9 @@ def assemble_results(journal: Journal, settings: BenchmarkSettings, sides: Mappi
     measurements = [
         _measurement(each, workload, sides, settings) for each, workload in zip(runs, settings.workloads, strict=True)
     ]
-    if peaks:
+    if len(sides) == 2:
         measurements = [
-            {**each, **_against_roofline(each, workload, sides, peaks)}
+            {**each, **_against_expectation(each, workload, sides, peaks, settings)}
             for each, workload in zip(measurements, settings.workloads, strict=True)
         ]
     return {
@@ -65,7 +77,7 @@ def assemble_results(journal: Journal, settings: BenchmarkSettings, sides: Mappi
         "ratio_formula": RATIO_FORMULA,
         "options": settings.options,
         "models": {name: _model(side) for name, side in sides.items()},
-        "sizes": _sizes(settings.spec, sides),
+        "sizes": _sizes(settings, sides, journal),
         "measurements": measurements,
         "goodput": settings.slo and _goodput(journal, settings, settings.slo, tuple(sides)),
         "device_peaks": peaks and asdict(peaks),
@@ -170,31 +182,55 @@ def _peaks(original: Side) -> DevicePeaks | None:
         return None  # hours of measurements are not thrown away for want of an expectation
 
 
-def _against_roofline(
+def _against_expectation(
     measurement: Mapping[str, Any],
     workload: Workload,
     sides: Mapping[str, Side],
-    peaks: DevicePeaks,
+    peaks: DevicePeaks | None,
+    settings: BenchmarkSettings,
 ) -> dict[str, Any]:
-    facts = {name: side.facts for name, side in sides.items()}
-    medians = {
-        side: {name: metric[side]["median"] for name, metric in measurement["metrics"].items()} for side in SIDES
-    }
-    concurrency, output_len = in_flight(workload, medians["original"]), workload.output_len
-    expected = roofline(facts, peaks, input_len=workload.input_len, output_len=output_len, concurrency=concurrency)
+    """The roofline, where the device's peaks are known, and why the measured gain differs from the expected one."""
+    medians = {name: metric["original"]["median"] for name, metric in measurement["metrics"].items()}
+    pruned, concurrency = sides["pruned"], in_flight(workload, medians)
+    context = workload.input_len + workload.output_len // 2
+    seen = _observations(measurement, sides)
+
+    def bounds(facts: ModelFacts) -> dict[str, dict[str, Any]]:
+        assert peaks is not None
+        return roofline(
+            {"original": sides["original"].facts, "pruned": facts}, peaks, input_len=workload.input_len,
+            output_len=workload.output_len, concurrency=concurrency, num_gpus=settings.shape.num_gpus,
+        )  # fmt: skip
+
+    expected = bounds(pruned.facts) if peaks else {}
+    gain = measurement["metrics"][settings.primary]["gain"]
+    gap = gain and explain_gap(
+        Compared(
+            metric=settings.primary,
+            gain=gain,
+            expected={name: each["gain"] for name, each in measurement["expected"].items()},
+            medians=medians,
+            roofline=expected,
+            tiled=bounds(pruned.tiled_facts) if peaks and pruned.tiled_facts else {},
+            layout=pruned.layout,
+            context=context,
+            concurrency=concurrency,
+            seen=seen,
+        )
+    )
+    limits = limits_of_measurement(pruned.facts, seen, context=context, concurrency=concurrency)
+    return {"gap": gap, **({"roofline": expected, "why_not_more": limits} if peaks else {})}
+
+
+def _observations(measurement: Mapping[str, Any], sides: Mapping[str, Side]) -> Observations:
     busy = [run[side].get("client_cpu_cores") for run in measurement["runs"] for side in SIDES]
-    seen = Observations(
+    return Observations(
         kv_cache_tokens={name: side.engine_report.get("kv_cache_tokens") for name, side in sides.items()},
         client_cpu_cores=max((each for each in busy if each is not None), default=None),
         throttled=sorted({reason for run in measurement["runs"] for side in SIDES
                           for reason in (run[side]["gpu"] or {}).get("throttled", ())}),
         not_compiled=next(filter(None, (side.engine_report.get("not_compiled") for side in sides.values())), None),
     )  # fmt: skip
-    causes = explain(
-        facts, expected, medians, layout=sides["pruned"].layout, context=workload.input_len + output_len // 2,
-        concurrency=concurrency, seen=seen,
-    )  # fmt: skip
-    return {"roofline": expected, "why_not_more": causes}
 
 
 def in_flight(workload: Workload, medians: Mapping[str, float | None]) -> int:
@@ -217,22 +253,35 @@ def _goodput(journal: Journal, settings: BenchmarkSettings, slo: Slo, sides: Seq
     runs = _runs(journal, len(settings.workloads), settings.repeats, sides)
     return {
         "slo_ms": slo.limits,
-        "attainment": ATTAINMENT,
+        "attainment": settings.attainment,
         "metrics": compare_repeats(runs, primary="max_request_rate", metrics=GOODPUT_METRICS),
         "runs": runs,
     }
 
 
-def _sizes(spec: EngineSpec, sides: Mapping[str, Side]) -> dict[str, dict[str, Any]]:
+def _sizes(settings: BenchmarkSettings, sides: Mapping[str, Side], journal: Journal) -> dict[str, dict[str, Any]]:
     original, pruned = sides["original"], sides.get("pruned")
     reports = [original.engine_report, pruned.engine_report if pruned else {}]
     sizes = compare_sizes(original.facts, pruned.facts if pruned else None)
-    place = "vllm" if spec.is_vllm else "cpu" if original.engine_report["device"] == "cpu" else "cuda"
+    is_vllm, device = settings.spec.is_vllm, original.engine_report["device"]
+    place = "vllm" if is_vllm else "cpu" if device == "cpu" else "cuda"
     peaks = [each.get("peak_memory_bytes") for each in reports]
     sizes["peak_memory_bytes"] = size_entry(*peaks, unit="bytes", formula=_PEAK_FORMULA[place])
-    if spec.is_vllm:
+    if is_vllm:
         tokens = [each.get("kv_cache_tokens") for each in reports]
-        sizes["kv_cache_tokens"] = size_entry(*tokens, unit="tokens", formula=_KV_TOKENS_FORMULA)
-    startup = [each.get("startup_s") for each in reports]
-    sizes["startup_s"] = size_entry(*startup, unit="s", formula=_STARTUP_FORMULA)
+        formula = _KV_TOKENS_FORMULA[_kv_memory(settings, device)]
+        sizes["kv_cache_tokens"] = size_entry(*tokens, unit="tokens", formula=formula)
+    starts = [journal.startups(side) for side in SIDES]
+    cold = [each[0] if each else None for each in starts]
+    warm = [median(each[1:]) if each[1:] else None for each in starts]
+    sizes["startup_cold_s"] = {**size_entry(*cold, unit="s", formula=_STARTUP_COLD_FORMULA), "ratio": None}
+    sizes["startup_warm_s"] = size_entry(*warm, unit="s", formula=_STARTUP_WARM_FORMULA)
     return sizes
+
+
+def _kv_memory(settings: BenchmarkSettings, device: str | None) -> str:
+    """Whose memory the KV cache got: that of an option or of the CPU's default, or what weights left of a GPU's."""
+    if device is None:
+        return "unknown"
+    given = any(name.partition("=")[0].replace("_", "-") in _KV_SIZES for name in settings.engine_options)
+    return "same" if given or device == "cpu" else "rest"

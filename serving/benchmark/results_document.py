@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from serving.forecast.estimate_document import CauseRecord, DevicePeaksRecord, Phase, RooflineRecord, Side
+from serving.forecast.estimate_document import CauseRecord, DevicePeaksRecord, GapRecord, Phase, RooflineRecord, Side
 from toolchain.documents import Document, Number, Record
 from toolchain.evaluate.metric_record import MetricRecord
 
@@ -86,7 +86,9 @@ class RunRecord(Record):
 class MeasurementRecord(Record):
     """One load. ``percentiles`` by time and side: percentile to ms, the median over repeats.
 
-    ``cost`` is null without a price, and 0 where the price is 0.
+    ``cost`` is null without a price, and 0 where the price is 0. ``gap`` is null where what was expected of the primary
+    metric lies inside the measured interval, and missing in files from before it was measured; in these
+    ``why_not_more`` lists causes of a shortfall too.
     """
 
     workload: WorkloadRecord
@@ -98,6 +100,7 @@ class MeasurementRecord(Record):
     runs: list[RunRecord]
     roofline: dict[Phase, RooflineRecord] | None = None
     why_not_more: list[CauseRecord] | None = None
+    gap: GapRecord | None = None
 
 
 class GoodputMetrics(Record):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from serving.benchmark.environment import library_versions, machine
-from serving.benchmark.goodput import Probe, find_highest_rate
+from serving.benchmark.goodput import MIN_PROBE_PROMPTS, alone_prompts, find_highest_rate, read_probe
 from serving.benchmark.journal import RESULTS_FILE, Journal, open_journal
 from serving.benchmark.ratios import SIDES
 from serving.benchmark.results import assemble_results, describe
@@ -19,12 +19,11 @@ from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.benchmark.settings import BenchmarkSettings, check_settings
 from serving.benchmark.side import Side, open_sides
 from serving.benchmark.table import as_csv, as_markdown
-from serving.benchmark.workload import Slo, Workload, prompts_at_rate
+from serving.benchmark.workload import Slo, Workload
 from toolchain.errors import SenteiError
 from toolchain.outputs import write_text, writes_directory
 from toolchain.significance import check_statistics
 
-_MIN_PROBE_PROMPTS, _MAX_PROBE_PROMPTS = 20, 3000
 # Between the seeds of one repeat's loads: random prompts begin alike under one seed, and a running server may cache
 # prefixes. More than there are repeats; a thousand loads stay below the warm-up's seed.
 _SEEDS_A_LOAD = 1000
@@ -122,6 +121,7 @@ def _conditions(settings: BenchmarkSettings, sides: Mapping[str, Side]) -> dict[
         "directories": {name: str(side.directory.resolve()) for name, side in sides.items()},
         "workloads": [describe(each) for each in settings.workloads],
         "slo": settings.slo and settings.slo.limits,
+        **({"attainment": settings.attainment} if settings.slo else {}),
     }
 
 
@@ -176,8 +176,7 @@ def _measure(
                 measured = session.measure(side, visit.repeat, _with_own_seed(workload, visit.load), name=name)
                 said = f"{workload.label}: {settings.primary} {_shown(measured[settings.primary])}"
             else:
-                assert settings.slo is not None
-                measured = _search_rate(session, visit, side, workloads[0], settings.slo)
+                measured = _search_rate(session, visit, side, workloads[0], settings)
                 said = f"meets the limits up to {measured['max_request_rate']:.3g} requests/s"
             break
         except EngineFailedError as error:
@@ -194,35 +193,40 @@ def _measure(
     on_progress(f"{where}, {said}")
 
 
-def _search_rate(session: Session, visit: Visit, side: Side, workload: Workload, slo: Slo) -> dict[str, Any]:
+def _search_rate(
+    session: Session, visit: Visit, side: Side, workload: Workload, settings: BenchmarkSettings
+) -> dict[str, Any]:
     loads, failed = count(visit.load), 0
 
-    def measure(name: str, num_prompts: int, *, concurrency: int | None = None, rate: float | None = None) -> Probe:
+    def measure(name: str, num_prompts: int, **arrivals: Any) -> dict[str, Any]:
         nonlocal failed
-        load = replace(workload, concurrency=concurrency, request_rate=rate, num_prompts=num_prompts)
+        load = replace(workload, num_prompts=num_prompts, **({"concurrency": None, "request_rate": None} | arrivals))
+        number = next(loads)
         measured = session.measure(
             side,
             visit.repeat,
-            _with_own_seed(load, next(loads)),
-            name=f"{side.name}-{visit.repeat}-slo-{name}",
-            slo=slo,
+            _with_own_seed(load, number),
+            name=f"{side.name}-{visit.repeat}-slo-{number - visit.load}-{name}",
+            slo=settings.slo,
         )
         failed += measured["failed"]
-        return Probe(
-            met=measured["request_goodput"] * measured["duration"] / num_prompts,
-            request_goodput=measured["request_goodput"],
-            request_throughput=measured["request_throughput"],
-        )
+        return measured
 
-    alone = measure("alone", _MIN_PROBE_PROMPTS, concurrency=1)
-    capacity = measure("capacity", max(workload.num_prompts, _MIN_PROBE_PROMPTS)).request_throughput
+    alone = measure("alone", alone_prompts(settings.attainment), concurrency=1)
+    capacity = measure("capacity", max(workload.num_prompts, MIN_PROBE_PROMPTS))["request_throughput"]
+    alone_met = [each.met for each in alone["requests"]]
     found = find_highest_rate(
         capacity,
-        lambda rate: measure(f"{rate:.4g}", min(prompts_at_rate(rate), _MAX_PROBE_PROMPTS), rate=rate),
-        alone=alone,
+        lambda rate, num_prompts: read_probe(
+            measure(f"{rate:.4g}", num_prompts, request_rate=rate)["requests"], rate=rate
+        ),
+        alone_met=sum(alone_met) / len(alone_met),
+        alone_s=alone["mean_e2el_ms"] / 1000,
+        attainment=settings.attainment,
     )
     # Requests that failed at a rate missed their objectives there: they are counted, and do not void the search.
-    return {**found, "capacity": capacity, "requests_failed": failed, "failed": 0}
+    return {**found, "alone_met": sum(alone_met) / len(alone_met), "capacity": capacity, "requests_failed": failed,
+            "failed": 0}  # fmt: skip
 
 
 def _with_own_seed(workload: Workload, load: int) -> Workload:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from serving.benchmark.engine_options import EngineShape, read_vllm_options
+from serving.benchmark.goodput import ATTAINMENT
 from serving.benchmark.metrics import DEFAULT_PRIMARY, check_primary
 from serving.benchmark.workload import Slo, Workload
 from serving.engines.spec import SERVERS, EngineSpec, engine_spec
@@ -15,6 +17,8 @@ from toolchain.errors import MissingDependencyError, SenteiError
 
 MIN_REPEATS = 3
 STALL_TIMEOUT_S = 600.0
+# Below half nobody is served; above, no search of affordable length tells a share from a higher one.
+_LEAST_ATTAINMENT, _MOST_ATTAINMENT = 0.5, 0.995
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -26,6 +30,7 @@ class BenchmarkSettings:
         engine: What runs both; a name of :data:`serving.engines.spec.ENGINES`.
         workloads: See :func:`serving.benchmark.workload.make_workloads`. The verdict is about the first.
         slo: If given, the highest request rate that meets these limits is searched for too; servers alone.
+        attainment: The share of the requests that must meet them.
         repeats: How often both are measured.
         primary: The metric that decides; the others are marked as exploratory.
         device: ``auto``, ``cpu`` or ``cuda``, of Transformers and ONNX; ``auto`` is an ONNX export's own. Servers and
@@ -43,6 +48,7 @@ class BenchmarkSettings:
     engine: str
     workloads: Sequence[Workload]
     slo: Slo | None = None
+    attainment: float = ATTAINMENT
     repeats: int = 5
     primary: str = DEFAULT_PRIMARY
     device: str = "auto"
@@ -67,6 +73,15 @@ class BenchmarkSettings:
     def widest(self) -> Workload:
         """The workload with the most requests in flight: a warm-up must be as wide."""
         return max(self.workloads, key=lambda workload: workload.width)
+
+    @property
+    def shape(self) -> EngineShape:
+        """What the engine's options change of what is expected.
+
+        Raises:
+            SenteiError: One of them changes it in a way that is not modelled.
+        """
+        return read_vllm_options(self.engine_options) if self.spec.is_vllm else EngineShape()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -96,6 +111,11 @@ def check_settings(settings: BenchmarkSettings, num_models: int) -> None:
         )
     if not spec.is_server and (settings.urls or settings.slo):
         raise SenteiError(f"Engine {spec.name} takes no --url and no --slo.", f"They are for {' and '.join(SERVERS)}.")
+    if not _LEAST_ATTAINMENT <= settings.attainment <= _MOST_ATTAINMENT:
+        raise SenteiError(
+            f"attainment is {settings.attainment}; it must be from {_LEAST_ATTAINMENT} to {_MOST_ATTAINMENT}.",
+            "It is the share of requests that must meet the limits, such as 0.95.",
+        )
     if settings.urls:
         _check_urls(settings.urls, num_models)
     elif num_models == 1:
@@ -130,6 +150,7 @@ def _check_engine_options(settings: BenchmarkSettings) -> None:
         raise SenteiError("The engine option --dtype would hide the precision from the results.", "Use --dtype.")
     if any(name.replace("_", "-") == "--api-key" for name in names):
         raise SenteiError("--api-key would be written into the results.", "Set VLLM_API_KEY: both sides take it.")
+    _ = settings.shape
 
 
 def _check_urls(urls: Sequence[str], num_models: int) -> None:

@@ -6,12 +6,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from serving.benchmark.ratios import SIDES
 from serving.benchmark.settings import BenchmarkSettings
+from serving.forecast.estimate import tiled_facts
 from serving.forecast.model_facts import ModelFacts, facts_of, facts_of_export, files_sha256, size_on_disk
 from serving.onnx_export.files import is_onnx_export, read_settings
 from toolchain.architecture.layout import LayerLayout
-from toolchain.checkpoint.directory import dtype_name
+from toolchain.checkpoint.directory import Checkpoint, dtype_name
 from toolchain.checkpoint.quantized import open_servable
 from toolchain.errors import SenteiError
 
@@ -25,6 +28,8 @@ class Side:
         directory: Of the checkpoint or the ONNX export.
         facts: What its files say.
         layout: Of a checkpoint's layers; an ONNX export does not say.
+        tiled_facts: Facts with each FFN as wide as the next multiple of what matrix units want; ``None`` of what is
+            quantised or an ONNX export.
         stored_dtype: Of a checkpoint's weights.
         export_device: What an ONNX export is made for.
         url: Of a server that runs it already.
@@ -35,6 +40,7 @@ class Side:
     directory: Path
     facts: ModelFacts
     layout: tuple[LayerLayout, ...] = ()
+    tiled_facts: ModelFacts | None = None
     stored_dtype: str | None = None
     export_device: str | None = None
     url: str | None = None
@@ -72,11 +78,15 @@ def _open(name: str, directory: Path, settings: BenchmarkSettings, url: str | No
         facts = facts_of_export(directory, export)
         return Side(name=name, directory=directory, facts=facts, export_device=export.device, url=url)
     checkpoint = open_servable(directory)
+    itemsize = getattr(torch, settings.dtype).itemsize if settings.dtype else checkpoint.dtype.itemsize
+    facts = facts_of(checkpoint, settings.dtype, size_on_disk_bytes=size_on_disk(directory))
+    tiled = tiled_facts(checkpoint, settings.dtype) if isinstance(checkpoint, Checkpoint) else None
     return Side(
         name=name,
         directory=directory,
-        facts=facts_of(checkpoint, settings.dtype, size_on_disk_bytes=size_on_disk(directory)),
+        facts=settings.shape.applied(facts, itemsize),
         layout=tuple(checkpoint.layout),
+        tiled_facts=None if tiled is None else settings.shape.applied(tiled, itemsize),
         stored_dtype=dtype_name(checkpoint.dtype),
         url=url,
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 from serving.forecast.device_probe import DevicePeaks
 from serving.forecast.estimate_document import EstimateDocument
-from serving.forecast.explain import explain
-from serving.forecast.model_facts import facts_of
+from serving.forecast.explain import TILE, limits_of_plan
+from serving.forecast.model_facts import ModelFacts, facts_of
 from serving.forecast.roofline import roofline
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import Checkpoint, opened
@@ -67,9 +67,8 @@ def estimate(
         "roofline": expected,
         "metrics": _metrics(expected, output_len, concurrency),
         "weight_bytes": {side: each.weight_bytes for side, each in facts.items()},
-        "limits": explain(
-            facts, expected, {side: {"mean_tpot_ms": None} for side in facts}, layout=layout,
-            context=input_len + output_len // 2, concurrency=concurrency,
+        "limits": limits_of_plan(
+            facts["pruned"], layout=layout, context=input_len + output_len // 2, concurrency=concurrency
         ),
         "peaks": asdict(peaks),
         "workload": load,
@@ -105,6 +104,16 @@ def planned_checkpoint(checkpoint: Checkpoint, layout: Sequence[LayerLayout]) ->
             shape[side[0]] = side[1] * layer.intermediate_size
         tensors[name] = replace(info, shape=tuple(shape))
     return replace(checkpoint, layout=tuple(layout), tensors=tensors)
+
+
+def tiled_facts(checkpoint: Checkpoint, dtype: str | None) -> ModelFacts:
+    """Facts of a checkpoint if each FFN were as wide as the next multiple of :data:`serving.forecast.explain.TILE`."""
+    layout = [
+        replace(layer, intermediate_size=math.ceil(layer.intermediate_size / TILE) * TILE)
+        for layer in checkpoint.layout
+    ]
+    wider = planned_checkpoint(checkpoint, layout)
+    return facts_of(wider, dtype, size_on_disk_bytes=wider.weight_bytes)
 
 
 def _metrics(

@@ -17,6 +17,31 @@ class CauseRecord(Record):
     text: str
 
 
+class GapCauseRecord(CauseRecord):
+    """A cause of the difference between measured and expected gain.
+
+    ``share`` is of the difference, from 0 to 1; null where one measurement cannot tell.
+    """
+
+    share: float | None
+
+
+class GapRecord(Record):
+    """The difference between measured and expected gain, divided among its causes; ``unexplained`` is what is left.
+
+    Shares are of ln(expected / measured).
+    """
+
+    metric: str
+    expected: float
+    measured: float
+    low: float
+    high: float
+    direction: Literal["below", "above"]
+    causes: list[GapCauseRecord]
+    unexplained: float
+
+
 class PhaseRecord(Record):
     """The least that one phase takes of one model on this device."""
 

@@ -1,4 +1,4 @@
-"""Why a measured gain falls short of the expected one: each cause that shows in the numbers, with those numbers."""
+"""What keeps a gain small, and what stood in the way of measuring it: each with the numbers in which it shows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from serving.forecast.model_facts import ModelFacts
 from toolchain.architecture.layout import LayerLayout
 
 TILE = 64
-_SHARE, _OVERHEAD, _BUSY_CORES = 0.25, 0.5, 0.9
+_SHARE, _BUSY_CORES = 0.25, 0.9
 _SHOWN_LAYERS = 6
 UNTILEABLE = (
     "FFN widths of %(count)s layers are no multiples of %(tile)s, which matrix units want (layer: width → nearest that "
@@ -28,22 +28,21 @@ KV_FULL_BOTH = (
     "The KV caches of both servers do not hold %(concurrency)s sequences of %(context)s tokens: requests wait for each "
     "other."
 )
-OVERHEAD_ALONE = (
-    "Of %(tpot)s ms a token, the roofline accounts for %(least)s ms. The rest is launches, scheduling, the server, or "
-    "kernels that do not reach the peak (at batch 1, starting kernels and scheduling weigh most). If the original "
-    "spends as much on it, the gain in decode is %(gain)sx."
-)
-OVERHEAD = (
-    "Of %(tpot)s ms a token, the roofline accounts for %(least)s ms. The rest is launches, scheduling, the server, or "
-    "kernels that do not reach the peak. If the original spends as much on it, the gain in decode is %(gain)sx."
-)
 CLIENT = "The load generator used %(cores)s processor cores: it may have been the limit, not the server."
 NOT_COMPILED = "The server ran without compiled kernels: %(said)s"
 THROTTLED = "A GPU slowed itself down while it was measured (%(reasons)s), which blurs every ratio."
+# In files from before shares were measured: there this stood for every gap, and only where it was half of the time.
+FORMER_MESSAGES = (
+    "Of %(tpot)s ms a token, the roofline accounts for %(least)s ms. The rest is launches, scheduling, the server, or "
+    "kernels that do not reach the peak (at batch 1, starting kernels and scheduling weigh most). If the original "
+    "spends as much on it, the gain in decode is %(gain)sx.",
+    "Of %(tpot)s ms a token, the roofline accounts for %(least)s ms. The rest is launches, scheduling, the server, or "
+    "kernels that do not reach the peak. If the original spends as much on it, the gain in decode is %(gain)sx.",
+)
 MESSAGES = (
-    UNTILEABLE, HEAD, KV_CACHE, *KV_FULL.values(), KV_FULL_BOTH, OVERHEAD_ALONE, OVERHEAD, CLIENT, NOT_COMPILED,
-    THROTTLED,
+    UNTILEABLE, HEAD, KV_CACHE, *KV_FULL.values(), KV_FULL_BOTH, CLIENT, NOT_COMPILED, THROTTLED, *FORMER_MESSAGES,
 )  # fmt: skip
+
 
 Told = tuple[str, dict[str, Any]]  # a message, and the values that go into it
 
@@ -65,52 +64,60 @@ class Observations:
     throttled: Sequence[str] = ()
 
 
-_NOTHING = Observations()
-
-
-def explain(
-    facts: Mapping[str, ModelFacts],
-    roofline: Mapping[str, Mapping[str, Any]],
-    medians: Mapping[str, Mapping[str, float | None]],
-    *,
-    layout: Sequence[LayerLayout],
-    context: int,
-    concurrency: int,
-    seen: Observations = _NOTHING,
+def limits_of_plan(
+    pruned: ModelFacts, *, layout: Sequence[LayerLayout], context: int, concurrency: int
 ) -> list[dict[str, Any]]:
-    """Every cause found; an empty list says that nothing here explains a shortfall.
+    """What will keep a gain down, by shapes alone.
 
     Args:
-        facts: By side.
-        roofline: See :func:`serving.forecast.roofline.roofline`.
-        medians: By side, metric to median.
-        layout: The pruned model's layers; empty if not known.
+        pruned: The pruned model's facts.
+        layout: Its layers; empty if not known.
         context: Mean tokens of a sequence while it is decoded.
         concurrency: Sequences decoded together.
-        seen: While they were measured.
 
     Returns:
         ``cause`` (a fixed word), ``message`` with its ``values`` put in as ``text``, so that it can be said in another
         language too.
     """
-    found = {
-        "untileable_widths": _untileable(layout),
-        "head": _head(facts["pruned"], context, concurrency),
-        "kv_cache": _kv_cache(facts["pruned"], context, concurrency),
-        "kv_cache_full": _kv_full(seen.kv_cache_tokens, context, concurrency),
-        "overhead": _overhead(roofline["decode"], medians, concurrency),
+    return told({"untileable_widths": untileable(layout), **_shares_read(pruned, context, concurrency)})
+
+
+def limits_of_measurement(
+    pruned: ModelFacts, seen: Observations, *, context: int, concurrency: int
+) -> list[dict[str, Any]]:
+    """What keeps the expectation itself down, and what blurs the measurement, whichever way it came out.
+
+    Args:
+        pruned: The pruned model's facts.
+        seen: While both models were measured.
+        context: Mean tokens of a sequence while it is decoded.
+        concurrency: Sequences decoded together.
+
+    Returns:
+        See :func:`limits_of_plan`.
+    """
+    return told({
+        **_shares_read(pruned, context, concurrency),
         "client": _client(seen.client_cpu_cores),
         "throttled": (THROTTLED, {"reasons": ", ".join(seen.throttled)}) if seen.throttled else None,
-        "not_compiled": (NOT_COMPILED, {"said": seen.not_compiled}) if seen.not_compiled else None,
-    }
+    })  # fmt: skip
+
+
+def told(found: Mapping[str, Told | None]) -> list[dict[str, Any]]:
+    """Causes as JSON has them, without those that were not found."""
     return [
-        {"cause": cause, "message": told[0], "values": told[1], "text": told[0] % told[1]}
-        for cause, told in found.items()
-        if told
+        {"cause": cause, "message": each[0], "values": each[1], "text": each[0] % each[1]}
+        for cause, each in found.items()
+        if each
     ]
 
 
-def _untileable(layout: Sequence[LayerLayout]) -> Told | None:
+def _shares_read(pruned: ModelFacts, context: int, concurrency: int) -> dict[str, Told | None]:
+    return {"head": _head(pruned, context, concurrency), "kv_cache": _kv_cache(pruned, context, concurrency)}
+
+
+def untileable(layout: Sequence[LayerLayout]) -> Told | None:
+    """The widths that matrix units do not like."""
     odd = {i: layer.intermediate_size for i, layer in enumerate(layout) if layer.intermediate_size % TILE}
     if not odd:
         return None
@@ -138,23 +145,13 @@ def _kv_cache(facts: ModelFacts, context: int, concurrency: int) -> Told | None:
     return KV_CACHE, {"share": f"{100 * share:.0f}", "concurrency": concurrency, "context": context}
 
 
-def _kv_full(tokens: Mapping[str, int | None], context: int, concurrency: int) -> Told | None:
+def kv_full(tokens: Mapping[str, int | None], context: int, concurrency: int) -> Told | None:
+    """Whose server cannot hold all sequences at once."""
     short = [side for side, held in tokens.items() if held is not None and held < concurrency * context]
     if not short:
         return None
     message = KV_FULL_BOTH if len(short) == 2 else KV_FULL[short[0]]
     return message, {"concurrency": concurrency, "context": context}
-
-
-def _overhead(
-    decode: Mapping[str, Any], medians: Mapping[str, Mapping[str, float | None]], concurrency: int
-) -> Told | None:
-    tpot, least = medians["pruned"]["mean_tpot_ms"], decode["pruned"]["at_least_ms"]
-    if not tpot or (rest := tpot - least) < _OVERHEAD * tpot:
-        return None
-    without_gain = (decode["original"]["at_least_ms"] + rest) / (least + rest)
-    message = OVERHEAD_ALONE if concurrency == 1 else OVERHEAD
-    return message, {"tpot": f"{tpot:.3g}", "least": f"{least:.3g}", "gain": f"{without_gain:.2f}"}
 
 
 def _client(cores: float | None) -> Told | None:

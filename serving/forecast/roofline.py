@@ -5,7 +5,7 @@ models' times is what pruning promises.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serving.forecast.device_probe import DevicePeaks
@@ -15,7 +15,8 @@ FORMULA = (
     "time = max(FLOPs / flops_per_s, bytes / bytes_per_s). Prefill, one prompt: FLOPs as under mean_ttft_ms; bytes = "
     "weights + KV cache written. Decode, one step of all sequences in flight: FLOPs = concurrency x (2 x (block matrix "
     "+ head parameters) + 4 x context x query width of the attending layers); bytes as under mean_tpot_ms; context = "
-    "input_len + output_len / 2. Gain = the original's time / the pruned model's."
+    "input_len + output_len / 2. Where tensor parallelism divides the model, both peaks are multiplied by the number "
+    "of GPUs. Gain = the original's time / the pruned model's."
 )
 PHASES = ("prefill", "decode")
 
@@ -73,6 +74,7 @@ def roofline(
     input_len: int,
     output_len: int,
     concurrency: int,
+    num_gpus: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """By phase: both models' costs and least times, and the gain.
 
@@ -82,7 +84,9 @@ def roofline(
         input_len: Prompt tokens.
         output_len: Output tokens.
         concurrency: Sequences decoded together.
+        num_gpus: That the model is divided over; what they tell each other is not counted.
     """
+    peaks = replace(peaks, flops_per_s=num_gpus * peaks.flops_per_s, bytes_per_s=num_gpus * peaks.bytes_per_s)
     shape = {"input_len": input_len, "output_len": output_len, "concurrency": concurrency}
     costs = {side: phase_costs(each, **shape) for side, each in facts.items()}
     return {

@@ -27,12 +27,27 @@ LABELS = {
     "kv_bytes_per_token": "KV cache per token",
     "kv_cache_tokens": "Tokens the KV cache holds",
     "startup_s": "Start-up time",
+    "startup_cold_s": "Start-up time, first start",
+    "startup_warm_s": "Start-up time, later starts",
     "energy_per_output_token_j": "Energy per output token",
 }
 # The curves of a sweep, and the distributions.
 _LATENCIES = {"mean_ttft_ms": "TTFT", "mean_tpot_ms": "TPOT", "mean_e2el_ms": "E2EL"}
 _TIMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
 _CHARTED = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms")
+# Formulas of files from before. The first is from when a server passed that answered half of what arrived.
+FORMER_RATE_FORMULA = (
+    "highest Poisson request rate tried at which 90% of the requests met every objective and at least 50% as many a "
+    "second were answered as arrived; from the rate of 20 or more requests sent at once it is halved until they do, or "
+    "doubled while they do, then four bisections on a logarithmic scale, so the rate found is up to 4.4 % below the "
+    "highest; failed requests miss their objectives"
+)
+FORMER_FORMULAS = (
+    FORMER_RATE_FORMULA,
+    "requests that met every objective / wall-clock time, at that rate (vLLM's request_goodput)",
+    "tokens that fit into the server's KV cache, from its log; both were given the same memory",
+    "from starting the engine until it could answer: loading, compiling and vLLM's own warm-up; the last start",
+)
 _ENGINES = {
     "transformers": "Transformers",
     "onnx": "ONNX Runtime",
@@ -84,7 +99,9 @@ def benchmark_view(source: Source, number: int, say: Say) -> dict[str, Any]:
             "options": flatten(results["options"], say),
             "models": {say(side): flatten(told, say) for side, told in results["models"].items()},
             "environment": flatten(results["environment"], say),
-            "formulas": _formulas(metrics, results["sizes"], expected, say),
+            "formulas": _formulas(
+                {**metrics, **(results["goodput"] or {}).get("metrics", {})}, results["sizes"], expected, say
+            ),
             "ratio_formula": say(results["ratio_formula"]),
             "repeats": len(first["runs"]),
         }
@@ -123,6 +140,7 @@ def _load(measurement: Mapping[str, Any], name: str, primary: str, say: Say) -> 
         "distributions": _distributions(measurement["percentiles"], name, say),
         "failed": {say(side): count for side, count in measurement["failed_requests"].items() if count},
         "causes": [_cause(each, say) for each in measurement.get("why_not_more") or []],
+        "gap": _gap(measurement["gap"], say) if measurement.get("gap") else None,
         "roofline": _roofline(measurement.get("roofline") or {}, say),
         "workload": flatten({name: each for name, each in measurement["workload"].items() if each is not None}, say),
         "runs": _raw_values(metrics, say),
@@ -238,16 +256,39 @@ def _goodput(found: Mapping[str, Any], name: str, say: Say) -> dict[str, Any]:
     rate = metrics["max_request_rate"]
     return {
         "limits": ", ".join(f"{time.upper()} ≤ {limit:g} ms" for time, limit in found["slo_ms"].items()),
-        "attainment": f"{100 * found['attainment']:.0f}",
+        "attainment": f"{100 * found['attainment']:g}",
+        "half_was_enough": rate["formula"] == FORMER_RATE_FORMULA,
         "speed": _speed(rate, None, say),
         "rows": [_metric_row(each, metric, None, say) for each, metric in metrics.items()],
         "unmet": [say(side) for side in tried if not all(rate[side]["values"])],
-        "chart": charts.attainment_chart(f"goodput-{name}", tried, found["attainment"], say),
+        "chart": charts.attainment_chart(f"goodput-{name}", tried, found["attainment"], say)
+        if any(tried.values())
+        else None,
     }
 
 
 def _cause(cause: Mapping[str, Any], say: Say) -> str:
     return say(cause["message"], **cause["values"])
+
+
+def _gap(gap: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """The difference between measured and expected gain, in a sentence and a table of its causes."""
+    values = {"expected": _times(gap["expected"], say), "measured": _times(gap["measured"], say),
+              "metric": say(LABELS.get(gap["metric"], gap["metric"])), "interval": _interval(gap, say)}  # fmt: skip
+    rows = [
+        (_cause(each, say), say("not known") if each["share"] is None else _percent(each["share"]))
+        for each in gap["causes"]
+    ]
+    return {
+        "sentence": say("%(metric)s: %(measured)s measured (%(interval)s), below the %(expected)s expected.", **values)
+        if gap["direction"] == "below"
+        else say("%(metric)s: %(measured)s measured (%(interval)s), above the %(expected)s expected.", **values),
+        "rows": [*rows, (say("unexplained"), _percent(gap["unexplained"]))],
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _roofline(phases: Mapping[str, Any], say: Say) -> list[dict[str, str]]:

@@ -1,10 +1,11 @@
 """From the files' numbers to the sentences and tables of the report. No HTML here but the charts' fragments."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from serving.report import removal_charts as charts
-from serving.report.format import flatten, format_bytes, format_change, format_count
+from serving.report.format import flatten, format_bytes, format_change, format_count, format_ratio
 from serving.report.inputs import ReportInputs
 from serving.report.quality import evaluation_view
 from serving.report.speed import benchmark_view
@@ -12,6 +13,7 @@ from serving.report.translate import Say
 from serving.saved_json import Source, fields_of
 from toolchain.plan.document import PlanDocument
 from toolchain.plan.views import sources_of
+from toolchain.significance import normal_margin
 
 
 def build_view(inputs: ReportInputs, say: Say) -> dict[str, Any]:
@@ -119,12 +121,14 @@ def _quality(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> d
     if not bars:
         return None
     before, after = bars[0][1], bars[-1][1]
+    judged = _judged(inputs, texts[0]) if texts else None
     return {
         "original": f"{before:.4g}",
         "pruned": f"{after:.4g}",
         "ratio": f"{after / before:.2f}",
         "change": format_change(after / before),
-        "worse": after > before,
+        "verdict": judged["verdict"] if judged else "worse" if after > before else "better",
+        "interval": judged and judged["interval"] and _times_interval(judged["interval"], say),
         "calibrated": not texts or bool(document and texts[0]["text"] == document.calibration.source),
         "text": texts[0]["text"] if texts else None,
         "texts": texts,
@@ -160,6 +164,34 @@ def _evaluated(text: str, sides: Mapping[str, Mapping[str, Any]]) -> dict[str, A
         "pruned": pruned,
         "change": format_change(pruned["perplexity"] / original["perplexity"]),
     }
+
+
+def _judged(inputs: ReportInputs, text: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Whether perplexity changed by more than chance: by the paired test of the evaluation, else by standard errors.
+
+    Returns:
+        ``verdict`` and ``interval``, of the ratio pruned/original; ``None`` where neither is known.
+    """
+    for source in reversed(inputs.evaluations):  # as the perplexities shown, which are those of the last
+        with fields_of(source) as content:
+            for each in content.get("text_comparisons") or []:
+                change = each["perplexity_ratio"]
+                if each["text"] == text["text"] and change["low"] is not None:
+                    return {"verdict": change["verdict"], "interval": (change["low"], change["high"])}
+    sides = [text[side] for side in ("original", "pruned")]
+    if any(not each["standard_error"] for each in sides):
+        return None
+    # Unpaired, and so wider than the paired interval that is not there.
+    error = math.sqrt(sum((each["standard_error"] / each["perplexity"]) ** 2 for each in sides))
+    center, margin = math.log(sides[1]["perplexity"] / sides[0]["perplexity"]), normal_margin(error)
+    low, high = math.exp(center - margin), math.exp(center + margin)
+    verdict = "worse" if low > 1 else "better" if high < 1 else "no difference shown"
+    return {"verdict": verdict, "interval": (low, high)}
+
+
+def _times_interval(interval: tuple[float, float], say: Say) -> str:
+    low, high = (format_ratio(each) if abs(each - 1) > 0.05 else f"{each:.3f}" for each in interval)
+    return say("%(low)sx to %(high)sx", low=low, high=high)
 
 
 def _calibration_perplexity(inputs: ReportInputs, document: PlanDocument | None) -> dict[str, float] | None:

@@ -85,6 +85,9 @@ def benchmark(
             help="Find the highest request rate that meets limits in ms: ttft=500,tpot=50.", rich_help_panel=_LOAD
         ),
     ] = None,
+    attainment: Annotated[
+        float, typer.Option(help="Share of requests that must meet the limits of --slo.", rich_help_panel=_LOAD)
+    ] = 0.9,
     range_ratio: Annotated[
         float, typer.Option(help="Draw lengths evenly within this share of them, such as 0.5.", rich_help_panel=_LOAD)
     ] = 0.0,
@@ -157,6 +160,7 @@ def benchmark(
             engine=engine.value,
             workloads=workloads,
             slo=None if slo is None else parse_slo(slo),
+            attainment=attainment,
             repeats=repeats,
             primary=primary,
             device=device,
@@ -206,7 +210,7 @@ def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
         console.print(f"A million output tokens cost {shown}.")
     if goodput := results["goodput"]:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in goodput["slo_ms"].items())
-        console.print(f"Highest load at which {goodput['attainment']:.0%} of requests meet {limits}:")
+        console.print(f"Highest load at which {100 * goodput['attainment']:g} % of requests meet {limits}:")
         _show_metrics(console, goodput["metrics"])
         _show_unmet(console, goodput["metrics"]["max_request_rate"])
 

@@ -11,7 +11,12 @@ from toolchain.cli.options import JsonOption, QuietOption
 
 
 def compare(
-    one: Annotated[Path, typer.Argument(metavar="A", help="results.json, or its directory.")],
+    one: Annotated[
+        Path,
+        typer.Argument(
+            metavar="A", help="results.json or its directory, or a JSON file of vllm bench serve, guidellm or aiperf."
+        ),
+    ],
     other: Annotated[Path, typer.Argument(metavar="B", help="Another, of another day, machine or version.")],
     *,
     as_json: JsonOption = False,
@@ -19,10 +24,37 @@ def compare(
 ) -> None:
     """Set two benchmarks side by side, or say why they cannot be compared."""
     output = Output(as_json=as_json, quiet=quiet)
-    from serving.benchmark.compare_runs import compare_results
+    from serving.benchmark.compare_tools import compare_files
 
-    result = compare_results(one, other)
-    output.result(result, lambda console: _show(console, result))
+    result = compare_files(one, other)
+    show = _show_pairs if "pairs" in result else _show
+    output.result(result, lambda console: show(console, result))
+
+
+def _show_pairs(console: Console, result: dict[str, Any]) -> None:
+    for pair in result["pairs"]:
+        before, after = (f"{pair[name]['tool']}, {pair[name]['model']}" for name in ("a", "b"))
+        console.print(f"A: {before} → B: {after}: {_load_told(pair['a'])}")
+        for name, count in pair["failed_requests"].items():
+            if count:
+                console.print(f"  {name.upper()}: {count} requests failed, so nothing is compared.")
+        for name, metric in pair["metrics"].items():
+            ratio = metric["ratio"]
+            interval = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio["low"] is not None else ""
+            console.print(
+                f"  {name:<24} {metric['a']:>9.4g} → {metric['b']:>9.4g} {metric['unit']:<10} "
+                f"{ratio['value']:.2f}{interval}{', ' + metric['verdict'] if metric['verdict'] else ''}",
+            )
+    for name, why in result["not_compared"]:
+        console.print(f"Not compared: {name}: {why}.")
+    if result["note"]:
+        console.print(result["note"])
+
+
+def _load_told(load: dict[str, Any]) -> str:
+    rate = f", {load['request_rate']:g} requests/s" if load["request_rate"] else ""
+    at_a_time = f", {load['concurrency']} at a time" if load["concurrency"] else ""
+    return f"{load['input_len']:.4g} tokens in, {load['output_len']:.4g} out{at_a_time}{rate}"
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
@@ -56,12 +88,20 @@ def _show(console: Console, result: dict[str, Any]) -> None:
 
 def _show_metrics(console: Console, metrics: dict[str, Any]) -> None:
     for name, metric in metrics.items():
+        role = " (exploratory)" if metric["role"] == "exploratory" else ""
         for side in ("original", "pruned"):
             if (found := metric[side]) is None:
                 continue
-            ratio = found["ratio"]
+            ratio, verdict = found["ratio"], found["verdict"]
             console.print(
                 f"  {name:<24} {side:<9} {found['a']:>9.4g} → {found['b']:>9.4g} {metric['unit']:<10} "
-                f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}), {found['verdict']}"
-                f"{' (exploratory)' if metric['role'] == 'exploratory' else ''}",
+                f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+                f"{f', {verdict}{role}' if verdict else ''}",
+            )
+        if found := metric["pruned_against_original"]:
+            ratio = found["ratio"]
+            gains = f"{found['a']:.3g}x → {found['b']:.3g}x"
+            console.print(
+                f"  {'':<24} gain over the original: {gains}, {ratio['value']:.2f} ({ratio['low']:.2f} to "
+                f"{ratio['high']:.2f}), {found['verdict']}{role}",
             )

@@ -1,5 +1,6 @@
 """Servers in the benchmark, vLLM's and ONNX Runtime's, driven by ``vllm bench serve``; its figures are kept."""
 
+import json
 import os
 import re
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from serving.benchmark.goodput import AskedRequest
 from serving.benchmark.gpu_watch import MemoryBefore, energy, watched_gpus
 from serving.benchmark.metrics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
 from serving.benchmark.sessions.sides import SideProcesses, free_log
@@ -29,6 +31,8 @@ _LONGEST_GAP = 20
 # A search for the highest rate also tries rates that a server cannot keep up with; who waits then counts, and is not
 # turned away.
 _MOST_QUEUED = 100_000
+# What --save-detailed adds.
+_DETAILS = frozenset({"input_lens", "output_lens", "start_times", "ttfts", "itls", "generated_texts", "errors"})
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _WEIGHTS_GIB = re.compile(r"[Mm]odel loading took ([\d.]+) Gi?B")
 # Without what stands before a message in vLLM's log: process, level, time, file and line.
@@ -77,11 +81,11 @@ class ServerSession:
             repeat: Which; it moves the seed.
             workload: What to ask.
             name: Of vLLM's result file.
-            slo: Limits that ``request_goodput`` counts by.
+            slo: Limits that each request is judged by.
 
         Returns:
-            A value for each of :data:`serving.benchmark.metrics.METRICS`, ``request_goodput`` if there are
-            limits, and ``completed``, ``failed``, ``first_error``, ``client_cpu_cores``.
+            A value for each of :data:`serving.benchmark.metrics.METRICS`, ``request_goodput`` and ``requests`` (what
+            became of each) if there are limits, and ``completed``, ``failed``, ``first_error``, ``client_cpu_cores``.
 
         Raises:
             EngineFailedError: The server died, hung, or failed every request; the end of its log is in the message.
@@ -93,11 +97,16 @@ class ServerSession:
         options = _load_options(workload, workload.seed + repeat, workload.num_prompts, self._prompts_file)
         if slo:
             options += ["--goodput", *(f"{metric}:{limit:g}" for metric, limit in slo.limits.items())]
+            options.append("--save-detailed")
+        file = self._out / "vllm" / f"{name}.json"
         # Unknown of a server that was there before us: the GPUs here may not be its own.
         with watched_gpus(side.engine_report["device"]) as gpus:
-            result = self._bench(side, base_url, options, self._out / "vllm" / f"{name}.json", _longest_gap_s(workload))
+            result = self._bench(side, base_url, options, file, _longest_gap_s(workload))
         seen = gpus.last(result["duration"])
-        return {**_metrics(workload, result), **energy(seen, result["total_output_tokens"])}
+        asked = {"requests": asked_requests(result, slo)} if slo else {}
+        if slo:
+            _drop_details(file)
+        return {**_metrics(workload, result), **asked, **energy(seen, result["total_output_tokens"])}
 
     def drop(self, side: Side) -> None:
         """Stops a side's server; the next measurement starts another."""
@@ -250,6 +259,35 @@ def _metrics(workload: Workload, result: Mapping[str, Any]) -> dict[str, Any]:
         "completed": completed,
         "failed": workload.num_prompts - completed,
     }
+
+
+def asked_requests(result: Mapping[str, Any], slo: Slo) -> list[AskedRequest]:
+    """What became of each request, by vLLM's own lists and its definitions of TTFT, TPOT and E2EL.
+
+    Args:
+        result: Of ``vllm bench serve --save-detailed``; versions before 0.32 have no ``latencies``.
+        slo: The limits.
+    """
+    asked = []
+    for i, (sent_s, ttft_s, gaps_s) in enumerate(
+        zip(result["start_times"], result["ttfts"], result["itls"], strict=True)
+    ):
+        if result["errors"][i] or ttft_s <= 0:
+            asked.append(AskedRequest(sent_s=sent_s, ended_s=None, met=False))
+            continue
+        latency_s = result["latencies"][i] if "latencies" in result else ttft_s + sum(gaps_s)
+        num_tokens = result["output_lens"][i]
+        tpot_s = (latency_s - ttft_s) / (num_tokens - 1) if num_tokens > 1 else 0.0
+        times_ms = {"ttft": 1000 * ttft_s, "tpot": 1000 * tpot_s, "e2el": 1000 * latency_s}
+        met = all(times_ms[name] <= limit for name, limit in slo.limits.items())
+        asked.append(AskedRequest(sent_s=sent_s, ended_s=sent_s + latency_s, met=met))
+    return asked
+
+
+def _drop_details(file: Path) -> None:
+    """Leaves what vLLM writes without ``--save-detailed``: the rest is megabytes for each of a hundred probes."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    write_text(file, json.dumps({name: each for name, each in content.items() if name not in _DETAILS}))
 
 
 def engine_facts(text: str) -> dict[str, Any]:

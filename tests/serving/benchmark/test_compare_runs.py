@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import pytest
@@ -42,10 +43,39 @@ def test_a_faster_day_is_seen_and_what_changed_is_listed(runs):
     (load,) = result["loads"]
     throughput = load["metrics"]["output_throughput"]
     assert throughput["original"]["verdict"] == "no difference shown"
-    assert throughput["pruned"]["verdict"] == "better"
+    assert throughput["pruned_against_original"]["verdict"] == "better"
     assert load["metrics"]["mean_tpot_ms"]["pruned"]["ratio"]["value"] < 1
-    assert load["metrics"]["mean_tpot_ms"]["pruned"]["verdict"] == "better"
+    assert load["metrics"]["mean_tpot_ms"]["pruned_against_original"]["verdict"] == "better"
     assert result["changed"] == [["environment.versions.torch", "2.13.0", "2.14.0"]]
+
+
+def test_a_faster_machine_is_no_better_pruning(runs):
+    """Both models are 30 % faster on day B: whoever reads that must not take the day for the plan."""
+    for name in ("a", "b"):
+        write_results(runs[0].parent / name, gains=[1.2, 1.22, 1.21])
+    file = runs[1] / "results.json"
+    content = json.loads(file.read_text())
+    for metric in content["measurements"][0]["metrics"].values():
+        faster = 1.3 if metric["better"] == "higher" else 1 / 1.3
+        for side in ("original", "pruned"):
+            metric[side]["values"] = [faster * value for value in metric[side]["values"]]
+    file.write_text(json.dumps(content))
+    (load,) = compare_results(*runs)["loads"]
+    for metric in load["metrics"].values():
+        assert metric["original"]["verdict"] == "better"
+        assert metric["pruned"]["verdict"] is None
+        assert metric["pruned_against_original"]["ratio"]["value"] == pytest.approx(1.0)
+        assert metric["pruned_against_original"]["verdict"] == "no difference shown"
+    said = sentei("compare", *runs).stdout
+    assert "gain over the original: 1.21x → 1.21x, 1.00" in said
+    assert not re.search(r" pruned .*better", said)
+
+
+def test_a_rate_by_an_older_rule_is_left_out_and_the_rest_compared(searched):
+    change(searched[0], goodput__metrics__max_request_rate__formula="at least 50% as many")
+    result = compare_results(*searched)
+    assert result["goodput_left_out"]
+    assert result["loads"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +115,7 @@ def test_the_highest_rates_are_compared(searched):
     change(searched[1], goodput__metrics__max_request_rate__pruned__values=[6.0, 6.0, 6.0])
     goodput = compare_results(*searched)["goodput"]
     assert goodput["metrics"]["max_request_rate"]["pruned"]["ratio"]["value"] == pytest.approx(2.0)
-    assert goodput["metrics"]["max_request_rate"]["pruned"]["verdict"] == "better"
+    assert goodput["metrics"]["max_request_rate"]["pruned_against_original"]["verdict"] == "better"
     assert "Highest load with ttft 500 ms, tpot 50 ms: A → B" in sentei("compare", *searched).stdout
     change(searched[1], goodput__metrics__max_request_rate__pruned__values=[6.0, 0.0, 6.0])
     assert compare_results(*searched)["goodput"]["unmet"] == ["pruned"]

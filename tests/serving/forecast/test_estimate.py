@@ -5,7 +5,7 @@ import pytest
 from serving.forecast import device_probe
 from serving.forecast.device_probe import DevicePeaks, probe_device
 from serving.forecast.estimate import estimate, planned_checkpoint
-from serving.forecast.explain import Observations, explain
+from serving.forecast.explain import Observations, limits_of_measurement
 from serving.forecast.model_facts import checkpoint_facts, facts_of
 from serving.forecast.roofline import phase_costs, roofline
 from tests.command_line import sentei
@@ -83,22 +83,17 @@ def test_an_estimate_of_the_wrong_model_is_refused(models):
 @pytest.mark.parametrize(
     ("changed", "cause", "says"),
     [
-        ({"tpot": 100.0, "concurrency": 1}, "overhead", "the gain in decode is 1.0"),
         ({"context": 4000}, "kv_cache", "4000 tokens each"),
-        ({"kv_cache_tokens": {"original": 20, "pruned": 900}}, "kv_cache_full", "original model's server"),
         ({"client_cpu_cores": 1.0}, "client", "1.0 processor cores"),
-        ({"not_compiled": "Enforce eager set"}, "not_compiled", "Enforce eager set"),
+        ({"throttled": ["power cap"]}, "throttled", "slowed itself down"),
     ],
 )
 def test_each_cause_is_found_where_it_is_and_only_there(models, changed, cause, says):
-    facts = dict(zip(("original", "pruned"), (checkpoint_facts(each, None) for each in models), strict=True))
-    expected = roofline(facts, PEAKS, **SHAPE)
+    facts = checkpoint_facts(models[1], None)
 
-    def causes(tpot=expected["decode"]["pruned"]["at_least_ms"], **changed):
+    def causes(**changed):
         shape = {name: changed.pop(name, value) for name, value in (("context", 12), ("concurrency", 3))}
-        seen = Observations(**({"client_cpu_cores": 0.2} | changed))
-        medians = {side: {"mean_tpot_ms": tpot} for side in facts}
-        found = explain(facts, expected, medians, layout=(), **shape, seen=seen)
+        found = limits_of_measurement(facts, Observations(**({"client_cpu_cores": 0.2} | changed)), **shape)
         return {each["cause"]: each["text"] for each in found}
 
     assert cause not in causes()

@@ -10,9 +10,11 @@ from serving.benchmark.gpu_watch import NOT_RECORDED
 from serving.benchmark.metrics import METRICS
 from serving.benchmark.ratios import compare_repeats
 from serving.forecast.explain import CLIENT
+from serving.forecast.gap import OVERHEAD
 from serving.report import render as report
 from serving.report.format import format_bytes, format_change, format_count, format_ratio
 from serving.report.render import render_report
+from serving.report.speed import FORMER_FORMULAS
 from serving.report.speed_charts import _ratio_ticks
 from serving.report.translate import Say
 from tests.command_line import refused, sentei
@@ -393,3 +395,70 @@ def test_numbers_for_people():
     assert [format_count(n) for n in (7, 134_515_008, 8_030_000_000)] == ["7", "134.5M", "8.03B"]
     assert [format_ratio(r) for r in (0.00451, 0.95, 1.234, 292.34)] == ["0.0045", "0.95", "1.23", "292"]
     assert [format_change(r) for r in (0.8, 1.0, 1.256, 2.5)] == ["−20.0 %", "±0 %", "+25.6 %", "+150 %"]
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict, colour", [(0.995, 1.011, "no difference shown", "open"), (1.01, 1.05, "worse", "bad")]
+)
+def test_only_damage_beyond_chance_is_red(tmp_path, low, high, verdict, colour):
+    write_evaluation(tmp_path / "run")
+    file = tmp_path / "run" / "evaluation.json"
+    content = json.loads(file.read_text())
+    for entry in content["evaluations"]:
+        entry["perplexity"] = 20.0 if entry["model"] == "original" else 20.06
+    content["text_comparisons"] = [{
+        "text": content["evaluations"][0]["text"], "worst_passages": [],
+        "perplexity_ratio": {"value": 1.003, "low": low, "high": high, "p_value": 0.4, "test": "t", "verdict": verdict},
+    }]  # fmt: skip
+    file.write_text(json.dumps(content))
+    for name in ("report.html", "report.md"):
+        render_report([tmp_path / "run"], tmp_path / name)
+    page = page_text(tmp_path / "report.html")
+    card = page[page.rindex('<div class="card', 0, page.index("Perplexity, lower is better")) :]
+    assert card.startswith(f'<div class="card {colour}">')
+    said = f"the 95 % interval of the ratio, {low:.3f}x to {high:.3f}x, contains 1"
+    assert (said in (tmp_path / "report.md").read_text(encoding="utf-8")) == (colour == "open")
+
+
+def test_a_rise_within_the_standard_errors_is_not_red_either(tmp_path):
+    """Evaluations from before there was a paired test."""
+    write_evaluation(tmp_path / "run")
+    file = tmp_path / "run" / "evaluation.json"
+    content = json.loads(file.read_text())
+    for entry in content["evaluations"]:
+        entry |= {"perplexity": 20.0 if entry["model"] == "original" else 20.3, "standard_error": 0.4}
+    content.pop("text_comparisons", None)
+    file.write_text(json.dumps(content))
+    render_report([tmp_path / "run"], tmp_path / "report.html")
+    page = page_text(tmp_path / "report.html")
+    assert '<div class="card open">\n<p class="what">Perplexity, lower is better' in page
+
+
+def test_a_gap_is_said_with_the_share_of_each_cause(tmp_path):
+    write_results(tmp_path / "b", gains=[1.1, 1.11, 1.12])
+    file = tmp_path / "b" / "results.json"
+    results = json.loads(file.read_text())
+    values = {"tpot": "4.76", "least": "3.1", "gain": "1.17"}
+    results["measurements"][0]["gap"] = {
+        "metric": "output_throughput", "expected": 1.25, "measured": 1.11, "low": 1.08, "high": 1.14,
+        "direction": "below", "unexplained": 0.27,
+        "causes": [{"cause": "overhead", "share": 0.73, "message": OVERHEAD, "values": values, "text": "..."}],
+    }  # fmt: skip
+    file.write_text(json.dumps(results))
+    for language, said in (("en", ("4.76 ms a token", "unexplained")), ("ja", ("4.76 ms のうち", "説明できない分"))):
+        render_report([tmp_path / "b"], tmp_path / f"{language}.html", language=language)
+        text = page_text(tmp_path / f"{language}.html")
+        for expected in (*said, "73 %", "27 %"):
+            assert expected in text
+
+
+def test_a_rate_by_the_rule_that_let_half_pass_is_marked(tmp_path):
+    write_sweep(tmp_path / "sweep")
+    file = tmp_path / "sweep" / "results.json"
+    results = json.loads(file.read_text())
+    render_report([tmp_path / "sweep"], tmp_path / "new.html")
+    assert "answered half of what arrived" not in page_text(tmp_path / "new.html")
+    results["goodput"]["metrics"]["max_request_rate"]["formula"] = FORMER_FORMULAS[0]
+    file.write_text(json.dumps(results))
+    render_report([tmp_path / "sweep"], tmp_path / "old.html")
+    assert "answered half of what arrived" in page_text(tmp_path / "old.html")

@@ -12,9 +12,9 @@ import pytest
 from serving.benchmark import goodput, metrics, ratios
 from serving.benchmark import gpu_watch as gpu_state
 from serving.benchmark import results as bench_results
-from serving.forecast import explain, model_facts, roofline
+from serving.forecast import explain, gap, model_facts, roofline
 from serving.report import translate as messages_module
-from serving.report.speed import LABELS
+from serving.report.speed import FORMER_FORMULAS, LABELS
 from serving.report.translate import LANGUAGES, Say
 from toolchain.significance import Verdict
 
@@ -24,6 +24,8 @@ TRANSLATED = [language for language in LANGUAGES if language != "en"]
 SAID_OF_DATA = {
     *LABELS.values(),
     *explain.MESSAGES,
+    *gap.MESSAGES,
+    *FORMER_FORMULAS,
     *(metric.formula for metric in (*metrics.METRICS, *goodput.GOODPUT_METRICS)),
     *(formula for _, formula in model_facts.SIZE_FORMULAS.values()),
     *bench_results.FORMULAS,

@@ -72,14 +72,20 @@ def asked(monkeypatch):
         result |= {"completed": num_prompts - record["failed"], "failed": record["failed"], "duration": 10.0}
         result |= {"output_throughput": 100.0, "total_token_throughput": 300.0, "request_throughput": 16.0}
         result |= {"first_error": None, "total_output_tokens": 400, "client_cpu_cores": 0.1, "request_goodput": None}
-        if "--goodput" in options and "--request-rate" in options:
-            rate = float(options[options.index("--request-rate") + 1])
-            share = 1.0 if rate <= record["limit"][str(model_dir)] else 0.5
-            result["request_goodput"] = share * num_prompts / 10.0
-        elif "--goodput" in options:
-            single = "--max-concurrency" in options and record["limit"][str(model_dir)] > 0
-            result["request_goodput"] = num_prompts / 10.0 if single else 0.0
-        result_file.write_text("{}")
+        if "--goodput" in options:
+            assert "--save-detailed" in options
+            rate = float(options[options.index("--request-rate") + 1]) if "--request-rate" in options else 16.0
+            limit = record["limit"][str(model_dir)]
+            late = limit == 0 or ("--request-rate" in options and rate > limit)
+            # Beyond the limit every other request is late, and the server keeps up all the same.
+            ttfts = [60.0 if late and number % 2 else 0.005 for number in range(num_prompts)]
+            result |= {
+                "start_times": [number / rate for number in range(num_prompts)], "ttfts": ttfts,
+                "itls": [[0.005] * 3] * num_prompts, "latencies": [each + 0.015 for each in ttfts],
+                "output_lens": [4] * num_prompts, "errors": [""] * num_prompts, "request_goodput": 1.0,
+                "generated_texts": ["word"] * num_prompts,
+            }  # fmt: skip
+        result_file.write_text(json.dumps(result))
         return result
 
     monkeypatch.setattr(bench_server, "running_server", running_server)
@@ -230,6 +236,9 @@ def test_the_highest_rate_that_meets_the_limits_is_found_for_each_model(pico_mod
     metric = results["goodput"]["metrics"]["max_request_rate"]
     for side, limit in (("original", 3.0), ("pruned", 9.0)):
         assert limit / 2 ** (1 / 16) < metric[side]["median"] <= limit
+    (kept,) = (tmp_path / "out" / "vllm").glob("original-0-slo-1-capacity.json")
+    # What each of thousands of requests came to, a hundred times over, would fill the disk.
+    assert not {"itls", "generated_texts", "start_times"} & json.loads(kept.read_text()).keys()
     assert metric["verdict"] == "better"
     searched = next(options for _, options, name in asked["loads"] if name.startswith("original-0-slo"))
     assert searched[searched.index("--goodput") + 1 :][:2] == ["ttft:500", "tpot:50"]
@@ -255,7 +264,7 @@ def test_limits_that_no_load_meets_give_no_ratio(pico_model, asked, tmp_path):
     assert results["goodput"]["metrics"]["max_request_rate"]["gain"] is None
     assert results["goodput"]["runs"][0]["original"]["max_request_rate"] == 0
     searched = [name for _, _, name in asked["loads"] if name.startswith("original-0-slo")]
-    assert searched == ["original-0-slo-alone.json", "original-0-slo-capacity.json"]
+    assert searched == ["original-0-slo-0-alone.json", "original-0-slo-1-capacity.json"]
     render_report([tmp_path / "out"], tmp_path / "report.html")
     assert "Not even the lowest rate tried met them" in (tmp_path / "report.html").read_text(encoding="utf-8")
 

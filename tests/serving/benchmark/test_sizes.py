@@ -1,0 +1,52 @@
+"""Start-up and KV cache: what a buyer would compare must be comparable, or say that it is not."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from serving.benchmark import results as bench_results
+from serving.benchmark.journal import Journal
+from serving.benchmark.settings import BenchmarkSettings
+from serving.benchmark.workload import make_workloads
+
+
+def sizes_of(tmp_path, monkeypatch, *, device, options=()):
+    """Sizes of a benchmark whose first starts took 60 s and whose later ones took 10 and 8."""
+    monkeypatch.setattr(bench_results, "compare_sizes", lambda *facts: {})
+    journal = Journal(tmp_path)
+    for repeat in range(4):
+        for side, warm_s in (("original", 10.0), ("pruned", 8.0)):
+            report = {"startup_s": warm_s + (repeat == 0) * (60.0 - warm_s), "kv_cache_tokens": 1000, "device": device}
+            for load in range(2):
+                journal.record((repeat, load, side), {}, report)
+    sides = {
+        side: SimpleNamespace(facts=None, engine_report=journal.engine_report(side)) for side in ("original", "pruned")
+    }
+    settings = BenchmarkSettings(engine="vllm", workloads=make_workloads(engine="vllm"), engine_options=options)
+    return bench_results._sizes(settings, sides, journal)
+
+
+def test_the_first_start_and_the_later_ones_are_apart_and_only_these_are_compared(tmp_path, monkeypatch):
+    sizes = sizes_of(tmp_path, monkeypatch, device="cuda")
+    assert (sizes["startup_cold_s"]["original"], sizes["startup_cold_s"]["pruned"]) == (60.0, 60.0)
+    # The original started first and read what the pruned model's start then found in memory.
+    assert sizes["startup_cold_s"]["ratio"] is None
+    assert (sizes["startup_warm_s"]["original"], sizes["startup_warm_s"]["pruned"]) == (10.0, 8.0)
+    assert sizes["startup_warm_s"]["ratio"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    "device, options, says, says_not",
+    [
+        ("cuda", [], "what the weights leave", "same memory"),
+        ("cuda", ["--kv-cache-memory-bytes=1G"], "given the same memory", "weights leave"),
+        ("cpu", [], "given the same memory", "weights leave"),
+        (None, [], "is not known", "same memory"),
+    ],
+)
+def test_a_larger_cache_is_not_called_the_same_memory_where_it_is_not(
+    tmp_path, monkeypatch, device, options, says, says_not
+):
+    formula = sizes_of(tmp_path, monkeypatch, device=device, options=options)["kv_cache_tokens"]["formula"]
+    assert says in formula
+    assert says_not not in formula
