@@ -17,6 +17,7 @@ Pruned models stay in ``--work``; an export is deleted when it was verified. Res
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from typing import Annotated, Any
 
 import typer
@@ -288,8 +289,8 @@ _SIZES = ("num_parameters", "weight_bytes")
 
 def _quality(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """What is left: one line per method and sparsity."""
-    lines = ["| | removed | attentions removed | parameters | WikiText-2 | C4 | times the original's | vLLM | ONNX |"]
-    lines.append("|" + " --- |" * 9)
+    names = ["removed", "attentions removed", "parameters", "WikiText-2", "C4", "times the original's", "still lost"]
+    lines = [f"| | {' | '.join(names)} | vLLM | ONNX |", "|" + " --- |" * (len(names) + 3)]
     original = _perplexities(rows.get(ORIGINAL, {}))
     for row, cells in rows.items():
         pruned, perplexities = cells.get("prune", {}).get("said") or {}, _perplexities(cells)
@@ -302,11 +303,22 @@ def _quality(rows: Mapping[str, Mapping[str, Any]]) -> str:
             *(f"{each:.2f}" for each in perplexities or ()),
             *([""] * (0 if perplexities else 2)),
             "" if ratio is None else f"{ratio:.3f}",
+            _still_lost(rows, row),
             _verdict(cells, "verify vllm"),
             _verdict(cells, "export onnx"),
         ]
         lines.append("| " + " | ".join(words) + " |")
     return "\n".join(lines)
+
+
+def _still_lost(rows: Mapping[str, Mapping[str, Any]], row: str) -> str:
+    """Which part of the nats that 2SSP loses at the same sparsity this row still loses, on average over the texts."""
+    published = row.replace("default", "2ssp")
+    known = [_perplexities(rows.get(each, {})) for each in (ORIGINAL, row, published)]
+    if row == published or not all(known):
+        return ""
+    shares = [math.log(ours / whole) / math.log(lost / whole) for whole, ours, lost in zip(*known, strict=True)]
+    return f"{fmean(shares):.2f}"
 
 
 def _perplexities(cells: Mapping[str, Any]) -> list[float] | None:
@@ -322,24 +334,24 @@ def _verdict(cells: Mapping[str, Any], step: str) -> str:
 
 def _costs(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """What it took: one line per step, with the stages that it told of."""
-    names = ["step", "wall s", "CPU s", "anonymous GB", "resident GB", "from disk GB", "asked of read GB"]
+    names = ["step", "load", "wall s", "CPU s", "anonymous GB", "resident GB", "from disk GB", "asked of read GB"]
     lines = [f"| | {' | '.join(names)} |", "|" + " --- |" * (len(names) + 1)]
     for row, cells in rows.items():
         for step in STEP_NAMES:
             if step not in cells:
                 continue
             cost = cells[step]["cost"]
-            lines.append(_cost_line(row, step, cost))
+            lines.append(_cost_line(row, step, f"{cells[step]['load_before']:.1f}", cost))
             if step == "prune":
-                lines += [_cost_line("", f"… {stage['stage']}", stage) for stage in cost["stages"]]
+                lines += [_cost_line("", f"… {stage['stage']}", "", stage) for stage in cost["stages"]]
     return "\n".join(lines)
 
 
-def _cost_line(row: str, step: str, cost: Mapping[str, Any]) -> str:
+def _cost_line(row: str, step: str, load: str, cost: Mapping[str, Any]) -> str:
     sizes = ("peak_anonymous_bytes", "peak_resident_bytes", "bytes_from_disk", "bytes_asked_of_read")
     numbers = [f"{cost['wall_s']:.0f}", f"{cost['cpu_s']:.0f}" if "cpu_s" in cost else ""]
     numbers += [f"{cost[size] / 1e9:.2f}" if size in cost else "" for size in sizes]
-    return f"| {row} | {step} | {' | '.join(numbers)} |"
+    return f"| {row} | {step} | {load} | {' | '.join(numbers)} |"
 
 
 def _failures(rows: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
@@ -353,11 +365,14 @@ def _failures(rows: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
 
 
 _NOTES = (
-    "Perplexity of text that took no part in pruning, and its geometric mean over both texts against the original's. "
-    "vLLM and ONNX: whether the export gave the checkpoint's answers, by `sentei verify` in vLLM and by `sentei "
-    "export onnx`. Of each command: seconds by the clock and of all processors, the highest memory of its processes, "
-    "bytes that came from the disk while the page cache was kept empty of the model, and bytes that `read` returned, "
-    "cached or not (weights are mapped, not read). A stage lasts from the end of the one before it."
+    "Perplexity of text that took no part in pruning, and its geometric mean over both texts against the original's; "
+    "still lost: the part of the nats that 2SSP loses at the same sparsity, `ln(ours / original) / ln(2SSP / "
+    "original)`, mean of both texts. vLLM and ONNX: whether the export gave the checkpoint's answers, by `sentei "
+    "verify` in vLLM and by `sentei export onnx`. Of each command: the machine's load in the minute before it (where "
+    "other work ran beside it, compare the processors' seconds, not the clock's), seconds by the clock and of all "
+    "processors, the highest memory of its processes, bytes that came from the disk while the page cache was kept "
+    "empty of the model, and bytes that `read` returned, cached or not (weights are mapped, not read). A stage lasts "
+    "from the end of the one before it."
 )
 
 

@@ -76,9 +76,21 @@ def test_a_killed_run_loses_the_cell_that_it_was_in(bench):
     assert list(rows["default 0.25"]) == ["prune", "evaluate", "export onnx", "export vllm", "verify vllm"]
     assert bench("*/original/evaluate") == ["evaluate"]
     assert (
-        "| default 0.25 | 25.0% | 0 | 10 | 30.00 | 30.00 | 1.500 | verified | verified |"
+        "| default 0.25 | 25.0% | 0 | 10 | 30.00 | 30.00 | 1.500 |  | verified | verified |"
         in (bench.place / "results.md").read_text()
     )
+
+
+def test_what_is_still_lost_of_what_2ssp_loses(bench):
+    """2SSP quadruples perplexity, this doubles it on one text and leaves the other as it was: half, and nothing."""
+
+    def row(*perplexities: float):
+        texts = zip(("wikitext2_test", "c4"), perplexities, strict=True)
+        return {"evaluate": {"said": {text: {"perplexity": perplexity} for text, perplexity in texts}}}
+
+    rows = {"original": row(20, 30), "default 0.5": row(40, 30), "2ssp 0.5": row(80, 120)}
+    still_lost = bench.module._still_lost
+    assert [still_lost(rows, each) for each in (*rows, "default 0.25")] == ["", "0.25", "", ""]
 
 
 def test_a_cell_that_failed_says_why_and_is_run_again_when_asked(bench):
