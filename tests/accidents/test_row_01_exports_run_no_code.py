@@ -21,6 +21,7 @@ from serving.forecast.model_facts import onnx_facts
 from serving.onnx_export.files import check_files, read_settings
 from serving.readiness import examine_directory
 from serving.server.onnx import OnnxApi
+from serving.server.onnx_api import ServerLimits
 from serving.verify.verify import verify
 from tests.command_line import sentei
 from tests.conftest import make_pico
@@ -101,7 +102,7 @@ def everything_that_opens(directory: Path, source: Path) -> list[Callable[[], An
     return [
         lambda: GenaiModel(directory),
         lambda: OnnxEngine(directory),
-        lambda: OnnxApi(directory, max_num_seqs=1, max_model_len=None),
+        lambda: OnnxApi(directory, ServerLimits(max_num_seqs=1)),
         lambda: load_onnx(directory, "cpu", None),
         lambda: onnx_facts(directory),
         lambda: list(stream_text(directory, "hi", max_new_tokens=2)),

@@ -331,7 +331,7 @@ def test_what_the_context_cuts_is_counted_and_keeps_bos(
     assert said in " ".join(done.stdout.split())
     [task] = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
     assert task["num_cut"] == 2
-    lm = ServedHFLM(load_model(llama), tokenizer, 0, None, lambda: None)
+    lm = ServedHFLM(load_model(llama), tokenizer, 0, None, lambda: None, 4)
     ids, mask = lm.tok_batch_encode(["many words " * 9, "few"], left_truncate_len=8)
     whole = tokenizer("many words " * 9)["input_ids"]
     assert ids[0].tolist() == [0, *whole[-7:]]

@@ -210,7 +210,7 @@ def show_results(console: Console, out: Path, results: dict[str, Any]) -> None:
         console.print(f"A million output tokens cost {shown}.")
     if goodput := results["goodput"]:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in goodput["slo_ms"].items())
-        console.print(f"Highest load at which {100 * goodput['attainment']:g} % of requests meet {limits}:")
+        console.print(f"Highest load at which {100 * goodput['attainment']:g}% of requests meet {limits}:")
         _show_metrics(console, goodput["metrics"])
         _show_unmet(console, goodput["metrics"]["max_request_rate"])
 
