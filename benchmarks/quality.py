@@ -109,7 +109,7 @@ class Asked:
         work: Directory for the pruned models.
         choose: Evaluate on the texts for choosing, without tasks.
         windows: Of each text.
-        seq_len: Tokens a window, for calibration too.
+        seq_len: Tokens per window, for calibration too.
         limit: The first so many questions of each task; ``None`` for all.
         samples: Calibration windows.
         dtype: Computed in, to prune and to evaluate.
@@ -142,7 +142,7 @@ def main(
     sparsity: Annotated[list[float], typer.Option(help="Of the decoder blocks; several times.")] = [0.25, 0.375, 0.5],  # noqa: B006
     methods: Annotated[str, typer.Option(help="Names, comma-separated; without it, all.")] = "",
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 16,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a window, for calibration too.")] = 2048,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per window, for calibration too.")] = 2048,
     limit: Annotated[
         int | None, typer.Option(min=1, help="The first so many questions of each task; without it, all.")
     ] = None,

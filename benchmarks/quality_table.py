@@ -31,7 +31,7 @@ class Paired:
 
     @property
     def p_value(self) -> float:
-        """Of the exact McNemar test, two-sided."""
+        """The p-value of the exact McNemar test, two-sided."""
         return mcnemar(lost=self.lost, gained=self.gained)
 
 

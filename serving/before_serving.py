@@ -16,8 +16,7 @@ from toolchain.checkpoint.quantized import is_quantized
 from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
 from toolchain.documents import read_document
 from toolchain.errors import SenteiError
-
-_PLAN_FILE = "plan.json"
+from toolchain.plan.plan import PLAN_FILE
 
 
 def check_before_serving(directory: Path, options: Sequence[str], *, force: bool) -> None:
@@ -56,13 +55,13 @@ def _failed_verification(directory: Path) -> str | None:
             )
         return None
     try:
-        found = read_document(file, VerificationDocument).root
+        document = read_document(file, VerificationDocument)
     except SenteiError as error:
         return f"{error.message} So nobody knows whether {directory} was verified."
-    if not found.passed:
-        failed = ", ".join(name for name, check in found.checks.items() if not check.passed)
-        return f"{directory} failed its verification ({failed or 'no check is named'}). Export the model again."
-    if left_out := getattr(found, "not_run", ""):
+    if not document.root.passed:
+        failed = ", ".join(document.failed_checks) or "no check is named"
+        return f"{directory} failed its verification ({failed}). Export the model again."
+    if left_out := getattr(document.root, "not_run", ""):
         _tell(f"Its verification passed, but: {left_out}")
     return None
 
@@ -70,7 +69,7 @@ def _failed_verification(directory: Path) -> str | None:
 def _is_made_from_another(directory: Path) -> bool:
     if is_onnx_export(directory):
         return True
-    return any((directory / name).is_file() for name in (_PLAN_FILE, EXPORT_FILE)) or is_quantized(directory)
+    return any((directory / name).is_file() for name in (PLAN_FILE, EXPORT_FILE)) or is_quantized(directory)
 
 
 def _tell(sentence: str) -> None:

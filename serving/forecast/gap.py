@@ -29,6 +29,8 @@ WIDTHS = (
     "would tile): %(listed)s. If they take as long as the next multiples, the gain is %(gain)sx."
 )
 MESSAGES = (BOUND, OVERHEAD, PREFILL_OVERHEAD, WIDTHS)
+# A cause with less of the difference says nothing to anybody.
+_LEAST_SHARE = 0.01
 # By metric, which parts of a request it is about.
 _PARTS = {
     "mean_ttft_ms": ("prefill",), "mean_tpot_ms": ("decode",), "mean_e2el_ms": ("prefill", "decode"),
@@ -80,14 +82,14 @@ def explain_gap(compared: Compared) -> dict[str, Any] | None:
     if expected is None or gain["low"] <= expected <= gain["high"]:
         return None
     whole = math.log(expected / gain["value"])
-    shares: dict[str, tuple[float | None, Told]] = {}
+    shares: dict[str, tuple[float, Told]] = {}
     now = expected
     for cause, then, told in _predicted(compared):
         share = math.log(now / then) / whole
         if share > 0:
             shares[cause], now = (share, told), then
-    total = sum(share for share, _ in shares.values() if share is not None)
-    scaled = {cause: ((share or 0) / max(1.0, total), told) for cause, (share, told) in shares.items()}
+    total = sum(share for share, _ in shares.values())
+    scaled = {cause: (share / max(1.0, total), told) for cause, (share, told) in shares.items()}
     known = {cause: each for cause, each in scaled.items() if each[0] >= _LEAST_SHARE}
     direction = "below" if whole > 0 else "above"
     return {
@@ -97,14 +99,10 @@ def explain_gap(compared: Compared) -> dict[str, Any] | None:
         "direction": direction,
         "causes": [
             {"cause": cause, "share": share, "message": told[0], "values": told[1], "text": told[0] % told[1]}
-            for cause, (share, told) in ({**known, **_of_unknown_share(compared, direction)}).items()
+            for cause, (share, told) in {**known, **_of_unknown_share(compared, direction)}.items()
         ],
         "unexplained": 1 - sum(share for share, _ in known.values()),
     }  # fmt: skip
-
-
-# A cause with less says nothing to anybody.
-_LEAST_SHARE = 0.01
 
 
 def _predicted(compared: Compared) -> list[tuple[str, float, Told]]:

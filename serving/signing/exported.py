@@ -100,11 +100,11 @@ def _verification(directory: Path) -> ExportVerification | AnswersVerification:
         raise SenteiError(
             f"{directory} has no {VERIFICATION_FILE}: nothing says that it answers as its checkpoint does.", _VERIFY
         )
-    found = read_document(path, VerificationDocument).root
-    failed = [name for name, check in found.checks.items() if not check.passed]
-    if failed or not found.passed:
+    document = read_document(path, VerificationDocument)
+    failed = document.failed_checks
+    if failed or not document.root.passed:
         raise CheckFailedError(
             f"{directory} failed its verification{f' ({failed[0]})' if failed else ''}, so it is not signed.",
             f"Export it again; see {VERIFICATION_FILE}.",
         )
-    return found
+    return document.root

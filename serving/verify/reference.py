@@ -8,8 +8,8 @@ import torch
 from serving.verify.answers import Sequences
 from serving.verify.rounded import HEAD, RoundedMatrices, carry, round_inputs
 from toolchain.checkpoint.directory import Checkpoint
-from toolchain.memory import available_bytes, give_back_freed_memory
-from toolchain.model.disk_layers import open_offloaded
+from toolchain.memory import available_bytes
+from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.progress import Progress, no_progress
 
@@ -60,12 +60,10 @@ class CheckpointReference:
 
     def _normalised(self, states: torch.Tensor) -> torch.Tensor:
         """Log-probabilities in one tensor of their size: with a large vocabulary, copies are what memory goes into."""
-        found: torch.Tensor | None = None
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        found = states.new_empty(len(states), self._walk.vocab_size, dtype=dtype)
         for entries, logits in self._walk.logits(states):
-            if found is None:
-                found = logits.new_empty(len(states), self._walk.vocab_size)
             found[:, entries] = logits
-        assert found is not None
         for rows in found.split(_ROWS):
             rows.copy_(rows.log_softmax(-1))
         return found
@@ -95,8 +93,7 @@ class Computing:
         self, checkpoint: Checkpoint, dtype: torch.dtype, on_layer: Callable[[], None] = lambda: None
     ) -> CheckpointReference:
         """A checkpoint in a dtype."""
-        give_back_freed_memory()
-        walk = open_offloaded(checkpoint, dtype=dtype, device=self.device)
+        walk = open_walk(checkpoint, dtype=dtype, device=self.device, offload=True)
         return CheckpointReference(walk, dtype=dtype, on_layer=on_layer)
 
     def fits(self, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:

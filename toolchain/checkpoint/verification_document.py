@@ -116,3 +116,8 @@ _Either = Annotated[ExportVerification | AnswersVerification, Field(discriminato
 
 class VerificationDocument(RootModel[_Either]):
     """All of ``verification.json``: ``engine`` says which of the two it is."""
+
+    @property
+    def failed_checks(self) -> list[str]:
+        """Names of the checks that did not pass."""
+        return [name for name, check in self.root.checks.items() if not check.passed]
