@@ -20,6 +20,26 @@ from toolchain.cli.app import main
 main()
 """
 
+# The limit is lowered to what is in use, so that it does not matter how much that is.
+_NO_ROOM_AFTER_LOADING = """
+import numpy, resource
+from toolchain.cli import entry
+resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))
+entry._load_blas_in_limited_memory()
+from scipy.linalg import lapack
+matrix = numpy.eye(600)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 16 * 2**20,) * 2)
+lapack.dpotrf(matrix), matrix @ matrix
+"""
+
+
+@pytest.mark.timeout(120)
+def test_openblas_does_not_ask_for_ever():
+    # A prune under ``ulimit -v`` stood still in the first factor of its compensation.
+    done = subprocess.run([sys.executable, "-c", _NO_ROOM_AFTER_LOADING], timeout=60, check=False)
+    assert done.returncode == 0
+
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])

@@ -17,7 +17,7 @@ from toolchain.architecture.families import Family, family_of
 from toolchain.architecture.layout import LayerLayout, read_layout
 from toolchain.architecture.tensor_check import check_layer_tensors
 from toolchain.checkpoint.safetensors_writer import DTYPES, write_safetensors
-from toolchain.errors import SenteiError, reason_of
+from toolchain.errors import SenteiError, is_out_of_memory, reason_of
 from toolchain.json_files import read_json_object
 from toolchain.safetensors_files import check_header_size, shards_in
 
@@ -56,7 +56,10 @@ class TensorInfo:
         try:
             with safe_open(self.file, framework="pt") as file:
                 return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
+            # The library reads the header, and has torch open the file once more: it may be gone by then.
+            if is_out_of_memory(error):
+                raise
             raise SenteiError(f"{self.file}: tensor {name} cannot be read ({reason_of(error)}).") from error
 
 

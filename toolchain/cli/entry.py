@@ -11,6 +11,8 @@ from toolchain.errors import INTERRUPTED
 
 # Twice what NumPy and SciPy take up with their libraries, in a process with one thread.
 _BLAS_BYTES = 512 * 1024 * 1024
+# Products of small matrices take no memory.
+_LARGE_ENOUGH = 128
 
 
 def main() -> None:
@@ -25,9 +27,10 @@ def main() -> None:
 
 
 def _load_blas_in_limited_memory() -> None:
-    """Loads OpenBLAS under ``ulimit -v`` while there is room for it.
+    """Loads OpenBLAS under ``ulimit -v``, and has it take its memory, while there is room for it.
 
-    Later there may be none, and then OpenBLAS asks for memory for ever, in the code by which the system loads it.
+    Later there may be none, and then OpenBLAS asks for memory for ever: in the code by which the system loads it, and
+    in its first product or factor, which takes 32 MB that it keeps. NumPy and SciPy have one OpenBLAS each.
     """
     if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
         return
@@ -38,4 +41,6 @@ def _load_blas_in_limited_memory() -> None:
         sys.exit(2)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # each thread takes tens of megabytes at once
     with suppress(ImportError):
-        importlib.import_module("scipy.linalg")
+        lapack = importlib.import_module("scipy.linalg.lapack")
+        matrix = importlib.import_module("numpy").eye(_LARGE_ENOUGH)
+        lapack.dpotrf(matrix @ matrix)

@@ -1,10 +1,14 @@
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
 from toolchain.checkpoint.directory import model_name, open_checkpoint, resolve_model
+from toolchain.errors import SenteiError
 from toolchain.model.loading import load_model, load_tokenizer
 
 
@@ -34,3 +38,33 @@ def test_a_model_of_the_hub_is_called_by_its_id(tmp_path: Path):
     assert model_name(snapshot) == "org/some--name"
     assert model_name(snapshot / ".." / "..") == "models--org--some--name"
     assert model_name(tmp_path) == tmp_path.name
+
+
+def _when_torch_opens_a_file(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """The safetensors library reads the header, and has torch open the same file once more."""
+    really_open = torch.UntypedStorage.from_file
+
+    def happen_and_open(*arguments: Any, **options: Any) -> torch.UntypedStorage:
+        happens()
+        return really_open(*arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", happen_and_open)
+
+
+def test_a_file_that_goes_while_it_is_read(pico_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    copy = Path(shutil.copytree(pico_model, tmp_path / "copy"))
+    info = open_checkpoint(copy).tensors["model.norm.weight"]
+    _when_torch_opens_a_file(monkeypatch, info.file.unlink)
+    with pytest.raises(SenteiError, match=r"tensor model\.norm\.weight cannot be read"):
+        info.read("model.norm.weight")
+
+
+def test_memory_that_runs_out_is_no_damage_of_a_file(pico_model: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail() -> None:
+        raise RuntimeError("unable to mmap 9 bytes from file: Cannot allocate memory (12)")
+
+    info = open_checkpoint(pico_model).tensors["model.norm.weight"]
+    _when_torch_opens_a_file(monkeypatch, fail)
+    with pytest.raises(RuntimeError, match="Cannot allocate memory") as told:
+        info.read("model.norm.weight")
+    assert not isinstance(told.value, SenteiError)
