@@ -76,11 +76,14 @@ class _Naming(TorchFunctionMode):
     """Says ``lazy`` where a program says ``cuda``: torch would look for a driver."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {name: _named(each) for name, each in (kwargs or {}).items()}
         if func is torch.device:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        if func is torch.tensor and (device := kwargs.pop("device", None)) is not None:
+            return torch.tensor(*args, **kwargs).to(device)  # made in one place, past all modes
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[1], list):
-            args = (args[0], torch.tensor(args[1]), *args[2:])  # torch would make it on the device, past all modes
-        return func(*map(_named, args), **{name: _named(each) for name, each in (kwargs or {}).items()})
+            args = (args[0], torch.tensor(args[1]), *args[2:])  # likewise
+        return func(*map(_named, args), **kwargs)
 
 
 def _named(value: Any) -> Any:
