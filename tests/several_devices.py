@@ -108,9 +108,9 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], used: Counte
     tensors = [*_tensors(args), *_tensors(kwargs.values())]
     name = func.overloadpacket.__name__
     index = _index_of_result(func, name, tensors)
-    if "device" in kwargs and kwargs["device"] is not None:
-        index = kwargs["device"].index or 0 if kwargs["device"].type == "lazy" else None
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if (device := kwargs.get("device")) is not None:
+        index = device.index or 0 if device.type == "lazy" else None
+        kwargs = {**kwargs, "device": torch.device("cpu") if device.type == "lazy" else device}
     if index is not None:
         used[index] += 1
     numbers = func(*_each(_numbers_of, args), **{key: _each(_numbers_of, each) for key, each in kwargs.items()})
