@@ -123,7 +123,7 @@ def device_map_within(checkpoint: Checkpoint, settings: PruneSettings, ranks: Ra
 
 def _ways_out(checkpoint: Checkpoint, settings: PruneSettings, each: str) -> str:
     """What to do where memory is too small; ``each`` names the processes that share it, if there are several."""
-    needed, less = (memory_needed(checkpoint, settings, offload=each) for each in (settings.offload, True))
+    needed, less = (memory_needed(checkpoint, settings, offload=way) for way in (settings.offload, True))
     ways = []
     if not settings.offload and less.peak < needed.peak:
         ways.append(f"add --offload, which needs {_gb(less.peak)}{each}")
