@@ -85,6 +85,9 @@ _DTYPES = "auto, float32, bfloat16 or float16 (auto: float32 on a CPU)."
 _LARGE_MODELS = "For models larger than memory: one layer at a time."
 DeviceOption = Annotated[str, device_option()]
 DeviceInPanelOption = Annotated[str, device_option(panel=COMPUTING)]
+SpreadDeviceOption = Annotated[
+    str, device_option("; auto: several GPUs where the model does not fit into one.", panel=COMPUTING)
+]
 DtypeOption = Annotated[str, dtype_option(f"Computed in: {_DTYPES}")]
 DtypeInPanelOption = Annotated[str, dtype_option(_DTYPES, panel=COMPUTING)]
 # Speed is measured and estimated as the model will serve, on a CPU too.

@@ -13,7 +13,6 @@ from toolchain.cli.console import Output, compute_dtype, pick_device, window_len
 from toolchain.cli.options import (
     COMPUTING,
     SEQ_LEN,
-    DeviceInPanelOption,
     DtypeInPanelOption,
     EvopressBudget,
     ForceOption,
@@ -25,6 +24,7 @@ from toolchain.cli.options import (
     OutOption,
     PlanArgument,
     QuietOption,
+    SpreadDeviceOption,
     align_option,
     chat_template_option,
     device_option,
@@ -182,7 +182,7 @@ def prune(
         str | None, typer.Option(help="The limit's metric, if it is not --metric.", rich_help_panel=_LIMIT)
     ] = None,
     offload: OffloadInPanelOption = False,
-    device: DeviceInPanelOption = "auto",
+    device: SpreadDeviceOption = "auto",
     dtype: DtypeInPanelOption = "auto",
     seed: Annotated[int, seed_option("Recorded in the plan.", panel=COMPUTING)] = 0,
     force: ForceOption = False,
@@ -232,6 +232,7 @@ def prune(
         limit_metric=limit_metric,
         evopress_budget=evopress_budget.value,
         offload=offload,
+        spread=device == "auto" and picked_device.startswith("cuda") and not offload,
         **of_method,
     )
     if not calibration:

@@ -5,6 +5,7 @@ moves weights. At most two layers are in memory then: the one that runs, and the
 """
 
 import copy
+import gc
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,12 +38,15 @@ def open_walk(
     dtype: torch.dtype,
     device: str,
     offload: bool,
-    device_map: Mapping[str, int] | None = None,
+    device_map: Mapping[str, str] | None = None,
 ) -> LayerWalk:
     """A model ready to run layer by layer: in memory, or on disk but for the layer that runs.
 
     With ``device_map`` it is spread over several GPUs; see :func:`toolchain.model.loading.load_model`.
     """
+    if device_map is not None:
+        # The hooks of a model that was spread before hold it in circles, which are not cleared away at once.
+        gc.collect()
     # Weights, which come and go, are given back; activations, which come again with every layer, are kept.
     give_back_freed_memory()
     if offload:

@@ -220,7 +220,7 @@ class LayerWalk:
         for layer, kept in zip(decoder_layers(self.model, self.family), kept_neurons, strict=True):
             projection = layer.get_submodule(self.family.ffn_output)
             assert isinstance(projection, nn.Linear)
-            mask = torch.zeros(projection.in_features, dtype=self.model.dtype, device=self.model.device)
+            mask = torch.zeros(projection.in_features, dtype=self.model.dtype, device=self.device_of(layer))
             mask[torch.from_numpy(kept).to(mask.device)] = 1
             handles.append(projection.register_forward_pre_hook(lambda _, inputs, mask=mask: (inputs[0] * mask,)))
         try:
@@ -251,8 +251,17 @@ class LayerWalk:
         return self.free_bytes() // (2 * 2 * state_bytes)
 
     def free_bytes(self) -> int:
-        """What this process may still take of the device's memory, where all that share it ask at the same time."""
-        return available_bytes(self.model.device) // self.num_sharing
+        """What this process may still take of the device's memory, where all that share it ask at the same time.
+
+        Of several GPUs the one with the least counts: states pass through all of them.
+        """
+        devices = {self.device_of(layer) for layer in decoder_layers(self.model, self.family)}
+        return min(map(available_bytes, {self.model.device, *devices})) // self.num_sharing
+
+    def device_of(self, layer: nn.Module) -> torch.device:
+        """Where a layer computes: on its own GPU where the model is spread over several."""
+        found = next((each.device for each in layer.parameters()), self.model.device)
+        return self.model.device if found.type == "meta" else found  # on disk
 
     def _sequences_per_call(self, seq_len: int) -> int:
         return max(1, _TOKENS_PER_CALL["cuda" if self.model.device.type == "cuda" else "cpu"] // seq_len)

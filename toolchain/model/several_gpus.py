@@ -1,4 +1,8 @@
-"""A model that one GPU cannot hold, in one process: accelerate spreads its layers over all of them."""
+"""A model that one GPU cannot hold, in one process: accelerate spreads its layers over several of them.
+
+Transformers loads each layer to its GPU. accelerate's hooks then move what enters a layer to where its weights are, so
+states follow the layers; what is computed beside the model is the caller's to keep on one device.
+"""
 
 from collections.abc import Mapping
 
@@ -13,26 +17,41 @@ from toolchain.model.loading import empty_model
 _SHARE_FOR_WEIGHTS = 0.8
 
 
-def device_map_for(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int] | None:
+class GpusTooSmallError(SenteiError):
+    """There are several GPUs, and a model's layers do not fit into them."""
+
+
+def device_map_for(
+    checkpoint: Checkpoint, dtype: torch.dtype, free: Mapping[int, int] | None = None, *, computing: int = 0
+) -> dict[str, str] | None:
     """The GPU of each part of a model that takes several; ``None`` where there is one, or the first has room for it.
+
+    Args:
+        checkpoint: The model.
+        dtype: Computed in.
+        free: Bytes that each GPU has for it, by number, the first one first; by default what all GPUs have now.
+        computing: Bytes that each GPU needs beside weights; a fifth of what it has is left in any case.
 
     Raises:
         MissingDependencyError: It takes several, and accelerate is not installed.
-        SenteiError: There are several, and they are too small together.
+        GpusTooSmallError: There are several, and they are too small together.
     """
-    free = [available_bytes(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
-    usable = {index: int(_SHARE_FOR_WEIGHTS * each) for index, each in enumerate(free)}
+    if free is None:
+        free = {index: available_bytes(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
+    usable = [max(0, min(int(_SHARE_FOR_WEIGHTS * each), each - computing)) for each in free.values()]
     num_bytes = checkpoint.num_parameters * dtype.itemsize
     if len(usable) < 2 or num_bytes <= usable[0]:
         return None
-    found = _spread(checkpoint, dtype, usable)
-    if found is None:
-        raise SenteiError(
+    places = _spread(checkpoint, dtype, {place: each for place, each in enumerate(usable) if each})
+    if places is None:
+        raise GpusTooSmallError(
             f"{checkpoint.directory} has {num_bytes / 1e9:.1f} GB of weights in {dtype_name(dtype)}, and "
-            f"the {len(free)} GPUs have {sum(free) / 1e9:.1f} GB free together, of which a fifth is for computing.",
+            f"the {len(free)} GPUs have {sum(free.values()) / 1e9:.1f} GB free together, of which a fifth is for "
+            "computing.",
             "Use --offload for perplexity, a smaller --dtype, or --device cpu.",
         )
-    return found
+    numbers = list(free)
+    return {part: f"cuda:{numbers[place]}" for part, place in places.items()}
 
 
 def _spread(checkpoint: Checkpoint, dtype: torch.dtype, usable: Mapping[int, int]) -> dict[str, int] | None:

@@ -58,6 +58,7 @@ class Computing:
         dtype: Computed in.
         device: Computed on.
         offload: Keep one layer in memory instead of all.
+        device_map: The GPU of each part of the model where it takes several; what is pruned of it goes there, too.
         ranks: Who shares it.
     """
 
@@ -65,11 +66,14 @@ class Computing:
     dtype: torch.dtype
     device: str
     offload: bool
+    device_map: Mapping[str, str] | None = None
     ranks: Ranks = ALONE
 
     def open(self, checkpoint: Checkpoint) -> LayerWalk:
         """A model ready to run."""
-        walk = open_walk(checkpoint, dtype=self.dtype, device=self.device, offload=self.offload)
+        walk = open_walk(
+            checkpoint, dtype=self.dtype, device=self.device, offload=self.offload, device_map=self.device_map
+        )
         walk.num_sharing = self.ranks.num_sharing(walk.model.device)
         return walk
 

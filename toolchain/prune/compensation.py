@@ -241,6 +241,10 @@ class _States:
         before = walk.embed(windows[share.own]) if share.own else walk.embed(windows[:1])[:0]
         return cls(before=before, after=before.clone(), plain=before[share.is_held_out])
 
+    def follow(self, device: torch.device) -> None:
+        """Goes to the device of the next layer: of a model on several GPUs each may be on another."""
+        self.before, self.after, self.plain = (each.to(device) for each in (self.before, self.after, self.plain))
+
     def save(self, files: StageFiles | None, share: _Share) -> None:
         """Leaves all of it on disk, of all ranks."""
         numbers = range(share.num_windows)
@@ -300,6 +304,7 @@ def _refit_layer(
     refitted: dict[str, torch.Tensor] = {}
     # Fits take much longer than reading a layer, and the memory of another.
     with walk.layers.layer(index, read_ahead=False) as module:
+        states.follow(walk.device_of(module))
         targets = _run_original(walk, module, index, states.before, pruning.factor)
         walk.layers.cut(index, pruning.kept_neurons[index], attention=index not in pruning.removed_attention)
         if len(states.plain):

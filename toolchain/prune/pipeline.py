@@ -1,7 +1,7 @@
 """The main job: measure → plan → checkpoint."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +44,7 @@ from toolchain.prune.budget.allocation import (
     reachable_allocations,
 )
 from toolchain.prune.budget.limits import limit_asked
-from toolchain.prune.memory_needed import check_memory
+from toolchain.prune.memory_needed import check_memory, device_map_within
 from toolchain.prune.search.two_removals import asks_for_two_removals, two_removals
 from toolchain.prune.search.two_stage import Search
 from toolchain.prune.settings import PruneSettings
@@ -66,6 +66,7 @@ class Job:
         metric: Decides what is removed.
         limit_metric: What the limit looks at, if that is another metric or other windows.
         blank: The plan that the search begins with.
+        device_map: See :func:`toolchain.prune.memory_needed.device_map_within`.
     """
 
     checkpoint: Checkpoint
@@ -75,14 +76,16 @@ class Job:
     metric: Metric
     limit_metric: Metric | None
     blank: PlanDocument
+    device_map: Mapping[str, str] | None
 
     @property
     def computing(self) -> Computing:
         """What running the model takes."""
         settings = self.settings
         return Computing(
-            windows=self.windows.ids, dtype=settings.dtype, device=settings.device, offload=settings.offload
-        )
+            windows=self.windows.ids, dtype=settings.dtype, device=settings.device, offload=settings.offload,
+            device_map=self.device_map,
+        )  # fmt: skip
 
     def search(self, walk: LayerWalk, state: SearchState, progress: Progress) -> Search:
         """The search, over an unpruned model."""
@@ -236,7 +239,8 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str, 
     checkpoint = opened(model)
     check_window(checkpoint.directory, checkpoint.config, settings.seq_len)
     allocations = possible_allocations(checkpoint, settings)
-    check_memory(checkpoint, settings, processes=ranks.num_sharing(torch.device(settings.device)))
+    if not settings.spread:
+        check_memory(checkpoint, settings, processes=ranks.num_sharing(torch.device(settings.device)))
     settings = _as_recorded(checkpoint, settings)
     tokenizer = load_tokenizer(checkpoint.directory)
     bos = (bos_of if settings.as_served else needed_bos)(checkpoint.family, tokenizer)
@@ -262,10 +266,13 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str, 
     blank = _blank_plan(checkpoint, settings, allocations, windows, metric, model_name)
     blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric, apart)})
     kind = settings.device.partition(":")[0]
-    ranks.check_same({**blank.model_dump(mode="json"), "device": kind, "offload": settings.offload})
+    computing = {"device": kind, "offload": settings.offload, "spread": settings.spread}
+    ranks.check_same({**blank.model_dump(mode="json"), **computing})
+    # Ranks agree on where the layers go, which they can when they are known to do the same.
+    device_map = device_map_within(checkpoint, settings, ranks) if settings.spread else None
     return Job(
         checkpoint=checkpoint, settings=settings, allocations=allocations, windows=windows, metric=metric,
-        limit_metric=limit_metric, blank=blank,
+        limit_metric=limit_metric, blank=blank, device_map=device_map,
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class PruneSettings:
             where the family falls apart without it.
         offload: Keep one layer in memory instead of all.
         device: Computed on.
+        spread: A model that this device cannot hold goes to all GPUs of this process.
         dtype: Computed in; the checkpoint keeps the model's own.
         seed: Recorded and set; only EvoPress draws at random.
     """
@@ -69,6 +70,7 @@ class PruneSettings:
     evopress_budget: str = "paper"
     as_served: bool = True
     offload: bool = False
+    spread: bool = False
 
     @property
     def of_method(self) -> PruningMethod:

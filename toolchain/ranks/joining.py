@@ -146,7 +146,14 @@ def _join(launched: Launch) -> Ranks:
         first_holds_store=not launched.has_store,
     )
     beats.start()
-    return Ranks(rank=launched.rank, size=launched.size, local_rank=launched.local_rank, hosts=hosts, heartbeats=beats)
+    return Ranks(
+        rank=launched.rank,
+        size=launched.size,
+        local_rank=launched.local_rank,
+        local_size=launched.local_size or hosts.count(hosts[launched.rank]),
+        hosts=hosts,
+        heartbeats=beats,
+    )
 
 
 def _seconds(given: str) -> float:

@@ -20,6 +20,7 @@ class Launch:
         rank: Of this process, from 0.
         size: How many processes there are.
         local_rank: Of this process among those on its machine: the number of its GPU.
+        local_size: How many those are; ``None`` where the launcher does not say.
         address: Where rank 0, or torchrun on its machine, is to be found.
         port: At that address.
         attempt: How many times torchrun has started the job again.
@@ -29,6 +30,7 @@ class Launch:
     rank: int
     size: int
     local_rank: int
+    local_size: int | None
     address: str
     port: int
     attempt: int
@@ -52,10 +54,19 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     rank = _number(environment, "RANK", lowest=0)
     if rank >= size:
         raise SenteiError(f"RANK is {rank}, and WORLD_SIZE is {size}: ranks are numbered from 0.", "Set them anew.")
+    local_rank, local_size = _number({"LOCAL_RANK": "0", **environment}, "LOCAL_RANK", lowest=0), None
+    if environment.get("LOCAL_WORLD_SIZE"):
+        local_size = _number(environment, "LOCAL_WORLD_SIZE", lowest=1)
+        if local_rank >= local_size:
+            raise SenteiError(
+                f"LOCAL_RANK is {local_rank}, and LOCAL_WORLD_SIZE is {local_size}: ranks are numbered from 0.",
+                "Set them anew.",
+            )
     return Launch(
         rank=rank,
         size=size,
-        local_rank=_number({"LOCAL_RANK": "0", **environment}, "LOCAL_RANK", lowest=0),
+        local_rank=local_rank,
+        local_size=local_size,
         address=environment["MASTER_ADDR"],
         port=port,
         attempt=_number({"TORCHELASTIC_RESTART_COUNT": "0", **environment}, "TORCHELASTIC_RESTART_COUNT", lowest=0),

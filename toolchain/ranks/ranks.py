@@ -30,6 +30,7 @@ class Ranks:
         rank: Of this process.
         size: How many there are.
         local_rank: Of this process on its machine.
+        local_size: How many there are on its machine.
         hosts: The machine of each rank.
         heartbeats: Who is alive; ``None`` in a process alone.
     """
@@ -37,6 +38,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     hosts: tuple[str, ...] = ("",)
     heartbeats: Heartbeats | None = None
 
@@ -53,6 +55,13 @@ class Ranks:
     def num_sharing(self, device: torch.device) -> int:
         """How many ranks share the memory of a device: all of this machine on a CPU; a GPU has one."""
         return self.hosts.count(self.hosts[self.rank]) if device.type == "cpu" else 1
+
+    def gpus(self, count: int) -> range:
+        """The numbers of this rank's GPUs: the ``count`` GPUs of its machine, divided evenly among its ranks there.
+
+        The first is the one that the rank has where each takes one.
+        """
+        return range(self.local_rank, count - count % self.local_size, self.local_size)
 
     def free_bytes(self, device: torch.device) -> int:
         """This rank's part of what is free on a device, where all that share it ask at the same time."""

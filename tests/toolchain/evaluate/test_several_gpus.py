@@ -81,14 +81,14 @@ def test_where_a_model_goes(tied: bool, tmp_path: Path, monkeypatch: pytest.Monk
     checkpoint = open_checkpoint(pruned)
     weights = sum(checkpoint.read(name).numel() for name in checkpoint.tensors) * 4
 
-    def places(*free: float) -> dict[str, int] | None:
+    def places(*free: float) -> dict[str, str] | None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
         monkeypatch.setattr(several_gpus, "available_bytes", lambda device: int(free[device.index] * weights))
         return several_gpus.device_map_for(checkpoint, torch.float32)
 
     assert places() is places(1.3) is places(1.3, 1.3) is places(0.5) is None
     found = places(1.2, 1.2)
-    assert set(found.values()) == {0, 1}
+    assert set(found.values()) == {"cuda:0", "cuda:1"}
     assert {name for name in found if ".layers." in name} == {f"model.layers.{layer}" for layer in range(4)}
     if tied:
         assert found["model.embed_tokens"] == found.get("lm_head", found["model.embed_tokens"])

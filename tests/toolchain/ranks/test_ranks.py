@@ -197,6 +197,17 @@ def test_a_command_of_one_process_says_so_once(pico_model: Path, monkeypatch: py
     [
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is 2, and WORLD_SIZE is 2"),
+        (
+            {
+                "WORLD_SIZE": "4",
+                "RANK": "2",
+                "MASTER_ADDR": "a",
+                "MASTER_PORT": "1",
+                "LOCAL_RANK": "2",
+                "LOCAL_WORLD_SIZE": "2",
+            },
+            "LOCAL_RANK is 2, and LOCAL_WORLD_SIZE is 2",
+        ),
         ({"WORLD_SIZE": "x", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "WORLD_SIZE is 'x'"),
     ],
 )

@@ -34,7 +34,8 @@ def block_influence(
         for index in range(len(walk.layers)):
             with walk.layers.layer(index) as module:
                 after = walk.run(module, index, hidden)
-            totals[index] += float((1 - cosine_similarity(hidden.double(), after.double(), dim=-1)).sum())
+            before = hidden.to(after.device)  # from the GPU of the layer below
+            totals[index] += float((1 - cosine_similarity(before.double(), after.double(), dim=-1)).sum())
             hidden = after
         for _ in block:
             on_window()

@@ -30,13 +30,13 @@ def last_token_states(
     columns = []
     for block in walk.blocks(windows):
         hidden = walk.embed(block)
-        # Copies: a view would keep every layer's whole output.
-        rows = [hidden[:, -1].clone()]
+        # Copies: a view would keep every layer's whole output. And layers may be on several GPUs.
+        rows = [hidden[:, -1].double().cpu()]
         for index in range(len(walk.layers)):
             with walk.layers.layer(index) as module:
                 hidden = walk.run(module, index, hidden)
-            rows.append(hidden[:, -1].clone())
-        columns.append(torch.stack(rows).double().cpu())
+            rows.append(hidden[:, -1].double().cpu())
+        columns.append(torch.stack(rows))
         for _ in block:
             on_window()
     return torch.cat(columns, dim=1)

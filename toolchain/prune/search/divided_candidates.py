@@ -48,7 +48,7 @@ def divided(
     costs = [below[-1] - below[place or each.layer] for each, place in zip(candidates, known, strict=True)]
     branches = [None if place else below[each.layer] for each, place in zip(candidates, known, strict=True)]
     ends = even_ranges(costs, branches, ranks.size)
-    _hand_over(candidates, places, ends, states, ranks)
+    _hand_over(walk, candidates, places, ends, states, ranks)
     ends = [0, *ends]
     found = without_each(walk, candidates[ends[ranks.rank] : ends[ranks.rank + 1]], states, look)
     own = torch.stack([each.flatten().cpu() for each in found.values()]) if found else None
@@ -107,7 +107,12 @@ def even_ranges(costs: Sequence[float], branches: Sequence[float | None], num_ra
 
 
 def _hand_over(
-    candidates: list[SubBlock], places: torch.Tensor, ends: Sequence[int], states: EnteringStates, ranks: Ranks
+    walk: LayerWalk,
+    candidates: list[SubBlock],
+    places: torch.Tensor,
+    ends: Sequence[int],
+    states: EnteringStates,
+    ranks: Ranks,
 ) -> None:
     """Gives each rank the furthest states of its candidates, where it does not have them itself."""
     moves = []
@@ -127,7 +132,7 @@ def _hand_over(
             sent.setdefault(to, []).append(found[1])
     incoming = sorted((move for move in moves if move[1] == ranks.rank), key=lambda move: move[0])
     counts = [sum(source == rank for source, *_ in incoming) for rank in range(ranks.size)]
-    like = states[0]
+    like, layers = states[0], decoder_layers(walk.model, walk.family)
     for (_, _, candidate, place), content in zip(incoming, ranks.exchange(sent, counts), strict=True):
         state = content.view(like.dtype).view(like.shape)
-        states.keep_of_candidate(candidate, place, state.to(like.device))
+        states.keep_of_candidate(candidate, place, state.to(walk.device_of(layers[place])))

@@ -73,7 +73,8 @@ def _norms(walk: LayerWalk, windows: torch.Tensor) -> list[torch.Tensor]:
             _inputs_of(module.get_submodule(walk.family.ffn_output)) as observed,
         ):
             hidden = walk.run(module, index, hidden)
-            norms.append(torch.stack(observed))
+            # Of layers on different GPUs, in one place.
+            norms.append(torch.stack(observed).cpu())
             if not bool(torch.isfinite(norms[-1]).all()):
                 raise not_finite(f"Layer {index}: FFN activations hold NaN or Inf", walk.model, walk.model.dtype)
     return norms
