@@ -184,10 +184,10 @@ class VerdictDocument(Document):
         capacity: The original first.
     """
 
-    schema_version: Literal[1] = 1
-    kind: Literal["verdict"] = "verdict"
+    schema_version: Literal[1]
+    kind: Literal["verdict"]
     model: str
-    engine: str
+    engine: Literal["onnx", "vllm"]
     gain_metric: str
     workload: dict[str, int]
     guard_rails: GuardRails

@@ -45,7 +45,8 @@ OPEN = {
     "%(value)s %% (95 %% interval %(interval)s %%). Add questions.",
     "group": "%(candidate)s: whether %(limit)s %% of the questions in group %(subject)s are answered rightly cannot be "
     "told: %(value)s %% (95 %% interval %(interval)s %%). Add questions to it.",
-    "gain": "%(candidate)s: a gain of more than %(limit)s times is not shown: %(value)s (95 %% interval %(interval)s).",
+    "gain": "%(candidate)s: more than %(limit)s times the original's speed is not shown: %(value)s times (95 %% "
+    "interval %(interval)s).",
 }
 NOT_MEASURED = {
     "perplexity": "%(candidate)s: perplexity was not measured. %(why)s",

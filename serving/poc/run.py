@@ -53,10 +53,10 @@ def _run(prepared: Prepared, out: Path, tell: Callable[[str], None]) -> VerdictD
     (out / _MARK).mkdir(parents=True, exist_ok=True)
     write_text(out / POC_FILE, prepared.path.read_text(encoding="utf-8-sig"))
     amounts = amounts_of(prepared)
-    expected = expected_steps(steps, prepared.siblings)
     runner = StepRunner(
         directory=out.resolve(), runs_in=prepared.path.resolve().parent, inputs=prepared.inputs,
-        estimate=lambda step: seconds_of(step, prepared.poc, amounts), upcoming=lambda: expected, tell=tell,
+        estimate=lambda step: seconds_of(step, prepared.poc, amounts), tell=tell,
+        upcoming=lambda: expected_steps(steps, prepared.siblings, walk.possible),
     )  # fmt: skip
     walk = Walk(steps=steps, siblings=prepared.siblings, do=runner)
     candidates = walk.candidates()
@@ -94,8 +94,8 @@ def decided(
 def planned(prepared: Prepared, out: Path) -> list[tuple[Step, float]]:
     """Every step with the seconds that it is estimated to take, if all sparsities hold."""
     amounts = amounts_of(prepared)
-    steps = expected_steps(prepared.steps(out), prepared.siblings)
-    return [(step, seconds_of(step, prepared.poc, amounts)) for step in steps]
+    expected = expected_steps(prepared.steps(out), prepared.siblings, sorted(prepared.poc.candidates.sparsities))
+    return [(step, seconds_of(step, prepared.poc, amounts)) for step in expected]
 
 
 def shown_directories(document: VerdictDocument, out: Path) -> list[Path]:

@@ -152,7 +152,8 @@ class StepRunner:
     def _error(self, step: Step, exit_code: int) -> str:
         log = self._log(step).read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]
         if found := _ERROR.findall(log):
-            return " ".join(found[-1].split())
+            # It stands in the report, which others read: where the directory lies is not theirs to know.
+            return " ".join(found[-1].split()).replace(f"{self.directory}/", "")
         ended = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
         return f"It ended with {ended}{' (memory may have run out)' if exit_code == -9 else ''}; see {self._log(step)}."
 

@@ -29,12 +29,14 @@ class Walk:
         siblings: Directories of smaller models, by name.
         do: Runs a step, unless it is finished already.
         results: The benchmarks so far.
+        held: The sparsities that were tried, and whether their damage was within the guard rails.
     """
 
     steps: Steps
     siblings: dict[str, Path]
     do: Callable[[Step], Outcome]
     results: list[ResultsDocument] = field(default_factory=list)
+    held: dict[float, bool] = field(default_factory=dict)
     _original: list[AskedQuestion] = field(default_factory=list)
 
     def candidates(self) -> list[CandidateRecord]:
@@ -46,7 +48,7 @@ class Walk:
         self._must(self.steps.evaluated_original)
         self._original = self._quality(ORIGINAL)
         self._must(self.steps.sweep)
-        poc, found, held = self.steps.poc, list[CandidateRecord](), dict[float, bool]()
+        poc, found, held = self.steps.poc, list[CandidateRecord](), self.held
         asked = poc.candidates.sparsities
         while (sparsity := next_sparsity(asked, held, bisections=poc.candidates.bisect)) is not None:
             found.append(self._pruned(sparsity))
@@ -57,6 +59,12 @@ class Walk:
             found += [self._quantised(furthest, each) for each in poc.alternatives.pruned_and_quantised]
         found += [self._sibling(name, path) for name, path in self.siblings.items()]
         return found
+
+    @property
+    def possible(self) -> list[float]:
+        """The sparsities that may still be taken all the way."""
+        first_broken = min((sparsity for sparsity, holds in self.held.items() if not holds), default=1.0)
+        return [sparsity for sparsity in sorted(self.steps.poc.candidates.sparsities) if sparsity < first_broken]
 
     def original(self) -> OriginalRecord:
         """What was measured of the original, once the candidates are."""
@@ -142,14 +150,13 @@ class Walk:
         return with_speed(candidate, results)
 
 
-def expected_steps(steps: Steps, siblings: dict[str, Path]) -> list[Step]:
-    """All steps, if every sparsity that was asked for holds; bisections are not among them."""
+def expected_steps(steps: Steps, siblings: dict[str, Path], sparsities: Sequence[float]) -> list[Step]:
+    """All steps, if these sparsities hold; bisections are not among them."""
     poc = steps.poc
     found = [steps.evaluated_original, steps.sweep]
     originals = list(steps.exported(ORIGINAL, steps.model, None)) if poc.engine == "onnx" else []
     found += originals
     original = originals[0] if originals else None
-    sparsities = sorted(poc.candidates.sparsities)
     for sparsity in sparsities:
         name, made = percent(sparsity), steps.pruned(sparsity)
         exported = steps.exported(name, made.out, made)
@@ -157,7 +164,7 @@ def expected_steps(steps: Steps, siblings: dict[str, Path]) -> list[Step]:
     rounded: list[tuple[str, Path, Step | None, str]] = [
         (precision, steps.model, None, precision) for precision in poc.alternatives.quantised
     ]
-    if poc.alternatives.pruned_and_quantised:
+    if poc.alternatives.pruned_and_quantised and sparsities:
         made = steps.pruned(sparsities[-1])
         rounded += [
             (f"{percent(sparsities[-1])} + {each}", made.out, made, each)

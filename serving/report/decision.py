@@ -19,6 +19,7 @@ from serving.report.translate import Say
 
 # How a light looks: the class of a tag in the style sheet.
 _TAGS = {"green": "good", "red": "bad", "cannot be told": "open"}
+_ENGINES = {"onnx": "ONNX Runtime", "vllm": "vLLM"}
 KINDS = ("pruned", "quantised", "pruned and quantised", "sibling")
 STATUSES = tuple(_TAGS)
 # Of a guard rail: its name, and what it allows.
@@ -67,7 +68,7 @@ def decision_view(document: VerdictDocument, say: Say) -> dict[str, Any]:
         "measured": say(
             "Speed is %(metric)s, measured with %(engine)s: %(input)s tokens in, %(output)s out, %(count)s at a time, "
             "original and candidate in turn.",
-            metric=say(GAIN_METRICS.get(document.gain_metric, document.gain_metric)), engine=document.engine,
+            metric=say(GAIN_METRICS.get(document.gain_metric, document.gain_metric)), engine=_ENGINES[document.engine],
             input=load["input_len"], output=load["output_len"], count=load["concurrency"],
         ),
         "rails": [_rail(light, say) for light in _rails_of(candidates)],

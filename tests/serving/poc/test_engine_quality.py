@@ -12,7 +12,7 @@ from toolchain.errors import SenteiError
 
 
 @pytest.fixture(scope="module")
-def asked(pico_model, tmp_path_factory):
+def asked(wide_model, tmp_path_factory):
     """A text, questions, and the original's evaluation on them."""
     place = tmp_path_factory.mktemp("asked")
     text, questions = place / "text.txt", place / "own.jsonl"
@@ -25,20 +25,20 @@ def asked(pico_model, tmp_path_factory):
     questions.write_text("\n".join(map(json.dumps, rows)) + "\n")
     out = place / "original"
     done = sentei(
-        "evaluate", pico_model, "--text", text, "--windows", 3, "--seq-len", 32, "--questions", questions, "-o", out
+        "evaluate", wide_model, "--text", text, "--windows", 3, "--seq-len", 32, "--questions", questions, "-o", out
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return Job(
-        engine="onnx", model=str(pico_model), export="", original=str(out), out="", texts=[str(text)],
+        engine="onnx", model=str(wide_model), export="", original=str(out), out="", texts=[str(text)],
         questions=[str(questions)], chat_template=False,
     )  # fmt: skip
 
 
-def test_an_export_that_rounds_nothing_answers_as_the_original_and_a_rounded_one_does_not(pico_model, asked, tmp_path):
+def test_an_export_that_rounds_nothing_answers_as_the_original_and_a_rounded_one_does_not(wide_model, asked, tmp_path):
     original = quality_of(tmp_path / asked.original, ["own.jsonl"])
     found = {}
     for precision in ("fp32", "int4"):
-        export_onnx(pico_model, tmp_path / precision, precision=precision)
+        export_onnx(wide_model, tmp_path / precision, precision=precision)
         out = tmp_path / f"quality-{precision}"
         run(asked.model_copy(update={"export": str(tmp_path / precision), "out": str(out)}))
         found[precision] = quality_of(out, ["own.jsonl"])
@@ -52,8 +52,8 @@ def test_an_export_that_rounds_nothing_answers_as_the_original_and_a_rounded_one
     assert rounded.low < rounded.value < rounded.high
 
 
-def test_another_text_than_the_originals_is_refused(pico_model, asked, tmp_path):
-    export_onnx(pico_model, tmp_path / "onnx")
+def test_another_text_than_the_originals_is_refused(wide_model, asked, tmp_path):
+    export_onnx(wide_model, tmp_path / "onnx")
     other = tmp_path / "other.txt"
     other.write_text("In autumn the leaves fall from every tree of the garden, and nobody counts them any more. " * 12)
     job = asked.model_copy(

@@ -17,7 +17,7 @@ out, what, *options = sys.argv[1:]
 with pathlib.Path(out).with_suffix(".runs").open("a") as file:
     print(*options, file=file)
 if what == "fail":
-    print("Error: Memory ran out.\\nGet more.", file=sys.stderr)
+    print(f"Error: {out} is too large.\\nGet more memory.", file=sys.stderr)
     sys.exit(2)
 if what == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -84,7 +84,7 @@ def test_an_interrupted_step_is_gone_on_with(tmp_path):
 def test_a_failed_step_says_why_in_one_line_and_is_tried_again(tmp_path):
     for _ in range(2):
         found = runner_in(tmp_path)(step_in(tmp_path, "fail"))
-        assert (found.error, found.check_failed) == ("Memory ran out. Get more.", False)
+        assert (found.error, found.check_failed) == ("out is too large. Get more memory.", False)
     assert len(runs(tmp_path)) == 2
 
 

@@ -38,6 +38,17 @@ def test_small_first_until_a_guard_rail_breaks_and_every_step_once(tmp_path):
     assert "saves 4 of 16 GPUs" in found.reasons[1].text
 
 
+def test_what_will_not_be_run_is_not_waited_for(tmp_path):
+    steps = steps_of(tmp_path, alternatives={"pruned_and_quantised": ["int8"]})
+    walk = Walk(steps=steps, siblings={}, do=World(truths=LESS | {"25 %": Truth(loss=1.4)}))
+    assert walk.possible == [0.125, 0.25, 0.375, 0.5]
+    walk.candidates()
+    assert walk.possible == [0.125]
+    names = [each.name for each in expected_steps(steps, {}, walk.possible)]
+    assert "benchmark 12.5 % + int8" in names and not any("25 %" in each and "12.5" not in each for each in names)
+    assert expected_steps(steps, {}, [])[-1].name == "export original"
+
+
 def test_a_groups_floor_stops_what_perplexity_and_the_average_allow(tmp_path):
     hurt = {"25 %": Truth(right={"law": 0.9, "safety": 0.6}), "12.5 %": Truth(gain=1.02)}
     rails = {"most_perplexity": 1.2, "least_gain": 1.1, "least_accuracy": 0.6, "groups": {"safety": 0.8}}
@@ -111,7 +122,7 @@ def test_a_sibling_takes_the_way_of_a_candidate(tmp_path):
     assert [each.name for each in candidates] == ["25 %", "small"]
     assert decided(steps.poc, "own", walk.original(), candidates, "output_throughput").candidate == "small"
     # A dry run says the same steps.
-    assert sorted(world.done) == sorted(each.name for each in expected_steps(steps, siblings))
+    assert sorted(world.done) == sorted(each.name for each in expected_steps(steps, siblings, [0.25]))
 
 
 def test_commands_get_what_the_file_says(tmp_path):

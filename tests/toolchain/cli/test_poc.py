@@ -42,7 +42,7 @@ def test_a_template_is_written_once(tmp_path):
     refused(sentei("poc", "init", "-o", path), "exists")
     assert sentei("poc", "init", "-o", path, "--force", "--lang", "ja").returncode == 0
     assert "ガードレール" in path.read_text(encoding="utf-8")
-    refused(sentei("poc", "run", path, "-o", tmp_path / "out"), "line 9", "CHANGE_ME")
+    refused(sentei("poc", "run", path, "-o", tmp_path / "out"), "line 10: ", "CHANGE_ME")
 
 
 def test_a_dry_run_says_the_steps_and_their_time_and_writes_nothing(poc, tmp_path):
@@ -66,7 +66,8 @@ def test_a_run_ends_with_a_verdict_a_sheet_and_a_report(poc, tmp_path, monkeypat
     assert (out / "verdict.txt").read_text(encoding="utf-8").splitlines()[0] == done.stdout.splitlines()[0]
     verdict = json.loads((out / "verdict.json").read_text(encoding="utf-8"))
     assert (verdict["decision"], verdict["candidate"]) == ("deploy", "12.5 %")
-    assert [row[0] for row in csv.reader((out / "capacity.csv").open())][1:3] == ["original", "12.5 %"]
+    sheet = list(csv.reader((out / "capacity.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row[0] for row in sheet[1:3]] == ["original", "12.5 %"]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert '<html lang="ja">' in page and "採用を推奨します" in page
     # The candidate in detail is the one that was chosen.
@@ -89,16 +90,16 @@ def test_what_is_there_is_gone_on_with_only_if_asked(poc, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "line", "said"),
+    ("right", "wrong", "said"),
     [
-        ("text: [held.txt]", "text: [gone.txt]", 21, "gone.txt does not exist"),
-        ("text: [calibration.txt]", "text: [0.5:calibration.txt, held.txt]", 14, "held.txt has no weight"),
-        ("questions: [own.jsonl]", "questions: [gone.jsonl]", 26, "gone.jsonl does not exist"),
-        ("  # groups: ", "  groups: {law: 0.9} # ", 50, "no question has the subject law"),
-        ("siblings: []", "siblings: [no/such/model/at/all]", 74, "no/such/model"),
+        ("text: [held.txt]", "text: [gone.txt]", "gone.txt does not exist"),
+        ("text: [calibration.txt]", "text: [0.5:calibration.txt, held.txt]", "held.txt has no weight"),
+        ("questions: [own.jsonl]", "questions: [gone.jsonl]", "gone.jsonl does not exist"),
+        ("  # groups: ", "  groups: {law: 0.9} # ", "no question has the subject law"),
+        ("siblings: []", "siblings: [no/such/model/at/all]", "no/such/model"),
     ],
 )
-def test_what_the_file_names_is_looked_at_before_anything_runs(right, wrong, line, said, poc, tmp_path):
+def test_what_the_file_names_is_looked_at_before_anything_runs(right, wrong, said, poc, tmp_path):
     text = poc.read_text(encoding="utf-8")
     assert right in text
     poc.write_text(text.replace(right, wrong), encoding="utf-8")
@@ -106,5 +107,4 @@ def test_what_the_file_names_is_looked_at_before_anything_runs(right, wrong, lin
     refused(done, said)
     found = int(done.stderr.partition(" line ")[2].partition(":")[0])
     assert wrong.strip() in poc.read_text(encoding="utf-8").splitlines()[found - 1]
-    assert found == line
     assert not (tmp_path / "out").exists()
