@@ -123,14 +123,15 @@ def _is_slower(gain: Interval, fastest: Interval) -> bool:
 def _obstacles(candidates: Sequence[CandidateRecord]) -> list[ReasonRecord]:
     """What stands in each candidate's way, of those with the fewest red lights first.
 
-    Lights that are red or crossed by an interval; only where there are none, what was not measured: that follows from
-    them, or is all there is to say.
+    Lights that are red or crossed by an interval; only where there are none, the first thing that was not measured, and
+    why: the others follow from it.
     """
     ordered = sorted(candidates, key=lambda each: sum(light.status == "red" for light in each.lights))
     found = []
     for each in ordered:
         others = [light for light in each.lights if light.status != "green"]
-        told = [light for light in others if light.status == "red" or light.measured is not None] or others
+        told = [light for light in others if light.status == "red" or light.measured is not None]
+        told = told or others[:1]
         found += [_obstacle(each, light) for light in sorted(told, key=lambda light: light.status != "red")]
     return found
 
@@ -145,7 +146,7 @@ def _obstacle(candidate: CandidateRecord, light: LightRecord) -> ReasonRecord:
     message = (BROKEN if light.status == "red" else OPEN)[light.rail]
     scale = 100 if light.rail in _PERCENT else 1 / GB if light.rail == "memory" else 1
     values = {
-        "subject": light.subject or "", "limit": _number(light.limit * scale), **_measured(light.measured, scale),
+        "subject": light.subject or "", "limit": f"{light.limit * scale:.6g}", **_measured(light.measured, scale),
     }  # fmt: skip
     return _said(message, values, candidate, light=light)
 

@@ -161,8 +161,8 @@ class Steps:
             needs=(original, export),
         )  # fmt: skip
 
-    def measured(self, name: str, original: Step | None, export: Step) -> Step:
-        """Original and candidate in turn."""
+    def measured(self, name: str, original: Step | None, export: Step, precision: str | None = None) -> Step:
+        """Original and candidate in turn; ``precision`` is the candidate's, if it was rounded."""
         load = self.poc.workload
         engine = self.poc.engine if self.poc.engine == "vllm" or not load.limits else "onnx-server"
         out = self.directory / "benchmarks" / file_name(name)
@@ -172,6 +172,7 @@ class Steps:
         words += ["--concurrency", str(load.concurrency), "--repeats", str(load.repeats)]
         if load.limits:
             words += ["--slo", load.limits.asked, "--attainment", f"{load.limits.attainment:g}"]
+        words += ["--mixed-precision"] if precision else []
         needs = (export,) if original is None else (original, export)
         return Step(
             name=f"benchmark {name}", work="benchmark", arguments=tuple(words), out=out, needs=needs, resumes=True

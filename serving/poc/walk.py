@@ -140,7 +140,7 @@ class Walk:
             for step in self.steps.exported(ORIGINAL, self.steps.model, None):
                 self._must(step)
                 original = original or step
-        step = self.steps.measured(candidate.name, original, export)
+        step = self.steps.measured(candidate.name, original, export, candidate.precision)
         outcome = self.do(step)
         # Where requests failed the results are there, and say so.
         if outcome.error and not outcome.check_failed:
@@ -172,7 +172,8 @@ def expected_steps(steps: Steps, siblings: dict[str, Path], sparsities: Sequence
         ]
     for name, model, made_by, precision in rounded:
         exported = steps.exported(name, model, made_by, precision)
-        found += [*exported, steps.asked_in_engine(name, exported[0]), steps.measured(name, original, exported[0])]
+        found += [*exported, steps.asked_in_engine(name, exported[0])]
+        found.append(steps.measured(name, original, exported[0], precision))
     for name, path in siblings.items():
         exported = steps.exported(name, path, None)
         found += [steps.evaluated(name, path, None), *exported, steps.measured(name, original, exported[0])]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from serving.decision.document import CandidateRecord, GuardRails, Interval
 from serving.decision.lights import lights_of
 from serving.decision.sparsities import next_sparsity
+from serving.decision.verdict import decide
 from tests.serving.decision.making import RAILS, candidate, interval, judged, said
 from toolchain.significance import ratio_interval
 
@@ -62,6 +63,23 @@ def test_what_was_not_measured_or_has_no_interval_is_never_deployed(missing):
     assert (decision, name) == (DO_NOT, None)
     assert len(reasons) == 2
     assert "Memory ran out." in reasons[1].text or "cannot be told" in reasons[1].text or "not shown" in reasons[1].text
+
+
+@pytest.mark.parametrize(
+    "crossing",
+    [
+        {"perplexity": {"own.txt": interval(1.19, 0.05)}}, {"gain": interval(1.12, 0.05)},
+        {"accuracy": interval(0.61, 0.05)}, {"groups": {"safety": interval(0.91, 0.05)}},
+    ],
+)  # fmt: skip
+def test_a_value_within_a_guard_rail_is_not_enough_where_its_interval_crosses_it(crossing):
+    rails = RAILS.model_copy(update={"least_accuracy": 0.6, "groups": {"safety": 0.9}})
+    good = {"accuracy": interval(0.7), "groups": {"safety": interval(0.95)}}
+    assert judged(candidate(**(good | crossing)), rails=rails)[:2] == (DO_NOT, None)
+
+
+def test_a_candidate_that_no_guard_rail_judged_is_not_deployed():
+    assert decide([candidate()], [])[:2] == (DO_NOT, None)
 
 
 def test_an_interval_across_the_guard_rail_is_not_deployed_and_says_what_helps():

@@ -87,9 +87,9 @@ def test_the_same_model_twice_is_not_deployed(tmp_path):
     ("step", "outcome", "told"),
     [
         ("prune 25 %", Outcome(error="Memory ran out."), "25 %: perplexity was not measured. Memory ran out."),
-        ("evaluate 25 %", Outcome(error="No lm-eval."), "25 %: the speed was not measured. No lm-eval."),
+        ("evaluate 25 %", Outcome(error="No lm-eval."), "25 %: perplexity was not measured. No lm-eval."),
         ("export 25 %", Outcome(error="It differs.", check_failed=True), "does not give its checkpoint's answers"),
-        ("export 25 %", Outcome(error="Disk full."), "25 %: the export was not verified. Disk full."),
+        ("export 25 %", Outcome(error="Disk full."), "25 %: the speed was not measured. Disk full."),
         ("benchmark 25 %", Outcome(error="It hung."), "25 %: the speed was not measured. It hung."),
     ],
 )
@@ -136,5 +136,6 @@ def test_commands_get_what_the_file_says(tmp_path):
     [rounded, _] = steps.exported("int4", steps.model, None, "int4")
     assert rounded.arguments[:4] == ("quantize", "/models/own", "--scheme", "w4a16")
     assert "--calibration" in rounded.arguments
+    assert steps.measured("int4", None, rounded, "int4").arguments[-1] == "--mixed-precision"
     onnx = steps_of(tmp_path, workload={"input_len": 8, "output_len": 4, "limits": limits})
     assert "onnx-server" in onnx.measured("25 %", export, export).arguments
