@@ -54,13 +54,13 @@ def pareto_chart(points: Sequence[Point], axis: Axis, say: Say) -> dict[str, str
                 "symbol": symbol,
                 "color": [ORIGINAL if p.name == "original" else color for p in group],
             },
-            error_x=_errors(values),
-            error_y=_errors([each.loss for each in group]),
+            error_x=_errors(values, color),
+            error_y=_errors([each.loss for each in group], color),
             hovertext=[_plain(_sentence(each, say)) for each in group],
             hoverinfo="text",
         )
     figure.update_xaxes(title=say(TITLES[axis]))
-    figure.update_yaxes(title=say("perplexity, times the original's (lower is better)"))
+    figure.update_yaxes(title={"text": say("perplexity, times the original's (lower is better)"), "standoff": 16})
     if axis == "speed":
         figure.add_vline(x=1, line_width=1.5, line_dash="dot", line_color=EXPECTED)
     text = say("Perplexity against %(axis)s.", axis=say(TITLES[axis]))
@@ -85,9 +85,9 @@ def _sentence(point: Point, say: Say) -> str:
     )  # fmt: skip
 
 
-def _errors(values: Sequence[Interval]) -> dict[str, Any]:
+def _errors(values: Sequence[Interval], color: str) -> dict[str, Any]:
     return {
-        "type": "data", "symmetric": False, "thickness": 1.3, "width": 4,
+        "type": "data", "symmetric": False, "thickness": 1.3, "width": 4, "color": color,
         "array": [(each.value if each.high is None else each.high) - each.value for each in values],
         "arrayminus": [each.value - (each.value if each.low is None else each.low) for each in values],
     }  # fmt: skip
