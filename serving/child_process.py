@@ -12,7 +12,12 @@ from toolchain.lifetime import tied
 
 @contextmanager
 def child_process(
-    command: Sequence[str], environment: Mapping[str, str], log: Path, *, talks: bool = False
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    *,
+    talks: bool = False,
+    directory: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Runs a command in a process group of its own, which is killed when the context ends.
 
@@ -22,6 +27,7 @@ def child_process(
         environment: Its whole environment.
         log: Where its output goes.
         talks: It takes requests from stdin and answers on an unbuffered pipe; only errors go to the log.
+        directory: Where it runs; by default, where this process does.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -32,6 +38,7 @@ def child_process(
             bufsize=0,
             start_new_session=True,
             env=tied(environment),
+            cwd=directory,
         )
     try:
         yield process

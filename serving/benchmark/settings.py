@@ -39,6 +39,7 @@ class BenchmarkSettings:
         engine_options: Options for vLLM or the server, for both models.
         urls: Servers that run already, the original's and then the pruned model's; servers alone.
         api_key: What these servers ask for. It is never written.
+        mixed_precision: Whether the models may differ in precision; what is gained is then not pruning's alone.
         price_per_hour: Of the machine, in any currency; gives the cost of a million output tokens.
         start_timeout_s: How long a server, or a worker's loading, may take until it is ready.
         stall_timeout_s: How long an engine may go without a token before it counts as hung; without a server, each
@@ -56,6 +57,7 @@ class BenchmarkSettings:
     engine_options: Sequence[str] = ()
     urls: Sequence[str] = ()
     api_key: str | None = field(default=None, repr=False)
+    mixed_precision: bool = False
     price_per_hour: float | None = None
     start_timeout_s: float = START_TIMEOUT_S
     stall_timeout_s: float = STALL_TIMEOUT_S
@@ -90,6 +92,8 @@ class BenchmarkSettings:
             "device": self.device, "dtype": self.dtype, "repeats": self.repeats,
             "engine_options": list(self.engine_options), "urls": list(self.urls), "primary": self.primary,
             "price_per_hour": self.price_per_hour,
+            # Results from before had no such choice.
+            **({"mixed_precision": True} if self.mixed_precision else {}),
         }  # fmt: skip
 
 

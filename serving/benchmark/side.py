@@ -108,11 +108,11 @@ def check_one_device(sides: Mapping[str, Side]) -> None:
 
 def _check_comparable(sides: Mapping[str, Side], settings: BenchmarkSettings) -> None:
     facts = {name: side.facts for name, side in sides.items()}
-    if len({each.precision for each in facts.values()}) > 1:
+    if len({each.precision for each in facts.values()}) > 1 and not settings.mixed_precision:
         raise SenteiError(
             f"The original is {facts['original'].precision} and the pruned model {facts['pruned'].precision}: what "
             "comes of pruning could not be told from what comes of precision.",
-            "Export both alike, or give a dtype.",
+            "Export both alike, give a dtype, or add --mixed-precision to measure both together.",
         )
     sizes = {name: each.weight_bytes for name, each in facts.items()}
     if sizes["original"] < sizes.get("pruned", 0):

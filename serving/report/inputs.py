@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from serving.benchmark.journal import RESULTS_FILE
 from serving.benchmark.results_document import ResultsDocument
+from serving.decision.document import VERDICT_FILE, VerdictDocument
 from serving.saved_json import Source, checked
 from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
 from toolchain.documents import check_document
@@ -28,6 +29,7 @@ class ReportInputs:
         evaluations: ``evaluation.json``.
         verifications: ``verification.json`` of each export.
         benchmarks: ``results.json`` of each benchmark.
+        verdict: ``verdict.json`` of a proof of concept.
     """
 
     plan: PruningPlan | None
@@ -35,6 +37,7 @@ class ReportInputs:
     evaluations: tuple[Source, ...]
     verifications: tuple[Source, ...]
     benchmarks: tuple[Source, ...]
+    verdict: VerdictDocument | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -73,8 +76,9 @@ def read_inputs(directories: Sequence[Path]) -> ReportInputs:
         evaluations=tuple(_as(EvaluationDocument, source) for source in _distinct(_find(directories, EVALUATION_FILE))),
         verifications=tuple(_as(VerificationDocument, source) for source in _find(directories, VERIFICATION_FILE)),
         benchmarks=tuple(_as(ResultsDocument, source) for source in _distinct(_find(directories, RESULTS_FILE))),
+        verdict=_verdict(_distinct(_find(directories, VERDICT_FILE))),
     )
-    if len(inputs.missing) == 5:
+    if len(inputs.missing) == 5 and inputs.verdict is None:
         looked = ", ".join(str(directory) for directory in directories) or "no directory"
         raise SenteiError(
             f"Nothing to report in {looked}.", f"Looked, also one level below, for {', '.join(inputs.missing)}."
@@ -89,6 +93,14 @@ def _find(directories: Sequence[Path], name: str) -> list[Source]:
             if path.is_file() and not path.parent.name.endswith(".partial"):
                 paths.setdefault(path.resolve(), path)
     return [Source(path=path, content=read_json_object(path)) for path in paths.values()]
+
+
+def _verdict(sources: Sequence[Source]) -> VerdictDocument | None:
+    if len(sources) > 1:
+        raise SenteiError(
+            f"{sources[0].path} and {sources[1].path} differ: a report has one verdict.", "Give one of them."
+        )
+    return check_document(checked(sources[0]).content, str(sources[0].path), VerdictDocument) if sources else None
 
 
 def _as(model: type[BaseModel], source: Source) -> Source:

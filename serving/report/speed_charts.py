@@ -20,7 +20,7 @@ def gain_chart(name: str, metrics: Sequence[tuple[str, Mapping[str, float], floa
     """
     labels = [label for label, _, _ in metrics]
     values = [gain["value"] for _, gain, _ in metrics]
-    figure = new_figure()
+    figure, hover = new_figure(), say("%(value)sx", value="%{x:.3f}") + "<extra></extra>"
     figure.add_scatter(
         x=values, y=labels, mode="markers", name=say("measured, 95 % interval"), marker={"size": 11, "color": PRUNED},
         error_x={
@@ -28,12 +28,12 @@ def gain_chart(name: str, metrics: Sequence[tuple[str, Mapping[str, float], floa
             "array": [gain["high"] - gain["value"] for _, gain, _ in metrics],
             "arrayminus": [gain["value"] - gain["low"] for _, gain, _ in metrics],
         },
-        hovertemplate="%{x:.3f}x<extra></extra>",
+        hovertemplate=hover,
     )  # fmt: skip
     promised = [(label, expected) for label, _, expected in metrics if expected]
     figure.add_scatter(
         x=[expected for _, expected in promised], y=[label for label, _ in promised], mode="markers",
-        name=say("expected from the parameters"), hovertemplate="%{x:.3f}x<extra></extra>",
+        name=say("expected from the parameters"), hovertemplate=hover,
         marker={"symbol": "diamond-open", "size": 13, "color": EXPECTED, "line": {"width": 2}},
     )  # fmt: skip
     figure.add_vline(x=1, line_width=1.5, line_dash="dot", line_color=REMOVED)
@@ -89,7 +89,9 @@ def load_chart(name: str, points: Mapping[str, Sequence[Mapping[str, Any]]], met
                 "array": [point["spread"][1] - point["ms"] for point in each],
                 "arrayminus": [point["ms"] - point["spread"][0] for point in each],
             },
-            hovertext=[f"{point['load']}: {point['throughput']:.4g} tokens/s, {point['ms']:.4g} ms" for point in each],
+            hovertext=[
+                f"{point['load']}: {point['throughput']:.4g} {say('tokens/s')}, {point['ms']:.4g} ms" for point in each
+            ],
             hoverinfo="text",
         )  # fmt: skip
     figure.update_xaxes(title=say("output throughput, tokens/s"), rangemode="tozero")
@@ -133,7 +135,7 @@ def attainment_chart(name: str, tried: Mapping[str, Sequence[Mapping[str, float]
         figure.add_scatter(
             x=[point["request_rate"] for point in ordered], y=[100 * point["met"] for point in ordered],
             mode="markers", name=say(side), marker={"size": 9, "color": _COLORS[side], "opacity": 0.75},
-            hovertemplate="%{x:.3g}/s: %{y:.0f} %<extra></extra>",
+            hovertemplate=say("%(rate)s requests/s", rate="%{x:.3g}") + ": %{y:.0f} %<extra></extra>",
         )  # fmt: skip
     figure.add_hline(y=100 * attainment, line_width=1.5, line_dash="dot", line_color=REMOVED)
     figure.update_xaxes(title=say("requests/s"), type="log")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from serving.report import removal_charts as charts
+from serving.report.decision import decision_view
 from serving.report.format import flatten, format_bytes, format_change, format_count, format_ratio
 from serving.report.inputs import ReportInputs
 from serving.report.quality import evaluation_view
@@ -28,6 +29,7 @@ def build_view(inputs: ReportInputs, say: Say) -> dict[str, Any]:
     quality = _quality(inputs, document, say)
     return {
         "title": _title(inputs, document, say),
+        "decision": decision_view(inputs.verdict, say) if inputs.verdict else None,
         "size": _size(inputs),
         "quality": quality,
         "evaluation": evaluation_view(inputs.evaluations, say),
@@ -40,6 +42,8 @@ def build_view(inputs: ReportInputs, say: Say) -> dict[str, Any]:
 
 
 def _title(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> str:
+    if inputs.verdict:
+        return inputs.verdict.model
     if document:
         return document.base_model.name
     if inputs.summary:
@@ -135,6 +139,7 @@ def _quality(inputs: ReportInputs, document: PlanDocument | None, say: Say) -> d
         "warnings": warnings,
         "calibration": {name: f"{value:.4g}" for name, value in (calibration or {}).items()},
         "chart": charts.perplexity_chart(bars, say),
+        "bars": ", ".join(f"{label}: {value:.4g}" for label, value, _ in bars),
     }
 
 
@@ -252,6 +257,7 @@ def _trace(document: PlanDocument, say: Say) -> dict[str, Any]:
     return {
         "chart": charts.trace_chart(steps, say(known), say),
         "steps": [(label, f"{value:.5g}") for label, value in steps],
+        "text": ", ".join(f"{label}: {value:.5g}" for label, value in steps),
     }
 
 

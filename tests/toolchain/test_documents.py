@@ -13,6 +13,7 @@ import pytest
 from serving.benchmark.compare_runs import compare_results
 from serving.benchmark.journal import RESULTS_FILE
 from serving.benchmark.results_document import ResultsDocument
+from serving.decision.document import VERDICT_FILE, VerdictDocument
 from serving.forecast.estimate_document import EstimateDocument
 from serving.report.render import render_report
 from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
@@ -37,6 +38,7 @@ MODELS = {
     RESULTS_FILE: ResultsDocument,
     COMPARISON_FILE: ComparisonDocument,
     ESTIMATE_FILE: EstimateDocument,
+    VERDICT_FILE: VerdictDocument,
 }
 # A report is about none of these.
 UNREPORTED = {"sweep", "comparison", "estimate"}
@@ -44,6 +46,7 @@ LAYOUTS = {
     RESULTS_FILE: {"indent": 1, "ensure_ascii": False},
     COMPARISON_FILE: {"indent": 1, "ensure_ascii": False},
     ESTIMATE_FILE: {"indent": None},
+    VERDICT_FILE: {"indent": 1, "ensure_ascii": False},
 }
 FILES = [path for path in sorted(WRITTEN.rglob("*.json")) if path.name in MODELS]
 

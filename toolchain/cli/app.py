@@ -28,6 +28,7 @@ from toolchain.cli import (
     heal,
     import_gguf,
     plan,
+    poc,
     prune,
     quantize,
     report,
@@ -83,6 +84,7 @@ app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
 app.command("benchmark")(benchmark.benchmark)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
+app.add_typer(poc.app, name="poc")
 app.command("demo")(demo.demo)
 
 

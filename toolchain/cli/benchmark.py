@@ -96,6 +96,12 @@ def benchmark(
     primary: Annotated[
         str, typer.Option(help="The metric that decides, such as mean_ttft_ms; the others are exploratory.")
     ] = "output_throughput",
+    mixed_precision: Annotated[
+        bool,
+        typer.Option(
+            "--mixed-precision", help="The models may differ in precision: the gain is then not that of pruning alone."
+        ),
+    ] = False,
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Price of the machine: gives the cost per million output tokens.")
     ] = None,
@@ -168,6 +174,7 @@ def benchmark(
             engine_options=engine_option or (),
             urls=url or (),
             api_key=_api_key(api_key_env),
+            mixed_precision=mixed_precision,
             price_per_hour=price_per_hour,
             start_timeout_s=start_timeout,
             stall_timeout_s=stall_timeout,

@@ -29,6 +29,13 @@ class EvopressBudget(StrEnum):
     small = "small"
 
 
+class ReportLanguage(StrEnum):
+    """Languages of the report; see :data:`serving.report.translate.LANGUAGES`."""
+
+    en = "en"
+    ja = "ja"
+
+
 # Arguments
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")]

@@ -81,7 +81,7 @@ def prune(
         str | None,
         typer.Option(
             metavar="FROM:TO:STEP",
-            help="Instead: plans for several sparsities, as in 0.1:0.5:0.05, and their curve.",
+            help="Instead: plans for several sparsities, as in 0.1:0.5:0.05 or 0.1,0.25, and their curve.",
             rich_help_panel=_TARGET,
         ),
     ] = None,
@@ -277,6 +277,8 @@ def _sparsities(sparsity: float | None, sweep: str | None) -> list[float]:
     if sparsity is not None:
         return [sparsity]
     assert sweep is not None
+    if "," in sweep:
+        return _listed_sparsities(sweep)
     try:
         start, stop, step = (Decimal(part) for part in sweep.split(":"))
         if not all(part.is_finite() for part in (start, stop, step)):
@@ -291,6 +293,19 @@ def _sparsities(sparsity: float | None, sweep: str | None) -> list[float]:
     return check_sparsities(
         "--sweep", [float(start + step * number) for number in range(int((stop - start) / step) + 1)]
     )
+
+
+def _listed_sparsities(sweep: str) -> list[float]:
+    """Those of a list such as ``0.1,0.25``, ascending."""
+    try:
+        listed = sorted(float(part) for part in sweep.split(","))
+    except ValueError as error:
+        raise SenteiError(f"--sweep {sweep!r} is not understood.", "Write a list as in 0.1,0.25.") from error
+    if not all(0 < each < 1 for each in listed):
+        raise SenteiError(f"--sweep {sweep}: sparsities lie inside (0, 1).", "Write a list as in 0.1,0.25.")
+    if len(listed) > MAX_SPARSITIES:
+        raise SenteiError(f"--sweep asks for more than {MAX_SPARSITIES} plans.", "Give fewer.")
+    return check_sparsities("--sweep", listed)
 
 
 def check_sparsities(option: str, sparsities: list[float]) -> list[float]:

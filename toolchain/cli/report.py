@@ -1,21 +1,13 @@
 """``sentei report``."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from toolchain.cli.console import Output
-from toolchain.cli.options import ForceOption, JsonOption, QuietOption, out_option
+from toolchain.cli.options import ForceOption, JsonOption, QuietOption, ReportLanguage, out_option
 from toolchain.outputs import writes_file
-
-
-class ReportLanguage(StrEnum):
-    """Languages of the report; see :data:`serving.report.translate.LANGUAGES`."""
-
-    en = "en"
-    ja = "ja"
 
 
 @writes_file

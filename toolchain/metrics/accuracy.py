@@ -74,26 +74,16 @@ class AccuracyMetric:
         self.source: str | None = f"{source}, in the chat template" if chat_template else source
         asked = json.dumps([asdict(question) for question in questions])
         self.source_sha256: str | None = hashlib.sha256(asked.encode()).hexdigest()
-        rows: list[list[int]] = []
-        positions: list[tuple[int, int, int]] = []
-        self._lengths: list[int] = []
-        prompts = _chats(tokenizer, questions) if chat_template else [each.prompt.rstrip() for each in questions]
-        for number, (question, context) in enumerate(zip(questions, prompts, strict=True), 1):
-            for choice in question.choices:
-                continuation = choice if chat_template else split_prompt(question.prompt, choice)[1]
-                prompt, whole = _tokenize(tokenizer, context, continuation, None if chat_template else bos)
-                num_kept = int(bos is not None and whole[:1] == [bos])
-                if len(whole) - prompt >= seq_len:
-                    raise SenteiError(
-                        f"{source} question {number}: a choice has {len(whole) - prompt} tokens, and --seq-len is "
-                        f"{seq_len}.",
-                        "Raise --seq-len.",
-                    )
-                cut = max(0, len(whole) - seq_len)
-                ids = whole[:num_kept] + whole[num_kept + cut :]
-                positions += [(len(rows), place - 1, ids[place]) for place in range(max(prompt - cut, 1), len(ids))]
-                rows.append(ids)
-                self._lengths.append(len(choice))
+        encoded = encode_choices(
+            questions, tokenizer, source=source, seq_len=seq_len, bos=bos, chat_template=chat_template
+        )
+        rows = [each.ids for each in encoded]
+        positions = [
+            (row, place - 1, each.ids[place])
+            for row, each in enumerate(encoded)
+            for place in range(each.start, len(each.ids))
+        ]
+        self._lengths = [len(choice) for question in questions for choice in question.choices]
         self._questions = questions
         longest = max(map(len, rows))
         # What follows a sequence cannot change what a causal model made of it.
@@ -111,6 +101,52 @@ class AccuracyMetric:
         scores = (totals / torch.tensor(self._lengths)).split([len(question.choices) for question in self._questions])
         right = [int(row.argmax()) == question.answer for row, question in zip(scores, self._questions, strict=True)]
         return sum(right) / len(right) if bool(torch.isfinite(totals).all()) else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedChoice:
+    """A prompt with one of its choices.
+
+    Attributes:
+        ids: Tokens of both.
+        start: The place of the first token that is the choice's.
+    """
+
+    ids: list[int]
+    start: int
+
+
+def encode_choices(
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: str,
+    seq_len: int,
+    bos: int | None = None,
+    chat_template: bool = False,
+) -> list[EncodedChoice]:
+    """Every choice of every question, in order; see :class:`AccuracyMetric`.
+
+    Raises:
+        SenteiError: A choice alone is longer than ``seq_len``, or there is no chat template.
+    """
+    encoded = []
+    prompts = _chats(tokenizer, questions) if chat_template else [each.prompt.rstrip() for each in questions]
+    for number, (question, context) in enumerate(zip(questions, prompts, strict=True), 1):
+        for choice in question.choices:
+            continuation = choice if chat_template else split_prompt(question.prompt, choice)[1]
+            prompt, whole = _tokenize(tokenizer, context, continuation, None if chat_template else bos)
+            num_kept = int(bos is not None and whole[:1] == [bos])
+            if len(whole) - prompt >= seq_len:
+                raise SenteiError(
+                    f"{source} question {number}: a choice has {len(whole) - prompt} tokens, and --seq-len is "
+                    f"{seq_len}.",
+                    "Raise --seq-len.",
+                )
+            cut = max(0, len(whole) - seq_len)
+            ids = whole[:num_kept] + whole[num_kept + cut :]
+            encoded.append(EncodedChoice(ids=ids, start=max(prompt - cut, 1)))
+    return encoded
 
 
 def load_questions(path: Path) -> list[Question]:

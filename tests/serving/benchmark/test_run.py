@@ -16,6 +16,8 @@ from serving.benchmark.run import schedule
 from serving.benchmark.sessions.local import LocalSession, patience_s
 from serving.benchmark.sessions.worker import random_prompts
 from serving.benchmark.sessions.worker_process import Worker, running_worker
+from serving.benchmark.settings import BenchmarkSettings
+from serving.benchmark.side import open_sides
 from serving.benchmark.workload import WARMUP_SEED, make_workloads
 from serving.child_process import child_process
 from serving.forecast.model_facts import checkpoint_facts, expected_gains, onnx_facts
@@ -187,6 +189,14 @@ def test_unlike_precisions_are_refused(pico_model, tmp_path):
     write_weights(tmp_path / "half", shapes, half.__getitem__)
     with pytest.raises(SenteiError, match="original is float32 and the pruned model bfloat16"):
         benchmark(pico_model, tmp_path / "half", engine="transformers", out=tmp_path / "out", **TINY)
+    # Unless somebody wants to know just that; the results say so.
+    asked = BenchmarkSettings(
+        engine="transformers", workloads=make_workloads(engine="transformers", input_len=8, output_len=4),
+        mixed_precision=True,
+    )  # fmt: skip
+    sides = open_sides(pico_model, tmp_path / "half", asked)
+    assert {side.facts.precision for side in sides.values()} == {"float32", "bfloat16"}
+    assert asked.options["mixed_precision"] is True
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

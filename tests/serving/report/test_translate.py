@@ -12,7 +12,11 @@ import pytest
 from serving.benchmark import goodput, metrics, ratios
 from serving.benchmark import gpu_watch as gpu_state
 from serving.benchmark import results as bench_results
+from serving.decision import verdict
+from serving.decision.document import Status
 from serving.forecast import explain, gap, model_facts, roofline
+from serving.poc.walk import TOO_DAMAGED
+from serving.report import decision, decision_charts
 from serving.report import translate as messages_module
 from serving.report.speed import FORMER_FORMULAS, LABELS
 from serving.report.translate import LANGUAGES, Say
@@ -23,6 +27,9 @@ TRANSLATED = [language for language in LANGUAGES if language != "en"]
 # What files hold and the report says in its own language.
 SAID_OF_DATA = {
     *LABELS.values(),
+    *verdict.MESSAGES, *(message for pair in decision.RAILS.values() for message in pair), decision.FASTER,
+    *decision.KINDS, *get_args(Status), *decision.GAIN_METRICS.values(), *decision.INPUTS.values(),
+    *decision_charts.TITLES.values(), TOO_DAMAGED,
     *explain.MESSAGES,
     *gap.MESSAGES,
     *FORMER_FORMULAS,

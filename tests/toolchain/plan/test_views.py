@@ -107,11 +107,24 @@ def test_a_killed_sweep_is_resumed(pico_model: Path, text: Path, swept: Path, tm
 
 @pytest.mark.parametrize(
     ("sweep", "sentence"),
-    [("0.5:0.1:0.1", "upwards"), ("0.1:0.5", "not understood"), ("a:b:c", "not understood"), ("0.1:0.5:0", "upwards")],
-)
+    [
+        ("0.5:0.1:0.1", "upwards"), ("0.1:0.5:0", "upwards"), ("0.1:0.5", "not understood"),
+        ("a:b:c", "not understood"), ("0.2,x", "not understood"), ("0.2,nan", "inside"), ("0.2,1.5", "inside"),
+        ("0.2,0.2", "would be called 0.2"),
+    ],
+)  # fmt: skip
 def test_bad_sweeps(pico_model: Path, text: Path, tmp_path: Path, sweep: str, sentence: str):
     refused(prune(pico_model, text, tmp_path / "out", "--sweep", sweep), sentence)
     refused(prune(pico_model, text, tmp_path / "out", "--sweep", sweep, "--sparsity", 0.2), "Give --sparsity")
+
+
+def test_a_list_gives_the_plans_that_a_range_gives(pico_model: Path, text: Path, swept: Path, tmp_path: Path):
+    out = tmp_path / "listed"
+    done = prune(pico_model, text, out, "--sweep", "0.4,0.2", "--attention-removals", 1)
+    assert done.returncode == 0, done.stderr
+    assert sorted(each.name for each in out.iterdir() if each.is_dir()) == ["0.2", "0.4"]
+    for name in ("0.2", "0.4"):
+        assert (out / name / "plan.json").read_bytes() == (swept / name / "plan.json").read_bytes()
 
 
 def test_the_curve_of_a_sweep_is_one_page(swept: Path, tmp_path: Path):

@@ -1,0 +1,58 @@
+"""The traffic lights: does a candidate hold each guard rail, break it, or can that not be told?
+
+Green and red need the whole interval on one side of the limit: who deploys on a green light relies on it. Where the
+interval crosses the limit, or nothing was measured, it cannot be told.
+"""
+
+from serving.decision.document import CandidateRecord, GuardRails, Interval, LightRecord, Rail, Status
+
+# What pruning further makes worse, and never better.
+DAMAGE: tuple[Rail, ...] = ("perplexity", "accuracy", "group")
+GB = 10**9
+
+
+def lights_of(candidate: CandidateRecord, rails: GuardRails) -> list[LightRecord]:
+    """Judges a candidate by every guard rail that is set, and always by its speed and its verification."""
+    lights = [_light("perplexity", each, rails.most_perplexity, text) for text, each in candidate.perplexity.items()]
+    if not candidate.perplexity:
+        lights.append(_light("perplexity", None, rails.most_perplexity))
+    if rails.least_accuracy is not None:
+        lights.append(_light("accuracy", candidate.accuracy, rails.least_accuracy))
+    lights += [_light("group", candidate.groups.get(name), floor, name) for name, floor in rails.groups.items()]
+    lights.append(_light("gain", candidate.gain, rails.least_gain))
+    if rails.most_memory_gb is not None:
+        used = candidate.memory_bytes
+        exact = None if used is None else Interval(value=used, low=used, high=used)
+        lights.append(_light("memory", exact, rails.most_memory_gb * GB))
+    verified: dict[bool | None, Status] = {True: "green", False: "red", None: "cannot be told"}
+    lights.append(
+        LightRecord(rail="verified", subject=None, limit=None, measured=None, status=verified[candidate.verified])
+    )
+    return lights
+
+
+def all_green(candidate: CandidateRecord) -> bool:
+    """Whether a candidate may be deployed. One that no guard rail judged may not."""
+    return bool(candidate.lights) and all(light.status == "green" for light in candidate.lights)
+
+
+def damage_is_green(lights: list[LightRecord]) -> bool:
+    """Whether the quality of a candidate is shown to be within the guard rails."""
+    damage = [light for light in lights if light.rail in DAMAGE]
+    return bool(damage) and all(light.status == "green" for light in damage)
+
+
+def _light(rail: Rail, measured: Interval | None, limit: float, subject: str | None = None) -> LightRecord:
+    status: Status = "cannot be told"
+    if measured is not None and measured.low is not None and measured.high is not None:
+        status = _status(rail, measured.low, measured.high, limit)
+    return LightRecord(rail=rail, subject=subject, limit=limit, measured=measured, status=status)
+
+
+def _status(rail: Rail, low: float, high: float, limit: float) -> Status:
+    if rail in ("perplexity", "memory"):
+        return "green" if high <= limit else "red" if low > limit else "cannot be told"
+    # A gain of exactly 1 is none.
+    if rail == "gain" and limit == 1:
+        return "green" if low > 1 else "red" if high < 1 else "cannot be told"
+    return "green" if low >= limit else "red" if high < limit else "cannot be told"

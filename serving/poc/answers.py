@@ -1,0 +1,144 @@
+"""What evaluations have kept of every window and every question, and what follows for a candidate."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from serving.decision.document import Interval
+from toolchain.documents import Document, Record, read_document
+from toolchain.errors import SenteiError
+from toolchain.evaluate.comparison import share
+from toolchain.evaluate.document import EVALUATION_FILE, Change, EvaluationDocument, Side
+from toolchain.json_files import read_json_object
+from toolchain.significance import compare_means, compare_shares
+
+QUALITY_FILE = "engine_quality.json"
+# As much as toolchain.parts_cache reads.
+_MOST_BYTES = 256 * 1024 * 1024
+
+
+class AskedQuestion(Record):
+    """One question: its ``subject``, if it has one, and the score of the answer, 1 if it was right."""
+
+    subject: str | None
+    score: float
+
+
+class EngineQuality(Document):
+    """``engine_quality.json``: a rounded export's answers, from the engine that serves it.
+
+    ``perplexity`` is over the original's, by text; ``questions`` by the name of their file, in its order.
+    """
+
+    schema_version: Literal[1] = 1
+    kind: Literal["engine_quality"] = "engine_quality"
+    perplexity: dict[str, Interval]
+    questions: dict[str, list[AskedQuestion]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """The quality of one model.
+
+    Attributes:
+        perplexity: Over the original's, by text.
+        questions: All that were asked, in the order of the files.
+    """
+
+    perplexity: Mapping[str, Interval]
+    questions: Sequence[AskedQuestion]
+
+
+def quality_of(directory: Path, question_files: Sequence[str]) -> Quality:
+    """Reads what an evaluation wrote, by ``sentei evaluate`` or by :mod:`serving.poc.engine_quality`.
+
+    Args:
+        directory: Of the evaluation.
+        question_files: Names of the files of questions.
+
+    Raises:
+        SenteiError: Something is missing or damaged.
+    """
+    if (directory / QUALITY_FILE).is_file():
+        found = read_document(directory / QUALITY_FILE, EngineQuality)
+        return Quality(
+            perplexity=found.perplexity, questions=[each for name in question_files for each in found.questions[name]]
+        )
+    document = read_document(directory / EVALUATION_FILE, EvaluationDocument)
+    sides = {each.model for each in document.evaluations}
+    # A smaller sibling is no pruned model, but stands in its place.
+    side: Side = "pruned" if "pruned" in sides else "original"
+    return Quality(
+        perplexity={each.text: interval_of(each.perplexity_ratio) for each in document.text_comparisons},
+        questions=[each for name in question_files for each in kept_questions(directory, side, name)],
+    )
+
+
+def interval_of(found: Change) -> Interval:
+    """A change with its interval, without its test."""
+    return Interval(value=found.value, low=found.low, high=found.high)
+
+
+def accuracy_of(questions: Sequence[AskedQuestion]) -> Interval | None:
+    """The share of right answers with Wilson's interval; ``None`` if nothing was asked."""
+    if not questions:
+        return None
+    found = share([each.score for each in questions])
+    return Interval(value=found.value, low=found.low, high=found.high)
+
+
+def groups_of(questions: Sequence[AskedQuestion]) -> dict[str, Interval]:
+    """The same for each subject."""
+    by_subject: dict[str, list[AskedQuestion]] = {}
+    for each in questions:
+        if each.subject is not None:
+            by_subject.setdefault(each.subject, []).append(each)
+    return {name: found for name, asked in by_subject.items() if (found := accuracy_of(asked))}
+
+
+def accuracy_change(original: Sequence[AskedQuestion], candidate: Sequence[AskedQuestion]) -> Interval | None:
+    """The candidate's share minus the original's, from the same questions."""
+    if not original or len(original) != len(candidate):
+        return None
+    pairs = [(before.score, after.score) for before, after in zip(original, candidate, strict=True)]
+    if {score for pair in pairs for score in pair} <= {0.0, 1.0}:
+        lost, gained = sum(b > a for b, a in pairs), sum(a > b for b, a in pairs)
+        found = compare_shares(lost=lost, gained=gained, num_questions=len(pairs))
+    else:
+        found = compare_means([after - before for before, after in pairs])
+    return Interval(value=found.value, low=found.low, high=found.high)
+
+
+def kept_questions(evaluation: Path, side: Side, file: str) -> list[AskedQuestion]:
+    """The answers to one file of questions.
+
+    Raises:
+        SenteiError: The evaluation does not hold them.
+    """
+    result = _kept(evaluation, side, lambda identity: identity.get("task") == file, file)
+    metric = result["metric"]
+    return [AskedQuestion(subject=each["subject"], score=each["scores"][metric]) for each in result["questions"]]
+
+
+def kept_losses(evaluation: Path, side: Side, text_sha256: str) -> list[float]:
+    """The mean loss of each window of a text, in nats per token.
+
+    Raises:
+        SenteiError: The evaluation does not hold them.
+    """
+    result = _kept(evaluation, side, lambda identity: identity.get("text_sha256") == text_sha256, "a text")
+    return [fmean(window) for window in result["losses"]]
+
+
+def _kept(evaluation: Path, side: Side, belongs: Any, what: str) -> dict[str, Any]:
+    """The result of the part whose identity belongs to what is asked for."""
+    for path in sorted((evaluation / "parts").glob(f"{side}-*.json")):
+        part = read_json_object(path, max_bytes=_MOST_BYTES)
+        if belongs(part.get("identity", {})):
+            try:
+                return dict(part["result"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise SenteiError(f"{path} does not have the fields it should (result).") from error
+    raise SenteiError(f"{evaluation} does not hold the answers of the {side} model to {what}.", "Evaluate anew.")

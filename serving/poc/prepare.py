@@ -1,0 +1,182 @@
+"""Looks at ``poc.yaml`` and at everything that it names, before anything is run."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serving.forecast.device_probe import probe_device
+from serving.poc.document import PocDocument
+from serving.poc.plan_of_steps import ORIGINAL, Steps, file_name, percent
+from serving.poc.read import read_poc
+from serving.poc.time_needed import Amounts, text_tokens
+from serving.poc.yaml_lines import Place, read_yaml
+from toolchain.checkpoint.directory import Checkpoint, model_name, open_checkpoint, resolve_model
+from toolchain.errors import SenteiError
+from toolchain.evaluate.task_requests import parse_task
+from toolchain.metrics.accuracy import load_questions
+from toolchain.model.context_length import context_length
+from toolchain.text.sources import parse_sources, parse_text
+
+_SEQ_LEN = 2048
+_MOST_TOKENS = 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A checked ``poc.yaml``: every file that it names is there, and nothing was run.
+
+    Attributes:
+        poc: What it says.
+        path: Of the file.
+        checkpoint: The original.
+        siblings: Directories of smaller models, by name.
+        inputs: Everything that the steps depend on, as JSON.
+        question_chars: Of one's own questions, each prompt once for each of its choices.
+        text_bytes: Of each evaluation text; ``None`` where that is not known.
+    """
+
+    poc: PocDocument
+    path: Path
+    checkpoint: Checkpoint
+    siblings: dict[str, Path]
+    inputs: Mapping[str, Any]
+    question_chars: int
+    text_bytes: Sequence[int | None]
+
+    def steps(self, out: Path) -> Steps:
+        """The steps, writing into a directory."""
+        return Steps(poc=self.poc, model=self.checkpoint.directory.resolve(), directory=out.resolve())
+
+
+def prepare(path: Path) -> Prepared:
+    """Reads ``poc.yaml`` and looks at everything that it names.
+
+    Raises:
+        SenteiError: A mistake in it, with its line; or something that it names is missing or no good.
+    """
+    poc = read_poc(path)
+    base = path.resolve().parent
+    place = _Places(path, base)
+    checkpoint = open_checkpoint(place.model(poc.model, ("model",)))
+    siblings = _siblings(poc, place)
+    files = place.texts(poc.calibration.text, ("calibration", "text"), weights=True)
+    evaluated = place.texts(poc.evaluation.text, ("evaluation", "text"))
+    questions = [place.file(each, ("evaluation", "questions", n)) for n, each in enumerate(poc.evaluation.questions)]
+    asked = [question for file in questions for question in load_questions(file)]
+    _check_groups(poc, {each.subject for each in asked}, place)
+    tasks = [
+        place.file(str(task.file), ("evaluation", "tasks", number))
+        for number, each in enumerate(poc.evaluation.tasks)
+        if (task := parse_task(each)).file is not None
+    ]
+    everything = [*(each for each in [*files, *evaluated] if each), *questions, *tasks]
+    return Prepared(
+        poc=poc, path=path, checkpoint=checkpoint, siblings=siblings,
+        inputs={
+            "model": _identity_of(checkpoint),
+            "siblings": {name: _identity_of(open_checkpoint(each)) for name, each in siblings.items()},
+            "files": [stamp for file in everything for stamp in _stamps(file)],
+        },
+        question_chars=sum(len(each.prompt) + len(choice) for each in asked for choice in each.choices),
+        text_bytes=[each.stat().st_size if each and each.is_file() else None for each in evaluated],
+    )  # fmt: skip
+
+
+def amounts_of(prepared: Prepared) -> Amounts:
+    """How much there is to do, on this device, which is measured for a few seconds."""
+    poc, checkpoint = prepared.poc, prepared.checkpoint
+    longest = min(_SEQ_LEN, context_length(checkpoint.config).stated)
+    window = poc.evaluation.seq_len or longest
+    asked = poc.evaluation.windows and poc.evaluation.windows * window
+    # Of a data set of the hub nobody knows how long it is.
+    per_text = [
+        min(asked or math.inf, text_tokens(size) if size else math.inf, _MOST_TOKENS) for size in prepared.text_bytes
+    ]
+    dtype = "float32" if poc.device == "cpu" else "bfloat16"
+    peaks = probe_device(poc.device, dtype)
+    return Amounts(
+        num_parameters=checkpoint.num_parameters,
+        weight_bytes=checkpoint.num_parameters * (4 if dtype == "float32" and poc.engine == "onnx" else 2),
+        calibration_tokens=poc.calibration.samples * (poc.calibration.seq_len or longest),
+        evaluation_tokens=round(sum(per_text)) + text_tokens(prepared.question_chars),
+        flops_per_s=peaks.flops_per_s,
+        bytes_per_s=peaks.bytes_per_s,
+    )
+
+
+def _siblings(poc: PocDocument, place: "_Places") -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    taken = {file_name(percent(each)) for each in poc.candidates.sparsities} | {ORIGINAL, *poc.alternatives.quantised}
+    for number, each in enumerate(poc.alternatives.siblings):
+        where = ("alternatives", "siblings", number)
+        directory = place.model(each, where)
+        name = model_name(directory)
+        if file_name(name) in taken:
+            raise place.error(where, f"a candidate is called {name} already", "Rename the directory.")
+        taken.add(file_name(name))
+        found[name] = directory
+    return found
+
+
+def _check_groups(poc: PocDocument, subjects: set[str | None], place: "_Places") -> None:
+    for group in poc.guard_rails.groups:
+        if group not in subjects:
+            known = ", ".join(sorted(each for each in subjects if each)) or "none"
+            raise place.error(
+                ("guard_rails", "groups", group),
+                f"no question has the subject {group}",
+                f'Give questions a field "subject"; there are: {known}.',
+            )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """What ``poc.yaml`` names, found beside it; an error names the line."""
+
+    path: Path
+    base: Path
+
+    def error(self, where: Place, what: str, hint: str) -> SenteiError:
+        return SenteiError(f"{self.path} line {read_yaml(self.path).line_of(where)}: {what}.", hint)
+
+    def file(self, given: str, where: Place) -> Path:
+        found = self.base / given
+        if not found.exists():
+            raise self.error(where, f"{given} does not exist", f"Paths are relative to {self.base}.")
+        return found
+
+    def texts(self, given: Sequence[str], where: Place, *, weights: bool = False) -> list[Path | None]:
+        """The files or directories of texts; ``None`` for a data set of the hub."""
+        try:
+            texts = [each.text for each in parse_sources(given)] if weights else [parse_text(each) for each in given]
+        except SenteiError as error:
+            raise self.error(where, error.message.rstrip("."), error.hint) from error
+        return [
+            self.file(str(each), (*where, number)) if isinstance(each, Path) else None
+            for number, each in enumerate(texts)
+        ]
+
+    def model(self, given: str, where: Place) -> Path:
+        found = self.base / given
+        if found.exists():
+            return found
+        try:
+            return resolve_model(given)
+        except SenteiError as error:
+            raise self.error(where, error.message.rstrip("."), error.hint) from error
+
+
+def _identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Weights count by name, size and time: hashing them takes long."""
+    config = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode()).hexdigest()
+    files = sorted(checkpoint.directory.glob("*.safetensors"))
+    return {"config": config, "weights": [stamp for file in files for stamp in _stamps(file)]}
+
+
+def _stamps(path: Path) -> list[list[Any]]:
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,0 +1,141 @@
+"""The way through a proof of concept: nothing is done twice, nothing is measured that may not be deployed anyway."""
+
+import pytest
+
+from serving.decision.document import VerdictDocument
+from serving.poc.measured import gain_metric
+from serving.poc.run import decided
+from serving.poc.run_steps import Outcome
+from serving.poc.walk import TOO_DAMAGED, Walk, expected_steps
+from tests.serving.poc.world import ORIGINAL, Truth, World, steps_of
+from toolchain.errors import SenteiError
+
+
+def concluded(directory, world: World, **changed) -> VerdictDocument:
+    steps = steps_of(directory, **changed)
+    walk = Walk(steps=steps, siblings={}, do=world)
+    candidates = walk.candidates()
+    return decided(steps.poc, "own", walk.original(), candidates, gain_metric(walk.results))
+
+
+LESS = {"12.5 %": Truth(loss=1.02, gain=1.12), "25 %": Truth(loss=1.08, gain=1.28)}
+
+
+def test_small_first_until_a_guard_rail_breaks_and_every_step_once(tmp_path):
+    world = World(truths=LESS | {"37.5 %": Truth(loss=1.4)})
+    found = concluded(tmp_path, world)
+    assert (found.decision, found.candidate) == ("deploy", "25 %")
+    assert world.done == [
+        "evaluate original", "plans",
+        "prune 12.5 %", "evaluate 12.5 %", "export 12.5 %", "export original", "benchmark 12.5 %",
+        "prune 25 %", "evaluate 25 %", "export 25 %", "benchmark 25 %",
+        "prune 37.5 %", "evaluate 37.5 %",
+    ]  # fmt: skip
+    assert [each.name for each in found.candidates] == ["12.5 %", "25 %", "37.5 %"]
+    assert found.candidates[2].not_measured == TOO_DAMAGED
+    # 100 requests/s at 6.6 per server: 15.2; at 6.6 x 1.12: 13.5; at 6.6 x 1.28: 11.8.
+    assert [row.gpus.value for row in found.capacity] == [16, 14, 12]
+    assert "saves 4 of 16 GPUs" in found.reasons[1].text
+
+
+def test_what_will_not_be_run_is_not_waited_for(tmp_path):
+    steps = steps_of(tmp_path, alternatives={"pruned_and_quantised": ["int8"]})
+    walk = Walk(steps=steps, siblings={}, do=World(truths=LESS | {"25 %": Truth(loss=1.4)}))
+    assert walk.possible == [0.125, 0.25, 0.375, 0.5]
+    walk.candidates()
+    assert walk.possible == [0.125]
+    names = [each.name for each in expected_steps(steps, {}, walk.possible)]
+    assert "benchmark 12.5 % + int8" in names and not any("25 %" in each and "12.5" not in each for each in names)
+    assert expected_steps(steps, {}, [])[-1].name == "export original"
+
+
+def test_a_groups_floor_stops_what_perplexity_and_the_average_allow(tmp_path):
+    hurt = {"25 %": Truth(right={"law": 0.9, "safety": 0.6}), "12.5 %": Truth(gain=1.02)}
+    rails = {"most_perplexity": 1.2, "least_gain": 1.1, "least_accuracy": 0.6, "groups": {"safety": 0.8}}
+    found = concluded(tmp_path, World(truths=hurt), guard_rails=rails)
+    assert (found.decision, found.candidate) == ("do not prune", None)
+    told = "\n".join(each.text for each in found.reasons)
+    assert "25 %: 60 % of the questions in group safety are answered rightly" in told
+    assert "12.5 %: the speed is 1.0" in told
+    assert len(found.candidates) == 2
+
+
+def test_a_rounded_original_that_beats_the_pruned_models_is_said_to(tmp_path):
+    world = World(truths=LESS | {"int8": Truth(loss=1.01, gain=1.6, memory_bytes=300_000_000)})
+    found = concluded(tmp_path, world, alternatives={"quantised": ["int8"]}, candidates={"sparsities": [0.125, 0.25]})
+    assert (found.decision, found.candidate) == ("do not prune", "int8")
+    by_name = {each.name: each for each in found.candidates}
+    assert by_name["25 %"].better == ["int8"] and by_name["int8"].better == []
+
+
+def test_the_furthest_that_holds_is_the_one_that_is_rounded_too(tmp_path):
+    world = World(truths=LESS | {"37.5 %": Truth(loss=1.5)})
+    found = concluded(tmp_path, world, alternatives={"pruned_and_quantised": ["int4"]})
+    assert found.candidates[-1].name == "25 % + int4"
+    assert (found.decision, found.candidate) == ("deploy", "25 % + int4")
+
+
+def test_the_same_model_twice_is_not_deployed(tmp_path):
+    same = World(truths=dict.fromkeys(("12.5 %", "25 %"), ORIGINAL))
+    found = concluded(
+        tmp_path, same, guard_rails={"most_perplexity": 1.2}, candidates={"sparsities": [0.125, 0.25]}
+    )  # fmt: skip
+    assert (found.decision, found.candidate) == ("do not prune", None)
+
+
+@pytest.mark.parametrize(
+    ("step", "outcome", "told"),
+    [
+        ("prune 25 %", Outcome(error="Memory ran out."), "25 %: perplexity was not measured. Memory ran out."),
+        ("evaluate 25 %", Outcome(error="No lm-eval."), "25 %: perplexity was not measured. No lm-eval."),
+        ("export 25 %", Outcome(error="It differs.", check_failed=True), "does not give its checkpoint's answers"),
+        ("export 25 %", Outcome(error="Disk full."), "25 %: the speed was not measured. Disk full."),
+        ("benchmark 25 %", Outcome(error="It hung."), "25 %: the speed was not measured. It hung."),
+    ],
+)
+def test_a_candidate_whose_step_failed_is_not_deployed_and_says_why(step, outcome, told, tmp_path):
+    world = World(truths=LESS, failing={step: outcome})
+    found = concluded(tmp_path, world, candidates={"sparsities": [0.25]})
+    assert (found.decision, found.candidate) == ("do not prune", None)
+    assert told in "\n".join(each.text for each in found.reasons)
+
+
+@pytest.mark.parametrize("step", ["evaluate original", "plans", "export original"])
+def test_without_the_original_there_is_no_verdict(step, tmp_path):
+    with pytest.raises(SenteiError, match="Memory ran out"):
+        concluded(tmp_path, World(truths=LESS, failing={step: Outcome(error="Memory ran out.")}))
+
+
+def test_bisection_prunes_between_what_holds_and_what_breaks(tmp_path):
+    world = World(truths=LESS | {"37.5 %": Truth(loss=1.4), "31.2 %": Truth(loss=1.15, gain=1.5)})
+    found = concluded(tmp_path, world, candidates={"bisect": 1})
+    assert [each.name for each in found.candidates] == ["12.5 %", "25 %", "31.2 %", "37.5 %"]
+    assert found.candidate == "31.2 %"
+
+
+def test_a_sibling_takes_the_way_of_a_candidate(tmp_path):
+    steps = steps_of(tmp_path, candidates={"sparsities": [0.25]})
+    world = World(truths=LESS | {"small": Truth(loss=1.03, gain=2.0)})
+    siblings = {"small": tmp_path / "small"}
+    walk = Walk(steps=steps, siblings=siblings, do=world)
+    candidates = walk.candidates()
+    assert [each.name for each in candidates] == ["25 %", "small"]
+    assert decided(steps.poc, "own", walk.original(), candidates, "output_throughput").candidate == "small"
+    # A dry run says the same steps.
+    assert sorted(world.done) == sorted(each.name for each in expected_steps(steps, siblings, [0.25]))
+
+
+def test_commands_get_what_the_file_says(tmp_path):
+    limits = {"ttft_ms": 500, "attainment": 0.95}
+    steps = steps_of(tmp_path, workload={"input_len": 8, "output_len": 4, "limits": limits}, engine="vllm")
+    export, verify = steps.exported("25 %", tmp_path / "models" / "0.25", None)
+    assert export.arguments[:2] == ("export", "vllm") and verify.arguments[-2:] == ("--engine", "vllm")
+    measured = steps.measured("25 %", None, export).arguments
+    assert measured[-4:-2] == ("--slo", "ttft=500") and measured[-1] == "0.95"
+    assert measured[1] == "/models/own"
+    [rounded, _] = steps.exported("int4", steps.model, None, "int4")
+    assert rounded.arguments[:4] == ("quantize", "/models/own", "--scheme", "w4a16")
+    assert "--calibration" in rounded.arguments
+    assert steps.measured("int4", None, rounded, "int4").arguments[-1] == "--mixed-precision"
+    onnx = steps_of(tmp_path, workload={"input_len": 8, "output_len": 4, "limits": limits})
+    assert "onnx-server" in onnx.measured("25 %", export, export).arguments

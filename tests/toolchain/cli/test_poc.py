@@ -1,0 +1,110 @@
+"""``sentei poc``: from the template to the report, with steps that write what their commands would."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from serving.forecast.device_probe import DevicePeaks
+from serving.poc import prepare, run
+from tests.command_line import refused, sentei
+from tests.serving.poc.world import Truth, World
+
+QUESTION = '{"prompt": "A", "choices": ["b", "c"], "answer": 0, "subject": "safety"}\n'
+
+
+@pytest.fixture
+def poc(pico_model, tmp_path, monkeypatch) -> Path:
+    """The Japanese template, filled in, with everything that it names."""
+    peaks = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e11, bytes_per_s=1e10)
+    monkeypatch.setattr(prepare, "probe_device", lambda device, dtype: peaks)
+    path = tmp_path / "poc.yaml"
+    assert sentei("poc", "init", "-o", path, "--lang", "ja").returncode == 0
+    text = path.read_text(encoding="utf-8").replace("model: CHANGE_ME", f"model: {pico_model}")
+    text = text.replace("CHANGE_ME/calibration.txt", "calibration.txt").replace("CHANGE_ME/evaluation.txt", "held.txt")
+    path.write_text(text.replace("questions: []", "questions: [own.jsonl]"), encoding="utf-8")
+    (tmp_path / "calibration.txt").write_text("Trees are pruned in winter. " * 200)
+    (tmp_path / "held.txt").write_text("In summer they bear fruit. " * 200)
+    (tmp_path / "own.jsonl").write_text(QUESTION)
+    return path
+
+
+def acted(monkeypatch, **truths: Truth) -> World:
+    world = World(truths={name.replace("_", "."): truth for name, truth in truths.items()})
+    monkeypatch.setattr(run, "StepRunner", lambda **settings: world)
+    return world
+
+
+def test_a_template_is_written_once(tmp_path):
+    path = tmp_path / "poc.yaml"
+    assert sentei("poc", "init", "-o", path).returncode == 0
+    refused(sentei("poc", "init", "-o", path), "exists")
+    assert sentei("poc", "init", "-o", path, "--force", "--lang", "ja").returncode == 0
+    assert "ガードレール" in path.read_text(encoding="utf-8")
+    refused(sentei("poc", "run", path, "-o", tmp_path / "out"), "line 10: ", "CHANGE_ME")
+
+
+def test_a_dry_run_says_the_steps_and_their_time_and_writes_nothing(poc, tmp_path):
+    done = sentei("poc", "run", poc, "-o", tmp_path / "out", "--dry-run", "--json")
+    steps = json.loads(done.stdout)["steps"]
+    assert [each["name"] for each in steps][:5] == [
+        "evaluate original", "plans", "export original", "prune 12.5 %", "evaluate 12.5 %"
+    ]  # fmt: skip
+    assert all(0 < each["seconds"] < 3600 for each in steps)
+    assert not (tmp_path / "out").exists()
+    shown = sentei("poc", "run", poc, "-o", tmp_path / "out", "--dry-run")
+    assert "benchmark 50 %" in shown.stdout and "in all" in shown.stdout
+
+
+def test_a_run_ends_with_a_verdict_a_sheet_and_a_report(poc, tmp_path, monkeypatch):
+    acted(monkeypatch, **{"25 %": Truth(loss=1.5)})
+    out = tmp_path / "out"
+    done = sentei("poc", "run", poc, "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("「12.5 %」の採用を推奨します。")
+    assert (out / "verdict.txt").read_text(encoding="utf-8").splitlines()[0] == done.stdout.splitlines()[0]
+    verdict = json.loads((out / "verdict.json").read_text(encoding="utf-8"))
+    assert (verdict["decision"], verdict["candidate"]) == ("deploy", "12.5 %")
+    sheet = list(csv.reader((out / "capacity.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row[0] for row in sheet[1:3]] == ["original", "12.5 %"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert '<html lang="ja">' in page and "採用を推奨します" in page
+    # The candidate in detail is the one that was chosen.
+    assert "held.txt" in page
+
+
+def test_what_is_there_is_gone_on_with_only_if_asked(poc, tmp_path, monkeypatch):
+    acted(monkeypatch)
+    out = tmp_path / "out"
+    assert sentei("poc", "run", poc, "-o", out).returncode == 0
+    refused(sentei("poc", "run", poc, "-o", out), "--resume")
+    poc.write_text(poc.read_text(encoding="utf-8").replace("most_perplexity: 1.20", "most_perplexity: 1.01"))
+    again = sentei("poc", "run", poc, "-o", out, "--resume", "--json")
+    assert json.loads(again.stdout)["decision"] == "do not prune"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    refused(sentei("poc", "run", poc, "-o", other, "--resume"), "no proof of concept")
+    assert [each.name for each in other.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("text: [held.txt]", "text: [gone.txt]", "gone.txt does not exist"),
+        ("text: [calibration.txt]", "text: [0.5:calibration.txt, held.txt]", "held.txt has no weight"),
+        ("questions: [own.jsonl]", "questions: [gone.jsonl]", "gone.jsonl does not exist"),
+        ("  # groups: ", "  groups: {law: 0.9} # ", "no question has the subject law"),
+        ("siblings: []", "siblings: [no/such/model/at/all]", "no/such/model"),
+    ],
+)
+def test_what_the_file_names_is_looked_at_before_anything_runs(right, wrong, said, poc, tmp_path):
+    text = poc.read_text(encoding="utf-8")
+    assert right in text
+    poc.write_text(text.replace(right, wrong), encoding="utf-8")
+    done = sentei("poc", "run", poc, "-o", tmp_path / "out")
+    refused(done, said)
+    found = int(done.stderr.partition(" line ")[2].partition(":")[0])
+    assert wrong.strip() in poc.read_text(encoding="utf-8").splitlines()[found - 1]
+    assert not (tmp_path / "out").exists()
