@@ -13,11 +13,13 @@ from serving.benchmark.journal import Journal
 from serving.benchmark.run import Session, measure_all, new_session
 from serving.benchmark.settings import BenchmarkSettings, check_settings
 from serving.benchmark.side import Side, open_side
+from serving.benchmark.workload import make_workloads
 from serving.profile.random_model import write_random_model
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import Checkpoint
-from toolchain.costs.document import Load, Served
+from toolchain.costs.document import CostsDocument, Load, Served
 from toolchain.errors import SenteiError
+from toolchain.json_files import first_difference
 from toolchain.model.context_length import check_context
 from toolchain.outputs import new_directory
 
@@ -61,15 +63,10 @@ class Bench:
     def served(self) -> Served:
         """What a measurement here is true of."""
         settings = self.settings
-        return Served(
-            engine=settings.engine,
-            precision=self.precision,
-            dtype=settings.dtype,
-            device=settings.device,
-            engine_options=list(settings.engine_options),
-            machine=machine(),
-            versions=library_versions(),
-        )
+        return Served.model_validate({
+            "engine": settings.engine, "precision": self.precision, "dtype": settings.dtype, "device": settings.device,
+            "engine_options": list(settings.engine_options), "machine": machine(), "versions": library_versions(),
+        })  # fmt: skip
 
     def check(self) -> None:
         """Refuses what cannot be measured, before anything is written.
@@ -82,6 +79,47 @@ class Bench:
         model, [workload] = self.checkpoint, self.settings.workloads
         asked = f"{workload.input_len} tokens in and {workload.output_len} out"
         check_context(model.directory, model.config, workload.longest, asked=asked, hint="Shorten one of them.")
+
+
+def bench_as_profiled(
+    costs: CostsDocument,
+    checkpoint: Checkpoint,
+    *,
+    export: Callable[[Path, Path], object] | None = None,
+    on_progress: Callable[[str], None] = lambda message: None,
+) -> Bench:
+    """What measures another shape of a model as its costs were measured.
+
+    Args:
+        costs: What was read from ``costs.json``.
+        checkpoint: The unpruned model.
+        export: See :class:`Bench`.
+        on_progress: Likewise.
+
+    Raises:
+        SenteiError: This machine, or what is installed here, is not what the costs were measured with.
+        MissingDependencyError: The engine is not installed.
+    """
+    served, load = costs.served, costs.load
+    workloads = make_workloads(
+        engine=served.engine, input_len=load.input_len, output_len=load.output_len, concurrency=[load.concurrency],
+        num_prompts=load.num_prompts,
+    )  # fmt: skip
+    settings = BenchmarkSettings(
+        engine=served.engine, workloads=workloads, repeats=len(costs.costs["ttft_ms"].outside), device=served.device,
+        dtype=served.dtype, engine_options=served.engine_options,
+    )  # fmt: skip
+    bench = Bench(
+        checkpoint=checkpoint, settings=settings, precision=served.precision, export=export, on_progress=on_progress
+    )
+    bench.check()
+    if found := first_difference(served.model_dump(mode="json"), bench.served.model_dump(mode="json")):
+        field, then, here = found
+        raise SenteiError(
+            f"These costs were measured with another {field}: {then} then, {here} here.",
+            "Profile again where the model will be served, and prune there.",
+        )
+    return bench
 
 
 def measure_models(bench: Bench, layouts: Mapping[str, Sequence[LayerLayout]], directory: Path) -> dict[str, Measured]:

@@ -28,6 +28,7 @@ from toolchain.cli import (
     heal,
     import_gguf,
     plan,
+    profile,
     prune,
     quantize,
     report,
@@ -66,6 +67,7 @@ def _root(show_version: bool = typer.Option(False, "--version", help="Print the 
 
 app.command("doctor")(doctor.doctor)
 app.command("import")(import_gguf.import_)
+app.command("profile")(profile.profile)
 app.command("calibration-text")(calibration_text.calibration_text)
 app.command("prune")(prune.prune)
 app.command("apply")(prune.apply)

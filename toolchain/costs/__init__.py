@@ -1,1 +1,1 @@
-"""What each part of a model costs where it is served: `sentei profile` measures it, `sentei prune --target` spends it."""
+"""What each part of a model costs where it is served: measured by `sentei profile`, used by `sentei prune --target`."""

@@ -37,14 +37,14 @@ class ShapedModel(Record):
 class Served(Record):
     """How models were run: costs hold for this alone.
 
-    ``precision`` is an ONNX export's and null for checkpoints, whose ``dtype`` is null where it is their own. ``machine``
-    and ``versions`` are as in ``results.json``.
+    ``precision`` is an ONNX export's and null for checkpoints; a checkpoint's ``dtype`` is null where it is its own.
+    ``machine`` and ``versions`` are as in ``results.json``.
     """
 
     engine: str
-    precision: str | None
-    dtype: str | None
-    device: str
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] | None
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+    device: Literal["auto", "cpu", "cuda"]
     engine_options: list[str]
     machine: dict[str, Any]
     versions: dict[str, str]

@@ -93,7 +93,7 @@ def test_one_token_has_no_time_between_two(pico_model, tmp_path):
 
 def test_a_load_longer_than_the_context_is_refused(pico_model, tmp_path):
     bench = bench_of(pico_model, FakeEngine(PREFILL, DECODE), output_len=300)
-    with pytest.raises(SenteiError, match="16 tokens in and 300 out: .* reads at most 256"):
+    with pytest.raises(SenteiError, match=r"16 tokens in and 300 out: .* reads at most 256"):
         profile(bench, tmp_path / "costs.json")
     assert not list(tmp_path.iterdir())
 
