@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,9 @@ from toolchain.significance import compare_means
 # Milliseconds, each with the load's requests in flight. Sums over the parts of a model, as bytes are.
 TIMES = ("ttft_ms", "tpot_ms", "ms_per_output_token")
 BYTES = ("weight_bytes", "kv_bytes_per_token")
+# Far above what any part takes, in milliseconds or bytes, and far below what a whole model does.
+_MOST, _LEAST = 1e15, 1e-9
+Cost = Annotated[float, Field(ge=0, le=_MOST)]
 _AGAIN = "Write it again with sentei profile."
 
 
@@ -87,10 +90,10 @@ class PartsRecord(Record):
     and not as cost.
     """
 
-    outside: list[float] = Field(min_length=1)
-    attention: list[float]
+    outside: list[Cost] = Field(min_length=1)
+    attention: list[Cost]
     widths: list[int] = Field(min_length=2)
-    ffn: list[list[float]]
+    ffn: list[list[Cost]]
 
     @property
     def repeats(self) -> list[PartCosts]:
@@ -166,11 +169,12 @@ class CostsDocument(Document):
         return (layer,) * self.model.num_hidden_layers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Costs:
     """A ``costs.json`` that was read, and the SHA-256 of its bytes."""
 
     document: CostsDocument
+    file: Path
     sha256: str
 
 
@@ -198,9 +202,9 @@ def read_costs(path: Path) -> Costs:
     for quantity, parts in document.costs.items():
         where = f"{path}: costs of {quantity}"
         _check_parts(where, parts, document.model.intermediate_size)
-        if quantity in TIMES and min(each.outside + each.ffn[0] for each in parts.repeats) <= 0:
+        if quantity in TIMES and min(each.outside + each.ffn[0] for each in parts.repeats) < _LEAST:
             raise SenteiError(f"{where}: a model without attentions would cost nothing.", _AGAIN)
-    return Costs(document, hashlib.sha256(content).hexdigest())
+    return Costs(document=document, file=path, sha256=hashlib.sha256(content).hexdigest())
 
 
 def _check_parts(where: str, parts: PartsRecord, full: int) -> None:
@@ -209,8 +213,5 @@ def _check_parts(where: str, parts: PartsRecord, full: int) -> None:
         raise SenteiError(f"{where} do not have a number for each width and repeat.", _AGAIN)
     if parts.widths[0] < 1 or parts.widths[-1] != full or sorted(set(parts.widths)) != parts.widths:
         raise SenteiError(f"{where}: widths must ascend from 1 or more to {full}.", _AGAIN)
-    # The narrowest FFN comes after nothing, and each other after the one before it.
-    steps = [[0.0] * len(parts.outside), *parts.ffn]
-    falls = any(wide < narrow for pair in pairwise(steps) for narrow, wide in zip(*pair, strict=True))
-    if falls or min(map(min, lists)) < 0:
-        raise SenteiError(f"{where} are below 0, or fall as an FFN gets wider.", _AGAIN)
+    if any(wide < narrow for pair in pairwise(parts.ffn) for narrow, wide in zip(*pair, strict=True)):
+        raise SenteiError(f"{where} fall as an FFN gets wider.", _AGAIN)

@@ -98,6 +98,7 @@ class PruneSettings:
 
     @property
     def input_files(self) -> list[Path]:
-        """Files and directories that texts and questions are read from."""
+        """Files and directories that texts, questions and costs are read from."""
         asked = [question_file(name) for name in (self.metric, self.limit_metric) if name]
+        asked += [self.aim.costs.file] if self.aim else []
         return [*local_paths(source.text for source in self.calibration), *(file for file in asked if file)]

@@ -1,6 +1,7 @@
 """Costs that nobody measured: known exactly."""
 
 import math
+from pathlib import Path
 
 from toolchain.costs.document import Costs, CostsDocument, Load, PartsRecord, Served, ShapedModel, config_sha256
 from toolchain.costs.parts import PartCosts, add
@@ -48,7 +49,7 @@ def make_costs(config, *, ttft=TTFT, tpot=TPOT, output_len=9, num_layers=4, spre
         check=[],
         models=[],
     )
-    return Costs(document, "0" * 64)
+    return Costs(document=document, file=Path("costs.json"), sha256="0" * 64)
 
 
 class FakeMeasurement:

@@ -86,15 +86,15 @@ def test_damage_that_grows_faster_than_scores_is_shared_with_attentions():
 
 def test_a_real_size_is_solved_in_seconds():
     rng = np.random.default_rng(0)
-    widths = tuple(range(3584, 14337, 168))
-    scores = np.array([[*np.cumsum(np.sort(rng.random(len(widths) - 1)))[::-1], 0.0] for _ in range(48)])
+    widths = tuple(range(3584, 14337, 256))
+    scores = np.array([[*np.cumsum(np.sort(rng.random(len(widths) - 1)))[::-1], 0.0] for _ in range(32)])
     attentions = tuple((0.002 * np.arange(41) ** 2).tolist())
     damages = Damages(widths=widths, scores=scores, curve=((0, 0), (300, 0.3), (900, 2.0)), attentions=attentions)
     times = [
         PartCosts(outside=6.0, attention=0.05, widths=(3584, 14336), ffn=(0.06, 0.2)),
         PartCosts(outside=9.0, attention=0.9, widths=(3584, 14336), ffn=(0.5, 2.1)),
     ]
-    whole = Choice(widths=(14336,) * 48, num_removals=0)
+    whole = Choice(widths=(14336,) * 32, num_removals=0)
     budgets = [Budget(costs=each, most=Budget(costs=each, most=1.0).used(whole) / 1.3) for each in times]
     found = least_damage(damages, budgets)
     assert all(0.99 < budget.used(found) <= 1 + 1e-6 for budget in budgets[:1])
