@@ -6,6 +6,7 @@ secant's step, which closes in fast where the error is nearly the same for shape
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from toolchain.architecture.layout import LayerLayout
@@ -15,6 +16,7 @@ from toolchain.documents import read_document
 from toolchain.errors import SenteiError
 from toolchain.model.context_length import context_length
 from toolchain.outputs import START_OVER, write_text
+from toolchain.parts_cache import digest_of
 from toolchain.plan.target_record import TargetRecord, TargetRound, TargetValue
 from toolchain.progress import Progress
 from toolchain.prune.budget.allocation import Protected
@@ -122,7 +124,7 @@ def find_shape(aim: Aim, damages: Predicted, directory: Path, progress: Progress
         found = next((each for each in before if _is(each, choice)), None)
         if found is None:
             with progress(f"Target: shape {number + 1}, at most {_MOST_ROUNDS}", 1) as advance:
-                found = _tried(aim, damages, choice, directory / f"shape-{number + 1}", timed=timed)
+                found = _tried(aim, damages, choice, directory, timed=timed)
                 advance()
         record = record.model_copy(update={"rounds": [*record.rounds, found]})
         write_text(file, record.model_dump_json() + "\n")
@@ -146,7 +148,8 @@ def _tried(aim: Aim, damages: Predicted, choice: Choice, directory: Path, *, tim
         shapes = {"shape": tuple(layout)}
         if any(target.name == "speedup" for target in aim.targets):
             shapes["whole"] = aim.costs.document.whole
-        measured = aim.measure(shapes, directory)
+        # By its name, so that what was measured of another shape is never taken for it.
+        measured = aim.measure(shapes, directory / f"shape-{digest_of(asdict(choice))}")
         values = [
             with_measured(value, target, measured["shape"], measured.get("whole"))
             for value, target in zip(values, aim.targets, strict=True)

@@ -6,18 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 
+from serving.profile.measure import bench_as_profiled, measure_models
 from serving.profile.profile import profile
 from serving.profile.random_model import write_random_model
 from serving.profile.shapes import num_layers_measured, shapes_to_measure, widths_measured
 from tests.conftest import prune_by_hand
 from tests.families import VARIANTS, make_family_pico
 from tests.serving.profile.fake_engine import FakeEngine, bench_of
+from tests.toolchain.prune.test_aim import damages_of
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.costs.document import read_costs
 from toolchain.costs.parts import PartCosts
 from toolchain.errors import SenteiError
 from toolchain.model.loading import load_model
+from toolchain.progress import no_progress
+from toolchain.prune.aim import find_shape
+from toolchain.prune.budget.target import parse_targets
+from toolchain.prune.settings import Aim
 
 FULL = 48
 # Convex, concave and flat pieces: piecewise linear between the measured widths, and nowhere else.
@@ -60,6 +66,43 @@ def test_bytes_are_those_of_a_pruned_checkpoint(pico_model, tmp_path):
     assert found.predicted("weight_bytes", checkpoint.layout).value == pytest.approx(checkpoint.weight_bytes)
     # Two key-value heads of eight numbers in float32, keys and values, in two layers.
     assert found.predicted("kv_bytes_per_token", checkpoint.layout).value == 2 * 2 * 8 * 4 * 2
+
+
+def test_a_shape_is_measured_as_its_costs_were(pico_model, tmp_path):
+    """From a profile to a target that is met, through everything but the engine and the pruning."""
+    bench = bench_of(pico_model, FakeEngine(PREFILL, DECODE))
+    profile(bench, tmp_path / "costs.json")
+    costs = read_costs(tmp_path / "costs.json")
+    assert bench_as_profiled(costs.document, bench.checkpoint).settings == bench.settings
+    slower = replace(bench, open_session=FakeEngine(PREFILL, replace(DECODE, outside=1.5)))
+    aim = Aim(
+        targets=parse_targets(["tpot=6ms"]),
+        costs=costs,
+        measure=lambda layouts, directory: measure_models(slower, layouts, directory),
+    )
+    record = find_shape(aim, damages_of(), tmp_path / "target", no_progress)
+    taken = record.rounds[record.taken]
+    layout = layout_of(*[(layer not in taken.removed_attention, width)
+                         for layer, width in enumerate(taken.intermediate_size)])  # fmt: skip
+    assert record.values[0].measured == pytest.approx(DECODE.of(layout) + 0.5)
+    assert record.met
+    assert len(record.rounds) == 2
+    assert not list((tmp_path / "target").glob("*/models"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("machine", {"cpu": "another"}, r"another machine\.cpu: 'another' then"),
+        ("versions", {"torch": "1.0"}, r"another versions\.[a-z]+: "),
+    ],
+)
+def test_costs_of_elsewhere_are_refused(pico_model, tmp_path, field, value, says):
+    bench = bench_of(pico_model, FakeEngine(PREFILL, DECODE))
+    document = profile(bench, tmp_path / "costs.json")
+    changed = document.model_copy(update={"served": document.served.model_copy(update={field: value})})
+    with pytest.raises(SenteiError, match=says):
+        bench_as_profiled(changed, bench.checkpoint)
 
 
 def test_noise_shows_in_the_interval_and_in_the_check(pico_model, tmp_path):
