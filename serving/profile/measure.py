@@ -107,7 +107,7 @@ def bench_as_profiled(
     )  # fmt: skip
     settings = BenchmarkSettings(
         engine=served.engine, workloads=workloads, repeats=len(costs.costs["ttft_ms"].outside), device=served.device,
-        dtype=served.dtype, engine_options=served.engine_options,
+        dtype=served.dtype, engine_options=tuple(served.engine_options),
     )  # fmt: skip
     bench = Bench(
         checkpoint=checkpoint, settings=settings, precision=served.precision, export=export, on_progress=on_progress
