@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from toolchain.costs.document import CostsDocument
 
 _LOAD = "Load"
+# What one part costs is the small difference of two models: more is asked of each than in a benchmark of two.
+_BATCHES = 4
 Export = Callable[[Path, Path], object]
 
 
@@ -59,7 +61,9 @@ def profile(
     input_len: Annotated[int | None, input_len_option(f" ({INPUT_LEN})", panel=_LOAD)] = None,
     output_len: Annotated[int | None, output_len_option(f" ({OUTPUT_LEN})", panel=_LOAD)] = None,
     concurrency: Annotated[int | None, concurrency_option(f" ({CONCURRENCY})", panel=_LOAD, min=1)] = None,
-    num_prompts: Annotated[int | None, typer.Option(help="Requests per repeat.", rich_help_panel=_LOAD)] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(help="Requests per repeat (4 times --concurrency).", rich_help_panel=_LOAD)
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Alternating runs of each model; at least 3.")] = 3,
     precision: Annotated[
         Precision | None,
@@ -89,14 +93,15 @@ def profile(
     from toolchain.checkpoint.directory import open_checkpoint, resolve_model
 
     preset = PRESETS[workload.value] if workload else None
+    in_flight = concurrency or (preset.concurrency if preset else CONCURRENCY)
     settings = BenchmarkSettings(
         engine=engine.value,
         workloads=make_workloads(
             engine=engine.value,
             input_len=input_len or (preset.input_len if preset else INPUT_LEN),
             output_len=output_len or (preset.output_len if preset else OUTPUT_LEN),
-            concurrency=[concurrency or (preset.concurrency if preset else CONCURRENCY)],
-            num_prompts=num_prompts,
+            concurrency=[in_flight],
+            num_prompts=num_prompts or _BATCHES * in_flight,
         ),
         repeats=repeats,
         device=(device or OnnxDevice.cpu).value if engine is ProfileEngine.onnx else "auto",
