@@ -127,7 +127,8 @@ def find_shape(aim: Aim, damages: Predicted, directory: Path, progress: Progress
                 found = _tried(aim, damages, choice, directory, timed=timed)
                 advance()
         record = record.model_copy(update={"rounds": [*record.rounds, found]})
-        write_text(file, record.model_dump_json() + "\n")
+        if found not in before:
+            write_text(file, record.model_dump_json() + "\n")
         if _close(aim.targets, found):
             break
         corrections = [_correction(*pair) for pair in zip(aim.targets, found.values, strict=True)]

@@ -4,7 +4,6 @@ A multiple-choice knapsack (one width of several per layer, one number of attent
 by the integer programming of SciPy (HiGHS).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +20,8 @@ FLOOR = 0.5
 # The solver stops where it has proven that no shape does less damage by more than this share; or after so many nodes,
 # with the best shape until then. A limit on time would find other shapes on slower machines.
 _GAP, _MOST_NODES = 1e-4, 20_000
+# By so much the solver may break a constraint.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,15 @@ class Damages:
     @property
     def lines(self) -> list[tuple[float, float]]:
         """Slopes and intercepts whose highest is the curve, made convex and nowhere falling."""
-        hull: list[tuple[float, float]] = []
+        hull = [(0.0, 0.0)]
         for point in self.curve:
+            if point[0] <= hull[-1][0]:
+                continue
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
                 hull.pop()
             hull.append(point)
         slopes = [max(0.0, _slope(one, other)) for one, other in pairwise(hull)]
-        return [(slope, y - slope * x) for slope, (x, y) in zip(slopes, hull, strict=False)]
+        return [(slope, y - slope * x) for slope, (x, y) in zip(slopes, hull, strict=False)] or [(0.0, 0.0)]
 
     def of(self, choice: "Choice") -> float:
         """The damage of a shape."""
@@ -80,15 +83,6 @@ class Choice:
     num_removals: int
 
 
-def smallest(damages: Damages) -> Choice:
-    """The shape that costs least, whatever it damages: every layer as narrow as it may be, no attention that can go."""
-    allowed = np.isfinite(damages.scores)
-    return Choice(
-        widths=tuple(damages.widths[int(place)] for place in allowed.argmax(1)),
-        num_removals=len(damages.attentions) - 1,
-    )
-
-
 def least_damage(damages: Damages, budgets: Sequence[Budget]) -> Choice | None:
     """The least damaging shape within all budgets; ``None`` if there is none.
 
@@ -110,8 +104,8 @@ def least_damage(damages: Damages, budgets: Sequence[Budget]) -> Choice | None:
     one_each[-1, num_x:-1] = 1
     constraints = [
         LinearConstraint(one_each, 1, 1),
-        LinearConstraint(_floors(damages), -1e-9, np.inf),
-        LinearConstraint(np.array([_row(damages, budget) for budget in budgets]), -np.inf, 1),
+        LinearConstraint(_floors(damages), -_ROUNDING, np.inf),
+        LinearConstraint(np.array([_row(damages, budget) for budget in budgets]), -np.inf, 1 - 2 * _ROUNDING),
         LinearConstraint(
             np.array([[*(-slope * scores), *[0.0] * num_y, 1.0] for slope, _ in damages.lines]),
             [intercept for _, intercept in damages.lines],
@@ -142,16 +136,16 @@ def _row(damages: Damages, budget: Budget) -> NDArray[np.float64]:
 
 
 def _floors(damages: Damages) -> NDArray[np.float64]:
-    """Each free layer's width, less so much of their mean width as it must have at least."""
+    """Each free layer's width, less so much of their mean width as it must have at least; of the others nothing."""
     num_widths, free = len(damages.widths), np.flatnonzero(np.isfinite(damages.scores).sum(1) > 1)
     widths = np.asarray(damages.widths, np.float64) / damages.widths[-1]
-    rows = np.zeros((len(free), damages.scores.size + len(damages.attentions) + 1))
+    rows = np.zeros((len(damages.scores), damages.scores.size + len(damages.attentions) + 1))
     for layer in free:
-        rows[:, layer * num_widths : (layer + 1) * num_widths] = -FLOOR / len(free) * widths
-    for row, layer in zip(rows, free, strict=True):
-        row[layer * num_widths : (layer + 1) * num_widths] += widths
+        rows[free, layer * num_widths : (layer + 1) * num_widths] = -FLOOR / len(free) * widths
+    for layer in free:
+        rows[layer, layer * num_widths : (layer + 1) * num_widths] += widths
     return rows
 
 
 def _slope(one: tuple[float, float], other: tuple[float, float]) -> float:
-    return math.inf if other[0] <= one[0] else (other[1] - one[1]) / (other[0] - one[0])
+    return (other[1] - one[1]) / (other[0] - one[0])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain.costs.parts import PartCosts
-from toolchain.prune.budget.least_damage import FLOOR, Budget, Choice, Damages, least_damage, smallest
+from toolchain.prune.budget.least_damage import FLOOR, Budget, Choice, Damages, least_damage
 
 WIDTHS = (2, 3, 6, 8)
 NUMBER = st.floats(0, 10, allow_subnormal=False).map(lambda value: round(value, 3))
@@ -54,23 +54,23 @@ def test_it_is_the_best_of_all_shapes(damages, asked):
         return max(budget.used(choice) for budget in budgets)
 
     # A hair's breadth beyond a budget is rounding, for the solver as for whoever adds up.
-    possible = [damages.of(each) for each in every_shape(damages) if excess(each) <= 1 - 1e-6]
+    possible = [damages.of(each) for each in every_shape(damages) if excess(each) <= 1 - 5e-6]
     if found is None:
         assert not possible
         return
     assert found in list(every_shape(damages))
-    assert excess(found) <= 1 + 1e-5
+    assert excess(found) <= 1
     if possible:
         best = min(possible)
         assert damages.of(found) <= best + 1e-4 * abs(best) + 1e-6
 
 
-@settings(max_examples=50, deadline=None)
-@given(damages(), costs())
-def test_nothing_costs_less_than_the_smallest(damages, costs):
-    budget = Budget(costs=costs, most=1.0)
-    least = budget.used(smallest(damages))
-    assert all(least <= budget.used(each) + 1e-9 for each in every_shape(damages))
+def test_where_all_ffns_are_protected_attentions_go_alone():
+    scores = np.array([[np.inf, np.inf, np.inf, 0.0]] * 3)
+    damages = Damages(widths=WIDTHS, scores=scores, curve=((0, 0), (0, 0)), attentions=(0, 0.3, 0.9))
+    costs = PartCosts(outside=1.0, attention=2.0, widths=(2, 8), ffn=(1.0, 2.0))
+    assert least_damage(damages, [Budget(costs=costs, most=11.5)]) == Choice(widths=(8, 8, 8), num_removals=1)
+    assert least_damage(damages, [Budget(costs=costs, most=8.0)]) is None
 
 
 def test_damage_that_grows_faster_than_scores_is_shared_with_attentions():
@@ -97,5 +97,5 @@ def test_a_real_size_is_solved_in_seconds():
     whole = Choice(widths=(14336,) * 32, num_removals=0)
     budgets = [Budget(costs=each, most=Budget(costs=each, most=1.0).used(whole) / 1.3) for each in times]
     found = least_damage(damages, budgets)
-    assert all(0.99 < budget.used(found) <= 1 + 1e-6 for budget in budgets[:1])
-    assert max(budget.used(found) for budget in budgets) <= 1 + 1e-6
+    assert all(0.99 < budget.used(found) <= 1 for budget in budgets[:1])
+    assert max(budget.used(found) for budget in budgets) <= 1
