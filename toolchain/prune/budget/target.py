@@ -136,17 +136,24 @@ def budget_of(target: Target, costs: CostsDocument, *, correction: float = 1.0) 
 
 
 def predicted(target: Target, costs: CostsDocument, layout: Sequence[LayerLayout]) -> TargetValue:
-    """What costs say of a shape, in the target's unit."""
+    """What costs say of a shape, in the target's unit: by their mean, with the interval that the repeats give."""
     if target.name == "memory":
         value = budget_of(target, costs).costs.of(layout) / _GIB
         return TargetValue(
             asked=target.asked, unit=target.unit, predicted=value, predicted_low=None, predicted_high=None
         )
-    parts = costs.costs[target.quantity].repeats
-    values = _in_unit(target, [each.of(layout) for each in parts], [each.of(costs.whole) for each in parts])
-    found = compare_means(values)
+    parts = costs.costs[target.quantity]
+    [value] = _in_unit(target, [parts.mean.of(layout)], [parts.mean.of(costs.whole)])
+    repeats = parts.repeats
+    found = compare_means(
+        _in_unit(target, [each.of(layout) for each in repeats], [each.of(costs.whole) for each in repeats])
+    )
     return TargetValue(
-        asked=target.asked, unit=target.unit, predicted=found.value, predicted_low=found.low, predicted_high=found.high
+        asked=target.asked,
+        unit=target.unit,
+        predicted=value,
+        predicted_low=found.low,
+        predicted_high=found.high,
     )
 
 

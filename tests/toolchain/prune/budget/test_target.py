@@ -78,7 +78,7 @@ def test_a_prediction_is_in_the_targets_unit():
     for target, used in ((speedup, 1.3 * times[1] / times[0]), (memory, bytes_ / 2**30), (throughput, 0.4 * times[1])):
         budget = budget_of(target, costs)
         assert budget.costs.of(NARROW) / budget.most == pytest.approx(used)
-        assert target.share(predicted(target, costs, NARROW).predicted) == pytest.approx(used, rel=1e-2)
+        assert target.share(predicted(target, costs, NARROW).predicted) == pytest.approx(used)
 
 
 def test_what_needs_no_pruning_or_cannot_be_is_refused():
