@@ -1,6 +1,8 @@
 """What a plan says of the target that it was made for: asked, predicted, measured."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Record(BaseModel):
@@ -45,10 +47,16 @@ class TargetRecord(_Record):
     costs_sha256: str
     served: str
     rounds: list[TargetRound] = []
-    taken: int | None = None
+    taken: int | None = Field(default=None, ge=0)
     met: bool | None = None
 
+    @model_validator(mode="after")
+    def _taken_is_there(self) -> Self:
+        if self.taken is not None and self.taken >= len(self.rounds):
+            raise ValueError("taken is the number of none of the rounds")
+        return self
+
     @property
-    def values(self) -> list[TargetValue]:
-        """Of the shape that the plan follows; none until it is known."""
-        return [] if self.taken is None else self.rounds[self.taken].values
+    def followed(self) -> TargetRound | None:
+        """The round that the plan follows; ``None`` until it is known."""
+        return None if self.taken is None else self.rounds[self.taken]

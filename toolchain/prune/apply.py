@@ -408,9 +408,9 @@ def _size(name: str, checkpoint: Checkpoint) -> SizeRecord:
 def _target_of(plan: PruningPlan) -> TargetRecord | None:
     """What the shape was chosen for; ``None`` of a plan that was cut or edited since."""
     target = plan.document.target
-    if target is None or target.taken is None:
+    if target is None or (taken := target.followed) is None:
         return None
-    taken, widths = target.rounds[target.taken], [layer.intermediate_size for layer in plan.layout]
+    widths = [layer.intermediate_size for layer in plan.layout]
     same = (taken.intermediate_size, len(taken.removed_attention)) == (widths, len(plan.removed_attention))
     return target if same else None
 

@@ -188,8 +188,8 @@ def _choose_shape(job: Job, aim: Aim, state: SearchState, progress: Progress) ->
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the engine that measures needs what the model had
     record = find_shape(aim, damages, state.directory / "target", progress)
-    assert record.taken is not None
-    taken = record.rounds[record.taken]
+    taken = record.followed
+    assert taken is not None, "a search for a shape ends with one"
     lost = sum(sizes.intermediate_size - width for width in taken.intermediate_size) * sizes.neuron
     lost += len(taken.removed_attention) * (sizes.attention + sizes.attention_norm)
     changes = {

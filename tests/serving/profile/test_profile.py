@@ -84,7 +84,7 @@ def test_a_shape_is_measured_as_its_costs_were(pico_model, tmp_path):
     taken = record.rounds[record.taken]
     layout = layout_of(*[(layer not in taken.removed_attention, width)
                          for layer, width in enumerate(taken.intermediate_size)])  # fmt: skip
-    assert record.values[0].measured == pytest.approx(DECODE.of(layout) + 0.5)
+    assert record.followed.values[0].measured == pytest.approx(DECODE.of(layout) + 0.5)
     assert record.met
     assert len(record.rounds) == 2
     assert not list((tmp_path / "target").glob("*/models"))
@@ -159,6 +159,16 @@ def test_random_models_of_every_family_run(family, tmp_path):
     logits = load_model(tmp_path / "one-attention", dtype=torch.float32)(torch.tensor([[1, 2, 3]])).logits
     assert torch.isfinite(logits).all()
     assert logits.std() > 0
+
+
+def test_no_two_matrices_of_a_random_model_are_alike(pico_model, tmp_path):
+    """Engines keep equal weights once, and a cache then holds what a trained model reads from memory."""
+    checkpoint = open_checkpoint(pico_model)
+    write_random_model(checkpoint, checkpoint.layout, tmp_path, dtype=torch.bfloat16)
+    written = open_checkpoint(tmp_path)
+    matrices = [written.read(name) for name, info in written.tensors.items() if len(info.shape) == 2]
+    assert len({each.view(torch.uint8).numpy().tobytes() for each in matrices}) == len(matrices) == 4 * 7 + 2
+    assert all(0.01 < each.float().std() < 0.03 for each in matrices)
 
 
 def test_small_layers_are_measured_at_full_depth_and_large_ones_are_not(pico_model):

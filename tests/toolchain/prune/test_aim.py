@@ -48,7 +48,7 @@ def test_what_is_as_predicted_is_measured_once(tmp_path):
     aim = aim_of("speedup=1.3")
     record = find_shape(aim, damages_of(), tmp_path, no_progress)
     assert (len(record.rounds), record.taken, record.met) == (1, 0, True)
-    assert 1.3 <= record.values[0].measured <= 1.3 * (1 + ROUND)
+    assert 1.3 <= record.followed.values[0].measured <= 1.3 * (1 + ROUND)
     [asked] = aim.measure.asked
     assert set(asked) == {"shape", "whole"}
     assert [layer.intermediate_size for layer in asked["shape"]] == record.rounds[0].intermediate_size
@@ -86,8 +86,8 @@ def test_noise_that_leaves_the_target_open_ends_the_search(tmp_path):
     record = find_shape(aim, damages_of(), tmp_path, no_progress)
     assert len(record.rounds) == 1
     assert record.met
-    assert record.values[0].measured < 1.3 * (1 - ROUND)
-    assert record.values[0].measured_low < 1.3 < record.values[0].measured_high
+    assert record.followed.values[0].measured < 1.3 * (1 - ROUND)
+    assert record.followed.values[0].measured_low < 1.3 < record.followed.values[0].measured_high
 
 
 def test_three_rounds_and_no_more(tmp_path):
@@ -106,7 +106,7 @@ def test_several_targets_are_met_together(tmp_path):
     whole = (LayerLayout(attention=True, intermediate_size=48),) * 4
     aim = aim_of("tpot=5ms,ttft=17ms,memory=110kB@1x1".replace("110kB", "0.112MB"))
     record = find_shape(aim, damages_of(), tmp_path, no_progress)
-    tpot, ttft, memory = record.values
+    tpot, ttft, memory = record.followed.values
     assert tpot.measured <= 5 * (1 + ROUND)
     assert ttft.measured <= 17 * (1 + ROUND)
     assert memory.predicted * 2**30 <= 112_000 < aim.costs.document.predicted("weight_bytes", whole).value
@@ -163,7 +163,9 @@ def test_a_model_is_pruned_to_a_target(worded_model, tmp_path):
     assert len(plan.removed_attention) == sum(not layer.attention for layer in asked["shape"])
     assert all(layer.intermediate_size % 4 == 0 for layer in plan.layout)
     assert document.target.met
-    assert summary["target"]["rounds"][0]["values"][0]["measured"] == document.target.values[0].measured >= 1.25
+    assert (
+        summary["target"]["rounds"][0]["values"][0]["measured"] == document.target.followed.values[0].measured >= 1.25
+    )
     assert summary["sparsity"] == pytest.approx(document.target_sparsity)
     assert summary["num_refitted"] > 0
     assert "**Target**: speedup=1.25: predicted" in (tmp_path / "out" / "README.md").read_text()
@@ -206,3 +208,15 @@ def test_costs_of_another_model_are_refused(worded_model, tmp_path):
     with pytest.raises(SenteiError, match="costs are of tiny, whose config is not that of"):
         prune(worded_model, tmp_path / "out", settings_of(worded_model, aim), model_name="tiny")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_that_follows_no_round_of_its_target_is_refused(worded_model, tmp_path):
+    pruned(
+        worded_model,
+        tmp_path / "out",
+        "memory=0.13MB@1x1",
+    )
+    file = tmp_path / "out" / "plan.json"
+    file.write_text(file.read_text().replace('"taken": 0', '"taken": 7'))
+    with pytest.raises(SenteiError, match="taken is the number of none of the rounds"):
+        load_plan(tmp_path / "out")
