@@ -18,6 +18,7 @@ from serving.poc.document import POC_FILE, PocDocument
 from serving.signing.provenance_document import PROVENANCE_FILE, ProvenanceDocument
 from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
 from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
+from toolchain.costs.document import CostsDocument
 from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument
 from toolchain.evaluate.method_comparison_document import COMPARISON_FILE, ComparisonDocument
 from toolchain.plan.document import PlanDocument
@@ -36,6 +37,7 @@ _DOCUMENTS: dict[str, type[BaseModel]] = {
     EVALUATION_FILE: EvaluationDocument,
     COMPARISON_FILE: ComparisonDocument,
     "estimate.json": EstimateDocument,
+    "costs.json": CostsDocument,
     PROVENANCE_FILE: ProvenanceDocument,
     VERDICT_FILE: VerdictDocument,
     POC_FILE: PocDocument,

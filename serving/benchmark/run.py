@@ -98,7 +98,7 @@ def benchmark(
     check_statistics("demo")
     inputs = tuple(side.directory for side in sides.values())
     with open_journal(out, _conditions(settings, sides), force=force, resume=resume, inputs=inputs) as journal:
-        _measure_all(settings, sides, journal, on_progress)
+        measure_all(settings, sides, journal, on_progress)
         for side in sides.values():
             # A benchmark that was resumed may have started only one of them, or none.
             side.engine_report = journal.engine_report(side.name)
@@ -125,11 +125,29 @@ def _conditions(settings: BenchmarkSettings, sides: Mapping[str, Side]) -> dict[
     }
 
 
-def _measure_all(
-    settings: BenchmarkSettings, sides: Mapping[str, Side], journal: Journal, on_progress: Callable[[str], None]
+def new_session(settings: BenchmarkSettings, sides: Mapping[str, Side], out: Path) -> Session:
+    """What asks the engine; its logs go to ``out``. Nothing is started yet."""
+    if settings.spec.is_server:
+        return ServerSession(sides, settings, out)
+    if settings.spec.in_worker:
+        return LocalSession(sides, settings, out)
+    return OfflineSession(sides, settings, out)
+
+
+def measure_all(
+    settings: BenchmarkSettings,
+    sides: Mapping[str, Side],
+    journal: Journal,
+    on_progress: Callable[[str], None],
+    *,
+    open_session: Callable[[BenchmarkSettings, Mapping[str, Side], Path], Session] = new_session,
 ) -> None:
-    """Makes every measurement that the journal does not have."""
-    session = _session(settings, sides, journal.directory)
+    """Makes every measurement that the journal does not have, of any number of models in turn.
+
+    Raises:
+        SenteiError: A model failed twice in one measurement, or an option that the engine refuses.
+    """
+    session = open_session(settings, sides, journal.directory)
     num_loads = len(settings.workloads) + bool(settings.slo)
     try:
         for visit in schedule(settings.repeats, num_loads, sides=tuple(sides), both_up=session.both_up):
@@ -137,14 +155,6 @@ def _measure_all(
                 _measure(session, visit, sides[visit.side], settings, journal, on_progress)
     finally:
         session.close()
-
-
-def _session(settings: BenchmarkSettings, sides: Mapping[str, Side], out: Path) -> Session:
-    if settings.spec.is_server:
-        return ServerSession(sides, settings, out)
-    if settings.spec.in_worker:
-        return LocalSession(sides, settings, out)
-    return OfflineSession(sides, settings, out)
 
 
 def schedule(repeats: int, num_loads: int, *, both_up: bool, sides: Sequence[str] = SIDES) -> Iterator[Visit]:

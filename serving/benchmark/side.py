@@ -65,14 +65,20 @@ def open_sides(original: Path, pruned: Path | None, settings: BenchmarkSettings)
             if is_onnx_export(path):
                 raise SenteiError(f"{path} is an ONNX export.", "Use --engine onnx or onnx-server, or its checkpoint.")
     urls = dict(zip(directories, settings.urls, strict=False))
-    sides = {name: _open(name, path, settings, urls.get(name)) for name, path in directories.items()}
+    sides = {name: open_side(name, path, settings, urls.get(name)) for name, path in directories.items()}
     _check_comparable(sides, settings)
     if settings.spec.reads_onnx and settings.device == "auto":
         check_one_device(sides)
     return sides
 
 
-def _open(name: str, directory: Path, settings: BenchmarkSettings, url: str | None) -> Side:
+def open_side(name: str, directory: Path, settings: BenchmarkSettings, url: str | None = None) -> Side:
+    """Opens one model of a kind that the engine reads.
+
+    Raises:
+        SenteiError: A directory that is not good or not for this engine.
+        MissingDependencyError: onnx is not installed.
+    """
     if settings.spec.reads_onnx:
         export = read_settings(directory)
         facts = facts_of_export(directory, export)

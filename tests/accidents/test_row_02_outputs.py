@@ -16,6 +16,7 @@ pytestmark = pytest.mark.timeout(120)  # whatever opens a FIFO waits for ever
 DIRECTORIES = [
     ("prune", "none", "--sparsity", 0.25),
     ("prune", "none", "--sweep", "0.1:0.3:0.1"),
+    ("prune", "none", "--target", "speedup=1.3", "--costs", "none.json"),
     ("apply", "none", "none"),
     ("plan", "cut", "none", "--step", 1),
     ("heal", "none", "--against", "none", "--data", "none.txt"),
@@ -33,6 +34,7 @@ FILES = [
     ("report", "none"),
     ("plan", "curve", "none"),
     ("calibration-text", "none"),
+    ("profile", "none", "--engine", "onnx"),
 ]
 
 

@@ -39,9 +39,12 @@ from tests.serving.report.test_render import (
     write_sweep,
     write_verification,
 )
+from tests.toolchain.costs.made import make_costs
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.checkpoint.licences import stated_licences
 from toolchain.checkpoint.quantized import open_servable
+from toolchain.costs.document import read_costs
+from toolchain.errors import SenteiError
 from toolchain.evaluate.local_tasks import load_hellaswag, load_user_questions
 from toolchain.heal.heal import _kept_if_trained
 from toolchain.model import gguf as gguf_import
@@ -53,6 +56,7 @@ from toolchain.parts_cache import Parts
 from toolchain.plan.plan import load_plan, load_sweep
 from toolchain.plan.sweep_document import SweepDocument, SweptPlan
 from toolchain.plan.views import difference, reasons
+from toolchain.prune.budget.target import budget_of, check_targets, parse_targets, predicted
 from toolchain.prune.unfinished import read_identity
 from toolchain.text.sources import read_documents
 
@@ -296,6 +300,21 @@ def _prompts(directory: Path) -> None:
 _QUESTION = {"prompt": "a", "choices": ["b", "c"], "answer": 1, "subject": "s"}
 _HELLASWAG = {"ind": 1, "context": "Cooking: A. B", "endings": ["a", "b"], "label": "0"}
 
+
+def _costs(directory: Path) -> None:
+    (directory / "costs.json").write_text(make_costs({}).document.to_json(indent=1))
+
+
+def _predict(directory: Path) -> None:
+    costs = read_costs(directory / "costs.json").document
+    targets = parse_targets(["speedup=1.2", "memory=1MB@1x1", "ttft=1ms"])
+    with suppress(SenteiError):
+        check_targets(targets, costs, 256)
+    for target in targets:
+        predicted(target, costs, costs.whole)
+        budget_of(target, costs)
+
+
 READERS: dict[str, Reader] = {
     "config": Reader(make=_model, file="config.json", read=_open, slow=2),
     "config of a pruned model": Reader(make=_pruned, file="config.json", read=_open, slow=2),
@@ -353,5 +372,6 @@ READERS: dict[str, Reader] = {
     "settings of a benchmark": Reader(make=_journal, file="out.unfinished/settings.json", read=_reopen),
     "inputs of a healing": Reader(make=_training, file="out.heal/inputs.json", read=_go_on),
     "state of a training": Reader(make=_training, file="out.heal/checkpoint-1/trainer_state.json", read=_go_on),
+    "costs": Reader(make=_costs, file="costs.json", read=_predict),
     "part of an evaluation": Reader(make=_part, file="part.json", read=_read_part),
 }  # fmt: skip

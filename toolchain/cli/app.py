@@ -29,6 +29,7 @@ from toolchain.cli import (
     import_gguf,
     plan,
     poc,
+    profile,
     prune,
     quantize,
     report,
@@ -67,6 +68,7 @@ def _root(show_version: bool = typer.Option(False, "--version", help="Print the 
 
 app.command("doctor")(doctor.doctor)
 app.command("import")(import_gguf.import_)
+app.command("profile")(profile.profile)
 app.command("calibration-text")(calibration_text.calibration_text)
 app.command("prune")(prune.prune)
 app.command("apply")(prune.apply)

@@ -2,8 +2,9 @@
 
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -36,10 +37,15 @@ from toolchain.cli.options import (
     seq_len_option,
     tensor_parallel_option,
 )
+from toolchain.cli.profile import onnx_export
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
-from toolchain.plan.summary_words import limit_in_words, two_removals_in_words
+from toolchain.plan.summary_words import limit_in_words, target_in_words, two_removals_in_words
 from toolchain.prune.methods import DEFAULT, METHODS, MethodName, PruningMethod
+
+if TYPE_CHECKING:
+    from toolchain.checkpoint.directory import Checkpoint
+    from toolchain.prune.settings import Aim
 
 # More plans than anybody looks at; each takes a search.
 MAX_SPARSITIES = 100
@@ -84,6 +90,19 @@ def prune(
             help="Instead: plans for several sparsities, as in 0.1:0.5:0.05 or 0.1,0.25, and their curve.",
             rich_help_panel=_TARGET,
         ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Instead: how fast or small it is to be, as --costs has it: speedup=1.3, tpot=20ms, ttft=500ms, "
+            "throughput=400tok/s, memory=24GiB@64x8192; several together.",
+            rich_help_panel=_TARGET,
+        ),
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(metavar="COSTS.json", help="For --target: what sentei profile wrote.", rich_help_panel=_TARGET),
     ] = None,
     align: Annotated[
         int,
@@ -201,12 +220,15 @@ def prune(
 
     chosen = DEFAULT if method is None else METHODS[method.value]
     _check_options(context, chosen)
-    sparsities = _sparsities(sparsity, sweep)
-    if (ranks := join()).several and sweep is not None:
-        raise SenteiError("--sweep works in one process, and several were started.", "Start it without torchrun.")
+    sparsities = _sparsities(sparsity, sweep, target)
+    for option, value in (("--sweep", sweep), ("--target", target)):
+        if (ranks := join()).several and value is not None:
+            raise SenteiError(f"{option} works in one process, and several were started.", "Start it without torchrun.")
+    _check_target_options(context, target, costs)
     picked_device = pick_device(device)
     directory = resolve_model(model)
     checkpoint = open_checkpoint(directory)
+    aim = None if costs is None else _aim(target or [], costs, checkpoint, output)
     of_method = dict(chosen.settings)
     if widths is not None:
         of_method["widths"] = widths.value
@@ -233,6 +255,7 @@ def prune(
         evopress_budget=evopress_budget.value,
         offload=offload,
         spread=device == "auto" and picked_device.startswith("cuda") and not offload,
+        aim=aim,
         **of_method,
     )
     if not calibration:
@@ -256,24 +279,64 @@ def prune(
 def _check_options(context: typer.Context, method: PruningMethod) -> None:
     """Refuses options that the method does not know."""
 
-    def given(name: str) -> bool:
-        source = context.get_parameter_source(name)
-        # By name: Typer brings a click of its own, whose enumeration is not that of click.
-        return source is not None and source.name == "COMMANDLINE"
-
-    unknown = [name for name in method.unknown_options if given(name)]
+    unknown = [name for name in method.unknown_options if _is_given(context, name)]
     unknown += [name for name, value in method.fixed_options.items() if context.params[name] not in (None, value)]
     if unknown:
         option = unknown[0].replace("_", "-")
         raise SenteiError(f"--method {method.name} {method.refusal} --{option}.", method.way_out)
-    if not method.has_budget and given("evopress_budget"):
+    if not method.has_budget and _is_given(context, "evopress_budget"):
         raise SenteiError("--evopress-budget is for --method evopress.", "Leave one out, or add the other.")
 
 
-def _sparsities(sparsity: float | None, sweep: str | None) -> list[float]:
-    """One, or those of a sweep, ascending and rounded to what was written."""
-    if (sparsity is None) == (sweep is None):
-        raise SenteiError("Give --sparsity, such as 0.25, or --sweep, such as 0.1:0.5:0.05.")
+def _check_target_options(context: typer.Context, target: list[str] | None, costs: Path | None) -> None:
+    """Refuses what says the same as a target in another way, and half of what a target needs."""
+    if (target is None) != (costs is None):
+        raise SenteiError(
+            "--target needs --costs COSTS.json, and --costs is for --target.",
+            "sentei profile MODEL --engine onnx -o costs.json measures them.",
+        )
+    if target is None:
+        return
+    for name in ("attention_removals", "allocation", "widths"):
+        if _is_given(context, name):
+            option = name.replace("_", "-")
+            raise SenteiError(f"--target chooses what --{option} says.", "Give one of them.")
+    for name in ("max_degradation", "max_metric", "min_metric"):
+        if _is_given(context, name):
+            option = name.replace("_", "-")
+            raise SenteiError(
+                f"--{option} would stop before --target is met.", "Give one of them; the curve shows the damage."
+            )
+
+
+def _aim(targets: list[str], costs: Path, checkpoint: "Checkpoint", output: Output) -> "Aim":
+    """What is asked for, and what measures shapes here as the costs were measured."""
+    from serving.profile.measure import bench_as_profiled, measure_models
+    from toolchain.costs.document import read_costs
+    from toolchain.prune.budget.target import parse_targets
+    from toolchain.prune.settings import Aim
+
+    parsed, read = parse_targets(targets), read_costs(costs)
+    served = read.document.served
+    export = onnx_export(served.precision, served.device)
+    bench = bench_as_profiled(read.document, checkpoint, export=export, on_progress=output.note)
+    return Aim(targets=parsed, costs=read, measure=partial(measure_models, bench))
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    # By name: Typer brings a click of its own, whose enumeration is not that of click.
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _sparsities(sparsity: float | None, sweep: str | None, target: list[str] | None) -> list[float]:
+    """One, or those of a sweep, ascending and rounded to what was written; 0 where a target says how far to go."""
+    if [sparsity, sweep, target].count(None) != 2:
+        raise SenteiError(
+            "Give --sparsity, such as 0.25, or --sweep, such as 0.1:0.5:0.05, or --target, such as speedup=1.3."
+        )
+    if target is not None:
+        return [0.0]
     if sparsity is not None:
         return [sparsity]
     assert sweep is not None
@@ -366,6 +429,8 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     )
     console.print(f"  FFN widths   {min(widths)} to {max(widths)}")
     console.print(f"  attention    removed in layers {removed}")
+    for line in target_in_words(summary.get("target")):
+        console.print(f"  target       {line}")
     if found := summary.get("two_removals"):
         console.print(f"  KV cache     {two_removals_in_words(found)}")
     if damage["pruned"] is None:

@@ -9,7 +9,7 @@ from toolchain.outputs.claims import (
     writes_directory,
     writes_file,
 )
-from toolchain.outputs.names import BENCHMARK, HEALING, PARTS, SEARCH, Kind, beside
+from toolchain.outputs.names import BENCHMARK, HEALING, PARTS, PROFILE, SEARCH, Kind, beside
 from toolchain.outputs.unfinished import START_OVER, Unfinished, begin_with, identity_on_disk
 from toolchain.outputs.writing import new_directory, replace_directory, whole_file, write_text
 
@@ -17,6 +17,7 @@ __all__ = [
     "BENCHMARK",
     "HEALING",
     "PARTS",
+    "PROFILE",
     "SEARCH",
     "START_OVER",
     "Kind",

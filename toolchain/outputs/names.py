@@ -41,8 +41,9 @@ BENCHMARK = Kind(
     signs=("settings.json*", "measured.jsonl*", "not_started.json"),
     identity_file="settings.json",
 )
+PROFILE = Kind(suffix="profile", noun="profile", signs=("inputs.json*",), identity_file="inputs.json")
 
-SUFFIXES = (PARTIAL, REPLACED, LOCK, *(kind.suffix for kind in (SEARCH, HEALING, PARTS, BENCHMARK)))
+SUFFIXES = (PARTIAL, REPLACED, LOCK, *(kind.suffix for kind in (SEARCH, HEALING, PARTS, BENCHMARK, PROFILE)))
 
 
 def beside(out: Path, suffix: str) -> Path:

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from toolchain.architecture.layout import LARGEST, MOST_LAYERS
+from toolchain.plan.target_record import TargetRecord
 
 SCHEMA_VERSION: Final = 2
 
@@ -207,7 +208,8 @@ class PlanDocument(_Record):
     are empty and 0 until they are known); then what was found. ``metric_source_sha256`` is over the metric's questions.
     ``method`` is its name alone; ``compensation`` says whether the plan compensates. ``allocation``, ``widths`` and
     ``search`` are choices of the two-stage search, and null for methods that remove whole blocks; ``evopress_budget``
-    is null for all methods but EvoPress.
+    is null for all methods but EvoPress. ``target`` is null, and not written, where a sparsity was asked for; otherwise
+    ``target_sparsity`` follows from it.
     """
 
     schema_version: Literal[2]
@@ -217,6 +219,7 @@ class PlanDocument(_Record):
     target_sparsity: float
     target_intermediate_size: list[int]
     target_attention_removals: int
+    target: TargetRecord | None = None
     align: int
     allocation: str | None
     attention_removals: int | None
@@ -281,7 +284,7 @@ def document_to_json(document: PlanDocument) -> str:
     fields = document.model_dump(mode="json")
     lines = []
     for key, value in fields.items():
-        if key == "block_steps" and not value:
+        if key in ("block_steps", "target") and not value:
             continue
         if key in ("layers", "stage_1", "trace", "block_steps") and value:
             # What is not set is left out.

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from toolchain.plan.plan import PruningPlan
-from toolchain.plan.summary_words import limit_in_words, two_removals_in_words
+from toolchain.plan.summary_words import limit_in_words, target_in_words, two_removals_in_words
 from toolchain.plan.views import sources_of
 
 
@@ -33,6 +33,7 @@ def model_card(
     refitted = _compensation(summary)
     kv_cache = f"- **KV cache**: {two_removals_in_words(found)}.\n" if (found := summary.get("two_removals")) else ""
     limit = f"- **Limit**: {limit_in_words(asked)}.\n" if (asked := summary.get("limit")) else ""
+    target = "".join(f"- **Target**: {line}.\n" for line in target_in_words(summary.get("target")))
     measured_on = document.metric_source or "the calibration text"
     sources = "; ".join(sources_of(document.calibration))
     again = ", on the same calibration text" if document.compensation else ""
@@ -57,7 +58,7 @@ removed; embeddings and head are untouched.
 - **Attention removed** in layers: {removed}.
 {kv_cache}{refitted}- **Cost**: {document.metric} {cost}, on {measured_on}. Measure it on your own text with
   `sentei evaluate`.
-{limit}- **Calibration**: {sources}; {document.calibration.num_samples} windows of
+{limit}{target}- **Calibration**: {sources}; {document.calibration.num_samples} windows of
   {document.calibration.seq_len} tokens, in {document.dtype}.
 
 ## How to load it

@@ -6,6 +6,7 @@ It stands beside the plan, which it sums up: ``sentei prune`` writes it, and rep
 from typing import Literal
 
 from toolchain.documents import Document, Record
+from toolchain.plan.target_record import TargetRecord
 
 PRUNING_SUMMARY_FILE = "pruning_summary.json"
 
@@ -89,7 +90,7 @@ class PruningSummary(Document):
 
     ``compensation`` is null where no weights were fitted again, ``limit`` where there was none, and ``two_removals``
     where attentions were removed, or where the person or the method leaves them alone. Earlier versions had neither of
-    the last two.
+    those two. ``target`` is null where a sparsity was asked for, or the shape is no longer the one that was chosen.
     """
 
     schema_version: Literal[1]
@@ -105,4 +106,5 @@ class PruningSummary(Document):
     stopped_because: str | None
     limit: LimitSummary | None = None
     two_removals: TwoRemovalsSummary | None = None
+    target: TargetRecord | None = None
     duration_s: float

@@ -20,6 +20,29 @@ def limit_in_words(limit: dict[str, Any]) -> str:
     )
 
 
+def target_in_words(target: dict[str, Any] | None) -> list[str]:
+    """For each quantity that was asked for, what was predicted of the shape and what was measured.
+
+    Args:
+        target: ``target`` of ``pruning_summary.json``.
+    """
+    if target is None:
+        return []
+    missed = "" if target["met"] else f"; not met in {len(target['rounds'])} rounds, this is the nearest"
+    return [
+        f"{value['asked']}: predicted {_with_interval(value, 'predicted')}"
+        + (f", measured {_with_interval(value, 'measured')}" if value.get("measured") is not None else "")
+        + f" ({target['served']}){missed}"
+        for value in target["rounds"][target["taken"]]["values"]
+    ]
+
+
+def _with_interval(value: dict[str, Any], kind: str) -> str:
+    low, high = value[f"{kind}_low"], value[f"{kind}_high"]
+    interval = "" if low is None else f" ({low:.4g} to {high:.4g})"
+    return f"{value[kind]:.4g} {value['unit']}{interval}"
+
+
 def two_removals_in_words(found: dict[str, Any]) -> str:
     """What removing two attentions would cost and gain.
 

@@ -32,6 +32,7 @@ from toolchain.plan.summary_document import (
     SizeRecord,
     TwoRemovalsSummary,
 )
+from toolchain.plan.target_record import TargetRecord
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.compensation import Compensated, compensate, held_out_windows
 from toolchain.prune.stage_files import StageFiles
@@ -394,6 +395,7 @@ def summarise(
         stopped_because=document.stopped_because,
         limit=None if measured is None else _limit_summary(document),
         two_removals=planned.two_removals,
+        target=_target_of(plan),
         duration_s=round(duration_s, 1),
     )
 
@@ -405,6 +407,16 @@ def _size(name: str, checkpoint: Checkpoint) -> SizeRecord:
         num_block_parameters=checkpoint.num_block_parameters,
         weight_bytes=checkpoint.weight_bytes,
     )
+
+
+def _target_of(plan: PruningPlan) -> TargetRecord | None:
+    """What the shape was chosen for; ``None`` of a plan that was cut or edited since."""
+    target = plan.document.target
+    if target is None or (taken := target.followed) is None:
+        return None
+    widths = [layer.intermediate_size for layer in plan.layout]
+    same = (taken.intermediate_size, len(taken.removed_attention)) == (widths, len(plan.removed_attention))
+    return target if same else None
 
 
 def _limit_summary(document: PlanDocument) -> LimitSummary | None:

@@ -34,6 +34,7 @@ from toolchain.plan.document import (
 from toolchain.plan.plan import PruningPlan
 from toolchain.plan.summary_document import TwoRemovalsSummary
 from toolchain.progress import Progress, no_progress
+from toolchain.prune.aim import blank_record, check_aim, find_shape, most_removals, widths_to_choose
 from toolchain.prune.apply import Computing, Planned, realise, write_planned
 from toolchain.prune.block_methods.run import num_blocks_to_remove, remove_blocks
 from toolchain.prune.budget.allocation import (
@@ -45,9 +46,10 @@ from toolchain.prune.budget.allocation import (
 )
 from toolchain.prune.budget.limits import limit_asked
 from toolchain.prune.memory_needed import check_memory, device_map_within
+from toolchain.prune.search.damages import predict_damages
 from toolchain.prune.search.two_removals import asks_for_two_removals, two_removals
 from toolchain.prune.search.two_stage import Search
-from toolchain.prune.settings import PruneSettings
+from toolchain.prune.settings import Aim, PruneSettings
 from toolchain.prune.unfinished import SearchState, find_search, identity_of, read_identity
 from toolchain.prune.within_limit import WithinLimit
 from toolchain.ranks.ranks import ALONE, Ranks
@@ -161,6 +163,8 @@ def prune(
 
 def _search_and_realise(job: Job, state: SearchState, progress: Progress, ranks: Ranks) -> Planned:
     """The plan and its weights, as far as the limit allows. No model is in memory when it returns."""
+    if job.settings.aim is not None:
+        _choose_shape(job, job.settings.aim, state, progress)
     limited = within_limit(job, state, progress)
     plan, target, two_removals = _realised_target(job, state, limited, progress, ranks)
     if removes_nothing(plan) or not ranks.is_first:
@@ -169,6 +173,35 @@ def _search_and_realise(job: Job, state: SearchState, progress: Progress, ranks:
     assert planned is not None
     # Of a plan with fewer steps something else would be true.
     return replace(planned, two_removals=None if planned.plan.document.stopped_because else two_removals)
+
+
+def _choose_shape(job: Job, aim: Aim, state: SearchState, progress: Progress) -> None:
+    """Saves a plan that knows its widths and its number of attentions. No model is in memory while it is measured."""
+    plan = state.load()
+    if plan is not None and plan.document.target_intermediate_size:
+        return
+    settings, sizes = job.settings, block_parameters(job.checkpoint)
+    walk = job.computing.open(job.checkpoint)
+    transformers.set_seed(settings.seed)
+    search = replace(job.search(walk, state, progress), share=state.share)
+    plan = plan or search.begin(job.blank)
+    removals = most_removals(sizes.num_hidden_layers, settings.protected)
+    damages = predict_damages(search, plan, widths_to_choose(aim, settings.align), removals)
+    del walk, search
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the engine that measures needs what the model had
+    record = find_shape(aim, damages, state.directory / "target", progress)
+    taken = record.followed
+    assert taken is not None, "a search for a shape ends with one"
+    lost = sum(sizes.intermediate_size - width for width in taken.intermediate_size) * sizes.neuron
+    lost += len(taken.removed_attention) * (sizes.attention + sizes.attention_norm)
+    changes = {
+        "target": record,
+        "target_sparsity": lost / sizes.total,
+        "target_intermediate_size": taken.intermediate_size,
+        "target_attention_removals": len(taken.removed_attention),
+    }
+    state.save(plan.changed(changes))
 
 
 def _realised_target(
@@ -279,7 +312,8 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str, 
 def possible_allocations(checkpoint: Checkpoint, settings: PruneSettings) -> list[Allocation]:
     """The ways to split the target: one, or several that measured damage will choose from.
 
-    A method that removes whole blocks has none, and is checked all the same.
+    A method that removes whole blocks has none, and is checked all the same; so is a target, for which a shape is
+    chosen later.
 
     Raises:
         SenteiError: The method cannot reach the target.
@@ -289,6 +323,9 @@ def possible_allocations(checkpoint: Checkpoint, settings: PruneSettings) -> lis
         num_blocks_to_remove(sizes.num_hidden_layers, settings.sparsity)
         return []
     align = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
+    if settings.aim is not None:
+        check_aim(settings.aim, checkpoint, align=align, protected=settings.protected)
+        return []
     if settings.allocation == "auto":
         possible = reachable_allocations(sizes, settings.sparsity, align=align, protected=settings.protected)
         if possible:
@@ -336,6 +373,8 @@ def _allocation(settings: PruneSettings) -> str | None:
     """How the plan says that the target is split; null for methods that remove whole blocks."""
     if settings.of_method.removes_blocks:
         return None
+    if settings.aim is not None:
+        return "target"
     return settings.allocation if settings.attention_removals is None else "given"
 
 
@@ -349,7 +388,7 @@ def _blank_plan(
 ) -> PlanDocument:
     """The plan a search begins with: where it comes from and where it wants to go."""
     two_stage, published = not settings.of_method.removes_blocks, None
-    if two_stage and settings.allocation == "formula" and settings.widths == "uniform":
+    if two_stage and not settings.aim and settings.allocation == "formula" and settings.widths == "uniform":
         [published] = allocations
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
@@ -366,6 +405,7 @@ def _blank_plan(
         target_sparsity=settings.sparsity,
         target_intermediate_size=list(published.widths) if published else [],
         target_attention_removals=published.num_attention_removals if published else 0,
+        target=blank_record(settings.aim) if settings.aim else None,
         align=settings.align,
         attention_removals=settings.attention_removals,
         allocation=_allocation(settings),

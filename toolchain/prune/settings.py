@@ -1,16 +1,35 @@
 """What ``sentei prune`` was asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from toolchain.architecture.layout import LayerLayout
+from toolchain.costs.document import Costs
 from toolchain.metrics.choose import question_file
 from toolchain.prune.budget.allocation import Protected
 from toolchain.prune.budget.limits import LimitSettings
+from toolchain.prune.budget.target import Measured, Target
 from toolchain.prune.methods import METHODS, MethodName, PruningMethod
 from toolchain.text.sources import TextSource, local_paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aim:
+    """A target in place of a sparsity.
+
+    Attributes:
+        targets: All of them are to be met.
+        costs: What each part of the model costs where it will be served.
+        measure: Measures models of random weights there, given their layers by name and a directory to keep its work
+            in; returns times by name and quantity, one a repeat.
+    """
+
+    targets: Sequence[Target]
+    costs: Costs
+    measure: Callable[[Mapping[str, Sequence[LayerLayout]], Path], Mapping[str, Measured]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +37,7 @@ class PruneSettings:
     """What ``sentei prune`` was asked for.
 
     Attributes:
-        sparsity: Fraction of decoder-block parameters to remove.
+        sparsity: Fraction of decoder-block parameters to remove; 0 where ``aim`` says how far to go.
         method: One of :class:`toolchain.prune.methods.MethodName`. Those that remove blocks know no other setting than
             ``evopress_budget``, calibration and computing.
         calibration: Texts and their weights; none for the embedded text.
@@ -44,6 +63,7 @@ class PruneSettings:
         device: Computed on.
         spread: A model that this device cannot hold goes to all GPUs of this process.
         dtype: Computed in; the checkpoint keeps the model's own.
+        aim: Widths and the number of attentions are chosen for a target.
         seed: Recorded and set; only EvoPress draws at random.
     """
 
@@ -69,6 +89,7 @@ class PruneSettings:
     compensate: bool = False
     evopress_budget: str = "paper"
     as_served: bool = True
+    aim: Aim | None = None
     offload: bool = False
     spread: bool = False
 
@@ -79,6 +100,7 @@ class PruneSettings:
 
     @property
     def input_files(self) -> list[Path]:
-        """Files and directories that texts and questions are read from."""
+        """Files and directories that texts, questions and costs are read from."""
         asked = [question_file(name) for name in (self.metric, self.limit_metric) if name]
+        asked += [self.aim.costs.file] if self.aim else []
         return [*local_paths(source.text for source in self.calibration), *(file for file in asked if file)]

@@ -18,6 +18,7 @@ from toolchain.ranks.ranks import ALONE, Ranks
 _MEASURED: dict[str, Any] = {
     "target_intermediate_size": True,
     "target_attention_removals": True,
+    "target": {"rounds", "taken", "met"},
     "metric_original": True,
     "limit": {"original", "value", "measured"},
     "stopped_because": True,
@@ -124,6 +125,8 @@ def identity_of(blank: PlanDocument) -> dict[str, Any]:
     Of compensation it depends only on whether there will be any.
     """
     asked = blank.model_dump(mode="json", exclude=_MEASURED)
+    if blank.target is not None:
+        del asked["target_sparsity"]  # what the target has led to
     return {**asked, "compensation": blank.compensation is not None}
 
 

@@ -34,6 +34,7 @@ def asks_for_two_removals(plan: PruningPlan) -> bool:
     free = document.base_model.num_hidden_layers - len(document.protected.attention)
     return (
         not document.block_steps
+        and document.target is None
         and bool(document.target_intermediate_size)
         and document.target_attention_removals == 0
         and document.attention_removals is None
@@ -54,7 +55,7 @@ def two_removals(search: Search, checkpoint: Checkpoint, plan: PruningPlan) -> T
     Raises:
         SenteiError: A metric is NaN or Inf, or memory does not suffice for one candidate.
     """
-    walk, metric = search.walk, _on_text(search.metric, search.windows)
+    walk, metric = search.walk, on_text(search.metric, search.windows)
     walk.layers.restore()
     widths = widths_with_removals(search.sizes, plan)
     with walk.only_neurons([top_neurons(*each) for each in zip(plan.importance, widths, strict=True)]):
@@ -81,7 +82,7 @@ def two_removals(search: Search, checkpoint: Checkpoint, plan: PruningPlan) -> T
     )
 
 
-def _on_text(metric: Metric, windows: torch.Tensor) -> PerplexityMetric | KLDivergence:
+def on_text(metric: Metric, windows: torch.Tensor) -> PerplexityMetric | KLDivergence:
     """The search's metric if it is of tokens; perplexity where it takes questions or a function of a person."""
     if isinstance(metric, PerplexityMetric | KLDivergence):
         return metric

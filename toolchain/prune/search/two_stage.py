@@ -87,12 +87,12 @@ class Search:
     def _ranked_importance(self) -> tuple[NDArray[np.float32], ...]:
         """Importance on all windows, those that gradients are taken on seen there, weighed by the gradients."""
         others = self.windows[_NUM_SENSITIVITY_WINDOWS:]
-        importance = self._sensitivity.importance
+        importance = self.sensitivity.importance
         if len(others):
             share = len(others) / len(self.windows)
             pairs = zip(importance, self._importance(others), strict=True)
             importance = tuple(seen * np.float32(1 - share) + other * np.float32(share) for seen, other in pairs)
-        return self._sensitivity.weigh(importance)
+        return self.sensitivity.weigh(importance)
 
     def finish(self, plan: PruningPlan) -> PruningPlan:
         """Goes on from any plan the search has saved, to the target or to the limit.
@@ -139,7 +139,7 @@ class Search:
         possible = {each.num_attention_removals: each.widths for each in self.allocations}
         if document.widths == "ranked":
             # Before any neuron is left out below: sensitivity is the unpruned model's.
-            slope, protected = self._sensitivity.slope, frozenset(document.protected.ffn)
+            slope, protected = self.sensitivity.slope, frozenset(document.protected.ffn)
             possible = {
                 number: ranked_widths(slope, widths, document.align, protected) for number, widths in possible.items()
             }
@@ -155,7 +155,8 @@ class Search:
         return plan
 
     @cached_property
-    def _sensitivity(self) -> Sensitivity:
+    def sensitivity(self) -> Sensitivity:
+        """Of the unpruned model's neurons; asked for before any is left out."""
         windows = self.windows[:_NUM_SENSITIVITY_WINDOWS]
         with self.progress("Sensitivity of neurons", len(windows)) as advance:
             return neuron_sensitivity(self.walk, windows, shared=self.share("gradients"), on_window=advance)

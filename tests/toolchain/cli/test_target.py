@@ -1,0 +1,58 @@
+"""``sentei profile`` and ``sentei prune --target`` as a user meets them: one sentence, nothing half-written."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import refused, sentei
+from tests.toolchain.costs.made import make_costs
+from toolchain.checkpoint.directory import open_checkpoint
+
+TARGET = ("--target", "speedup=1.3")
+
+
+@pytest.fixture
+def costs(pico_model: Path, tmp_path: Path) -> Path:
+    """Costs of the pico model on a machine that is not this one."""
+    file = tmp_path / "costs.json"
+    file.write_text(make_costs(open_checkpoint(pico_model).config).document.to_json())
+    return file
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (TARGET, "--target needs --costs COSTS.json"),
+        (("--sparsity", 0.3, "--costs", "COSTS"), "--costs is for --target"),
+        ((*TARGET, "--costs", "COSTS", "--sparsity", 0.3), "Give --sparsity"),
+        ((*TARGET, "--costs", "COSTS", "--sweep", "0.1:0.3:0.1"), "Give --sparsity"),
+        ((*TARGET, "--costs", "COSTS", "--attention-removals", 1), "chooses what --attention-removals says"),
+        ((*TARGET, "--costs", "COSTS", "--widths", "uniform"), "chooses what --widths says"),
+        ((*TARGET, "--costs", "COSTS", "--max-degradation", 1.1), "--max-degradation would stop before"),
+        ((*TARGET, "--costs", "COSTS", "--method", "2ssp"), "--method 2ssp is the published method"),
+        ((*TARGET, "--costs", "COSTS", "--method", "shortgpt"), "knows no --target"),
+        (("--target", "tpot=20", "--costs", "COSTS"), "20 of what?"),
+        ((*TARGET, "--costs", "NOWHERE"), "does not exist"),
+        ((*TARGET, "--costs", "COSTS"), "These costs were measured with another"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(pico_model: Path, costs: Path, tmp_path: Path, options: tuple, says: str):
+    places = {"COSTS": costs, "NOWHERE": tmp_path / "nowhere.json"}
+    words = [places.get(each, each) for each in options]
+    refused(sentei("prune", pico_model, "-o", tmp_path / "out", *words), says)
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--engine", "onnx", "--dtype", "bfloat16"), "--dtype and --engine-option are vLLM's"),
+        (("--engine", "vllm", "--precision", "int4"), "are of an ONNX export"),
+        (("--engine", "onnx", "--input-len", 256, "--output-len", 1), "reads at most 256"),
+        (("--engine", "onnx", "--repeats", 2), "cannot give an interval"),
+        (("--engine", "vllm", "--engine-option=--quantization=fp8"), "is not one whose effect the expectation knows"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused(pico_model: Path, tmp_path: Path, options: tuple, says: str):
+    refused(sentei("profile", pico_model, "-o", tmp_path / "costs.json", *options), says)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,75 @@
+"""Costs that nobody measured: known exactly."""
+
+import math
+from pathlib import Path
+
+from toolchain.costs.document import Costs, CostsDocument, Load, PartsRecord, Served, ShapedModel, config_sha256
+from toolchain.costs.parts import PartCosts, add
+
+NOTHING = PartCosts(outside=0.0, attention=0.0, widths=(12, 24, 48), ffn=(0.0, 0.0, 0.0))
+TTFT = PartCosts(outside=2.0, attention=1.0, widths=(12, 24, 48), ffn=(1.0, 2.0, 4.0))
+TPOT = PartCosts(outside=1.0, attention=0.5, widths=(12, 24, 48), ffn=(0.25, 0.5, 1.0))
+WEIGHTS = PartCosts(outside=40_000.0, attention=12_000.0, widths=(12, 24, 48), ffn=(5_000.0, 10_000.0, 20_000.0))
+KV = PartCosts(outside=0.0, attention=128.0, widths=(12, 24, 48), ffn=(0.0, 0.0, 0.0))
+
+
+def recorded(parts, spread=(1.0, 1.0, 1.0)):
+    return PartsRecord(
+        outside=[each * parts.outside for each in spread],
+        attention=[each * parts.attention for each in spread],
+        widths=list(parts.widths),
+        ffn=[[each * value for each in spread] for value in parts.ffn],
+    )
+
+
+def make_costs(config, *, ttft=TTFT, tpot=TPOT, output_len=9, num_layers=4, spread=(1.0, 1.0, 1.0)):
+    """Costs of a model with FFNs of 48 neurons, two requests at a time."""
+    per_token = add(NOTHING, add(ttft, tpot, output_len - 1), 1 / (2 * output_len))
+    times = {"ttft_ms": ttft, "tpot_ms": tpot, "ms_per_output_token": per_token}
+    document = CostsDocument(
+        schema_version=1,
+        kind="costs",
+        sentei_version="0",
+        model=ShapedModel(
+            name="tiny",
+            model_type="llama",
+            config_sha256=config_sha256(config),
+            num_hidden_layers=num_layers,
+            intermediate_size=48,
+        ),
+        served=Served(
+            engine="onnx", precision="fp32", dtype=None, device="cpu", engine_options=[], machine={}, versions={}
+        ),
+        load=Load(input_len=16, output_len=output_len, concurrency=2, num_prompts=2),
+        costs={
+            **{name: recorded(parts, spread) for name, parts in times.items()},
+            "weight_bytes": recorded(WEIGHTS, (1.0,)),
+            "kv_bytes_per_token": recorded(KV, (1.0,)),
+        },
+        check=[],
+        models=[],
+    )
+    return Costs(document=document, file=Path("costs.json"), sha256="0" * 64)
+
+
+class FakeMeasurement:
+    """Measures shapes as costs predict them, times what ``distortion`` says of each layout."""
+
+    def __init__(self, costs, distortion=lambda layout: 1.0, noise=(1.0, 1.0, 1.0), fails=False):
+        self.costs, self.distortion, self.noise, self.fails = costs.document, distortion, noise, fails
+        self.asked = []
+
+    def __call__(self, layouts, directory):
+        if self.fails:
+            raise KeyboardInterrupt
+        self.asked.append(dict(layouts))
+        return {name: self._times(name, layout) for name, layout in layouts.items()}
+
+    def _times(self, name, layout):
+        factor = 1.0 if name == "whole" else self.distortion(layout)
+        noise = (1.0,) * 3 if name == "whole" else self.noise
+        return {
+            quantity: [factor * each * parts.mean.of(layout) for each in noise]
+            for quantity, parts in self.costs.costs.items()
+            if math.isfinite(factor) and quantity.endswith(("_ms", "token")) and quantity != "kv_bytes_per_token"
+        }
