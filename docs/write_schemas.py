@@ -1,4 +1,4 @@
-"""Writes a JSON Schema for each file that sentei writes; ``--check`` says which of them are stale instead.
+"""Writes a JSON Schema for each file that sentei writes, and for gate.yaml; ``--check`` says which are stale instead.
 
 python docs/write_schemas.py [--check]
 """
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from serving.benchmark.journal import RESULTS_FILE
 from serving.benchmark.results_document import ResultsDocument
 from serving.forecast.estimate_document import EstimateDocument
+from serving.gate.document import GATE_FILE, GateDocument
 from serving.signing.provenance_document import PROVENANCE_FILE, ProvenanceDocument
 from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
 from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
@@ -35,6 +36,7 @@ _DOCUMENTS: dict[str, type[BaseModel]] = {
     COMPARISON_FILE: ComparisonDocument,
     "estimate.json": EstimateDocument,
     PROVENANCE_FILE: ProvenanceDocument,
+    GATE_FILE: GateDocument,
 }
 
 

@@ -25,6 +25,7 @@ from toolchain.cli import (
     estimate,
     evaluate,
     export,
+    gate,
     heal,
     import_gguf,
     plan,
@@ -80,6 +81,7 @@ app.command("verify")(export.verify)
 app.command("sign")(sign.sign)
 app.command("generate")(serve.generate)
 app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
+app.command("gate")(gate.gate)
 app.command("benchmark")(benchmark.benchmark)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
@@ -89,8 +91,8 @@ app.command("demo")(demo.demo)
 def main() -> None:
     """Runs the command line.
 
-    Exit code 0, 1 (a check failed, or a fault of sentei's own), 2 (bad input) or 130 (Ctrl-C, or SIGTERM or a terminal
-    that closes, which end a command in the same way).
+    Exit code 0, 1 (a check failed, or a fault of sentei's own), 2 (bad input), 3 (only of gate: wait) or 130 (Ctrl-C,
+    or SIGTERM or a terminal that closes, which end a command in the same way).
     """
     prepare_streams()
     os.environ.update({name: os.environ.get(name, "1") for name in _NO_NETWORK})
