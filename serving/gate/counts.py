@@ -5,6 +5,7 @@ what lies between the samples and the ends of the window, and it passes over the
 series of errors begins with them.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,20 @@ from serving.gate.intervals import Blocks
 from serving.gate.prometheus import Series, Window
 
 BLOCKS, STEPS_PER_BLOCK = 20, 6
+# vLLM lets the client library choose a format. Asked for OpenMetrics, as Prometheus does, some versions of it write an
+# underscore for the colon.
+_COLON = "[:_]"
 # What every server of either kind has from its start; it says which servers there are.
 _PRESENCE = "vllm:generation_tokens_total"
 _HTTP, _ENDED = "http_requests_total", "vllm:request_success_total"
 _TTFT, _TPOT = "vllm:time_to_first_token_seconds", "vllm:request_time_per_output_token_seconds"
 _WAITING, _KV_CACHE = "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
-NAMES = (
+_ALL = (
     _PRESENCE, _HTTP, _ENDED, _WAITING, _KV_CACHE,
     *(f"{name}_{part}" for name in (_TTFT, _TPOT) for part in ("bucket", "sum", "count")),
 )  # fmt: skip
+# Regular expressions.
+NAMES = tuple(name.replace(":", _COLON) for name in _ALL)
 # Requests that did not get their answer: the server failed, or the client waited no longer.
 _UNFINISHED = ("abort", "error")
 # A server of which the last two steps know nothing is gone.
@@ -86,7 +92,8 @@ def count(found: Sequence[Series], window: Window) -> Side:
     by_name: dict[str, list[Series]] = defaultdict(list)
     for each in found:
         if each.samples:
-            by_name[each.labels.get("__name__", "")].append(each)
+            name = each.labels.get("__name__", "")
+            by_name[re.sub("^vllm_", "vllm:", name)].append(each)
     presence = by_name[_PRESENCE]
     first_seen_s: dict[tuple[str, str], float] = {}
     for each in presence:

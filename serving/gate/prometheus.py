@@ -97,7 +97,7 @@ class Prometheus:
         """All series that have one of some names and all of some labels.
 
         Args:
-            names: Of metrics.
+            names: Of metrics; regular expressions.
             labels: Names and values.
             window: See there.
 

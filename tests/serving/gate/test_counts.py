@@ -26,11 +26,16 @@ def errors(samples: list[tuple[float, float]]) -> Series:
     return series("http_requests_total", samples, handler="/v1/chat/completions", status="5xx")
 
 
-def test_what_was_put_in_comes_out():
+@pytest.mark.parametrize("colon", [":", "_"])
+def test_what_was_put_in_comes_out(colon):
+    """In OpenMetrics, the client library of vLLM writes an underscore for the colon."""
     side, _ = pair(np.random.default_rng(0), Truth(errors=0.1), Truth())
     found = count(
         [
-            Series(labels=each["metric"], samples=tuple((at_s, float(value)) for at_s, value in each["values"]))
+            Series(
+                labels=each["metric"] | {"__name__": each["metric"]["__name__"].replace(":", colon)},
+                samples=tuple((at_s, float(value)) for at_s, value in each["values"]),
+            )
             for each in series_of(side, "j", 1200)
         ],
         WINDOW,
