@@ -21,6 +21,7 @@ from toolchain.cli import (
     compare,
     compare_methods,
     demo,
+    deploy_kit,
     doctor,
     estimate,
     evaluate,
@@ -81,6 +82,7 @@ app.command("verify")(export.verify)
 app.command("sign")(sign.sign)
 app.command("generate")(serve.generate)
 app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
+app.command("deploy-kit")(deploy_kit.deploy_kit)
 app.command("gate")(gate.gate)
 app.command("benchmark")(benchmark.benchmark)
 app.command("report")(report.report)
