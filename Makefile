@@ -30,7 +30,7 @@ test-newest:
 
 # The long ones, of which some measure time, run alone.
 acceptance: $(VENV)/.test quantize-env
-	$(PIP_INSTALL) -e '.[llama-cpp]'
+	$(PIP_INSTALL) -e '.[llama-cpp,deploy-validators]'
 	$(TWO_AT_A_TIME)
 	$(BIN)/pytest -m acceptance
 

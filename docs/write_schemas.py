@@ -1,4 +1,5 @@
-"""Writes a JSON Schema for each file that sentei writes, and for poc.yaml; ``--check`` says which are stale instead.
+"""Writes a JSON Schema for each file that sentei writes, and for poc.yaml and gate.yaml; ``--check`` says which are
+stale instead.
 
 python docs/write_schemas.py [--check]
 """
@@ -14,6 +15,7 @@ from serving.benchmark.journal import RESULTS_FILE
 from serving.benchmark.results_document import ResultsDocument
 from serving.decision.document import VERDICT_FILE, VerdictDocument
 from serving.forecast.estimate_document import EstimateDocument
+from serving.gate.document import GATE_FILE, GateDocument
 from serving.poc.document import POC_FILE, PocDocument
 from serving.signing.provenance_document import PROVENANCE_FILE, ProvenanceDocument
 from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
@@ -41,6 +43,7 @@ _DOCUMENTS: dict[str, type[BaseModel]] = {
     PROVENANCE_FILE: ProvenanceDocument,
     VERDICT_FILE: VerdictDocument,
     POC_FILE: PocDocument,
+    GATE_FILE: GateDocument,
 }
 
 

@@ -13,13 +13,13 @@ from serving.poc.document import PocDocument
 from serving.poc.plan_of_steps import ORIGINAL, Steps, file_name, percent
 from serving.poc.read import read_poc
 from serving.poc.time_needed import Amounts, text_tokens
-from serving.poc.yaml_lines import Place, read_yaml
 from toolchain.checkpoint.directory import Checkpoint, model_name, open_checkpoint, resolve_model
 from toolchain.errors import SenteiError
 from toolchain.evaluate.task_requests import parse_task
 from toolchain.metrics.accuracy import load_questions
 from toolchain.model.context_length import context_length
 from toolchain.text.sources import parse_sources, parse_text
+from toolchain.yaml_lines import Place, read_yaml
 
 _SEQ_LEN = 2048
 _MOST_TOKENS = 10_000_000

@@ -21,10 +21,12 @@ from toolchain.cli import (
     compare,
     compare_methods,
     demo,
+    deploy_kit,
     doctor,
     estimate,
     evaluate,
     export,
+    gate,
     heal,
     import_gguf,
     plan,
@@ -83,6 +85,8 @@ app.command("verify")(export.verify)
 app.command("sign")(sign.sign)
 app.command("generate")(serve.generate)
 app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
+app.command("deploy-kit")(deploy_kit.deploy_kit)
+app.command("gate")(gate.gate)
 app.command("benchmark")(benchmark.benchmark)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
@@ -93,8 +97,8 @@ app.command("demo")(demo.demo)
 def main() -> None:
     """Runs the command line.
 
-    Exit code 0, 1 (a check failed, or a fault of sentei's own), 2 (bad input) or 130 (Ctrl-C, or SIGTERM or a terminal
-    that closes, which end a command in the same way).
+    Exit code 0, 1 (a check failed, or a fault of sentei's own), 2 (bad input), 3 (only of gate: wait) or 130 (Ctrl-C,
+    or SIGTERM or a terminal that closes, which end a command in the same way).
     """
     prepare_streams()
     os.environ.update({name: os.environ.get(name, "1") for name in _NO_NETWORK})

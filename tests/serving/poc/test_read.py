@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from serving.poc.document import PocDocument
 from serving.poc.read import read_poc
 from serving.poc.template import template
-from serving.poc.yaml_lines import read_yaml
 from toolchain.errors import SenteiError
+from toolchain.yaml_lines import read_yaml
 
 GOOD = """\
 version: 1

@@ -1,0 +1,1 @@
+"""Promote, wait or roll back: a canary judged by its servers' metrics."""
