@@ -103,8 +103,13 @@ def test_a_candidate_that_fails_everything_is_rolled_back_before_there_is_much_t
 
 
 def test_with_too_little_traffic_it_waits_whatever_the_times_are():
-    found, _ = answers(EQUAL, runs=10, requests=(4000, 500))
-    assert found == {"wait": 10}
+    """Also where all intervals would be narrow enough."""
+    sides = pair(np.random.default_rng(0), EQUAL, Truth(ttft_s=0.06, tpot_s=0.015))
+    assert decide(*sides, asked()).answer == "promote"
+    assert decide(*sides, asked(min_requests=9000)).answer == "wait"
+    sides = pair(np.random.default_rng(0), EQUAL, WORSE["tpot"])
+    assert decide(*sides, asked()).answer == "roll back"
+    assert decide(*sides, asked(min_requests=9000)).answer == "wait"
 
 
 def test_one_slow_server_for_a_moment_is_no_reason_but_slow_all_along_is():
