@@ -84,6 +84,7 @@ def test_vllm_serve(strangers_project, tmp_path, vllm):
     assert done.stdout.endswith("PrunedLlamaForCausalLM\n"), done.stderr
 
 
+@pytest.mark.acceptance
 @pytest.mark.xfail(strict=True, reason="python -m puts the working directory first: docs/decisions/import-names.md")
 def test_vllm_as_a_module(strangers_project, vllm):
     # As 'python -m vllm.entrypoints.openai.api_server'.

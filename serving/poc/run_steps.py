@@ -86,11 +86,11 @@ class StepRunner:
         self._write(step, key, arguments, exit_code=None, error=None, seconds=None)
         started = time.monotonic()
         exit_code = self._run(step, arguments)
-        seconds = round(time.monotonic() - started, 1)
+        seconds = time.monotonic() - started
         error = None if exit_code == 0 else self._error(step, exit_code)
         if exit_code == INTERRUPTED:
             raise KeyboardInterrupt
-        self._write(step, key, arguments, exit_code=exit_code, error=error, seconds=seconds)
+        self._write(step, key, arguments, exit_code=exit_code, error=error, seconds=round(seconds, 1))
         self._taken[step.name] = (self.estimate(step), seconds)
         if error:
             self.tell(f"  {step.name} failed: {error}")

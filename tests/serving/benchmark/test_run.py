@@ -285,6 +285,7 @@ def test_a_worker_that_dies_once_is_started_again_and_told_of(pico_model, pruned
     assert results["measurements"][0]["metrics"]["output_throughput"]["gain"]
 
 
+@pytest.mark.acceptance
 def test_a_worker_that_keeps_dying_stops_the_benchmark_which_resumes(pico_model, pruned_pico, tmp_path, deaths):
     out = tmp_path / "out"
     settings = {"engine": "transformers", "out": out, **TINY}

@@ -179,6 +179,7 @@ def test_bad_chats(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-5", messages=MESSAGES)
 
 
+@pytest.mark.acceptance
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_the_benchmark_starts_it_and_vllms_load_generator_drives_it(demo_onnx: Path, tmp_path: Path) -> None:
     from serving.benchmark.sessions.server import ServerSession
