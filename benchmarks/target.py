@@ -50,7 +50,7 @@ def main(
     target: Annotated[list[str], typer.Option(help="As for sentei prune.")],
     calibration: Annotated[list[str] | None, typer.Option(help="As for sentei prune.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
-    seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     repeats: Annotated[int, typer.Option(help="Of the benchmark.")] = 5,
     unseen: Annotated[int, typer.Option(help="Shapes that were not used.")] = 12,
 ) -> None:

@@ -13,7 +13,7 @@ from toolchain.json_files import read_json_object
 from toolchain.outputs import PARTS, Unfinished, write_text
 
 # Of tasks with many thousands of questions.
-_MOST_BYTES = 256 * 1024 * 1024
+MOST_BYTES = 256 * 1024 * 1024
 
 
 @contextmanager
@@ -71,7 +71,7 @@ class Parts:
             return compute()
         if path.is_file():
             hint = "Remove that file: it is computed again."
-            result = read_json_object(path, hint=hint, max_bytes=_MOST_BYTES).get("result")
+            result = read_json_object(path, hint=hint, max_bytes=MOST_BYTES).get("result")
             if not isinstance(result, dict):
                 raise SenteiError(f"{path} does not have the fields it should (result).", hint)
             return result

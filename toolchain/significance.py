@@ -1,4 +1,6 @@
-"""Is a difference between two models more than chance? Every interval and every test of sentei, on scipy.stats.
+"""Is a difference between two models more than chance? Every 95 % interval and every test of sentei, on scipy.stats.
+
+``serving/gate/intervals.py`` has the one-sided intervals of ``sentei gate``, whose probability depends on its checks.
 
 What needs scipy calls :func:`check_statistics` before it begins: where pip was told to leave dependencies out, it is
 not there.

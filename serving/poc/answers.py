@@ -10,13 +10,13 @@ from serving.decision.document import Interval
 from toolchain.documents import Document, Record, read_document
 from toolchain.errors import SenteiError
 from toolchain.evaluate.comparison import share
-from toolchain.evaluate.document import EVALUATION_FILE, Change, EvaluationDocument, Side
+from toolchain.evaluate.document import EVALUATION_FILE, Change, EvaluationDocument, Share, Side
+from toolchain.evaluate.metric_record import IntervalRecord
 from toolchain.json_files import read_json_object
-from toolchain.significance import compare_means, compare_shares
+from toolchain.parts_cache import MOST_BYTES
+from toolchain.significance import Difference, compare_means, compare_shares
 
 QUALITY_FILE = "engine_quality.json"
-# As much as toolchain.parts_cache reads.
-_MOST_BYTES = 256 * 1024 * 1024
 
 
 class AskedQuestion(Record):
@@ -76,8 +76,8 @@ def quality_of(directory: Path, question_files: Sequence[str]) -> Quality:
     )
 
 
-def interval_of(found: Change) -> Interval:
-    """A change with its interval, without its test."""
+def interval_of(found: Change | Difference | IntervalRecord | Share) -> Interval:
+    """A measured value with its interval, without its test."""
     return Interval(value=found.value, low=found.low, high=found.high)
 
 
@@ -85,8 +85,7 @@ def accuracy_of(questions: Sequence[AskedQuestion]) -> Interval | None:
     """The share of right answers with Wilson's interval; ``None`` if nothing was asked."""
     if not questions:
         return None
-    found = share([each.score for each in questions])
-    return Interval(value=found.value, low=found.low, high=found.high)
+    return interval_of(share([each.score for each in questions]))
 
 
 def groups_of(questions: Sequence[AskedQuestion]) -> dict[str, Interval]:
@@ -108,7 +107,7 @@ def accuracy_change(original: Sequence[AskedQuestion], candidate: Sequence[Asked
         found = compare_shares(lost=lost, gained=gained, num_questions=len(pairs))
     else:
         found = compare_means([after - before for before, after in pairs])
-    return Interval(value=found.value, low=found.low, high=found.high)
+    return interval_of(found)
 
 
 def kept_questions(evaluation: Path, side: Side, file: str) -> list[AskedQuestion]:
@@ -135,7 +134,7 @@ def kept_losses(evaluation: Path, side: Side, text_sha256: str) -> list[float]:
 def _kept(evaluation: Path, side: Side, belongs: Any, what: str) -> dict[str, Any]:
     """The result of the part whose identity belongs to what is asked for."""
     for path in sorted((evaluation / "parts").glob(f"{side}-*.json")):
-        part = read_json_object(path, max_bytes=_MOST_BYTES)
+        part = read_json_object(path, max_bytes=MOST_BYTES)
         if belongs(part.get("identity", {})):
             try:
                 return dict(part["result"])

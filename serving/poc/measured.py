@@ -8,7 +8,7 @@ from typing import Any
 from serving.benchmark.journal import RESULTS_FILE
 from serving.benchmark.results_document import ResultsDocument
 from serving.decision.document import CandidateRecord, Interval, LoadRecord, OriginalRecord
-from serving.poc.answers import AskedQuestion, Quality, accuracy_change, accuracy_of, groups_of
+from serving.poc.answers import AskedQuestion, Quality, accuracy_change, accuracy_of, groups_of, interval_of
 from toolchain.documents import read_document
 from toolchain.evaluate.metric_record import MetricRecord
 from toolchain.significance import compare_means
@@ -45,7 +45,7 @@ def with_speed(candidate: CandidateRecord, results: ResultsDocument) -> Candidat
     gain = _deciding(results).gain
     return candidate.model_copy(
         update={
-            "gain": None if gain is None else Interval(value=gain.value, low=gain.low, high=gain.high),
+            "gain": None if gain is None else interval_of(gain),
             "load": _load([results], "pruned"),
             "original_load": _load([results], "original"),
             "not_measured": _why_no_gain(results) if gain is None else candidate.not_measured,

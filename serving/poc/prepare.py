@@ -1,7 +1,5 @@
 """Looks at ``poc.yaml`` and at everything that it names, before anything is run."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from serving.poc.plan_of_steps import ORIGINAL, Steps, file_name, percent
 from serving.poc.read import read_poc
 from serving.poc.time_needed import Amounts, text_tokens
 from toolchain.checkpoint.directory import Checkpoint, model_name, open_checkpoint, resolve_model
+from toolchain.costs.document import config_sha256
 from toolchain.errors import SenteiError
 from toolchain.evaluate.task_requests import parse_task
 from toolchain.metrics.accuracy import load_questions
@@ -92,7 +91,7 @@ def amounts_of(prepared: Prepared) -> Amounts:
     longest = min(_SEQ_LEN, context_length(checkpoint.config).stated)
     window = poc.evaluation.seq_len or longest
     asked = poc.evaluation.windows and poc.evaluation.windows * window
-    # Of a data set of the hub nobody knows how long it is.
+    # How long a data set of the hub is, is not known before it is fetched.
     per_text = [
         min(asked or math.inf, text_tokens(size) if size else math.inf, _MOST_TOKENS) for size in prepared.text_bytes
     ]
@@ -172,9 +171,8 @@ class _Places:
 
 def _identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Weights count by name, size and time: hashing them takes long."""
-    config = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode()).hexdigest()
     files = sorted(checkpoint.directory.glob("*.safetensors"))
-    return {"config": config, "weights": [stamp for file in files for stamp in _stamps(file)]}
+    return {"config": config_sha256(checkpoint.config), "weights": [stamp for file in files for stamp in _stamps(file)]}
 
 
 def _stamps(path: Path) -> list[list[Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from serving.child_process import child_process
-from serving.poc.plan_of_steps import Step
+from serving.poc.plan_of_steps import Step, file_name
 from serving.poc.time_needed import correction
 from toolchain.documents import Document, read_document
 from toolchain.errors import INTERRUPTED, SenteiError
@@ -158,10 +158,10 @@ class StepRunner:
         return f"It ended with {ended}{' (memory may have run out)' if exit_code == -9 else ''}; see {self._log(step)}."
 
     def _log(self, step: Step) -> Path:
-        return self.directory / "logs" / f"{_slug(step.name)}.log"
+        return self.directory / "logs" / f"{file_name(step.name)}.log"
 
     def _record_file(self, step: Step) -> Path:
-        return self.directory / "steps" / f"{_slug(step.name)}.json"
+        return self.directory / "steps" / f"{file_name(step.name)}.json"
 
     def _record_of(self, step: Step) -> StepRecord | None:
         file = self._record_file(step)
@@ -177,10 +177,6 @@ class StepRunner:
 
 def _outcome(record: StepRecord) -> Outcome:
     return Outcome(error=record.error, check_failed=record.exit_code == _CHECK_FAILED)
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", name.replace(" %", "")).strip("-")
 
 
 def fatal(step: Step, outcome: Outcome) -> None:

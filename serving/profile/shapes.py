@@ -14,7 +14,7 @@ from toolchain.checkpoint.directory import Checkpoint
 Layout = tuple[LayerLayout, ...]
 # Between these shares of the full width an FFN's cost is taken to be linear; no plan goes below the narrowest.
 _WIDTHS = (1 / 4, 1 / 2, 3 / 4, 1)
-# Of models that no cost is fitted to: widths halfway between those, and how many of four layers keep their attention.
+# Models that no cost is fitted to: widths halfway between those above, and how many of four layers keep attention.
 _HELD_OUT = (((7 / 8, 5 / 8), 4), ((5 / 8,), 3), ((3 / 8, 7 / 8, 5 / 8), 2))
 # What matrix units multiply fastest; widths of real models are multiples of it.
 _TILE = 64

@@ -22,7 +22,7 @@ _TAGS = {"green": "good", "red": "bad", "cannot be told": "open"}
 _ENGINES = {"onnx": "ONNX Runtime", "vllm": "vLLM"}
 KINDS = ("pruned", "quantised", "pruned and quantised", "sibling")
 STATUSES = tuple(_TAGS)
-# Of a guard rail: its name, and what it allows.
+# The name of each guard rail, and what it allows.
 RAILS = {
     "perplexity": ("Perplexity on %(subject)s", "at most %(limit)s times the original's"),
     "accuracy": ("Your questions", "at least %(limit)s %% right"),

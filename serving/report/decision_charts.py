@@ -49,11 +49,7 @@ def pareto_chart(points: Sequence[Point], axis: Axis, say: Say) -> dict[str, str
             text=[_plain(say(each.name)) for each in group],
             textposition="top center",
             cliponaxis=False,
-            marker={
-                "size": 12,
-                "symbol": symbol,
-                "color": [ORIGINAL if p.name == "original" else color for p in group],
-            },
+            marker={"size": 12, "symbol": symbol, "color": color},
             error_x=_errors(values, color),
             error_y=_errors([each.loss for each in group], color),
             hovertext=[_plain(_sentence(each, say)) for each in group],

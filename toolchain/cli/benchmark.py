@@ -153,8 +153,8 @@ def benchmark(
         in_flight = [preset.concurrency if preset else CONCURRENCY]
     workloads = make_workloads(
         engine=engine.value,
-        input_len=_first(input_len, preset.input_len if preset else None, INPUT_LEN),
-        output_len=_first(output_len, preset.output_len if preset else None, OUTPUT_LEN),
+        input_len=first_given(input_len, preset.input_len if preset else None, INPUT_LEN),
+        output_len=first_given(output_len, preset.output_len if preset else None, OUTPUT_LEN),
         concurrency=in_flight,
         request_rate=rates,
         num_prompts=num_prompts,
@@ -254,7 +254,8 @@ def _numbers(option: str, text: str | None, kind: Callable[[str], N]) -> list[N]
         raise SenteiError(f"{option} {text!r} is not a number or a list of them.", "Write it like 1,4,16.") from error
 
 
-def _first(*values: int | None) -> int:
+def first_given(*values: int | None) -> int:
+    """The first that is not ``None``; there is one."""
     return next(value for value in values if value is not None)
 
 

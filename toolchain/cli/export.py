@@ -47,6 +47,11 @@ class OnnxDevice(StrEnum):
     cuda = "cuda"
 
 
+def default_precision(device: OnnxDevice) -> Precision:
+    """Of an export for which nobody asks for one."""
+    return Precision.fp32 if device is OnnxDevice.cpu else Precision.fp16
+
+
 class VerifyEngine(StrEnum):
     """What runs the export while it is verified."""
 
@@ -113,7 +118,7 @@ def export_onnx(
 
     directory = resolve_model(model)
 
-    picked = precision or (Precision.fp32 if device is OnnxDevice.cpu else Precision.fp16)
+    picked = precision or default_precision(device)
     run(directory, out, precision=picked.value, device=device.value, force=force, on_progress=output.note)
     _verify(output, out, directory, engine=VerifyEngine.onnx, device=pick_device("auto"), offload=offload)
 

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from toolchain.cli.benchmark import PresetName
+from toolchain.cli.benchmark import PresetName, first_given
 from toolchain.cli.console import Output, pick_dtype
-from toolchain.cli.export import OnnxDevice, Precision
+from toolchain.cli.export import OnnxDevice, Precision, default_precision
 from toolchain.cli.options import (
     CONCURRENCY,
     INPUT_LEN,
@@ -98,8 +98,8 @@ def profile(
         engine=engine.value,
         workloads=make_workloads(
             engine=engine.value,
-            input_len=input_len or (preset.input_len if preset else INPUT_LEN),
-            output_len=output_len or (preset.output_len if preset else OUTPUT_LEN),
+            input_len=first_given(input_len, preset.input_len if preset else None, INPUT_LEN),
+            output_len=first_given(output_len, preset.output_len if preset else None, OUTPUT_LEN),
             concurrency=[in_flight],
             num_prompts=num_prompts or _BATCHES * in_flight,
         ),
@@ -108,7 +108,8 @@ def profile(
         dtype=None if dtype == "auto" else dtype,
         engine_options=engine_option or (),
     )
-    picked = _precision(precision, settings.device) if engine is ProfileEngine.onnx else None
+    onnx_device = device or OnnxDevice.cpu
+    picked = (precision or default_precision(onnx_device)).value if engine is ProfileEngine.onnx else None
     bench = Bench(
         checkpoint=open_checkpoint(resolve_model(model)),
         settings=settings,
@@ -119,10 +120,6 @@ def profile(
     with output.telling_what_stays():
         document = run(bench, out, force=force, resume=resume)
     output.result({"file": str(out), **document.content()}, lambda console: _show(console, out, document))
-
-
-def _precision(given: Precision | None, device: str) -> str:
-    return (given or (Precision.fp32 if device == OnnxDevice.cpu else Precision.fp16)).value
 
 
 def onnx_export(precision: str | None, device: str) -> Export | None:

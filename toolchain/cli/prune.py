@@ -221,8 +221,9 @@ def prune(
     chosen = DEFAULT if method is None else METHODS[method.value]
     _check_options(context, chosen)
     sparsities = _sparsities(sparsity, sweep, target)
+    ranks = join()
     for option, value in (("--sweep", sweep), ("--target", target)):
-        if (ranks := join()).several and value is not None:
+        if ranks.several and value is not None:
             raise SenteiError(f"{option} works in one process, and several were started.", "Start it without torchrun.")
     _check_target_options(context, target, costs)
     picked_device = pick_device(device)

@@ -2,14 +2,12 @@
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from toolchain.documents import Record
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class TargetValue(_Record):
+class TargetValue(Record):
     """One quantity of a shape in ``unit`` (x, ms, tok/s or GiB), with its 95 % interval; null where there is none.
 
     ``measured`` is of models of random weights and this shape; null for memory, which is counted, and ``measured_low``
@@ -26,7 +24,7 @@ class TargetValue(_Record):
     measured_high: float | None = None
 
 
-class TargetRound(_Record):
+class TargetRound(Record):
     """A shape that was solved for and measured, with the damage predicted for it, in nats per token."""
 
     intermediate_size: list[int]
@@ -35,7 +33,7 @@ class TargetRound(_Record):
     values: list[TargetValue]
 
 
-class TargetRecord(_Record):
+class TargetRecord(Record):
     """The target that widths and the number of attentions were chosen for, and how near they come to it.
 
     ``costs_sha256`` is over ``costs.json``; ``served`` says in words what it was measured with, and under which load.
@@ -46,7 +44,7 @@ class TargetRecord(_Record):
     asked: list[str]
     costs_sha256: str
     served: str
-    rounds: list[TargetRound] = []
+    rounds: list[TargetRound] = Field(default_factory=list)
     taken: int | None = Field(default=None, ge=0)
     met: bool | None = None
 

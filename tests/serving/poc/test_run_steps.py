@@ -125,3 +125,12 @@ def test_the_time_that_is_left_follows_what_the_steps_took(tmp_path):
     runner(done)
     # A step that took a hundredth of its estimate makes the other one shorter too.
     assert 0 < runner.remaining_s() < 5
+
+
+def test_names_that_are_not_latin_have_records_of_their_own(tmp_path):
+    runner = runner_in(tmp_path)
+    one = step_in(tmp_path, name="evaluate 東京")
+    other = replace(one, name="evaluate 大阪", arguments=(str(tmp_path / "other"), "write"), out=tmp_path / "other")
+    runner(one)
+    runner(other)
+    assert runner.is_done(one) and runner.is_done(other)
