@@ -28,11 +28,12 @@ test-newest:
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
 
-# The long ones, of which some measure time, run alone.
+# The long ones; those that measure time come last, with nothing beside them.
 acceptance: $(VENV)/.test quantize-env
 	$(PIP_INSTALL) -e '.[llama-cpp,deploy-validators]'
 	$(TWO_AT_A_TIME)
-	$(BIN)/pytest -m acceptance
+	$(TWO_AT_A_TIME) -m 'acceptance and not alone'
+	$(BIN)/pytest -m alone
 
 # Writes docs/compatibility.md from what the tests find.
 compatibility: $(VENV)/.test quantize-env

@@ -12,8 +12,8 @@ from toolchain.errors import SenteiError
 from toolchain.json_files import read_json_object
 from toolchain.outputs import PARTS, Unfinished, write_text
 
-# Of tasks with many thousands of questions.
-MOST_BYTES = 256 * 1024 * 1024
+# Of a task with fifty thousand questions of 2 kB.
+MOST_BYTES = 128 * 1024 * 1024
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from toolchain.text.embedded import write_halves
 
 
 @pytest.mark.acceptance
+@pytest.mark.alone
 @pytest.mark.timeout(3600)
 def test_from_the_template_to_a_verdict_on_a_real_model(demo_model, tmp_path):
     write_halves(tmp_path)

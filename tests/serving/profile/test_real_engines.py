@@ -10,6 +10,7 @@ from toolchain.costs.document import read_costs
 
 
 @pytest.mark.acceptance
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "engine", [("onnx",), ("vllm", "--engine-option=--enforce-eager", "--engine-option=--max-model-len=128")]
 )

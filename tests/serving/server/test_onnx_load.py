@@ -131,6 +131,7 @@ def numbers(port: int) -> dict[str, float]:
 
 
 @pytest.mark.acceptance
+@pytest.mark.alone
 @pytest.mark.timeout(DURATION_S + 300)
 def test_nothing_is_lost_and_memory_is_flat(pico_model: Path, tmp_path: Path):
     export = write_pico_onnx(pico_model, tmp_path, context=256)

@@ -69,7 +69,8 @@ def start_ranks(
     port, started = free_port(), []
     for rank, command in enumerate(commands):
         variables = {"RANK": rank, "WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        variables |= {"LOCAL_RANK": rank, "SENTEI_RANK_TIMEOUT_S": timeout_s}
+        # Both, for an engine of vLLM within pytest's own process leaves its LOCAL_WORLD_SIZE behind.
+        variables |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": len(commands), "SENTEI_RANK_TIMEOUT_S": timeout_s}
         log = directory / f"rank-{rank}.log"
         pid = os.fork()
         if not pid:
