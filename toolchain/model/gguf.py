@@ -1,7 +1,10 @@
 """A GGUF file becomes a standard model directory (dequantised)."""
 
+import functools
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,8 +60,8 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
     header = read_gguf_header(gguf)
     # Transformers would add it to the weights of the file.
     check_no_adapter(gguf.parent)
-    model_class = _model_class(gguf, header)
-    with new_directory(out, force=force) as partial:
+    with _parsed_once(), new_directory(out, force=force) as partial:
+        model_class = _model_class(gguf, header)
         with said_in_a_sentence(f"{gguf} cannot be read"):
             source = model_class.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -74,6 +77,19 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
         let_others_read(partial)
         _add_legacy_rope_theta(partial)
         _save_tokenizer(tokenizer, partial)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Has Transformers, which reads the file for config, weights and tokenizer apart, parse its header once."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
 
 
 def _model_class(gguf: Path, header: GgufHeader) -> type[PreTrainedModel]:

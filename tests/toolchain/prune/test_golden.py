@@ -2,18 +2,19 @@
 
 import itertools
 import json
-from dataclasses import replace
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.torch import load_file, save_file
 
 from toolchain.architecture.parts import SubBlock
 from toolchain.checkpoint.directory import open_checkpoint
-from toolchain.metrics.token_metrics import PerplexityMetric
+from toolchain.metrics.token_metrics import PerplexityMetric, measure
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import load_model, load_tokenizer
 from toolchain.model.slicing import narrow_ffn
@@ -29,7 +30,8 @@ from toolchain.text.windows import load_windows
 
 RECORDED = Path(__file__).resolve().parents[2] / "golden"
 GOLDEN = json.loads((RECORDED / "2ssp_smollm2_135m.json").read_text())
-SCORES = load_file(RECORDED / "2ssp_smollm2_135m.safetensors")
+SCORES = {name: scores.numpy() for name, scores in load_file(RECORDED / "2ssp_smollm2_135m.safetensors").items()}
+_FIRST_LAYERS = 6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -66,33 +68,51 @@ def settings_of(sparsity: str) -> PruneSettings:
     )
 
 
-def test_stage_1_and_some_candidates_agree_with_the_public_code(recorded_model: Path, tmp_path: Path):
+def test_scores_of_the_first_layers_agree_with_the_public_code(recorded_model: Path, tmp_path: Path):
+    """What a layer scores depends on those before it alone. All layers, and what follows from the scores: see below."""
+    first = tmp_path / "first"
+    _write_first_layers(recorded_model, first)
+    job = prepare(first, settings_of("0.25"), "demo")
+    search = job.search(job.computing.open(job.checkpoint), SearchState(None, tmp_path), no_progress)
+    plan = search.begin(job.blank)
+    assert plan.document.calibration.sha256 == GOLDEN["calib_ids_sha256"]
+    assert len(plan.importance) == _FIRST_LAYERS
+    for layer, scores in enumerate(plan.importance):
+        np.testing.assert_allclose(scores, SCORES[f"importance.{layer}"], rtol=1e-4)
+
+
+def test_some_candidates_agree_with_the_public_code(recorded_model: Path):
     """All candidates of all steps take long: see below."""
     golden = GOLDEN["runs"]["0.25"]
-    job = prepare(recorded_model, settings_of("0.25"), "demo")
-    walk = job.computing.open(job.checkpoint)
-    search = replace(job.search(walk, SearchState(None, tmp_path), no_progress), save=_stop_after_stage_1)
-    with pytest.raises(_Stage1Ended) as ended:
-        search.finish(search.begin(job.blank))
-    _check_stage_1(ended.value.plan, golden)
-    walk.layers.narrow(ended.value.plan.kept_neurons)
-    for removed, step in zip([[], golden["removed_attention"][:1]], golden["steps"], strict=True):
-        walk.remove([SubBlock(layer, "attention") for layer in removed])
-        expected = dict(zip(step["candidates"], step["ppl"], strict=True))
-        some = sorted([step["removed"], min(expected), max(expected)])
-        states = embedded_states(walk, job.metric.ids)
-        found = candidate_scores(walk, job.metric, some, states)
-        assert found == pytest.approx({layer: expected[layer] for layer in some}, rel=1e-4)
+    walk, metric = _after_stage_1(recorded_model, golden)
+    assert measure(walk, metric) == pytest.approx(golden["perplexity_after_stage_1"], rel=1e-4)
+    # The second step: what the first removed is gone.
+    step = golden["steps"][1]
+    walk.remove([SubBlock(golden["removed_attention"][0], "attention")])
+    expected = dict(zip(step["candidates"], step["ppl"], strict=True))
+    some = [step["removed"], max(expected)]
+    found = candidate_scores(walk, metric, some, embedded_states(walk, metric.ids))
+    assert found == pytest.approx({layer: expected[layer] for layer in some}, rel=1e-4)
 
 
-class _Stage1Ended(Exception):
-    def __init__(self, plan: PruningPlan):
-        self.plan = plan
+def _write_first_layers(source: Path, directory: Path) -> None:
+    shutil.copytree(source, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": _FIRST_LAYERS}))
+    weights = load_file(directory / "model.safetensors")
+    later = re.compile(r"model\.layers\.(\d+)\.")
+    kept = {name: each for name, each in weights.items() if not (at := later.match(name)) or int(at[1]) < _FIRST_LAYERS}
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _stop_after_stage_1(plan: PruningPlan) -> None:
-    if len(plan.document.stage_1) == 4:
-        raise _Stage1Ended(plan)
+def _after_stage_1(directory: Path, golden: dict[str, Any]) -> tuple[LayerWalk, PerplexityMetric]:
+    """The model with the neurons that the public code kept, and what its second stage goes by."""
+    checkpoint = open_checkpoint(directory)
+    model = load_model(checkpoint, dtype=torch.float32)
+    narrow_ffn(model, checkpoint.family, [np.array(golden["kept_neurons"][str(layer)]) for layer in range(30)])
+    text = RECORDED / "c4_calibration.jsonl"
+    ids = load_windows(text, load_tokenizer(directory), num_samples=1, seq_len=2048).ids
+    return LayerWalk(model, checkpoint.family), PerplexityMetric(ids)
 
 
 @pytest.mark.acceptance
@@ -133,12 +153,6 @@ def _check_kept(ours: np.ndarray, theirs: list[int], scores: np.ndarray) -> None
 @pytest.mark.parametrize("sparsity", ["0.25", "0.375", "0.5"])
 def test_racing_removes_the_same_attentions_in_the_same_order(recorded_model: Path, sparsity: str):
     golden = GOLDEN["runs"][sparsity]
-    checkpoint = open_checkpoint(recorded_model)
-    model = load_model(checkpoint, dtype=torch.float32)
-    narrow_ffn(model, checkpoint.family, [np.array(golden["kept_neurons"][str(layer)]) for layer in range(30)])
-    ids = load_windows(
-        RECORDED / "c4_calibration.jsonl", load_tokenizer(recorded_model), num_samples=1, seq_len=2048
-    ).ids
-    search = removals(LayerWalk(model, checkpoint.family), PerplexityMetric(ids), race=True)
+    search = removals(*_after_stage_1(recorded_model, golden), race=True)
     raced = [tried.removed for tried in itertools.islice(search, len(golden["steps"]))]
     assert raced == golden["removed_attention"]
