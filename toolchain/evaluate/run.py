@@ -201,9 +201,9 @@ def _open_models(
     if settings.texts:
         for each in checkpoints:
             check_window(each.directory, each.config, settings.seq_len)
-    if against is not None:
-        check_same_vocabulary(checkpoints[1], checkpoints[0])
     models = [_Model(checkpoint, side, settings) for checkpoint, side in zip(checkpoints, sides, strict=True)]
+    if against is not None:
+        check_same_vocabulary(checkpoints[1], checkpoints[0], [each.tokenizer for each in models])
     if settings.chat_template:
         for opened_model in models:
             check_template(opened_model.tokenizer, "--chat-template takes")

@@ -305,7 +305,7 @@ def _check_pair(source: Checkpoint, teacher: Checkpoint, settings: HealSettings)
         raise SenteiError(f"{source.directory} is not pruned: there is nothing to heal.")
     if source.directory.resolve() == teacher.directory.resolve():
         raise SenteiError(f"{source.directory} cannot learn from itself.", "Give the original model with --against.")
-    check_same_vocabulary(source, teacher)
+    check_same_vocabulary(source, teacher, [load_tokenizer(each.directory) for each in (source, teacher)])
     if settings.lora_rank is not None and settings.lora_rank > source.config["hidden_size"]:
         raise SenteiError(
             f"--lora-rank {settings.lora_rank} exceeds the model's hidden_size, {source.config['hidden_size']}.",

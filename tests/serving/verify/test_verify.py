@@ -67,7 +67,8 @@ def failed(verdict):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.acceptance)]
+    "dtype",
+    [torch.bfloat16, *(pytest.param(each, marks=pytest.mark.acceptance) for each in (torch.float32, torch.float16))],
 )
 def test_a_right_export_passes(pruned_demo, tmp_path, dtype):
     export_vllm(pruned_demo, tmp_path / "out", dtype=dtype)
@@ -142,7 +143,8 @@ def test_onnx_fails_when_damaged(demo_model, tmp_path, precision, factor):
         assert "max_difference" in failed(verdict)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.acceptance)])
+@pytest.mark.acceptance
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swapped_neurons_fail(demo_model, tmp_path, dtype):
     export_vllm(swapped(demo_model, tmp_path / "swapped"), tmp_path / "out", dtype=dtype)
     assert "differing_tensors" in failed(verify(tmp_path / "out", demo_model, engine="transformers"))
