@@ -90,7 +90,7 @@ def test_a_killed_server_leaves_nothing(pico_model: Path, tmp_path: Path, when: 
         started = descendants(server.pid)
         server.kill()
         server.wait()
-        wait_for(lambda: not any(map(exists, started)), 15)
+        wait_for(lambda: not any(map(exists, started)), 60)  # of which an engine that starts may import for long
     finally:
         server.kill()
 
