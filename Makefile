@@ -1,4 +1,4 @@
-# Everything here is ordinary pip and pytest; README shows the same steps by hand.
+# Everything here is ordinary pip and pytest; docs/guides/install.md shows the same steps by hand.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -116,7 +116,7 @@ def prune(
         MethodName | None,
         typer.Option(
             help="Without it: 2SSP with ranked widths and compensation. 2ssp: as published (arXiv 2501.17771), exactly "
-            "with --align 1. The others remove whole attentions and FFNs, as published: see docs/methods.md.",
+            "with --align 1. The others remove whole attentions and FFNs, as published: see docs/guides/methods.md.",
             rich_help_panel=_TARGET,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""``evaluation.json``: its schema, which docs/evaluation.md describes, and how it is read and written."""
+"""``evaluation.json``: its schema, which docs/guides/evaluate.md describes, and how it is read and written."""
 
 from pathlib import Path
 from typing import Literal
