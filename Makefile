@@ -49,6 +49,7 @@ check: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(BIN)/python docs/structure.py --check
 	$(BIN)/python docs/write_schemas.py --check
+	$(BIN)/python docs/plain_english.py
 
 # Writes docs/structure.md from the modules' docstrings.
 structure:

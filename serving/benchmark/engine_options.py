@@ -95,7 +95,7 @@ def _pairs(options: Sequence[str]) -> dict[str, str]:
 def _num_gpus(given: dict[str, str]) -> int:
     text = given.get(TENSOR_PARALLEL, "1")
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
-        raise SenteiError(f"{TENSOR_PARALLEL} {text!r} is no number of GPUs.", f"Write it like {TENSOR_PARALLEL}=2.")
+        raise SenteiError(f"{TENSOR_PARALLEL} {text!r} is not a number of GPUs.", f"Write it like {TENSOR_PARALLEL}=2.")
     return int(text)
 
 
