@@ -27,7 +27,7 @@ _NEUTRAL = (
 )  # fmt: skip
 _WHY_NOT = {
     "--quantization": "It rounds the weights while they are loaded. Use sentei quantize, whose bytes are known.",
-    "--speculative-config": "Several tokens a step are not what the expectation is about.",
+    "--speculative-config": "The expectation is about one token per step.",
     "--pipeline-parallel-size": "The expectation knows no stages. Use --tensor-parallel-size.",
     "--data-parallel-size": "Measure one of the servers.",
     "--cpu-offload-gb": "Weights read over the bus are not what the expectation is about.",

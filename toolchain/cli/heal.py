@@ -120,5 +120,5 @@ def _show(console: Console, out: Path, result: dict[str, Any]) -> None:
         f"  perplexity   {result['perplexity_before']:.4g} → {result['perplexity_after']:.4g} "
         f"(original {result['perplexity_original']:.4g})"
     )
-    console.print(f"  divergence   {result['divergence_before']:.4g} → {result['divergence_after']:.4g} nats a token")
+    console.print(f"  divergence   {result['divergence_before']:.4g} → {result['divergence_after']:.4g} nats per token")
     console.print(f"on {result['num_held_out']} windows of that text which it did not learn from")
