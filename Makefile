@@ -1,4 +1,4 @@
-# Everything here is ordinary pip and pytest; README shows the same steps by hand.
+# Everything here is ordinary pip and pytest; docs/guides/install.md shows the same steps by hand.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -50,6 +50,7 @@ check: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(BIN)/python docs/structure.py --check
 	$(BIN)/python docs/write_schemas.py --check
+	$(BIN)/python docs/plain_english.py
 
 # Writes docs/structure.md from the modules' docstrings.
 structure:

@@ -26,7 +26,7 @@ from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.memory import available_bytes
 from toolchain.model.decilm import ARCHITECTURE, CONFIG_CLASS_FILE, is_nemotron_nas
 
-# README says which of these the plugin was run with, and which were read.
+# docs/guides/upgrade.md says which of these the plugin was run with, and which were read.
 OLDEST_VLLM, NEWEST_VLLM = (0, 25), (0, 33)
 _PLUGIN = "serving.vllm_plugin.registration:register"
 # Below this a server is of no use: one prompt and answer of moderate length.

@@ -61,15 +61,15 @@ def wilson_interval(num_right: int, num_questions: int) -> tuple[float, float]:
 
 
 def compare_shares(*, lost: int, gained: int, num_questions: int) -> Difference:
-    """Of two models on the same questions, from those that only one of them answered rightly.
+    """Of two models on the same questions, from those that only one of them answered correctly.
 
     The test is McNemar's (1947), exact: under chance alone each such question falls to either side as a coin does. The
     interval is Agresti and Min's (2005, Statistics in Medicine 24:729): Wald's with half a question added to each cell
     of the two-by-two table.
 
     Args:
-        lost: Questions that only the original answered rightly.
-        gained: Questions that only the pruned model answered rightly.
+        lost: Questions that only the original answered correctly.
+        gained: Questions that only the pruned model answered correctly.
         num_questions: All questions; at least one.
     """
     total = num_questions + 2

@@ -27,7 +27,7 @@ _NEUTRAL = (
 )  # fmt: skip
 _WHY_NOT = {
     "--quantization": "It rounds the weights while they are loaded. Use sentei quantize, whose bytes are known.",
-    "--speculative-config": "Several tokens a step are not what the expectation is about.",
+    "--speculative-config": "The expectation is about one token per step.",
     "--pipeline-parallel-size": "The expectation knows no stages. Use --tensor-parallel-size.",
     "--data-parallel-size": "Measure one of the servers.",
     "--cpu-offload-gb": "Weights read over the bus are not what the expectation is about.",
@@ -95,7 +95,7 @@ def _pairs(options: Sequence[str]) -> dict[str, str]:
 def _num_gpus(given: dict[str, str]) -> int:
     text = given.get(TENSOR_PARALLEL, "1")
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
-        raise SenteiError(f"{TENSOR_PARALLEL} {text!r} is no number of GPUs.", f"Write it like {TENSOR_PARALLEL}=2.")
+        raise SenteiError(f"{TENSOR_PARALLEL} {text!r} is not a number of GPUs.", f"Write it like {TENSOR_PARALLEL}=2.")
     return int(text)
 
 

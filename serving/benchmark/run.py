@@ -196,7 +196,7 @@ def _measure(
             if attempt == 2:
                 raise SenteiError(
                     f"{where}: failed twice. {error.message}\n",
-                    "What was measured is kept: the same command with --resume goes on." if len(journal) else "",
+                    "What was measured is kept: the same command with --resume continues." if len(journal) else "",
                 ) from error
             on_progress(f"{where} failed, and is tried once more: {error.message}")
     journal.record(visit.key, measured, side.engine_report)

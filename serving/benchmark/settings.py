@@ -174,4 +174,4 @@ def _address(url: str) -> tuple[str, str | None, int | None, str]:
         host = HOST if parts.hostname == "localhost" else parts.hostname
         return parts.scheme, host, parts.port, parts.path.rstrip("/")
     except ValueError as error:
-        raise SenteiError(f"--url {url} is no URL ({error}).", "Write it like http://127.0.0.1:8000.") from error
+        raise SenteiError(f"--url {url} is not a URL ({error}).", "Write it like http://127.0.0.1:8000.") from error

@@ -27,7 +27,7 @@ class GuardRails(Record):
 
     Attributes:
         most_perplexity: Times the original's, on each text.
-        least_accuracy: Share of one's own questions that are answered rightly.
+        least_accuracy: Share of one's own questions that are answered correctly.
         groups: The same for a ``subject`` of the questions, by its name.
         least_gain: Times the original's speed. Below 1 makes no sense: nobody prunes to be slower.
         most_memory_gb: In 10**9 bytes; see :attr:`CandidateRecord.memory_bytes`.

@@ -29,9 +29,9 @@ BEATEN = (
 BROKEN = {
     "perplexity": "%(candidate)s: on %(subject)s perplexity is %(value)s times the original's (95 %% interval "
     "%(interval)s), and %(limit)s is the most allowed.",
-    "accuracy": "%(candidate)s: %(value)s %% of your questions are answered rightly (95 %% interval %(interval)s %%), "
-    "and %(limit)s %% is the least allowed.",
-    "group": "%(candidate)s: %(value)s %% of the questions in group %(subject)s are answered rightly (95 %% interval "
+    "accuracy": "%(candidate)s: %(value)s %% of your questions are answered correctly (95 %% interval "
+    "%(interval)s %%), and %(limit)s %% is the least allowed.",
+    "group": "%(candidate)s: %(value)s %% of the questions in group %(subject)s are answered correctly (95 %% interval "
     "%(interval)s %%), and %(limit)s %% is the least allowed.",
     "gain": "%(candidate)s: the speed is %(value)s times the original's (95 %% interval %(interval)s), and %(limit)s "
     "is the least asked for.",
@@ -41,10 +41,10 @@ BROKEN = {
 OPEN = {
     "perplexity": "%(candidate)s: whether perplexity on %(subject)s is within %(limit)s times the original's cannot be "
     "told: %(value)s (95 %% interval %(interval)s). Evaluate on more windows.",
-    "accuracy": "%(candidate)s: whether %(limit)s %% of your questions are answered rightly cannot be told: "
+    "accuracy": "%(candidate)s: whether %(limit)s %% of your questions are answered correctly cannot be told: "
     "%(value)s %% (95 %% interval %(interval)s %%). Add questions.",
-    "group": "%(candidate)s: whether %(limit)s %% of the questions in group %(subject)s are answered rightly cannot be "
-    "told: %(value)s %% (95 %% interval %(interval)s %%). Add questions to it.",
+    "group": "%(candidate)s: whether %(limit)s %% of the questions in group %(subject)s are answered correctly cannot "
+    "be told: %(value)s %% (95 %% interval %(interval)s %%). Add questions to it.",
     "gain": "%(candidate)s: more than %(limit)s times the original's speed is not shown: %(value)s times (95 %% "
     "interval %(interval)s).",
 }

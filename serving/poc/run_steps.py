@@ -186,4 +186,4 @@ def fatal(step: Step, outcome: Outcome) -> None:
         SenteiError: It failed.
     """
     if outcome.error:
-        raise SenteiError(f"{step.name} failed: {outcome.error}\n", "Put that right; --resume goes on from there.")
+        raise SenteiError(f"{step.name} failed: {outcome.error}\n", "Correct that; --resume continues from there.")

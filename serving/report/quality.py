@@ -94,7 +94,7 @@ def _generation(found: GenerationComparison, say: Say) -> list[tuple[str, str]]:
         (say("prompts"), prompts),
         (say("same next token along the original’s text"), f"{_share(found.token_agreement, say)} %"),
         (say("written alike"), alike),
-        (say("KL divergence"), say("%(value)s nats a token", value=divergence)),
+        (say("KL divergence"), say("%(value)s nats per token", value=divergence)),
     ]
     if found.repetition_original is not None and found.repetition_pruned is not None and found.repetition_change:
         before, after = 100 * found.repetition_original, 100 * found.repetition_pruned

@@ -69,7 +69,7 @@ def _check(checkpoint: Checkpoint, name: str, adapter: Path) -> list[str]:
             left_out += [module] if module not in left_out else []
             continue
         if len(shape) != 2 or len(weight.shape) != 2:
-            raise SenteiError(f"Adapter {name}: {key} has shape {list(shape)}, and is no matrix or not for one.")
+            raise SenteiError(f"Adapter {name}: {key} has shape {list(shape)}, and is not a matrix, or not for one.")
         ours, its = (size[dimension] for size, dimension in zip((weight.shape, shape), _SIDES[kind], strict=True))
         if ours != its:
             raise SenteiError(

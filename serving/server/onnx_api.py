@@ -227,7 +227,7 @@ class OnnxApi:
         except BaseException as error:
             if not is_panic(error):
                 raise
-            raise SenteiError("The model's tokenizer gave up on the prompt.") from error
+            raise SenteiError("The model's tokenizer failed on the prompt.") from error
         return encoded["input_ids"]
 
     async def _answer(

@@ -48,7 +48,7 @@ def sign(directory: Path, key: SigningKey, *, force: bool) -> dict[str, Any]:
             "Move it elsewhere.",
         )
     if (directory / SIGNATURE_FILE).exists() and not force:
-        raise SenteiError(f"{directory} is signed already.", "Add --force to sign it anew.")
+        raise SenteiError(f"{directory} is signed already.", "Add --force to sign it again.")
     exported = open_exported(directory)
     with _as_it_was(directory):
         _clear_away(directory)

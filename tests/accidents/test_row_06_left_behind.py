@@ -51,7 +51,7 @@ def test_a_killed_prune_leaves_only_what_the_next_one_uses(
     if number is signal.SIGTERM:
         assert code == 130
         assert names(work) == ["out.search"]
-        assert "The same command with --resume goes on from there." in running.stderr
+        assert "The same command with --resume continues from there." in running.stderr
         assert "Interrupted." in running.stderr
     else:
         assert code == -9
@@ -109,7 +109,7 @@ def test_a_killed_evaluation_goes_on(pico_model: Path, text: Path, work: Path, n
         running.kill(number)
     if number is signal.SIGTERM:
         assert names(work) == ["out.parts"]
-        assert "The same command with --resume goes on from there." in running.stderr
+        assert "The same command with --resume continues from there." in running.stderr
     refused(sentei(*command), "out.parts holds an interrupted run.", "Add --resume")
     assert names(work) == ["out.parts"]
     assert sentei(*command, "--resume").returncode == 0
@@ -133,4 +133,4 @@ def test_a_terminated_comparison_says_how_to_go_on(pico_model: Path, text: Path,
     with stopped(work.parent / "said", *command, at="toolchain.evaluate.method_comparison:prune") as running:
         assert running.kill(signal.SIGTERM) == 130
     assert names(work) == ["out.parts"]
-    assert "The same command with --resume goes on from there." in running.stderr
+    assert "The same command with --resume continues from there." in running.stderr

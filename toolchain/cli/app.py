@@ -187,7 +187,7 @@ def _told(error: BaseException) -> tuple[str, int]:
         return f"{where or 'A file'} cannot be read or written ({os.strerror(number)}). Give another path.", 2
     reason = " ".join(str(error).split())
     if is_panic(error):
-        return f"The model's tokenizer gave up on a text ({_shortened(reason)}). Take its files from where it came.", 2
+        return f"The model's tokenizer failed on a text ({_shortened(reason)}). Download or copy the model again.", 2
     what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     return f"sentei itself failed ({_shortened(what)}). {_trace_kept(error)}Please report this.", 1
 

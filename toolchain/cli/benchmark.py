@@ -57,10 +57,10 @@ def benchmark(
         str, typer.Argument(metavar="ORIGINAL", help="The original: a directory, a hub id, or its ONNX export.")
     ],
     pruned: Annotated[
-        str | None, typer.Argument(metavar="PRUNED", help="The pruned one; left out, one --url is measured alone.")
+        str | None, typer.Argument(metavar="PRUNED", help="The pruned model. Without it, one --url is measured alone.")
     ] = None,
     *,
-    engine: Annotated[BenchmarkEngine, typer.Option(help="What runs them.")],
+    engine: Annotated[BenchmarkEngine, typer.Option(help="What runs the models.")],
     out: Annotated[Path, out_option("Directory for results.json.")],
     workload: Annotated[
         PresetName | None,
@@ -73,7 +73,9 @@ def benchmark(
     output_len: Annotated[int | None, output_len_option(f" ({OUTPUT_LEN})", panel=_LOAD)] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='Your own: JSONL, {"prompt": "...", "output_tokens": 128} per line.', rich_help_panel=_LOAD),
+        typer.Option(
+            help='Your own prompts: JSONL, {"prompt": "...", "output_tokens": 128} per line.', rich_help_panel=_LOAD
+        ),
     ] = None,
     concurrency: Annotated[str | None, concurrency_option(f" ({CONCURRENCY}), or a sweep: 1,4,16", panel=_LOAD)] = None,
     request_rate: Annotated[
@@ -92,18 +94,18 @@ def benchmark(
         float, typer.Option(help="Draw lengths evenly within this share of them, such as 0.5.", rich_help_panel=_LOAD)
     ] = 0.0,
     num_prompts: Annotated[int | None, typer.Option(help="Requests per repeat.", rich_help_panel=_LOAD)] = None,
-    repeats: Annotated[int, typer.Option(help="Alternating runs of each; at least 3.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Alternating runs of each model; at least 3.")] = 5,
     primary: Annotated[
         str, typer.Option(help="The metric that decides, such as mean_ttft_ms; the others are exploratory.")
     ] = "output_throughput",
     mixed_precision: Annotated[
         bool,
         typer.Option(
-            "--mixed-precision", help="The models may differ in precision: the gain is then not that of pruning alone."
+            "--mixed-precision", help="Allow models of different precision. The gain is then not from pruning alone."
         ),
     ] = False,
     price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Price of the machine: gives the cost per million output tokens.")
+        float | None, typer.Option(min=0, help="Price of the machine, to report the cost per million output tokens.")
     ] = None,
     device: DeviceOption = "auto",
     dtype: OwnDtypeOption = "auto",
@@ -118,7 +120,7 @@ def benchmark(
         typer.Option(help="A running server; one for each model, the original's first.", rich_help_panel=_SERVER),
     ] = None,
     api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable that holds its key.", rich_help_panel=_SERVER)
+        str | None, typer.Option(help="Environment variable that holds the server's key.", rich_help_panel=_SERVER)
     ] = None,
     start_timeout: Annotated[
         float,

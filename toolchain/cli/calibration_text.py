@@ -30,10 +30,11 @@ def calibration_text(
     model: OriginalArgument,
     *,
     out: Annotated[Path, out_option("JSONL file to write, for --calibration.")],
-    tokens: Annotated[int, typer.Option(help="To write in all, at least: windows times their length.")] = 32 * 2048,
+    tokens: Annotated[int, typer.Option(help="Tokens to write, at least: number of windows times their length.")] = 32
+    * 2048,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per document, at most; most end earlier.")] = 1024,
     batch_size: Annotated[int, typer.Option(max=_LARGEST_BATCH, help="Documents written together.")] = 16,
-    temperature: Annotated[float, typer.Option(help="1 draws from the model's own distribution.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="1 samples from the model's own distribution.")] = 1.0,
     seed: Annotated[int, seed_option("The same seed and batch size write the same text.")] = 0,
     resume: Annotated[bool, resume_option("run")] = False,
     device: DeviceOption = "auto",

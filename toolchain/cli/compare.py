@@ -17,7 +17,7 @@ def compare(
             metavar="A", help="results.json or its directory, or a JSON file of vllm bench serve, guidellm or aiperf."
         ),
     ],
-    other: Annotated[Path, typer.Argument(metavar="B", help="Another, of another day, machine or version.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="Another run, from another day, machine or version.")],
     *,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

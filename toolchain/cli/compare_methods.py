@@ -51,9 +51,11 @@ def compare_methods(
     model: ModelArgument,
     *,
     out: Annotated[Path, out_option("Directory for comparison.json, comparison.md and the plans.")],
-    sparsity: Annotated[str, typer.Option(help="One or several.", rich_help_panel=_PRUNING)] = "0.25,0.375,0.5",
+    sparsity: Annotated[
+        str, typer.Option(help="One sparsity, or several.", rich_help_panel=_PRUNING)
+    ] = "0.25,0.375,0.5",
     methods: Annotated[
-        str | None, typer.Option(help="Some of them, comma-separated; without it, all.", rich_help_panel=_PRUNING)
+        str | None, typer.Option(help="Names of methods, comma-separated. Without it: all.", rich_help_panel=_PRUNING)
     ] = None,
     evopress_budget: Annotated[
         EvopressBudget, evopress_budget_option("How much EvoPress tries.", panel=_PRUNING)
@@ -67,14 +69,16 @@ def compare_methods(
     seed: Annotated[int, seed_option("Seed of EvoPress.", panel=_PRUNING)] = 0,
     text: Annotated[
         list[str] | None,
-        text_option("Perplexity on this; several times.", panel=_EVALUATION),
+        text_option("Text to measure perplexity on; several times.", panel=_EVALUATION),
     ] = None,
     windows: Annotated[int | None, windows_option(panel=_EVALUATION)] = None,
     task: Annotated[
         list[str] | None,
-        task_option("As for sentei evaluate; several times.", panel=_EVALUATION),
+        task_option("Task, as for sentei evaluate; several times.", panel=_EVALUATION),
     ] = None,
-    questions: Annotated[list[Path] | None, questions_option("Your own; several times.", panel=_EVALUATION)] = None,
+    questions: Annotated[
+        list[Path] | None, questions_option("Your own questions; several times.", panel=_EVALUATION)
+    ] = None,
     limit: Annotated[int | None, limit_option(panel=_EVALUATION)] = None,
     chat_template: Annotated[bool, chat_template_option("tasks and questions", panel=_EVALUATION)] = False,
     speed: Annotated[
@@ -91,7 +95,7 @@ def compare_methods(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Prune by every method to several sparsities, evaluate what is left, and put it in one table."""
+    """Prune by every method to several sparsities, evaluate the results, and put them in one table."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint.directory import dtype_name, model_name, open_checkpoint, resolve_model
     from toolchain.evaluate.method_comparison import Comparison, compare_methods, save_comparison

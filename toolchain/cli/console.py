@@ -119,8 +119,8 @@ def pick_device(device: str) -> str:
             raise SenteiError(
                 f"--device {device}: torch {torch.__version__} sees no CUDA device here.", "Use --device cpu."
             )
-        if int(picked.partition(":")[2] or 0) >= torch.cuda.device_count():
-            raise SenteiError(f"--device {device}: there is no such GPU.", f"Here are {torch.cuda.device_count()}.")
+        if int(picked.partition(":")[2] or 0) >= (count := torch.cuda.device_count()):
+            raise SenteiError(f"--device {device}: there is no such GPU.", f"This machine has {count}.")
     return picked
 
 

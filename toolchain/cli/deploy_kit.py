@@ -21,9 +21,10 @@ def deploy_kit(
         str | None, typer.Option(help="What clients call the model; by default the first directory's name.")
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompt and answer; by default all that both read.")
+        int | None,
+        typer.Option(min=1, help="Tokens of prompt and answer together; by default the context that both models have."),
     ] = None,
-    registry: Annotated[str, typer.Option(help="Where the images will be, such as registry.example:5000/llm.")] = (
+    registry: Annotated[str, typer.Option(help="Registry for the images, such as registry.example:5000/llm.")] = (
         "localhost"
     ),
     force: ForceOption = False,

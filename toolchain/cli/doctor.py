@@ -33,7 +33,7 @@ _OPTIONAL = {
 
 def doctor(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="A checkpoint or an ONNX export to be served here.")
+        Path | None, typer.Argument(metavar="[DIR]", help="A checkpoint or an ONNX export that you want to serve here.")
     ] = None,
     *,
     as_json: JsonOption = False,

@@ -39,7 +39,7 @@ def estimate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Say what a plan promises on this device, before anything is pruned."""
+    """Estimate the speed of a plan on this device, before anything is pruned."""
     output = Output(as_json=as_json, quiet=quiet)
     pick_dtype(dtype, auto=None)
     from serving.forecast.device_probe import probe_device

@@ -133,7 +133,7 @@ def _generation(found: "GenerationComparison | None") -> list[str]:
         f"Generation, greedy, {found.num_prompts} prompts from {found.text}",
         f"  same next token   {100 * found.token_agreement.value:.1f} % along the original's text",
         f"  alike for         {found.common_prefix_tokens:.1f} of {found.max_new_tokens} tokens",
-        f"  KL divergence     {found.kl_divergence.value:.3f} nats a token",
+        f"  KL divergence     {found.kl_divergence.value:.3f} nats per token",
     ]
     if found.repetition_original is not None and found.repetition_pruned is not None:
         judged = f"  {_judged(found.repetition_change)}" if found.repetition_change else ""
@@ -177,7 +177,7 @@ def _where(document: "EvaluationDocument") -> list[str]:
             lines.append(f"  {head}{question}")
     for text in document.text_comparisons:
         if text.worst_passages:
-            lines += ["", f"Worst {text.worst_passages[0].unit}s of {text.text}, nats a token"]
+            lines += ["", f"Worst {text.worst_passages[0].unit}s of {text.text}, nats per token"]
             for passage in text.worst_passages[:_NUM_SHOWN]:
                 head = f"{passage.number:>5}  {passage.original_loss:.2f} → {passage.pruned_loss:.2f}  "
                 lines.append(f"  {head}{_short(_one_line(passage.excerpt), _WIDTH - len(head) - 2)}")

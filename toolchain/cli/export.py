@@ -67,7 +67,9 @@ def export_vllm(
     model: AnyModelArgument,
     *,
     out: OutOption,
-    dtype: Annotated[str, dtype_option("Stored in: auto (as it is), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, dtype_option("Dtype to store weights in: auto (unchanged), float32, bfloat16 or float16.")
+    ] = "auto",
     tensor_parallel: Annotated[int, tensor_parallel_option()] = 1,
     max_shard_gb: Annotated[float, typer.Option(help="Largest weight file, in GB.")] = 5.0,
     device: VerifyingDeviceOption = "auto",
@@ -105,8 +107,10 @@ def export_onnx(
         Precision | None,
         typer.Option(help="fp32, int8 or int4 on cpu (fp32 if not given); fp16, bf16, int8 or int4 on cuda (fp16)."),
     ] = None,
-    device: Annotated[OnnxDevice, typer.Option(help="What it will run on; cuda need not be here.")] = OnnxDevice.cpu,
-    offload: Annotated[bool, offload_option("No effect: one layer at a time is read in any case.")] = False,
+    device: Annotated[
+        OnnxDevice, typer.Option(help="Device that the export is for; cuda needs no GPU here.")
+    ] = OnnxDevice.cpu,
+    offload: Annotated[bool, offload_option("No effect: the export always reads one layer at a time.")] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -162,12 +166,12 @@ def verify(
     against: Annotated[str | None, against_option("The checkpoint it was made from.")] = None,
     signature: Annotated[
         Path | None,
-        typer.Option(metavar="KEY.pub", help="Check instead that it is, byte for byte, what this key's owner signed."),
+        typer.Option(metavar="KEY.pub", help="Check instead that every byte is what this key's owner signed."),
     ] = None,
     engine: Annotated[VerifyEngine, typer.Option(help="What runs the export.")] = VerifyEngine.auto,
     text: Annotated[Path | None, typer.Option(help="Prompts from this text instead of the built-in ones.")] = None,
     device: Annotated[str, device_option(", to compute the reference on.")] = "auto",
-    dtype: Annotated[str, dtype_option("The reference is computed in: auto (float32), bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, dtype_option("Dtype of the reference: auto (float32), bfloat16 or float16.")] = "auto",
     offload: OffloadOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

@@ -27,12 +27,14 @@ def gate(
     settings: Annotated[Path, typer.Argument(metavar="GATE.yaml", help="Labels of both sides, and limits.")],
     *,
     prometheus: Annotated[
-        str | None, typer.Option(metavar="URL", help="What scrapes both sides; by default http://127.0.0.1:9090.")
+        str | None,
+        typer.Option(metavar="URL", help="The Prometheus that scrapes both sides; by default http://127.0.0.1:9090."),
     ] = None,
     apply: Annotated[
         str | None,
         typer.Option(
-            metavar="COMMAND", help="Run this if the answer is to promote; words as in a shell, but no shell."
+            metavar="COMMAND",
+            help="Run this if the answer is to promote. Words are split as in a shell, but no shell runs.",
         ),
     ] = None,
     as_json: JsonOption = False,

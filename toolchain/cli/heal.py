@@ -52,7 +52,9 @@ def heal(
     lora_rank: Annotated[
         int | None, typer.Option(help=f"Rank of the adapters, which are merged at the end; {_DEFAULT_RANK} by default.")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights instead: 16 bytes of memory each.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train all weights instead of adapters: 16 bytes of memory per weight.")
+    ] = False,
     resume: Annotated[bool, resume_option("healing")] = False,
     device: DeviceOption = "auto",
     dtype: Annotated[
@@ -63,7 +65,7 @@ def heal(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a pruned model to say again what the original says; same shapes, same format."""
+    """Train a pruned model to answer like the original again; shapes and format stay the same."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint.directory import open_checkpoint, resolve_model
     from toolchain.heal.heal import HealSettings
@@ -118,5 +120,5 @@ def _show(console: Console, out: Path, result: dict[str, Any]) -> None:
         f"  perplexity   {result['perplexity_before']:.4g} → {result['perplexity_after']:.4g} "
         f"(original {result['perplexity_original']:.4g})"
     )
-    console.print(f"  divergence   {result['divergence_before']:.4g} → {result['divergence_after']:.4g} nats a token")
+    console.print(f"  divergence   {result['divergence_before']:.4g} → {result['divergence_after']:.4g} nats per token")
     console.print(f"on {result['num_held_out']} windows of that text which it did not learn from")

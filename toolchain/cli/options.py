@@ -55,8 +55,8 @@ def out_option(help: str = "Directory to create.") -> Any:
 
 
 def resume_option(what: str, *, panel: str | None = None) -> Any:
-    """Goes on with an interrupted ``what``."""
-    return typer.Option("--resume", help=f"Go on with an interrupted {what}.", rich_help_panel=panel)
+    """Continues an interrupted ``what``."""
+    return typer.Option("--resume", help=f"Continue an interrupted {what}.", rich_help_panel=panel)
 
 
 OutOption = Annotated[Path, out_option()]
@@ -93,12 +93,14 @@ _LARGE_MODELS = "For models larger than memory: one layer at a time."
 DeviceOption = Annotated[str, device_option()]
 DeviceInPanelOption = Annotated[str, device_option(panel=COMPUTING)]
 SpreadDeviceOption = Annotated[
-    str, device_option("; auto: several GPUs where the model does not fit into one.", panel=COMPUTING)
+    str, device_option("; auto: several GPUs if the model does not fit on one.", panel=COMPUTING)
 ]
-DtypeOption = Annotated[str, dtype_option(f"Computed in: {_DTYPES}")]
+DtypeOption = Annotated[str, dtype_option(f"Dtype to compute in: {_DTYPES}")]
 DtypeInPanelOption = Annotated[str, dtype_option(_DTYPES, panel=COMPUTING)]
 # Speed is measured and estimated as the model will serve, on a CPU too.
-OwnDtypeOption = Annotated[str, dtype_option("Computed in: auto (the checkpoint's own), float32, bfloat16 or float16.")]
+OwnDtypeOption = Annotated[
+    str, dtype_option("Dtype to compute in: auto (the checkpoint's own), float32, bfloat16 or float16.")
+]
 OffloadOption = Annotated[bool, offload_option(_LARGE_MODELS)]
 OffloadInPanelOption = Annotated[bool, offload_option(_LARGE_MODELS, panel=COMPUTING)]
 
@@ -119,7 +121,8 @@ def samples_option(more: str = "", *, panel: str | None = None) -> Any:
 def seq_len_option(per_window: str = "", more: str = "", *, default: int = SEQ_LEN, panel: str | None = None) -> Any:
     """How long a window is; see :func:`toolchain.cli.console.window_length`."""
     return typer.Option(
-        help=f"Tokens per window{per_window} ({default}, or all that the model reads){more}.", rich_help_panel=panel
+        help=f"Tokens per window{per_window} ({default}, or the model's context if shorter){more}.",
+        rich_help_panel=panel,
     )
 
 
@@ -177,7 +180,7 @@ def text_option(help: str, *, panel: str) -> Any:
 
 def windows_option(*, panel: str) -> Any:
     """How many windows of each text."""
-    return typer.Option(help="How many windows of each; without it, all.", rich_help_panel=panel)
+    return typer.Option(help="Number of windows of each text. Without it: all.", rich_help_panel=panel)
 
 
 def task_option(help: str, *, panel: str) -> Any:

@@ -86,7 +86,7 @@ def curve(
 @app.command()
 def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="A pruned model, or a plan.json.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another plan.")],
     *,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -128,7 +128,7 @@ def cut(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Go back to an earlier step of the search, without searching; edits by hand are not kept."""
+    """Go back to an earlier step without a new search; edits by hand are not kept."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.outputs import check_output_directory, new_directory
     from toolchain.plan.plan import load_plan

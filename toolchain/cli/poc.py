@@ -34,7 +34,9 @@ app = CheckedTyper(
 def init(
     *,
     out: Annotated[Path, out_option("The file to write.")] = Path("poc.yaml"),
-    lang: Annotated[ReportLanguage, typer.Option(help="Of its comments, and of the report.")] = ReportLanguage.en,
+    lang: Annotated[
+        ReportLanguage, typer.Option(help="Language of the comments and of the report.")
+    ] = ReportLanguage.en,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -55,13 +57,13 @@ def run(
     *,
     out: Annotated[Path, out_option("Directory for every step's output, the verdict and the report.")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the file, and say the steps and how long they take.")
+        bool, typer.Option("--dry-run", help="Check the file, and show the steps and how long they take.")
     ] = False,
     resume: Annotated[bool, resume_option("run, or decide again after guard rails or prices were changed")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Prune, evaluate, export, verify and measure candidates while guard rails hold; say what to do."""
+    """Prune, evaluate, export, verify and measure candidates while guard rails hold; then recommend."""
     output = Output(as_json=as_json, quiet=quiet)
     from serving.poc.prepare import prepare
 
@@ -74,7 +76,7 @@ def run(
         output.result(told, lambda console: _show_steps(console, told["steps"]))
         return
     if out.exists() and not is_empty_directory(out) and not resume:
-        raise SenteiError(f"{out} exists already.", "Go on with it with --resume, or give another directory.")
+        raise SenteiError(f"{out} exists already.", "Add --resume to continue it, or give another directory.")
     _run(prepared, output, out)
 
 
@@ -87,7 +89,7 @@ def _run(prepared: "Prepared", output: Output, out: Path) -> None:
     try:
         document = run_poc(prepared, out, tell=output.note)
     except (Exception, KeyboardInterrupt):
-        output.note(f"{out} holds every step that is finished. The same command with --resume goes on from there.")
+        output.note(f"{out} holds every step that is finished. The same command with --resume continues from there.")
         raise
     language = prepared.poc.language
     text, report = verdict_text(document, Say(language)), out / "report.html"

@@ -56,7 +56,7 @@ def profile(
     out: Annotated[Path, out_option("The file to write, such as costs.json.")],
     workload: Annotated[
         PresetName | None,
-        typer.Option(help="A load that has a name, as for sentei benchmark.", rich_help_panel=_LOAD),
+        typer.Option(help="A named load, as for sentei benchmark.", rich_help_panel=_LOAD),
     ] = None,
     input_len: Annotated[int | None, input_len_option(f" ({INPUT_LEN})", panel=_LOAD)] = None,
     output_len: Annotated[int | None, output_len_option(f" ({OUTPUT_LEN})", panel=_LOAD)] = None,
@@ -67,9 +67,9 @@ def profile(
     repeats: Annotated[int, typer.Option(help="Alternating runs of each model; at least 3.")] = 3,
     precision: Annotated[
         Precision | None,
-        typer.Option(help="Of the ONNX export: as for sentei export onnx (fp32 on cpu, fp16 on cuda)."),
+        typer.Option(help="Precision of the ONNX export, as for sentei export onnx (fp32 on cpu, fp16 on cuda)."),
     ] = None,
-    device: Annotated[OnnxDevice | None, typer.Option(help="Of the ONNX export (cpu).")] = None,
+    device: Annotated[OnnxDevice | None, typer.Option(help="Device of the ONNX export (cpu).")] = None,
     dtype: OwnDtypeOption = "auto",
     engine_option: Annotated[
         list[str] | None, typer.Option(help="Passed to vLLM, as in --engine-option=--enforce-eager.")

@@ -95,7 +95,7 @@ def prune(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="Instead: how fast or small it is to be, as --costs has it: speedup=1.3, tpot=20ms, ttft=500ms, "
+            help="Instead: how fast or small the model must be, by --costs: speedup=1.3, tpot=20ms, ttft=500ms, "
             "throughput=400tok/s, memory=24GiB@64x8192; several together.",
             rich_help_panel=_TARGET,
         ),
@@ -116,19 +116,19 @@ def prune(
         MethodName | None,
         typer.Option(
             help="Without it: 2SSP with ranked widths and compensation. 2ssp: as published (arXiv 2501.17771), exactly "
-            "with --align 1. The others remove whole attentions and FFNs, as published: see docs/methods.md.",
+            "with --align 1. The others remove whole attentions and FFNs, as published: see docs/guides/methods.md.",
             rich_help_panel=_TARGET,
         ),
     ] = None,
     evopress_budget: Annotated[
         EvopressBudget,
-        evopress_budget_option("How much --method evopress tries: as the paper, or far less.", panel=_TARGET),
+        evopress_budget_option("How much --method evopress tries: as much as the paper, or far less.", panel=_TARGET),
     ] = EvopressBudget.paper,
     compensate: Annotated[
         bool | None,
         typer.Option(
             "--compensate/--no-compensate",
-            help="Re-fit the output projections of what is left, without training. On unless --method is given.",
+            help="Re-fit the remaining output projections, without training. On unless --method is given.",
             rich_help_panel=_TARGET,
         ),
     ] = None,
@@ -141,20 +141,21 @@ def prune(
         ),
     ] = AllocationMode.formula,
     attention_removals: Annotated[
-        int | None, typer.Option(help="Attentions to remove, instead.", rich_help_panel=_TARGET)
+        int | None,
+        typer.Option(help="Number of attentions to remove, instead of --allocation.", rich_help_panel=_TARGET),
     ] = None,
     widths: Annotated[
         Widths | None,
         typer.Option(
-            help="FFN widths: even, as published, or by gradients of the loss, which take fewer attentions and more "
-            "neurons. Ranked unless --method is given.",
+            help="FFN widths: equal, as published, or ranked by gradients of the loss, which removes fewer attentions "
+            "and more neurons. Ranked unless --method is given.",
             rich_help_panel=_TARGET,
         ),
     ] = None,
     protect: Annotated[
         list[str] | None,
         typer.Option(
-            help="What has to stay, as in attention:0,1 or ffn:29; may be given several times.",
+            help="Parts to keep, as in attention:0,1 or ffn:29; may be given several times.",
             rich_help_panel=_TARGET,
         ),
     ] = None,
@@ -171,7 +172,7 @@ def prune(
     metric: Annotated[
         str,
         typer.Option(
-            help="What decides: perplexity, kl, accuracy:FILE.jsonl or package.module:function.",
+            help="The metric that decides: perplexity, kl, accuracy:FILE.jsonl or package.module:function.",
             rich_help_panel=_SEARCH,
         ),
     ] = "perplexity",
@@ -184,17 +185,17 @@ def prune(
     max_degradation: Annotated[
         float | None,
         typer.Option(
-            help="The model as written is at most this many times worse, such as 1.10, on text kept apart.",
+            help="The written model may be at most this many times worse, such as 1.10, on text kept apart.",
             rich_help_panel=_LIMIT,
         ),
     ] = None,
     max_metric: Annotated[
-        float | None, typer.Option(help="The metric of the model as written is at most this.", rich_help_panel=_LIMIT)
+        float | None, typer.Option(help="The written model's metric may be at most this.", rich_help_panel=_LIMIT)
     ] = None,
     min_metric: Annotated[
         float | None,
         typer.Option(
-            help="The metric of the model as written, such as accuracy, is at least this.", rich_help_panel=_LIMIT
+            help="The written model's metric, such as accuracy, must be at least this.", rich_help_panel=_LIMIT
         ),
     ] = None,
     limit_metric: Annotated[

@@ -19,15 +19,15 @@ def serve(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="A model, pruned, quantised, or neither; or an ONNX export.")
     ],
-    engine: Annotated[str, typer.Option(help="vllm or onnx; auto goes by what DIR is.")] = "auto",
+    engine: Annotated[str, typer.Option(help="vllm or onnx; auto chooses by what DIR holds.")] = "auto",
     force: Annotated[
         bool, typer.Option("--force", help="Serve what failed its verification, or does not fit, with a warning.")
     ] = False,
     require_signature: Annotated[
-        Path | None, typer.Option(metavar="KEY.pub", help="Serve only what this key's owner signed, byte for byte.")
+        Path | None, typer.Option(metavar="KEY.pub", help="Serve only if every byte is what this key's owner signed.")
     ] = None,
 ) -> None:
-    """Start an OpenAI server on loopback: vLLM with the sentei plugin, or ONNX Runtime. Options after -- are its."""
+    """Start an OpenAI server on loopback: vLLM with the plugin, or ONNX Runtime. Options after -- go to the server."""
     from serving.engines.spec import ENGINES
     from serving.onnx_export.files import is_onnx_export
 
@@ -67,12 +67,14 @@ def _serve_onnx(directory: Path, options: list[str]) -> None:
 def generate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint, or an ONNX export.")],
     *,
-    prompt: Annotated[str, typer.Option(help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="At most this many.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that have this probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw among this many tokens; 0 is all.")] = 0,
-    seed: Annotated[int | None, seed_option("Seed of the draws.")] = None,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0, tokens are sampled.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens whose probabilities add up to this.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 means all.")] = 0,
+    seed: Annotated[int | None, seed_option("Seed for sampling.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

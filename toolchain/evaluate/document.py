@@ -1,4 +1,4 @@
-"""``evaluation.json``: its schema, which docs/evaluation.md describes, and how it is read and written."""
+"""``evaluation.json``: its schema, which docs/guides/evaluate.md describes, and how it is read and written."""
 
 from pathlib import Path
 from typing import Literal
@@ -90,7 +90,7 @@ class Change(Record):
 
 
 class WorsePassage(Record):
-    """A document or window that the pruned model reads worse. Losses in nats a token."""
+    """A document or window that the pruned model reads worse. Losses in nats per token."""
 
     unit: Literal["document", "window"]
     number: int
@@ -193,7 +193,7 @@ class Sample(Record):
 class GenerationComparison(Record):
     """Greedy continuations of stretches of a text, or of its chats up to where the first answer begins.
 
-    ``token_agreement`` and ``kl_divergence`` (nats a token) are read off along the original's continuation;
+    ``token_agreement`` and ``kl_divergence`` (nats per token) are read off along the original's continuation;
     ``common_prefix_tokens`` is the mean length both write alike before they part. ``prompt_tokens`` is the length of
     the prompts, of the longest where they are chats, without BOS.
     """

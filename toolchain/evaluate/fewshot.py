@@ -63,7 +63,7 @@ def _check_examples(request: TaskRequest, name: str, task: Any) -> None:
                 answer = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
                 num_choices = len(task.doc_to_choice(doc))
             if not (isinstance(answer, int) and 0 <= answer < num_choices):
-                raise SenteiError(f"{what}: {answer!r} is none of its {num_choices} choices.")
+                raise SenteiError(f"{what}: {answer!r} is not one of its {num_choices} choices.")
 
 
 def _check_number(request: TaskRequest, asked: str, name: str, task: Any, docs: Sequence[Mapping[str, Any]]) -> None:

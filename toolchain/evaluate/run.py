@@ -488,7 +488,7 @@ def _compare_tasks(requests: Sequence[TaskRequest], answers: Sequence[list[dict[
         if None not in (asked := [each.get("prompts_sha256") for each in (before, after)]) and asked[0] != asked[1]:
             raise SenteiError(
                 f"{request.label}: the two models were not asked the same, so their answers cannot be compared.",
-                "Evaluate both anew, with --force.",
+                "Evaluate both again, with --force.",
             )
         compared.append(compare_task(request.label, before["metric"], before["questions"], after["questions"]))
     return compared

@@ -135,7 +135,7 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def divergence(original: torch.Tensor, pruned: torch.Tensor) -> float:
-    """Mean KL(original ‖ pruned) in nats a token, from log-probabilities ``[num_tokens, vocab_size]``."""
+    """Mean KL(original ‖ pruned) in nats per token, from log-probabilities ``[num_tokens, vocab_size]``."""
     return float((original.exp() * (original - pruned)).sum(-1).double().mean())
 
 

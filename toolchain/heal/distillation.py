@@ -192,7 +192,7 @@ def _where_to_go_on(directory: Path, ranks: Ranks) -> str | None:
     if not (directory / name / _STATE_FILE).is_file():
         raise SenteiError(
             f"{directory / name} is not on {ranks.hosts[ranks.rank]}, the machine of rank {ranks.rank}.",
-            "To go on, put the output where all machines see it, or resume on the first machine alone.",
+            "To continue, put the output where all machines see it, or resume on the first machine alone.",
         )
     return str(directory / name)
 

@@ -355,7 +355,7 @@ def _record(teacher: Checkpoint, windows: TokenWindows, settings: HealSettings) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Comparison:
-    """Over the held-out windows; divergence in nats a token."""
+    """Over the held-out windows; divergence in nats per token."""
 
     perplexity_original: float
     perplexity: float
@@ -433,6 +433,6 @@ Trained towards {record.teacher} after pruning, by distillation ({trained}): {re
 {record.batch_size} x {record.seq_len} tokens of {record.text}, learning rate {record.learning_rate:g}. On
 {record.num_held_out} held-out windows of the same text: perplexity {record.perplexity_before:.2f} →
 {record.perplexity_after:.2f} (original {record.perplexity_original:.2f}), divergence from the original
-{record.divergence_before:.3f} → {record.divergence_after:.3f} nats a token. The cost above is from before the healing;
-`sentei apply` of the plan gives the model as it was then.
+{record.divergence_before:.3f} → {record.divergence_after:.3f} nats per token. The cost above is from before the
+healing; `sentei apply` of the plan gives the model as it was then.
 """

@@ -172,7 +172,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     for path in (path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)):
         is_folder = path.is_dir() and "chat_template" in path.name
         if not is_folder and (not path.is_file() or path.stat().st_size > _MOST_TOKENIZER_BYTES):
-            raise SenteiError(f"{path} is no file, or larger than {_MOST_TOKENIZER_BYTES:,} bytes.")
+            raise SenteiError(f"{path} is not a file, or larger than {_MOST_TOKENIZER_BYTES:,} bytes.")
     with said_in_a_sentence(f"{directory} has no usable tokenizer"):
         try:
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

@@ -56,11 +56,11 @@ class Unfinished:
         if found and not (force or resume):
             raise SenteiError(
                 f"{self.directory} holds an interrupted {kind.noun}.",
-                "Add --resume to go on from there, or --force to start over.",
+                "Add --resume to continue, or --force to start over.",
             )
         self.resumed = self.worth_keeping = found and resume
         self.what_stays = (
-            f"{self.directory} holds what was done so far. The same command with --resume goes on from there."
+            f"{self.directory} holds what was done so far. The same command with --resume continues from there."
         )
 
     @contextmanager

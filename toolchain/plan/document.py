@@ -280,7 +280,7 @@ def upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def document_to_json(document: PlanDocument) -> str:
-    """JSON with one line a layer and one line a step."""
+    """JSON with one line per layer and one line per step."""
     fields = document.model_dump(mode="json")
     lines = []
     for key, value in fields.items():

@@ -1,8 +1,8 @@
 """The pruning plan: what is removed from each layer, as files a person can read, edit and apply again.
 
-``plan.json`` holds the decisions, one line a layer; ``plan.safetensors`` beside it holds every neuron's importance, so
-that a width can be changed by hand without new calibration, and hashes of passages of the text that was read, so that
-it is known again (see :mod:`toolchain.text.fingerprints`). A plan is never mutated. No torch here.
+``plan.json`` holds the decisions, one line per layer; ``plan.safetensors`` beside it holds every neuron's importance,
+so that a width can be changed by hand without new calibration, and hashes of passages of the text that was read, so
+that it is known again (see :mod:`toolchain.text.fingerprints`). A plan is never mutated. No torch here.
 """
 
 import json

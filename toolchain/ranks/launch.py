@@ -53,14 +53,14 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     size, port = _number(environment, "WORLD_SIZE", lowest=1), _number(environment, "MASTER_PORT", lowest=1)
     rank = _number(environment, "RANK", lowest=0)
     if rank >= size:
-        raise SenteiError(f"RANK is {rank}, and WORLD_SIZE is {size}: ranks are numbered from 0.", "Set them anew.")
+        raise SenteiError(f"RANK is {rank}, and WORLD_SIZE is {size}: ranks are numbered from 0.", "Correct them.")
     local_rank, local_size = _number({"LOCAL_RANK": "0", **environment}, "LOCAL_RANK", lowest=0), None
     if environment.get("LOCAL_WORLD_SIZE"):
         local_size = _number(environment, "LOCAL_WORLD_SIZE", lowest=1)
         if local_rank >= local_size:
             raise SenteiError(
                 f"LOCAL_RANK is {local_rank}, and LOCAL_WORLD_SIZE is {local_size}: ranks are numbered from 0.",
-                "Set them anew.",
+                "Correct them.",
             )
     return Launch(
         rank=rank,
@@ -87,5 +87,5 @@ def is_first() -> bool:
 def _number(environment: Mapping[str, str], name: str, *, lowest: int) -> int:
     text = environment[name]
     if not text.isdecimal() or int(text) < lowest:
-        raise SenteiError(f"{name} is {text!r}, which is not a whole number from {lowest} up.", "Set it anew.")
+        raise SenteiError(f"{name} is {text!r}, which is not a whole number from {lowest} up.", "Correct it.")
     return int(text)

@@ -24,7 +24,7 @@ class Passage:
         unit: ``document`` or ``window``.
         number: Which one, from 0 on.
         num_tokens: Tokens predicted in it.
-        original_loss: Mean negative log-likelihood, nats a token.
+        original_loss: Mean negative log-likelihood, nats per token.
         pruned_loss: The same of the pruned model.
         excerpt: How it begins.
     """
@@ -38,7 +38,7 @@ class Passage:
 
     @property
     def increase(self) -> float:
-        """Pruned minus original, nats a token."""
+        """Pruned minus original, nats per token."""
         return self.pruned_loss - self.original_loss
 
 

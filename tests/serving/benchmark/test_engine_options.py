@@ -43,7 +43,7 @@ def settings(*options, engine="vllm"):
 )
 @pytest.mark.parametrize("engine", ["vllm", "vllm-offline"])
 def test_what_would_make_the_expectation_about_another_server_is_refused(options, engine):
-    with pytest.raises(SenteiError, match=r"expectation knows|no number of GPUs") as told:
+    with pytest.raises(SenteiError, match=r"expectation knows|not a number of GPUs") as told:
         check_settings(settings(*options, engine=engine), num_models=2)
     assert told.value.hint
 

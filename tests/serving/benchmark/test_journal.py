@@ -55,9 +55,9 @@ def test_measurements_are_never_taken_for_a_failed_start(tmp_path):
     ("error", "measured", "says"),
     [
         (SenteiError, False, "out.unfinished holds the log."),
-        (SenteiError, True, "The same command with --resume goes on from there."),
+        (SenteiError, True, "The same command with --resume continues from there."),
         (KeyboardInterrupt, False, "out.unfinished holds the log."),
-        (KeyboardInterrupt, True, "The same command with --resume goes on from there."),
+        (KeyboardInterrupt, True, "The same command with --resume continues from there."),
     ],
 )
 def test_where_the_log_is_is_said(tmp_path, capsys, error, measured, says):

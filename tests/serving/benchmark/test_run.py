@@ -290,7 +290,7 @@ def test_a_worker_that_keeps_dying_stops_the_benchmark_which_resumes(pico_model,
     out = tmp_path / "out"
     settings = {"engine": "transformers", "out": out, **TINY}
     deaths += [False, True, True]
-    with pytest.raises(SenteiError, match=r"(?s)repeat 2 of 3: pruned: failed twice.*signal 9.*--resume goes on"):
+    with pytest.raises(SenteiError, match=r"(?s)repeat 2 of 3: pruned: failed twice.*signal 9.*--resume continues"):
         benchmark(pico_model, pruned_pico, **settings)
     assert not out.exists()
     with pytest.raises(SenteiError, match="interrupted benchmark"):
@@ -318,7 +318,7 @@ def test_an_interrupted_benchmark_says_how_to_go_on(pico_model, pruned_pico, tmp
     monkeypatch.setattr(benchmark_module, "benchmark", interrupted)
     done = sentei("benchmark", pico_model, pruned_pico, "--engine", "transformers", "-o", tmp_path / "out")
     assert done.returncode == 130
-    assert "The same command with --resume goes on from there.\nInterrupted." in done.stderr.replace("\r", "")
+    assert "The same command with --resume continues from there.\nInterrupted." in done.stderr.replace("\r", "")
 
 
 @pytest.mark.acceptance

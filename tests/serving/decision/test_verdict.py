@@ -34,7 +34,7 @@ def test_a_candidate_within_every_guard_rail_is_deployed_with_its_numbers():
         ({"gain": interval(1.05, 0.01)}, "and 1.1 is the least asked for"),
         ({"verified": False}, "does not give its checkpoint's answers"),
         ({"memory_bytes": 3 * 10**9}, "takes 3 GB of memory, and 2 GB is the most allowed"),
-        ({"accuracy": interval(0.4)}, "40 % of your questions are answered rightly"),
+        ({"accuracy": interval(0.4)}, "40 % of your questions are answered correctly"),
         ({"groups": {"safety": interval(0.7)}}, "70 % of the questions in group safety"),
     ],
 )

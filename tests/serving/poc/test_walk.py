@@ -55,7 +55,7 @@ def test_a_groups_floor_stops_what_perplexity_and_the_average_allow(tmp_path):
     found = concluded(tmp_path, World(truths=hurt), guard_rails=rails)
     assert (found.decision, found.candidate) == ("do not prune", None)
     told = "\n".join(each.text for each in found.reasons)
-    assert "25 %: 60 % of the questions in group safety are answered rightly" in told
+    assert "25 %: 60 % of the questions in group safety are answered correctly" in told
     assert "12.5 %: the speed is 1.0" in told
     assert len(found.candidates) == 2
 

@@ -38,11 +38,11 @@ def test_what_no_command_left_is_refused_even_with_force(tmp_path, kind):
 
 def test_earlier_work_is_neither_replaced_nor_taken_up_unasked(tmp_path):
     note = fail(tmp_path / "out", keep=True).__notes__[-1]
-    assert note.endswith("out.heal holds what was done so far. The same command with --resume goes on from there.")
+    assert note.endswith("out.heal holds what was done so far. The same command with --resume continues from there.")
     with pytest.raises(SenteiError) as raised:
         Unfinished(tmp_path / "out", HEALING, force=False, resume=False)
     assert raised.value.message.endswith("out.heal holds an interrupted healing.")
-    assert raised.value.hint == "Add --resume to go on from there, or --force to start over."
+    assert raised.value.hint == "Add --resume to continue, or --force to start over."
     for force in (False, True):  # --resume is the stronger
         work = Unfinished(tmp_path / "out", HEALING, force=force, resume=True)
         assert work.resumed and work.worth_keeping

@@ -133,7 +133,7 @@ def test_memory_that_runs_out_after_the_search_loses_nothing(
         patched.setattr(apply, late, without_memory)
         run(tiny, tmp_path / "out", settings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.search", "whole"]
-    assert "The same command with --resume goes on from there." in raised.value.__notes__[-1]
+    assert "The same command with --resume continues from there." in raised.value.__notes__[-1]
     kept = load_plan(tmp_path / "out.search")
     assert kept.steps[-1].metric == load_plan(tmp_path / "whole").steps[-1].metric
 

@@ -53,9 +53,9 @@ def limit_asked(
     if name == "max_degradation" and metric.name == "kl":
         raise SenteiError("kl is 0 for the original, and no multiple of it is a limit.", "Use --max-metric.")
     if name == "max_metric" and metric.higher_is_better:
-        raise SenteiError(f"Of {metric.name} higher is better.", "Use --min-metric.")
+        raise SenteiError(f"For {metric.name}, higher is better.", "Use --min-metric.")
     if name == "min_metric" and not metric.higher_is_better:
-        raise SenteiError(f"Of {metric.name} lower is better.", "Use --max-metric.")
+        raise SenteiError(f"For {metric.name}, lower is better.", "Use --max-metric.")
     return LimitRecord(
         metric=metric.name,
         source=metric.source,

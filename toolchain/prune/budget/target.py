@@ -100,7 +100,7 @@ def _parsed(text: str) -> Target:
     value, unit, units = float(found[1]), found[2], _UNITS.get(name, {"": 1.0, "x": 1.0})
     if unit not in units:
         raise SenteiError(
-            f"--target {text!r}: {amount} of what?" if not unit else f"--target {text!r}: {unit} is no unit of {name}.",
+            f"--target {text!r}: {f'{unit} is not a unit of {name}.' if unit else f'{amount} of what?'}",
             f"Units of {name} are {', '.join(each for each in units if each)}.",
         )
     if (name == "memory") != bool(at):
@@ -111,7 +111,7 @@ def _parsed(text: str) -> Target:
         return Target(asked=text, name=name, value=value * units[unit])
     size = _CACHED.fullmatch(cached)
     if not size or not int(size[1]) or not int(size[2]):
-        raise SenteiError(f"--target {text!r}: {cached!r} is no number of conversations and their tokens.", _HINT)
+        raise SenteiError(f"--target {text!r}: {cached!r} is not a number of conversations and their tokens.", _HINT)
     number, tokens = int(size[1]), int(size[2])
     return Target(asked=text, name=name, value=value * units[unit], cached_tokens=number * tokens, conversation=tokens)
 

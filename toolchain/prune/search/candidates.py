@@ -134,7 +134,7 @@ def without_each(
                 raise
             if size == 1:
                 raise SenteiError(
-                    f"Memory does not suffice to run {states.num_tokens} tokens through one layer.",
+                    f"There is not enough memory to run {states.num_tokens} tokens through one layer.",
                     "Use a smaller --seq-len, --offload, or a larger device.",
                 ) from error
             states.forget_above(0)

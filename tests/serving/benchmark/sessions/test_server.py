@@ -343,7 +343,7 @@ def test_running_servers_are_measured_and_not_started(pico_model, asked, tmp_pat
         benchmark(
             pico_model, pico_model, out=tmp_path / "other", urls=["http://localhost:1", "http://127.0.0.1:1"], **TINY
         )
-    with pytest.raises(SenteiError, match=r"80a0 is no URL"):
+    with pytest.raises(SenteiError, match=r"80a0 is not a URL"):
         benchmark(pico_model, None, out=tmp_path / "other", urls=["http://127.0.0.1:80a0"], **TINY)
 
 
