@@ -49,7 +49,7 @@ def test_what_does_not_go_together_is_refused(pico_model: Path, costs: Path, tmp
         (("--engine", "onnx", "--dtype", "bfloat16"), "--dtype and --engine-option are vLLM's"),
         (("--engine", "vllm", "--precision", "int4"), "are of an ONNX export"),
         (("--engine", "onnx", "--input-len", 256, "--output-len", 1), "reads at most 256"),
-        (("--engine", "onnx", "--repeats", 0), "0 is not in"),
+        (("--engine", "onnx", "--repeats", 0), "greater than or equal"),
         (("--engine", "vllm", "--engine-option=--quantization=fp8"), "is not one whose effect the expectation knows"),
     ],
 )
