@@ -40,7 +40,7 @@ from toolchain.cli.options import (
 from toolchain.cli.profile import onnx_export
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
-from toolchain.plan.summary_words import limit_in_words, target_in_words, two_removals_in_words
+from toolchain.plan.summary_words import bought_in_words, limit_in_words, target_in_words, two_removals_in_words
 from toolchain.prune.methods import DEFAULT, METHODS, MethodName, PruningMethod
 
 if TYPE_CHECKING:
@@ -432,6 +432,8 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     console.print(f"  attention    removed in layers {removed}")
     for line in target_in_words(summary.get("target")):
         console.print(f"  target       {line}")
+    for number, line in enumerate(bought_in_words(summary.get("target"))):
+        console.print(f"  {'bought' if not number else '':<12} {line}", soft_wrap=False)
     if found := summary.get("two_removals"):
         console.print(f"  KV cache     {two_removals_in_words(found)}")
     if damage["pruned"] is None:
