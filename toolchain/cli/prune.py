@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from toolchain.cli.arguments import is_given
 from toolchain.cli.console import Output, compute_dtype, pick_device, window_length
 from toolchain.cli.options import (
     COMPUTING,
@@ -280,12 +281,12 @@ def prune(
 def _check_options(context: typer.Context, method: PruningMethod) -> None:
     """Refuses options that the method does not know."""
 
-    unknown = [name for name in method.unknown_options if _is_given(context, name)]
+    unknown = [name for name in method.unknown_options if is_given(context, name)]
     unknown += [name for name, value in method.fixed_options.items() if context.params[name] not in (None, value)]
     if unknown:
         option = unknown[0].replace("_", "-")
         raise SenteiError(f"--method {method.name} {method.refusal} --{option}.", method.way_out)
-    if not method.has_budget and _is_given(context, "evopress_budget"):
+    if not method.has_budget and is_given(context, "evopress_budget"):
         raise SenteiError("--evopress-budget is for --method evopress.", "Leave one out, or add the other.")
 
 
@@ -299,11 +300,11 @@ def _check_target_options(context: typer.Context, target: list[str] | None, cost
     if target is None:
         return
     for name in ("attention_removals", "allocation", "widths"):
-        if _is_given(context, name):
+        if is_given(context, name):
             option = name.replace("_", "-")
             raise SenteiError(f"--target chooses what --{option} says.", "Give one of them.")
     for name in ("max_degradation", "max_metric", "min_metric"):
-        if _is_given(context, name):
+        if is_given(context, name):
             option = name.replace("_", "-")
             raise SenteiError(
                 f"--{option} would stop before --target is met.", "Give one of them; the curve shows the damage."
@@ -322,12 +323,6 @@ def _aim(targets: list[str], costs: Path, checkpoint: "Checkpoint", output: Outp
     export = onnx_export(served.precision, served.device)
     bench = bench_as_profiled(read.document, checkpoint, export=export, on_progress=output.note)
     return Aim(targets=parsed, costs=read, measure=partial(measure_models, bench))
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    # By name: Typer brings a click of its own, whose enumeration is not that of click.
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _sparsities(sparsity: float | None, sweep: str | None, target: list[str] | None) -> list[float]:
