@@ -71,6 +71,7 @@ class Asked:
         repeats: Starts of each model, wherever speed is measured.
         unseen: Shapes that no cost was fitted to.
         engine: Options of ``sentei profile``.
+        search: As for ``sentei prune``.
     """
 
     model: Path
@@ -85,6 +86,7 @@ class Asked:
     repeats: int
     unseen: int
     engine: Sequence[str]
+    search: str
 
 
 def main(
@@ -101,13 +103,14 @@ def main(
     repeats: Annotated[int, typer.Option(help="Starts of each model; at least 3.")] = 3,
     unseen: Annotated[int, typer.Option(help="Shapes that no cost was fitted to.")] = 12,
     engine: Annotated[str, typer.Option(help="Engine and options, as for sentei profile.")] = "--engine onnx",
+    search: Annotated[str, typer.Option(help="As for sentei prune.")] = "exact",
     cells: Annotated[str, typer.Option(help="Only these, as in costs-0,target-0.")] = "",
 ) -> None:
     """Fills the cells, and writes the document when all are there."""
     asked = Asked(
         model=model, work=out.with_name(f"{out.name}.work"), loads=[_load(each) for each in load], target=target,
         calibration=calibration, held_out=held_out, samples=samples, seq_len=seq_len, windows=windows,
-        repeats=repeats, unseen=unseen, engine=engine.split(),
+        repeats=repeats, unseen=unseen, engine=engine.split(), search=search,
     )  # fmt: skip
     asked.work.mkdir(parents=True, exist_ok=True)
     _check_same(asked)
@@ -184,7 +187,7 @@ def _pruned(asked: Asked, name: str, *options: str) -> dict[str, Any]:
     if not place.exists():
         _sentei(
             "prune", str(asked.model), "-o", str(place), *options, *texts, "--samples", str(asked.samples),
-            "--seq-len", str(asked.seq_len), "--dtype", "float32", "--align", str(_ALIGN), "--resume",
+            "--seq-len", str(asked.seq_len), "--dtype", "float32", "--align", str(_ALIGN), "--search", asked.search, "--resume",
         )  # fmt: skip
     summary = read_json_object(place / PRUNING_SUMMARY_FILE)
     return {name: summary.get(name) for name in ("sparsity", "intermediate_size", "removed_attention", "target")}
@@ -329,7 +332,7 @@ def _settings(asked: Asked) -> dict[str, Any]:
         "model": str(asked.model.resolve()), "loads": [list(each) for each in asked.loads], "target": asked.target,
         "calibration": list(asked.calibration), "held_out": [each.name for each in asked.held_out],
         "samples": asked.samples, "seq_len": asked.seq_len, "windows": asked.windows, "repeats": asked.repeats,
-        "unseen": asked.unseen, "engine": list(asked.engine),
+        "unseen": asked.unseen, "engine": list(asked.engine), "search": asked.search,
     }  # fmt: skip
 
 

@@ -139,9 +139,7 @@ def _facts(
     return facts
 
 
-def _common(
-    facts: Mapping[str, ModelFacts], layout: Sequence[LayerLayout], load: Mapping[str, int]
-) -> dict[str, Any]:
+def _common(facts: Mapping[str, ModelFacts], layout: Sequence[LayerLayout], load: Mapping[str, int]) -> dict[str, Any]:
     """What does not depend on where the times come from."""
     context = load["input_len"] + load["output_len"] // 2
     return {

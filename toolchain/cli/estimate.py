@@ -23,7 +23,6 @@ from toolchain.cli.options import (
     input_len_option,
     output_len_option,
 )
-
 from toolchain.errors import SenteiError
 
 if TYPE_CHECKING:
@@ -102,9 +101,7 @@ def _show(console: Console, result: "EstimateDocument") -> None:
             f"{peaks.device}, {peaks.dtype}: {peaks.flops_per_s / 1e9:,.0f} GFLOP/s, "
             f"{peaks.bytes_per_s / 1e9:,.1f} GB/s read, measured just now",
         )
-        console.print(
-            f"{asked}: the best that this device allows (roofline), which no server reaches"
-        )
+        console.print(f"{asked}: the best that this device allows (roofline), which no server reaches")
     elif result.costs is not None:
         console.print(f"{result.costs.engine}, {asked}: by the costs that were measured there")
     table = Table(box=None)

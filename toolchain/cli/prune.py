@@ -53,13 +53,6 @@ MAX_SPARSITIES = 100
 _TARGET, _TEXT, _SEARCH, _LIMIT = "Target", "Calibration", "Search", "Limit"
 
 
-class AllocationMode(StrEnum):
-    """Who decides how many attentions go."""
-
-    formula = "formula"
-    auto = "auto"
-
-
 class Widths(StrEnum):
     """How FFN widths are spread over the layers."""
 
@@ -133,16 +126,12 @@ def prune(
             rich_help_panel=_TARGET,
         ),
     ] = None,
-    allocation: Annotated[
-        AllocationMode,
+    attention_removals: Annotated[
+        int | None,
         typer.Option(
-            help="Attentions to remove: the published formula (fewer with --widths ranked), or by measured damage (for "
-            "grouped-query attention).",
+            help="Attentions to remove, instead of the published formula's number (fewer with --widths ranked).",
             rich_help_panel=_TARGET,
         ),
-    ] = AllocationMode.formula,
-    attention_removals: Annotated[
-        int | None, typer.Option(help="Attentions to remove, instead.", rich_help_panel=_TARGET)
     ] = None,
     widths: Annotated[
         Widths | None,
@@ -244,7 +233,6 @@ def prune(
         align=align,
         tensor_parallel=tensor_parallel,
         attention_removals=attention_removals,
-        allocation=allocation.value,
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, checkpoint.dtype),
         seed=seed,
@@ -299,7 +287,7 @@ def _check_target_options(context: typer.Context, target: list[str] | None, cost
         )
     if target is None:
         return
-    for name in ("attention_removals", "allocation", "widths"):
+    for name in ("attention_removals", "widths"):
         if is_given(context, name):
             option = name.replace("_", "-")
             raise SenteiError(f"--target chooses what --{option} says.", "Give one of them.")
@@ -427,8 +415,8 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     console.print(f"  attention    removed in layers {removed}")
     for line in target_in_words(summary.get("target")):
         console.print(f"  target       {line}")
-    for number, line in enumerate(bought_in_words(summary.get("target"))):
-        console.print(f"  {'bought' if not number else '':<12} {line}", soft_wrap=False)
+    for line in bought_in_words(summary.get("target")):
+        console.print(f"    {line}")
     if found := summary.get("two_removals"):
         console.print(f"  KV cache     {two_removals_in_words(found)}")
     if damage["pruned"] is None:

@@ -110,9 +110,7 @@ class PartsRecord(Record):
     @property
     def parts(self) -> PartCosts:
         """For computing."""
-        return PartCosts(
-            outside=self.outside, attention=self.attention, widths=tuple(self.widths), ffn=tuple(self.ffn)
-        )
+        return PartCosts(outside=self.outside, attention=self.attention, widths=tuple(self.widths), ffn=tuple(self.ffn))
 
     def margin(self, counts: Sequence[float]) -> float | None:
         """Half the width of the 95 % interval of a sum of costs; ``None`` for what is counted.

@@ -59,12 +59,12 @@ def bought_in_words(target: dict[str, Any] | None) -> list[str]:
             line = f"{NAMES[each.part]:<12} {each.count_before:,} → {each.count_after:,}: "
             line += f"{each.ms_before:.4g} → {each.ms_after:.4g} ms"
         if each.ms_per_nat is not None:
-            line += f" for {each.damage:.3g} nats: {each.ms_per_nat:.3g} ms per nat"
-            line += f", {each.kv_per_nat:,.0f} bytes of KV cache per token and nat" if each.kv_per_nat else ""
+            kv = f" and {each.kv_per_nat:,.0f} KV bytes" if each.kv_per_nat else ""
+            line += f", {each.damage:.3g} nats: {each.ms_per_nat:.3g} ms{kv} per nat"
         elif each.count_after < each.count_before:
-            line += " for no damage"
+            line += ", no damage"
         lines.append(line)
-    return [f"by part, {timed(record)}, damage as predicted before compensation:", *lines] if lines else []
+    return [f"by part, {timed(record)}; damage before compensation:", *lines] if lines else []
 
 
 def _with_interval(value: dict[str, Any], kind: str) -> str:

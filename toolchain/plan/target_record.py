@@ -59,9 +59,7 @@ class PartCostsRecord(Record):
     @property
     def parts(self) -> PartCosts:
         """For computing."""
-        return PartCosts(
-            outside=self.outside, attention=self.attention, widths=tuple(self.widths), ffn=tuple(self.ffn)
-        )
+        return PartCosts(outside=self.outside, attention=self.attention, widths=tuple(self.widths), ffn=tuple(self.ffn))
 
 
 class TargetRecord(Record):

@@ -60,7 +60,8 @@ class Client:
             )
             self._environment = environment
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"arguments": list(arguments), "log": str(log.resolve())}).encode() + b"\n")
+        asked = {"arguments": list(arguments), "log": str(log.resolve())}
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         run = ClientRun(self._process)
         try:
             yield run

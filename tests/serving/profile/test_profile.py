@@ -77,7 +77,10 @@ def test_a_shape_is_measured_as_its_costs_were(pico_model, tmp_path):
     costs = read_costs(tmp_path / "costs.json")
     # Often enough for an interval, whatever the profile did with.
     assert bench_as_profiled(costs.document, bench.checkpoint).settings == replace(bench.settings, repeats=3)
-    slower = replace(bench_as_profiled(costs.document, bench.checkpoint), open_session=FakeEngine(PREFILL, replace(DECODE, outside=1.5)))
+    slower = replace(
+        bench_as_profiled(costs.document, bench.checkpoint),
+        open_session=FakeEngine(PREFILL, replace(DECODE, outside=1.5)),
+    )
     aim = Aim(
         targets=parse_targets(["tpot=6ms"]),
         costs=costs,

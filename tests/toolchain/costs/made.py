@@ -6,7 +6,16 @@ from statistics import mean, variance
 
 import numpy as np
 
-from toolchain.costs.document import Costs, CostsDocument, ErrorRecord, Load, PartsRecord, Served, ShapedModel, config_sha256
+from toolchain.costs.document import (
+    Costs,
+    CostsDocument,
+    ErrorRecord,
+    Load,
+    PartsRecord,
+    Served,
+    ShapedModel,
+    config_sha256,
+)
 from toolchain.costs.parts import PartCosts, add
 
 NOTHING = PartCosts(outside=0.0, attention=0.0, widths=(12, 24, 48), ffn=(0.0, 0.0, 0.0))

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import scipy.optimize  # noqa: F401
+import scipy.optimize
 import scipy.stats  # noqa: F401 - before hypothesis looks at the clock
 from hypothesis import given
 from hypothesis import strategies as st

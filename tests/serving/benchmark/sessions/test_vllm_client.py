@@ -91,7 +91,9 @@ def stand_in_for_vllm(directory):
     for package in ("vllm", "vllm/entrypoints", "vllm/entrypoints/cli", "vllm/utils"):
         (directory / package).mkdir(parents=True, exist_ok=True)
         (directory / package / "__init__.py").touch()
-    (directory / "vllm/entrypoints/cli/main.py").write_text("import os\ndef main():\n    exec(os.environ['SCRIPT'], {})\n")
+    (directory / "vllm/entrypoints/cli/main.py").write_text(
+        "import os\ndef main():\n    exec(os.environ['SCRIPT'], {})\n"
+    )
     (directory / "vllm/utils/argparse_utils.py").write_text(
         "import argparse\nclass FlexibleArgumentParser(argparse.ArgumentParser):\n    pass\n"
     )
