@@ -187,7 +187,8 @@ def _pruned(asked: Asked, name: str, *options: str) -> dict[str, Any]:
     if not place.exists():
         _sentei(
             "prune", str(asked.model), "-o", str(place), *options, *texts, "--samples", str(asked.samples),
-            "--seq-len", str(asked.seq_len), "--dtype", "float32", "--align", str(_ALIGN), "--search", asked.search, "--resume",
+            "--seq-len", str(asked.seq_len), "--dtype", "float32", "--align", str(_ALIGN), "--search",
+            asked.search, "--resume",
         )  # fmt: skip
     summary = read_json_object(place / PRUNING_SUMMARY_FILE)
     return {name: summary.get(name) for name in ("sparsity", "intermediate_size", "removed_attention", "target")}

@@ -35,8 +35,5 @@ def test_what_was_given_for_nothing_has_no_price():
     assert bought(target.model_copy(update={"taken": None})) == []
     assert bought_in_words(None) == []
     lines = bought_in_words(target.model_dump())
-    assert (
-        lines[2]
-        == "attentions   4 → 3: 2 → 1.5 ms for 0.2 nats: 2.5 ms per nat, 320 bytes of KV cache per token and nat"
-    )
+    assert lines[2] == "attentions   4 → 3: 2 → 1.5 ms, 0.2 nats: 2.5 ms and 320 KV bytes per nat"
     assert len(lines) == 4

@@ -179,7 +179,7 @@ def test_a_model_is_pruned_to_a_target(worded_model, tmp_path):
     assert "**Target**: speedup=1.25: predicted" in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["allocation"] == "target"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert "by part, ms_per_output_token" in "\n".join(bought_in_words(summary["target"]))
+    assert "by part, ms_per_output_token;" in "\n".join(bought_in_words(summary["target"]))
     for layer, (width, damage) in enumerate(zip(taken.intermediate_size, taken.ffn_damage, strict=True)):
         told = sentei("plan", "why", tmp_path / "out", layer)
         assert "Of ms_per_output_token (onnx, 16 tokens in" in told.stdout
