@@ -167,9 +167,12 @@ def prune(
     ] = "perplexity",
     chat_template: Annotated[bool, chat_template_option("the questions of --metric accuracy", panel=_SEARCH)] = False,
     search: Annotated[
-        SearchKind,
-        typer.Option(help="exact, or racing: several times faster, nearly the same.", rich_help_panel=_SEARCH),
-    ] = SearchKind.exact,
+        SearchKind | None,
+        typer.Option(
+            help="exact, or racing: several times faster, nearly the same. Exact unless --target is given.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
     resume: Annotated[bool, resume_option("search", panel=_SEARCH)] = False,
     max_degradation: Annotated[
         float | None,
@@ -237,7 +240,7 @@ def prune(
         dtype=compute_dtype(dtype, picked_device, checkpoint.dtype),
         seed=seed,
         protected=parse_protected(protect or []),
-        search=search.value,
+        search=(search or _usual_search(target, metric)).value,
         metric=metric,
         chat_template=chat_template,
         limit=LimitSettings(max_degradation=max_degradation, max_metric=max_metric, min_metric=min_metric),
@@ -297,6 +300,13 @@ def _check_target_options(context: typer.Context, target: list[str] | None, cost
             raise SenteiError(
                 f"--{option} would stop before --target is met.", "Give one of them; the curve shows the damage."
             )
+
+
+def _usual_search(target: list[str] | None, metric: str) -> SearchKind:
+    """A target may take many attentions, which an exact search would look for longer than all the rest takes."""
+    from toolchain.metrics.choose import TOKEN_METRICS
+
+    return SearchKind.racing if target is not None and metric in TOKEN_METRICS else SearchKind.exact
 
 
 def _aim(targets: list[str], costs: Path, checkpoint: "Checkpoint", output: Output) -> "Aim":
