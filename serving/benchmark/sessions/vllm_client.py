@@ -63,17 +63,8 @@ def bench_serve(
         EngineFailedError: The server hung, died, or failed every request.
         SenteiError: The client itself failed; the message holds the end of what it wrote.
     """
-    arguments = [
-        "bench", "serve",
-        "--base-url", base_url,
-        "--model", str(model_dir.resolve()),
-        "--served-model-name", served_model_name(base_url, api_key),
-        "--save-result",
-        "--result-dir", str(result_file.resolve().parent),
-        "--result-filename", result_file.name,
-        "--disable-tqdm",
-        *options,
-    ]  # fmt: skip
+    served = served_model_name(base_url, api_key)
+    arguments = _arguments(base_url, model_dir, served, result_file, options)
     environment = _client_environment(base_url, api_key)
     log = result_file.with_suffix(".log")
     result_file.unlink(missing_ok=True)
@@ -99,6 +90,20 @@ def bench_serve(
         )
     log.unlink()
     return {**result, "first_error": first_error, "client_cpu_cores": _busy_cores(samples, result["duration"])}
+
+
+def _arguments(base_url: str, model_dir: Path, served: str, result_file: Path, options: Sequence[str]) -> list[str]:
+    return [
+        "bench", "serve",
+        "--base-url", base_url,
+        "--model", str(model_dir.resolve()),
+        "--served-model-name", served,
+        "--save-result",
+        "--result-dir", str(result_file.resolve().parent),
+        "--result-filename", result_file.name,
+        "--disable-tqdm",
+        *options,
+    ]  # fmt: skip
 
 
 def served_model_name(base_url: str, api_key: str | None = None) -> str:

@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from serving.child_process import child_process
@@ -60,12 +60,17 @@ class Client:
             )
             self._environment = environment
         assert self._process.stdin is not None
+        log.write_bytes(b"")  # there too where the process ends before it writes to it
         asked = {"arguments": list(arguments), "log": str(log.resolve())}
-        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+        with suppress(BrokenPipeError):  # it ended already: that is seen when it is waited for
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         run = ClientRun(self._process)
         try:
             yield run
         finally:
+            if self._process.poll() is not None:
+                with log.open("ab") as said:
+                    said.write(self._log.read_bytes())
             if run.poll() is None or self._process.poll() is not None:
                 self.close()
 

@@ -277,3 +277,13 @@ def test_a_client_that_stays_is_started_once_and_anew_after_it_was_ended(server,
     assert len({first, second, third, pid(8, api_key="another")}) == 4
     staying.close()
     assert not (tmp_path / "client.log").exists()
+
+
+def test_a_client_that_cannot_start_says_why(server, tmp_path, monkeypatch):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sitecustomize.py").write_text("import sys; sys.stderr.write('no vllm here'); sys.exit(3)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"), prepend=os.pathsep)
+    staying = Client(tmp_path / "client.log")
+    with pytest.raises(SenteiError, match=r"(?s)exit code [1-9].*no vllm here"):
+        bench_serve(server["url"], tmp_path, options=[], result_file=tmp_path / "result.json", client=staying)
+    staying.close()
