@@ -8,8 +8,8 @@ took no part in pruning. Shapes that nobody fitted anything to are measured at t
 what the costs say of them.
 
 Work is done in cells, and each is kept in ``<out>.work`` when it is finished: the same command goes on after whatever
-ended it, ``--cells`` runs some of them, and a cell whose files are deleted is done again. ``seconds`` of a cell are those
-of the command that finished it. Results stand in ``benchmarks/results/``.
+ended it, ``--cells`` runs some of them, and a cell whose files are deleted is done again. ``seconds`` of a cell are
+those of the command that finished it. Results stand in ``benchmarks/results/``.
 
 Minutes of each cell for the demo model with the defaults, on two processor cores that do nothing else; from the
 processor time of smaller runs, not measured: costs-0 2.5, target-0 3, parameters-0 2, speed-0 1.5, costs-1 2, target-1
