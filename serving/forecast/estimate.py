@@ -8,15 +8,25 @@ from typing import Any
 
 from serving.forecast.device_probe import DevicePeaks
 from serving.forecast.estimate_document import EstimateDocument
-from serving.forecast.explain import TILE, limits_of_plan
+from serving.forecast.explain import TILE, Told, limits_of_plan, told
 from serving.forecast.model_facts import ModelFacts, facts_of
 from serving.forecast.roofline import roofline
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import Checkpoint, opened
+from toolchain.costs.document import Costs, CostsDocument, config_sha256
 from toolchain.errors import SenteiError
 
 _SIDES = ("original", "pruned")
 _PHASE_METRICS = ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "output_throughput")
+_COSTED = {"mean_ttft_ms": "ttft_ms", "mean_tpot_ms": "tpot_ms", "output_throughput": "ms_per_output_token"}
+# Llama-3-8B's shape in vLLM on an H200, one request at a time: a token, and the bytes that it reads at the peak.
+_H200_TPOT_MS, _H200_BYTES_MS = 4.76, 3.1
+OVERHEAD = (
+    "Left out: launches, scheduling, sampling, the server, kernels below the peak. vLLM on an H200 took 4.76 ms per "
+    "token of Llama-3-8B's shape, of which reading the weights takes 3.1, and gained 1.17x where these formulas say "
+    "1.30x. If as large a share stays here, the gain per token is %(gain)sx. sentei profile measures what it is, and "
+    "--costs takes it."
+)
 
 
 def estimate(
@@ -48,32 +58,97 @@ def estimate(
     """
     if min(input_len, output_len, concurrency) < 1:
         raise SenteiError("Lengths and concurrency must be at least 1.")
-    checkpoint = opened(model)
+    facts = _facts(opened(model), layout, dtype, input_len + output_len)
+    load = {"input_len": input_len, "output_len": output_len, "concurrency": concurrency}
+    expected = roofline(facts, peaks, **load)
+    content = {
+        **_common(facts, layout, load),
+        "roofline": expected,
+        "metrics": _metrics(expected, output_len, concurrency),
+        "peaks": asdict(peaks),
+    }
+    content["limits"] += told({"overhead": _overhead(expected["decode"]["gain"])})
+    return EstimateDocument.model_validate(content)
+
+
+def estimate_by_costs(model: Path | Checkpoint, layout: Sequence[LayerLayout], costs: Costs) -> EstimateDocument:
+    """Times of the model as it is and as planned, by what its parts were measured to cost, under the load of the costs.
+
+    Raises:
+        SenteiError: Not a good checkpoint, one that plan or costs are not for, or a plan beyond what was measured.
+    """
+    checkpoint, document = opened(model), costs.document
+    if document.model.config_sha256 != config_sha256(checkpoint.config):
+        raise SenteiError(
+            f"These costs are of {document.model.name}, whose config is not that of {checkpoint.directory}.",
+            "Write costs for this model with sentei profile.",
+        )
+    served, asked = document.served, document.load
+    facts = _facts(checkpoint, layout, served.dtype, asked.input_len + asked.output_len)
+    narrowest, least = min(layer.intermediate_size for layer in layout), document.costs["ttft_ms"].widths[0]
+    if narrowest < least:
+        raise SenteiError(
+            f"The plan has an FFN of {narrowest} neurons; costs are known from {least} on.", "Leave --costs out."
+        )
+    load = {"input_len": asked.input_len, "output_len": asked.output_len, "concurrency": asked.concurrency}
+    content = {
+        **_common(facts, layout, load),
+        "roofline": {},
+        "metrics": {
+            name: found
+            for name, quantity in _COSTED.items()
+            if quantity in document.costs
+            for found in [_by_costs(name, quantity, document, layout)]
+        },
+        "peaks": None,
+        "costs": {"sha256": costs.sha256, "engine": served.engine, "machine": served.machine},
+    }
+    return EstimateDocument.model_validate(content)
+
+
+def _by_costs(
+    name: str, quantity: str, document: CostsDocument, layout: Sequence[LayerLayout]
+) -> dict[str, float | None]:
+    gain = document.predicted_gain(quantity, layout)
+    before, after = (document.predicted(quantity, each).value for each in (document.whole, layout))
+    if name == "output_throughput":
+        before, after = 1000 / before, 1000 / after
+    return {"original": before, "pruned": after, "gain": gain.value, "low": gain.low, "high": gain.high}
+
+
+def _overhead(gain: float) -> Told:
+    """What the roofline leaves out, as large as it was where it was measured (docs/gpu.md)."""
+    rest = 1 - _H200_BYTES_MS / _H200_TPOT_MS
+    return OVERHEAD, {"gain": f"{1 / ((1 - rest) / gain + rest):.2f}"}
+
+
+def _facts(
+    checkpoint: Checkpoint, layout: Sequence[LayerLayout], dtype: str | None, num_tokens: int
+) -> dict[str, ModelFacts]:
+    """Of both models, if the plan is for this one and the load fits it."""
     _check_plan_is_for(checkpoint, layout)
     planned = planned_checkpoint(checkpoint, layout)
     facts = {
         "original": facts_of(checkpoint, dtype, size_on_disk_bytes=checkpoint.weight_bytes),
         "pruned": facts_of(planned, dtype, size_on_disk_bytes=planned.weight_bytes),
     }
-    if input_len + output_len > (most := facts["original"].max_len):
+    if num_tokens > (most := facts["original"].max_len):
         raise SenteiError(
-            f"{input_len + output_len} tokens, input and output, do not fit {checkpoint.directory}, which takes {most}."
+            f"{num_tokens} tokens, input and output, do not fit {checkpoint.directory}, which takes {most}."
         )
-    load = {"input_len": input_len, "output_len": output_len, "concurrency": concurrency}
-    expected = roofline(facts, peaks, **load)
-    content = {
+    return facts
+
+
+def _common(facts: Mapping[str, ModelFacts], layout: Sequence[LayerLayout], load: Mapping[str, int]) -> dict[str, Any]:
+    """What does not depend on where the times come from."""
+    context = load["input_len"] + load["output_len"] // 2
+    return {
         "schema_version": 1,
         "kind": "estimate",
-        "roofline": expected,
-        "metrics": _metrics(expected, output_len, concurrency),
         "weight_bytes": {side: each.weight_bytes for side, each in facts.items()},
-        "limits": limits_of_plan(
-            facts["pruned"], layout=layout, context=input_len + output_len // 2, concurrency=concurrency
-        ),
-        "peaks": asdict(peaks),
-        "workload": load,
-    }  # fmt: skip
-    return EstimateDocument.model_validate(content)
+        "limits": limits_of_plan(facts["pruned"], layout=layout, context=context, concurrency=load["concurrency"]),
+        "workload": dict(load),
+    }
 
 
 def _check_plan_is_for(checkpoint: Checkpoint, layout: Sequence[LayerLayout]) -> None:

@@ -71,11 +71,16 @@ class DevicePeaksRecord(Record):
 
 
 class EstimatedMetric(Record):
-    """Each model's best value, and the ratio of them turned so that above 1 is better."""
+    """Each model's best value, and the ratio of them turned so that above 1 is better.
+
+    By costs it is the value to be expected, and ``low`` and ``high`` are the gain's 95 % interval; null otherwise.
+    """
 
     original: float
     pruned: float
     gain: float
+    low: float | None = None
+    high: float | None = None
 
 
 class EstimatedLoad(Record):
@@ -86,8 +91,20 @@ class EstimatedLoad(Record):
     concurrency: int
 
 
+class CostsUsed(Record):
+    """The ``costs.json`` that an estimate was made from: its hash, the engine, and the machine that was measured."""
+
+    sha256: str
+    engine: str
+    machine: dict[str, Any]
+
+
 class EstimateDocument(Document):
-    """What a plan promises on one device. ``limits`` says what will keep the gain down."""
+    """What a plan promises on one device. ``limits`` says what will keep the gain down.
+
+    ``costs`` is null, and not there in earlier versions, where the device's peaks alone are known; by costs there is no
+    ``roofline``, and ``peaks`` is null.
+    """
 
     schema_version: Literal[1]
     kind: Literal["estimate"]
@@ -95,5 +112,6 @@ class EstimateDocument(Document):
     metrics: dict[str, EstimatedMetric]
     weight_bytes: dict[Side, Number]
     limits: list[CauseRecord]
-    peaks: DevicePeaksRecord
+    peaks: DevicePeaksRecord | None
     workload: EstimatedLoad
+    costs: CostsUsed | None = None

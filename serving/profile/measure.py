@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from serving.benchmark.environment import library_versions, machine
 from serving.benchmark.journal import Journal
 from serving.benchmark.run import Session, measure_all, new_session
-from serving.benchmark.settings import BenchmarkSettings, check_settings
+from serving.benchmark.settings import MIN_REPEATS, BenchmarkSettings, check_settings
 from serving.benchmark.side import Side, open_side
 from serving.benchmark.workload import make_workloads
 from serving.profile.random_model import write_random_model
@@ -75,7 +75,8 @@ class Bench:
             SenteiError: Settings that do not go together, or a load that the model's context does not hold.
             MissingDependencyError: The engine is not installed.
         """
-        check_settings(self.settings, num_models=2)
+        # The errors of costs come from more models than unknowns, so that one repeat is enough.
+        check_settings(replace(self.settings, repeats=max(MIN_REPEATS, self.settings.repeats)), num_models=2)
         model, [workload] = self.checkpoint, self.settings.workloads
         asked = f"{workload.input_len} tokens in and {workload.output_len} out"
         check_context(model.directory, model.config, workload.longest, asked=asked, hint="Shorten one of them.")
@@ -88,7 +89,7 @@ def bench_as_profiled(
     export: Callable[[Path, Path], object] | None = None,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> Bench:
-    """What measures another shape of a model as its costs were measured.
+    """What measures another shape of a model as its costs were measured, often enough for an interval.
 
     Args:
         costs: What was read from ``costs.json``.
@@ -106,7 +107,7 @@ def bench_as_profiled(
         num_prompts=load.num_prompts,
     )  # fmt: skip
     settings = BenchmarkSettings(
-        engine=served.engine, workloads=workloads, repeats=len(costs.costs["ttft_ms"].outside), device=served.device,
+        engine=served.engine, workloads=workloads, repeats=max(MIN_REPEATS, costs.repeats), device=served.device,
         dtype=served.dtype, engine_options=tuple(served.engine_options),
     )  # fmt: skip
     bench = Bench(

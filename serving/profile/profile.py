@@ -1,4 +1,4 @@
-"""`costs.json` from beginning to end: models are measured, costs fitted to most of them and checked by the rest."""
+"""`costs.json` from beginning to end: models are measured, costs fitted to them and checked by leaving one out."""
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -6,18 +6,19 @@ from pathlib import Path
 from statistics import fmean
 
 from serving.profile.measure import Bench, Measured, measure_models
-from serving.profile.shapes import Layout, Shape, num_layers_measured, shapes_to_measure, widths_measured
+from serving.profile.shapes import Layout, num_layers_measured, shapes_to_measure, widths_measured
 from toolchain.checkpoint.directory import model_name
 from toolchain.costs.document import (
     TIMES,
     CheckRecord,
     CostsDocument,
+    ErrorRecord,
     MeasuredModel,
     PartsRecord,
     ShapedModel,
     config_sha256,
 )
-from toolchain.costs.parts import PartCosts, fit_parts
+from toolchain.costs.parts import PartCosts, fit_parts, tell_apart
 from toolchain.errors import SenteiError
 from toolchain.outputs import PROFILE, Unfinished, write_text, writes_file
 
@@ -47,11 +48,12 @@ def profile(bench: Bench, out: Path, *, force: bool = False, resume: bool = Fals
         "load": bench.load.model_dump(mode="json"),
         "repeats": bench.settings.repeats,
         "layers": num_layers_measured(bench.checkpoint),
+        "models": list(shapes),
     }
     work = Unfinished(out, PROFILE, force=force, resume=resume)
     with work.working(identity):
         work.worth_keeping = True  # models on disk, and then each measurement
-        measured = measure_models(bench, {name: each.layout for name, each in shapes.items()}, work.directory)
+        measured = measure_models(bench, shapes, work.directory)
         document = costs_document(bench, model, shapes, measured)
         write_text(out, document.to_json(indent=1))
     return document
@@ -77,17 +79,17 @@ def _shaped(bench: Bench) -> ShapedModel:
 
 
 def costs_document(
-    bench: Bench, model: ShapedModel, shapes: Mapping[str, Shape], measured: Mapping[str, Measured]
+    bench: Bench, model: ShapedModel, shapes: Mapping[str, Layout], measured: Mapping[str, Measured]
 ) -> CostsDocument:
-    """Fits costs to what was measured, and checks them."""
-    fitted = {name: shape.layout for name, shape in shapes.items() if shape.role == "fitted"}
+    """Fits costs to what was measured, and checks them by leaving out one model after another."""
     widths = widths_measured(model.intermediate_size)
     quantities = [name for name in TIMES if name in measured["whole"]]
-    costs = {
-        quantity: _fitted(fitted, {name: measured[name][quantity] for name in fitted}, widths)
-        for quantity in (*quantities, "weight_bytes")
+    values = {
+        quantity: {name: measured[name][quantity] for name in shapes} for quantity in (*quantities, "weight_bytes")
     }
-    costs["kv_bytes_per_token"] = _kv(fitted["whole"], measured["whole"], widths)
+    costs = {quantity: _fitted(shapes, values[quantity], widths) for quantity in quantities}
+    costs["weight_bytes"] = _fitted(shapes, values["weight_bytes"], widths).model_copy(update={"error": None})
+    costs["kv_bytes_per_token"] = _kv(shapes["whole"], measured["whole"], widths)
     return CostsDocument(
         schema_version=1,
         kind="costs",
@@ -95,50 +97,54 @@ def costs_document(
         model=model,
         served=bench.served,
         load=bench.load,
+        repeats=bench.settings.repeats,
         costs=costs,
-        check=[
-            _check(name, quantity, costs[quantity], shape.layout, measured[name][quantity])
-            for name, shape in shapes.items()
-            if shape.role == "held_out"
-            for quantity in quantities
-        ],
+        check=[each for quantity in quantities for each in _left_out(quantity, shapes, values[quantity], widths)],
         models=[
             MeasuredModel(
                 name=name,
-                role=shape.role,
-                attention=[layer.attention for layer in shape.layout],
-                intermediate_size=[layer.intermediate_size for layer in shape.layout],
+                attention=[layer.attention for layer in layout],
+                intermediate_size=[layer.intermediate_size for layer in layout],
                 measured=measured[name],
             )
-            for name, shape in shapes.items()
+            for name, layout in shapes.items()
         ],
     )
 
 
 def _fitted(layouts: Mapping[str, Layout], values: Mapping[str, list[float]], widths: tuple[int, ...]) -> PartsRecord:
-    """Costs by repeat: what drifts from one repeat to the next is in all models of a repeat alike."""
-    repeats = zip(*(values[name] for name in layouts), strict=True)
-    return _recorded([fit_parts(list(layouts.values()), each, widths) for each in repeats])
+    fit = fit_parts(list(layouts.values()), [values[name] for name in layouts], widths)
+    error = ErrorRecord(covariance=fit.covariance.tolist(), degrees_of_freedom=fit.degrees_of_freedom)
+    return _recorded(fit.costs, error)
 
 
 def _kv(layout: Layout, measured: Measured, widths: tuple[int, ...]) -> PartsRecord:
     """A KV cache belongs to attentions alone."""
     [total] = measured["kv_bytes_per_token"]
     each = total / sum(layer.attention for layer in layout)
-    return _recorded([PartCosts(outside=0.0, attention=each, widths=widths, ffn=(0.0,) * len(widths))])
+    return _recorded(PartCosts(outside=0.0, attention=each, widths=widths, ffn=(0.0,) * len(widths)), None)
 
 
-def _recorded(repeats: list[PartCosts]) -> PartsRecord:
+def _recorded(costs: PartCosts, error: ErrorRecord | None) -> PartsRecord:
     return PartsRecord(
-        outside=[each.outside for each in repeats],
-        attention=[each.attention for each in repeats],
-        widths=list(repeats[0].widths),
-        ffn=[list(at_width) for at_width in zip(*(each.ffn for each in repeats), strict=True)],
+        outside=costs.outside, attention=costs.attention, widths=list(costs.widths), ffn=list(costs.ffn), error=error
     )
 
 
-def _check(model: str, quantity: str, costs: PartsRecord, layout: Layout, values: list[float]) -> CheckRecord:
-    predicted, measured = fmean(each.of(layout) for each in costs.repeats), fmean(values)
-    return CheckRecord(
-        model=model, quantity=quantity, predicted=predicted, measured=measured, error=predicted / measured - 1
-    )
+def _left_out(
+    quantity: str, layouts: Mapping[str, Layout], values: Mapping[str, list[float]], widths: tuple[int, ...]
+) -> list[CheckRecord]:
+    """Each model as the others predict it; a model without which they tell no cost apart is left out."""
+    found = []
+    for name, layout in layouts.items():
+        others = {other: each for other, each in layouts.items() if other != name}
+        if not tell_apart(list(others.values()), widths):
+            continue
+        fit = fit_parts(list(others.values()), [values[other] for other in others], widths)
+        predicted, measured = fit.costs.of(layout), fmean(values[name])
+        found.append(
+            CheckRecord(
+                model=name, quantity=quantity, predicted=predicted, measured=measured, error=predicted / measured - 1
+            )
+        )
+    return found

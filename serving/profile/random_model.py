@@ -39,14 +39,16 @@ def write_random_model(
     shapes = {name: info.shape for name, info in planned_checkpoint(shallow, layout).tensors.items()}
     largest = max(torch.Size(shape).numel() for shape in shapes.values())
     generator = torch.Generator().manual_seed(0)
-    numbers = (torch.randn(min(_NUM_RANDOM, largest), generator=generator) * _DEVIATION).to(dtype)
+    sequence = (torch.randn(min(_NUM_RANDOM, largest), generator=generator) * _DEVIATION).to(dtype)
+    twice = sequence.repeat(2)  # so that it can be read on from any place
 
     def load(name: str) -> torch.Tensor:
         shape = shapes[name]
         if len(shape) < 2:
             return torch.ones(shape, dtype=dtype)
-        size, start = torch.Size(shape).numel(), _place_of(name) % len(numbers)
-        return numbers.roll(-start).repeat(-(-size // len(numbers)))[:size].reshape(shape)
+        size, start = torch.Size(shape).numel(), _place_of(name) % len(sequence)
+        read_on = twice[start : start + min(size, len(sequence))]
+        return read_on.repeat(-(-size // len(sequence)))[:size].reshape(shape)
 
     write_weights(directory, {name: (shape, dtype) for name, shape in shapes.items()}, load)
 

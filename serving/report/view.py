@@ -12,7 +12,9 @@ from serving.report.quality import evaluation_view
 from serving.report.speed import benchmark_view
 from serving.report.translate import Say
 from serving.saved_json import Source, fields_of
+from toolchain.plan.bought import bought, timed
 from toolchain.plan.document import PlanDocument
+from toolchain.plan.target_record import TargetRecord, TargetValue
 from toolchain.plan.views import sources_of
 from toolchain.significance import normal_margin
 
@@ -34,6 +36,7 @@ def build_view(inputs: ReportInputs, say: Say) -> dict[str, Any]:
         "quality": quality,
         "evaluation": evaluation_view(inputs.evaluations, say),
         "layers": _layers(inputs, say) if inputs.plan else None,
+        "bought": _bought(document.target, say) if document and document.target else None,
         "trace": _trace(document, say) if document and document.trace else None,
         "benchmarks": benchmarks,
         "verifications": [_verification(source, say) for source in inputs.verifications],
@@ -247,6 +250,47 @@ def _two_removals(source: Source) -> dict[str, Any] | None:
             "before": f"{found['metric_without_removals']:.4g}",
             "after": f"{found['metric_with_removals']:.4g}",
         }
+
+
+def _bought(target: TargetRecord, say: Say) -> dict[str, Any] | None:
+    """What was asked for, predicted and measured, and what each kind of part costs before and after."""
+    parts = bought(target)
+    if not parts or target.followed is None:
+        return None
+    names = {"outside": say("outside of the layers"), "attention": say("attentions"), "ffn": say("FFN neurons")}
+    return {
+        "served": target.served,
+        "met": target.met,
+        "values": [
+            {
+                "asked": value.asked,
+                **{
+                    name: _with_interval(value, name) if getattr(value, name) is not None else say("not measured")
+                    for name in ("predicted", "measured")
+                },
+            }
+            for value in target.followed.values
+        ],
+        "timed": timed(target),
+        "parts": [
+            {
+                "name": names[each.part],
+                "count": "" if each.part == "outside" else f"{each.count_before:,} → {each.count_after:,}",
+                "ms": f"{each.ms_before:.4g} → {each.ms_after:.4g}",
+                "kv": f"{each.kv_before:,.0f} → {each.kv_after:,.0f}",
+                "damage": f"{each.damage:.3g}" if each.damage else "",
+                "ms_per_nat": "" if each.ms_per_nat is None else f"{each.ms_per_nat:.3g}",
+                "kv_per_nat": f"{each.kv_per_nat:,.0f}" if each.kv_per_nat else "",
+            }
+            for each in parts
+        ],
+    }
+
+
+def _with_interval(value: TargetValue, name: str) -> str:
+    low, high = getattr(value, f"{name}_low"), getattr(value, f"{name}_high")
+    interval = "" if low is None else f" ({low:.4g}–{high:.4g})"
+    return f"{getattr(value, name):.4g} {value.unit}{interval}"
 
 
 def _trace(document: PlanDocument, say: Say) -> dict[str, Any]:

@@ -95,3 +95,10 @@ def _empty(name: str) -> SenteiError:
 def _shown(parameter: Any) -> str:
     """An option as it is written, or an argument's name."""
     return max(parameter.opts, key=len) if parameter.param_type_name == "option" else str(parameter.metavar)
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option, by its parameter's name, stands on the command line."""
+    source = context.get_parameter_source(name)
+    # By name: Typer brings a click of its own, whose enumeration is not that of click.
+    return source is not None and source.name == "COMMANDLINE"

@@ -222,6 +222,28 @@ def _show_reasons(console: Console, found: dict[str, Any]) -> None:
             f"  The least important kept has {ffn['least_kept']:.4g}, the most important removed "
             f"{ffn['most_removed']:.4g}."
         )
+    if found["bought"] is not None:
+        _show_bought(console, found["bought"])
+
+
+def _show_bought(console: Console, found: dict[str, Any]) -> None:
+    """What the layer's parts cost, and what was saved for which damage."""
+    console.print(f"Of {found['timed']} ({found['served']}), by the target's costs:")
+    for part, what in (("attention", "attentions"), ("ffn", "neurons")):
+        each = found[part]
+        line = f"  {part}: {each['ms_before']:.4g} ms"
+        if each["kv_before"]:
+            line += f" and {each['kv_before']:,.0f} bytes of KV cache per token"
+        if each["count_after"] == each["count_before"]:
+            console.print(f"{line}, kept whole", soft_wrap=False)
+            continue
+        line += f" → {each['ms_after']:.4g} ms without {each['count_before'] - each['count_after']} {what}"
+        if each["ms_per_nat"] is not None:
+            line += f", for {each['damage']:.3g} nats per token: {each['ms_per_nat']:.3g} ms per nat"
+            line += f" and {each['kv_per_nat']:,.0f} bytes of KV cache" if each["kv_before"] else ""
+        else:
+            line += ", for no damage"
+        console.print(line, soft_wrap=False)
 
 
 def _show(console: Console, plan: "PruningPlan") -> None:

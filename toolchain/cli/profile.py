@@ -33,11 +33,12 @@ from toolchain.errors import SenteiError
 from toolchain.outputs import writes_file
 
 if TYPE_CHECKING:
-    from toolchain.costs.document import CostsDocument
+    from toolchain.costs.document import CostsDocument, PartsRecord
 
 _LOAD = "Load"
 # What one part costs is the small difference of two models: more is asked of each than in a benchmark of two.
 _BATCHES = 4
+_REPEATS = {"onnx": 3, "vllm": 1}
 Export = Callable[[Path, Path], object]
 
 
@@ -64,7 +65,9 @@ def profile(
     num_prompts: Annotated[
         int | None, typer.Option(help="Requests per repeat (4 times --concurrency).", rich_help_panel=_LOAD)
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Alternating runs of each model; at least 3.")] = 3,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Starts of each model (1 of a vLLM server, 3 of an ONNX export).")
+    ] = None,
     precision: Annotated[
         Precision | None,
         typer.Option(help="Precision of the ONNX export, as for sentei export onnx (fp32 on cpu, fp16 on cuda)."),
@@ -103,7 +106,7 @@ def profile(
             concurrency=[in_flight],
             num_prompts=num_prompts or _BATCHES * in_flight,
         ),
-        repeats=repeats,
+        repeats=repeats or _REPEATS[engine.value],
         device=(device or OnnxDevice.cpu).value if engine is ProfileEngine.onnx else "auto",
         dtype=None if dtype == "auto" else dtype,
         engine_options=engine_option or (),
@@ -144,22 +147,20 @@ def _show(console: Console, out: Path, document: "CostsDocument") -> None:
         table.add_column(name, justify="right")
     widths = costs[shown[0]].widths
     labels = ["outside of the layers", "one attention", *(f"one FFN of {width}" for width in widths)]
-    columns = [[costs[name].outside, costs[name].attention, *costs[name].ffn] for name in shown]
-    for label, *repeats in zip(labels, *columns, strict=True):
-        table.add_row(label, *map(_interval, repeats))
+    for place, label in enumerate(labels):
+        table.add_row(label, *(_interval(costs[name], place) for name in shown))
     console.print(table)
     for name in shown:
         errors = [abs(each.error) for each in document.check if each.quantity == name]
-        console.print(
-            f"  {name}: models that no cost was fitted to were predicted within {median(errors):.1%} (median) and "
-            f"{max(errors):.1%} (worst)"
-        )
+        if errors:
+            console.print(
+                f"  {name}: each model, predicted by costs fitted to the others, came out within {median(errors):.1%} "
+                f"(median) and {max(errors):.1%} (worst)"
+            )
 
 
-def _interval(values: list[float]) -> str:
-    from toolchain.costs.document import interval_of
-
-    found = interval_of(values)
-    assert found.low is not None
-    assert found.high is not None
-    return f"{found.value:.4g} ± {(found.high - found.low) / 2:.2g}"
+def _interval(record: "PartsRecord", place: int) -> str:
+    """One cost with its interval, as in the table."""
+    values = [record.outside, record.attention, *record.ffn]
+    margin = record.margin([float(number == place) for number in range(len(values))])
+    return f"{values[place]:.4g}" + (f" ± {margin:.2g}" if margin is not None else "")

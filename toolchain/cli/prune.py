@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from toolchain.cli.arguments import is_given
 from toolchain.cli.console import Output, compute_dtype, pick_device, window_length
 from toolchain.cli.options import (
     COMPUTING,
@@ -40,7 +41,7 @@ from toolchain.cli.options import (
 from toolchain.cli.profile import onnx_export
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
-from toolchain.plan.summary_words import limit_in_words, target_in_words, two_removals_in_words
+from toolchain.plan.summary_words import bought_in_words, limit_in_words, target_in_words, two_removals_in_words
 from toolchain.prune.methods import DEFAULT, METHODS, MethodName, PruningMethod
 
 if TYPE_CHECKING:
@@ -50,13 +51,6 @@ if TYPE_CHECKING:
 # More plans than anybody looks at; each takes a search.
 MAX_SPARSITIES = 100
 _TARGET, _TEXT, _SEARCH, _LIMIT = "Target", "Calibration", "Search", "Limit"
-
-
-class AllocationMode(StrEnum):
-    """Who decides how many attentions go."""
-
-    formula = "formula"
-    auto = "auto"
 
 
 class Widths(StrEnum):
@@ -132,17 +126,12 @@ def prune(
             rich_help_panel=_TARGET,
         ),
     ] = None,
-    allocation: Annotated[
-        AllocationMode,
-        typer.Option(
-            help="Attentions to remove: the published formula (fewer with --widths ranked), or by measured damage (for "
-            "grouped-query attention).",
-            rich_help_panel=_TARGET,
-        ),
-    ] = AllocationMode.formula,
     attention_removals: Annotated[
         int | None,
-        typer.Option(help="Number of attentions to remove, instead of --allocation.", rich_help_panel=_TARGET),
+        typer.Option(
+            help="Attentions to remove, instead of the published formula's number (fewer with --widths ranked).",
+            rich_help_panel=_TARGET,
+        ),
     ] = None,
     widths: Annotated[
         Widths | None,
@@ -178,9 +167,12 @@ def prune(
     ] = "perplexity",
     chat_template: Annotated[bool, chat_template_option("the questions of --metric accuracy", panel=_SEARCH)] = False,
     search: Annotated[
-        SearchKind,
-        typer.Option(help="exact, or racing: several times faster, nearly the same.", rich_help_panel=_SEARCH),
-    ] = SearchKind.exact,
+        SearchKind | None,
+        typer.Option(
+            help="exact, or racing: several times faster, nearly the same. Exact unless --target is given.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
     resume: Annotated[bool, resume_option("search", panel=_SEARCH)] = False,
     max_degradation: Annotated[
         float | None,
@@ -244,12 +236,11 @@ def prune(
         align=align,
         tensor_parallel=tensor_parallel,
         attention_removals=attention_removals,
-        allocation=allocation.value,
         device=picked_device,
         dtype=compute_dtype(dtype, picked_device, checkpoint.dtype),
         seed=seed,
         protected=parse_protected(protect or []),
-        search=search.value,
+        search=(search or _usual_search(target, metric)).value,
         metric=metric,
         chat_template=chat_template,
         limit=LimitSettings(max_degradation=max_degradation, max_metric=max_metric, min_metric=min_metric),
@@ -281,12 +272,12 @@ def prune(
 def _check_options(context: typer.Context, method: PruningMethod) -> None:
     """Refuses options that the method does not know."""
 
-    unknown = [name for name in method.unknown_options if _is_given(context, name)]
+    unknown = [name for name in method.unknown_options if is_given(context, name)]
     unknown += [name for name, value in method.fixed_options.items() if context.params[name] not in (None, value)]
     if unknown:
         option = unknown[0].replace("_", "-")
         raise SenteiError(f"--method {method.name} {method.refusal} --{option}.", method.way_out)
-    if not method.has_budget and _is_given(context, "evopress_budget"):
+    if not method.has_budget and is_given(context, "evopress_budget"):
         raise SenteiError("--evopress-budget is for --method evopress.", "Leave one out, or add the other.")
 
 
@@ -299,16 +290,23 @@ def _check_target_options(context: typer.Context, target: list[str] | None, cost
         )
     if target is None:
         return
-    for name in ("attention_removals", "allocation", "widths"):
-        if _is_given(context, name):
+    for name in ("attention_removals", "widths"):
+        if is_given(context, name):
             option = name.replace("_", "-")
             raise SenteiError(f"--target chooses what --{option} says.", "Give one of them.")
     for name in ("max_degradation", "max_metric", "min_metric"):
-        if _is_given(context, name):
+        if is_given(context, name):
             option = name.replace("_", "-")
             raise SenteiError(
                 f"--{option} would stop before --target is met.", "Give one of them; the curve shows the damage."
             )
+
+
+def _usual_search(target: list[str] | None, metric: str) -> SearchKind:
+    """A target may take many attentions, which an exact search would look for longer than all the rest takes."""
+    from toolchain.metrics.choose import TOKEN_METRICS
+
+    return SearchKind.racing if target is not None and metric in TOKEN_METRICS else SearchKind.exact
 
 
 def _aim(targets: list[str], costs: Path, checkpoint: "Checkpoint", output: Output) -> "Aim":
@@ -323,12 +321,6 @@ def _aim(targets: list[str], costs: Path, checkpoint: "Checkpoint", output: Outp
     export = onnx_export(served.precision, served.device)
     bench = bench_as_profiled(read.document, checkpoint, export=export, on_progress=output.note)
     return Aim(targets=parsed, costs=read, measure=partial(measure_models, bench))
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    # By name: Typer brings a click of its own, whose enumeration is not that of click.
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _sparsities(sparsity: float | None, sweep: str | None, target: list[str] | None) -> list[float]:
@@ -433,6 +425,8 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     console.print(f"  attention    removed in layers {removed}")
     for line in target_in_words(summary.get("target")):
         console.print(f"  target       {line}")
+    for line in bought_in_words(summary.get("target")):
+        console.print(f"    {line}")
     if found := summary.get("two_removals"):
         console.print(f"  KV cache     {two_removals_in_words(found)}")
     if damage["pruned"] is None:

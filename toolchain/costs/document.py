@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from toolchain.architecture.layout import LARGEST, MOST_LAYERS, LayerLayout
@@ -16,7 +17,7 @@ from toolchain.costs.parts import PartCosts
 from toolchain.documents import Document, Number, Record, check_document
 from toolchain.errors import SenteiError
 from toolchain.json_files import parse_json, read_bytes
-from toolchain.significance import compare_means
+from toolchain.significance import t_margin
 
 # Milliseconds, each with the load's requests in flight. Sums over the parts of a model, as bytes are.
 TIMES = ("ttft_ms", "tpot_ms", "ms_per_output_token")
@@ -24,6 +25,10 @@ BYTES = ("weight_bytes", "kv_bytes_per_token")
 # Far above what any part takes, in milliseconds or bytes, and far below what a whole model does.
 _MOST, _LEAST = 1e15, 1e-9
 Cost = Annotated[float, Field(ge=0, le=_MOST)]
+Covariance = Annotated[float, Field(ge=-(_MOST**2), le=_MOST**2)]
+_MOST_WIDTHS = 64
+# Of a gain's interval; beyond it there is no number.
+_LARGEST_EXPONENT = 300.0
 _AGAIN = "Write it again with sentei profile."
 
 
@@ -71,7 +76,6 @@ class MeasuredModel(Record):
     """A model of random weights: each layer's shape, and what it cost, one number a repeat; bytes have one."""
 
     name: str
-    role: Literal["fitted", "held_out"]
     attention: list[bool]
     intermediate_size: list[int]
     measured: dict[str, list[Number]]
@@ -83,44 +87,46 @@ class MeasuredModel(Record):
         return tuple(LayerLayout(attention=attention, intermediate_size=width) for attention, width in pairs)
 
 
-class PartsRecord(Record):
-    """What each part costs, one number a repeat; see :class:`toolchain.costs.parts.PartCosts`.
+class ErrorRecord(Record):
+    """How far costs can be trusted: the covariance of outside, attention and each width's FFN, in their unit squared.
 
-    ``ffn`` has a list a width. Each repeat is fitted alone, so that what drifts from one to the next shows as spread
-    and not as cost.
+    It is estimated from what the measurements differ from the fit, with so many degrees of freedom; see
+    :func:`toolchain.costs.parts.fit_parts`.
     """
 
-    outside: list[Cost] = Field(min_length=1)
-    attention: list[Cost]
-    widths: list[int] = Field(min_length=2)
-    ffn: list[list[Cost]]
+    covariance: list[list[Covariance]] = Field(max_length=_MOST_WIDTHS + 2)
+    degrees_of_freedom: int = Field(ge=1)
+
+
+class PartsRecord(Record):
+    """What each part costs; see :class:`toolchain.costs.parts.PartCosts`. ``error`` is null for what is counted."""
+
+    outside: Cost
+    attention: Cost
+    widths: list[int] = Field(min_length=2, max_length=_MOST_WIDTHS)
+    ffn: list[Cost]
+    error: ErrorRecord | None
 
     @property
-    def repeats(self) -> list[PartCosts]:
-        """The costs as each repeat has them."""
-        return [
-            PartCosts(
-                outside=self.outside[repeat],
-                attention=self.attention[repeat],
-                widths=tuple(self.widths),
-                ffn=tuple(each[repeat] for each in self.ffn),
-            )
-            for repeat in range(len(self.outside))
-        ]
+    def parts(self) -> PartCosts:
+        """For computing."""
+        return PartCosts(outside=self.outside, attention=self.attention, widths=tuple(self.widths), ffn=tuple(self.ffn))
 
-    @property
-    def mean(self) -> PartCosts:
-        """The mean over repeats."""
-        return PartCosts(
-            outside=fmean(self.outside),
-            attention=fmean(self.attention),
-            widths=tuple(self.widths),
-            ffn=tuple(fmean(each) for each in self.ffn),
-        )
+    def margin(self, counts: Sequence[float]) -> float | None:
+        """Half the width of the 95 % interval of a sum of costs; ``None`` for what is counted.
+
+        Args:
+            counts: How often each cost is in the sum, ordered as the covariance is.
+        """
+        if self.error is None:
+            return None
+        weights = np.asarray(counts, np.float64)
+        variance = float(weights @ np.asarray(self.error.covariance, np.float64) @ weights)
+        return t_margin(math.sqrt(max(variance, 0.0)), self.error.degrees_of_freedom)
 
 
 class IntervalRecord(Record):
-    """A value with its 95 % interval; null where one repeat gives none."""
+    """A value with its 95 % interval; null where there is none."""
 
     value: float
     low: float | None
@@ -128,7 +134,7 @@ class IntervalRecord(Record):
 
 
 class CheckRecord(Record):
-    """A model that no cost was fitted to: predicted and measured, and the error as a share of what was measured."""
+    """A model as costs predict it that were fitted to the others alone; the error is a share of what was measured."""
 
     model: str
     quantity: str
@@ -149,18 +155,31 @@ class CostsDocument(Document):
     model: ShapedModel
     served: Served
     load: Load
+    repeats: int = Field(ge=1)
     costs: dict[str, PartsRecord]
     check: list[CheckRecord]
     models: list[MeasuredModel]
 
     def predicted(self, quantity: str, layout: Sequence[LayerLayout]) -> IntervalRecord:
-        """What a model costs, with the interval that the repeats give."""
-        return interval_of([parts.of(layout) for parts in self.costs[quantity].repeats])
+        """What a model costs."""
+        record = self.costs[quantity]
+        parts = record.parts
+        value, margin = parts.of(layout), record.margin(parts.counts(layout).tolist())
+        if margin is None:
+            return IntervalRecord(value=value, low=None, high=None)
+        return IntervalRecord(value=value, low=max(0.0, value - margin), high=value + margin)
 
     def predicted_gain(self, quantity: str, layout: Sequence[LayerLayout]) -> IntervalRecord:
-        """How many times less it costs than the unpruned model; what is the same in both drifts alike."""
-        whole = self.whole
-        return interval_of([parts.of(whole) / parts.of(layout) for parts in self.costs[quantity].repeats])
+        """How many times less it costs than the unpruned model; an error that both share makes no difference."""
+        record = self.costs[quantity]
+        parts, whole = record.parts, self.whole
+        before, after = parts.of(whole), parts.of(layout)
+        # Of the logarithm, to first order.
+        margin = record.margin((parts.counts(whole) / before - parts.counts(layout) / after).tolist())
+        if margin is None:
+            return IntervalRecord(value=before / after, low=None, high=None)
+        factor = math.exp(min(margin, _LARGEST_EXPONENT))
+        return IntervalRecord(value=before / after, low=before / after / factor, high=before / after * factor)
 
     @property
     def whole(self) -> tuple[LayerLayout, ...]:
@@ -176,12 +195,6 @@ class Costs:
     document: CostsDocument
     file: Path
     sha256: str
-
-
-def interval_of(values: Sequence[float]) -> IntervalRecord:
-    """The mean with its t-interval."""
-    found = compare_means(values)
-    return IntervalRecord(value=found.value, low=found.low, high=found.high)
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
@@ -202,16 +215,17 @@ def read_costs(path: Path) -> Costs:
     for quantity, parts in document.costs.items():
         where = f"{path}: costs of {quantity}"
         _check_parts(where, parts, document.model.intermediate_size)
-        if quantity in TIMES and min(each.outside + each.ffn[0] for each in parts.repeats) < _LEAST:
+        if quantity in TIMES and parts.outside + parts.ffn[0] < _LEAST:
             raise SenteiError(f"{where}: a model without attentions would cost nothing.", _AGAIN)
     return Costs(document=document, file=path, sha256=hashlib.sha256(content).hexdigest())
 
 
 def _check_parts(where: str, parts: PartsRecord, full: int) -> None:
-    lists = [parts.outside, parts.attention, *parts.ffn]
-    if len(parts.ffn) != len(parts.widths) or any(len(each) != len(parts.outside) for each in lists):
-        raise SenteiError(f"{where} do not have a number for each width and repeat.", _AGAIN)
+    if len(parts.ffn) != len(parts.widths):
+        raise SenteiError(f"{where} do not have a number for each width.", _AGAIN)
+    if parts.error and {len(parts.error.covariance), *map(len, parts.error.covariance)} != {2 + len(parts.widths)}:
+        raise SenteiError(f"{where}: their covariance has not as many rows and columns as there are costs.", _AGAIN)
     if parts.widths[0] < 1 or parts.widths[-1] != full or sorted(set(parts.widths)) != parts.widths:
         raise SenteiError(f"{where}: widths must ascend from 1 or more to {full}.", _AGAIN)
-    if any(wide < narrow for pair in pairwise(parts.ffn) for narrow, wide in zip(*pair, strict=True)):
+    if any(wide < narrow for narrow, wide in pairwise(parts.ffn)):
         raise SenteiError(f"{where} fall as an FFN gets wider.", _AGAIN)

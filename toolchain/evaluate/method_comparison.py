@@ -27,7 +27,7 @@ from toolchain.plan.plan import load_plan
 from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE, PruningSummary
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.methods import METHODS
-from toolchain.prune.pipeline import possible_allocations, prune
+from toolchain.prune.pipeline import allocation_of, prune
 from toolchain.prune.settings import PruneSettings
 from toolchain.significance import check_statistics
 from toolchain.text.sources import Text, text_files
@@ -79,7 +79,7 @@ def compare_methods(asked: Comparison, work: Path, *, progress: Progress = no_pr
     """
     cells = _cells(asked)
     for _, settings in cells:
-        possible_allocations(asked.model, settings)
+        allocation_of(asked.model, settings)
     check_statistics("eval")
     parts = Parts(work)
     # Before anything is pruned: all that is wrong with texts and tasks is found here.

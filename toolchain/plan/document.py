@@ -208,8 +208,9 @@ class PlanDocument(_Record):
     are empty and 0 until they are known); then what was found. ``metric_source_sha256`` is over the metric's questions.
     ``method`` is its name alone; ``compensation`` says whether the plan compensates. ``allocation``, ``widths`` and
     ``search`` are choices of the two-stage search, and null for methods that remove whole blocks; ``evopress_budget``
-    is null for all methods but EvoPress. ``target`` is null, and not written, where a sparsity was asked for; otherwise
-    ``target_sparsity`` follows from it.
+    is null for all methods but EvoPress. ``allocation`` says who chose the number of attentions: ``formula``, ``given``
+    or ``target``; in plans of earlier versions also ``auto``, by measured damage. ``target`` is null, and not written,
+    where a sparsity was asked for; otherwise ``target_sparsity`` follows from it.
     """
 
     schema_version: Literal[2]

@@ -2,6 +2,12 @@
 
 from typing import Any
 
+from toolchain.plan.bought import bought, timed
+from toolchain.plan.target_record import TargetRecord
+
+# What a kind of part is called.
+NAMES = {"outside": "no layer's", "attention": "attentions", "ffn": "FFN neurons"}
+
 
 def limit_in_words(limit: dict[str, Any]) -> str:
     """What was accepted, what there is, and on what it was measured.
@@ -35,6 +41,30 @@ def target_in_words(target: dict[str, Any] | None) -> list[str]:
         + f" ({target['served']}){missed}"
         for value in target["rounds"][target["taken"]]["values"]
     ]
+
+
+def bought_in_words(target: dict[str, Any] | None) -> list[str]:
+    """What each kind of part costs before and after, and what was bought with what; aligned lines.
+
+    Args:
+        target: ``target`` of ``pruning_summary.json``.
+    """
+    if target is None:
+        return []
+    record = TargetRecord.model_validate(target)
+    lines = []
+    for each in bought(record):
+        line = f"{NAMES[each.part]:<12} {each.ms_before:.4g} ms"
+        if each.part != "outside":
+            line = f"{NAMES[each.part]:<12} {each.count_before:,} → {each.count_after:,}: "
+            line += f"{each.ms_before:.4g} → {each.ms_after:.4g} ms"
+        if each.ms_per_nat is not None:
+            kv = f" and {each.kv_per_nat:,.0f} KV bytes" if each.kv_per_nat else ""
+            line += f", {each.damage:.3g} nats: {each.ms_per_nat:.3g} ms{kv} per nat"
+        elif each.count_after < each.count_before:
+            line += ", no damage"
+        lines.append(line)
+    return [f"by part, {timed(record)}; damage before compensation:", *lines] if lines else []
 
 
 def _with_interval(value: dict[str, Any], kind: str) -> str:

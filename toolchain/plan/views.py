@@ -1,10 +1,13 @@
 """What plans say when asked: how two differ, and why a layer is as it is."""
 
+import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from toolchain.errors import SenteiError
+from toolchain.plan.bought import bought_of_layer, timed
 from toolchain.plan.document import CalibrationRecord, PlanDocument, Removal
 from toolchain.plan.plan import PruningPlan
 
@@ -63,6 +66,9 @@ def reasons(plan: PruningPlan, layer: int) -> dict[str, Any]:
         far as it looks at them one by one; ``None`` for 2SSP.
         ``ffn``: ``intermediate_size`` of ``full``, ``protected``, ``importance_kept`` (the kept neurons' share of the
         layer's summed squared scores), ``least_kept`` and ``most_removed`` (scores; ``None`` where there is none).
+        ``bought``: where the plan was made for a target, which time is meant (``timed``) and, for the layer's
+        ``attention`` and ``ffn``, what :class:`toolchain.plan.bought.Bought` has, with ``ms_per_nat`` and
+        ``kv_per_nat``; else ``None``.
 
     Raises:
         SenteiError: There is no such layer.
@@ -90,7 +96,34 @@ def reasons(plan: PruningPlan, layer: int) -> dict[str, Any]:
             "least_kept": float(scores[kept].min()) if len(kept) else None,
             "most_removed": float(scores[removed].max()) if len(removed) else None,
         },
+        "bought": _bought(document, layer, len(kept)),
     }
+
+
+def _bought(document: PlanDocument, layer: int, width: int) -> dict[str, Any] | None:
+    target = document.target
+    if target is None or target.followed is None or layer >= len(target.followed.ffn_damage):
+        return None
+    attends = document.layers[layer].attention == "keep"
+    found = bought_of_layer(
+        target, layer, width=width, attends=attends, damage=0.0 if attends else _nats_of(document, layer)
+    )
+    return {
+        "timed": timed(target),
+        "served": target.served,
+        **{each.part: {**asdict(each), "ms_per_nat": each.ms_per_nat, "kv_per_nat": each.kv_per_nat} for each in found},
+    }
+
+
+def _nats_of(document: PlanDocument, layer: int) -> float:
+    """What the search saw the removal of an attention do, after those before it; 0 where it saw none."""
+    before = document.metric_after_stage_1
+    for step in document.trace:
+        if step.removed == layer:
+            # Other metrics are differences already, or no nats: what they changed by stands for the damage.
+            return math.log(step.metric / before) if document.metric == "perplexity" else abs(step.metric - before)
+        before = step.metric
+    return 0.0
 
 
 def _first_look(document: PlanDocument, layer: int) -> dict[str, float] | None:

@@ -17,7 +17,7 @@ from toolchain.errors import SenteiError
 from toolchain.model.context_length import context_length
 from toolchain.outputs import START_OVER, write_text
 from toolchain.parts_cache import digest_of
-from toolchain.plan.target_record import TargetRecord, TargetRound, TargetValue
+from toolchain.plan.target_record import PartCostsRecord, TargetRecord, TargetRound, TargetValue
 from toolchain.progress import Progress
 from toolchain.prune.budget.allocation import Protected
 from toolchain.prune.budget.least_damage import Choice, least_damage
@@ -90,6 +90,12 @@ def blank_record(aim: Aim) -> TargetRecord:
         asked=[each.asked for each in aim.targets],
         costs_sha256=aim.costs.sha256,
         served=f"{document.served.engine}, {document.load.in_words}",
+        costs={
+            quantity: PartCostsRecord(
+                outside=parts.outside, attention=parts.attention, widths=parts.widths, ffn=parts.ffn
+            )
+            for quantity, parts in document.costs.items()
+        },
     )
 
 
@@ -159,6 +165,8 @@ def _tried(aim: Aim, damages: Predicted, choice: Choice, directory: Path, *, tim
         intermediate_size=list(choice.widths),
         removed_attention=removed,
         predicted_damage=damages.damages.of(choice),
+        ffn_damage=damages.damages.of_ffns(choice),
+        attention_damage=damages.damages.attentions[choice.num_removals],
         values=values,
     )
 

@@ -20,7 +20,7 @@ class MethodName(StrEnum):
 DEFAULT_NAME = "sentei"
 # Only the two-stage search knows these; the methods that remove whole blocks take none of them.
 _TWO_STAGE_OPTIONS = (
-    "sweep", "target", "costs", "align", "tensor_parallel", "compensate", "allocation", "attention_removals", "widths",
+    "sweep", "target", "costs", "align", "tensor_parallel", "compensate", "attention_removals", "widths",
     "protect", "metric", "chat_template", "search", "max_degradation", "max_metric", "min_metric", "limit_metric",
 )  # fmt: skip
 
@@ -68,7 +68,7 @@ _TABLE = (
         # The published code reads text without special tokens, whatever the tokenizer adds.
         settings={"method": MethodName.two_ssp.value, "as_served": False},
         unknown_options=("target", "costs"),
-        fixed_options={"compensate": False, "allocation": "formula", "widths": "uniform"},
+        fixed_options={"compensate": False, "widths": "uniform"},
         refusal="is the published method, which knows no",
         way_out="Leave one of them out.",
     ),

@@ -1,7 +1,7 @@
 """The main job: measure → plan → checkpoint."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +42,6 @@ from toolchain.prune.budget.allocation import (
     allocate,
     alpha_of,
     block_parameters,
-    reachable_allocations,
 )
 from toolchain.prune.budget.limits import limit_asked
 from toolchain.prune.memory_needed import check_memory, device_map_within
@@ -63,7 +62,7 @@ class Job:
     Attributes:
         checkpoint: The unpruned model.
         settings: As the plan records them.
-        allocations: See :func:`possible_allocations`.
+        allocation: See :func:`allocation_of`.
         windows: Calibration.
         metric: Decides what is removed.
         limit_metric: What the limit looks at, if that is another metric or other windows.
@@ -73,7 +72,7 @@ class Job:
 
     checkpoint: Checkpoint
     settings: PruneSettings
-    allocations: Sequence[Allocation]
+    allocation: Allocation | None
     windows: TokenWindows
     metric: Metric
     limit_metric: Metric | None
@@ -96,7 +95,7 @@ class Job:
             sizes=block_parameters(self.checkpoint),
             windows=self.windows.ids,
             metric=self.metric,
-            allocations=self.allocations,
+            allocation=self.allocation,
             limit_metric=self.limit_metric,
             save=state.save,
             progress=progress,
@@ -271,7 +270,7 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str, 
     """
     checkpoint = opened(model)
     check_window(checkpoint.directory, checkpoint.config, settings.seq_len)
-    allocations = possible_allocations(checkpoint, settings)
+    allocation = allocation_of(checkpoint, settings)
     if not settings.spread:
         check_memory(checkpoint, settings, processes=ranks.num_sharing(torch.device(settings.device)))
     settings = _as_recorded(checkpoint, settings)
@@ -296,7 +295,7 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str, 
     elif name != settings.metric:
         limit_metric = chosen(name, windows.first_of_each)
     _check_combination(settings, metric, limit_metric)
-    blank = _blank_plan(checkpoint, settings, allocations, windows, metric, model_name)
+    blank = _blank_plan(checkpoint, settings, allocation, windows, metric, model_name)
     blank = blank.model_copy(update={"limit": limit_asked(settings.limit, limit_metric or metric, apart)})
     kind = settings.device.partition(":")[0]
     computing = {"device": kind, "offload": settings.offload, "spread": settings.spread}
@@ -304,15 +303,15 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str, 
     # Ranks agree on where the layers go, which they can when they are known to do the same.
     device_map = device_map_within(checkpoint, settings, ranks) if settings.spread else None
     return Job(
-        checkpoint=checkpoint, settings=settings, allocations=allocations, windows=windows, metric=metric,
+        checkpoint=checkpoint, settings=settings, allocation=allocation, windows=windows, metric=metric,
         limit_metric=limit_metric, blank=blank, device_map=device_map,
     )  # fmt: skip
 
 
-def possible_allocations(checkpoint: Checkpoint, settings: PruneSettings) -> list[Allocation]:
-    """The ways to split the target: one, or several that measured damage will choose from.
+def allocation_of(checkpoint: Checkpoint, settings: PruneSettings) -> Allocation | None:
+    """How the sparsity is split between attentions and FFNs.
 
-    A method that removes whole blocks has none, and is checked all the same; so is a target, for which a shape is
+    A method that removes whole blocks splits nothing, and is checked all the same; so is a target, for which a shape is
     chosen later.
 
     Raises:
@@ -321,27 +320,19 @@ def possible_allocations(checkpoint: Checkpoint, settings: PruneSettings) -> lis
     sizes = block_parameters(checkpoint)
     if settings.of_method.removes_blocks:
         num_blocks_to_remove(sizes.num_hidden_layers, settings.sparsity)
-        return []
+        return None
     align = width_unit(checkpoint, align=settings.align, tensor_parallel=settings.tensor_parallel)
     if settings.aim is not None:
         check_aim(settings.aim, checkpoint, align=align, protected=settings.protected)
-        return []
-    if settings.allocation == "auto":
-        possible = reachable_allocations(sizes, settings.sparsity, align=align, protected=settings.protected)
-        if possible:
-            return possible
-    # Where no number of removals will do, the formula's says what is in the way.
-    asked = settings.attention_removals if settings.allocation != "auto" else None
-    return [
-        allocate(
-            sizes,
-            settings.sparsity,
-            align=align,
-            alpha=alpha_of(settings.widths),
-            attention_removals=asked,
-            protected=settings.protected,
-        )
-    ]
+        return None
+    return allocate(
+        sizes,
+        settings.sparsity,
+        align=align,
+        alpha=alpha_of(settings.widths),
+        attention_removals=settings.attention_removals,
+        protected=settings.protected,
+    )
 
 
 def _as_recorded(checkpoint: Checkpoint, settings: PruneSettings) -> PruneSettings:
@@ -365,8 +356,6 @@ def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None
         raise SenteiError(f"--search racing cannot race by {settings.metric}.", "Race by perplexity or kl.")
     if settings.compensate and settings.num_samples < 2:
         raise SenteiError("Compensation needs at least 2 calibration windows.", "Raise --samples or --no-compensate.")
-    if settings.allocation == "auto" and settings.attention_removals is not None:
-        raise SenteiError("--allocation auto chooses what --attention-removals says.", "Give one of them.")
 
 
 def _allocation(settings: PruneSettings) -> str | None:
@@ -375,21 +364,21 @@ def _allocation(settings: PruneSettings) -> str | None:
         return None
     if settings.aim is not None:
         return "target"
-    return settings.allocation if settings.attention_removals is None else "given"
+    return "formula" if settings.attention_removals is None else "given"
 
 
 def _blank_plan(
     checkpoint: Checkpoint,
     settings: PruneSettings,
-    allocations: Sequence[Allocation],
+    allocation: Allocation | None,
     windows: TokenWindows,
     metric: Metric,
     model_name: str,
 ) -> PlanDocument:
     """The plan a search begins with: where it comes from and where it wants to go."""
-    two_stage, published = not settings.of_method.removes_blocks, None
-    if two_stage and not settings.aim and settings.allocation == "formula" and settings.widths == "uniform":
-        [published] = allocations
+    two_stage = not settings.of_method.removes_blocks
+    # Ranked widths are known once gradients are.
+    published = allocation if settings.widths == "uniform" else None
     return PlanDocument(
         schema_version=SCHEMA_VERSION,
         sentei_version=version("sentei"),

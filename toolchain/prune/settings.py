@@ -44,9 +44,7 @@ class PruneSettings:
         num_samples: Calibration windows; stage 2 uses the first of each text.
         seq_len: Tokens a window.
         align: FFN widths on each rank are multiples of this; 1, on a single rank, gives the published widths.
-        attention_removals: Overrides the published formula.
-        allocation: How many attentions go: ``formula``, as published but for ranked widths' own ``alpha``, or ``auto``,
-            by measured damage.
+        attention_removals: Overrides the published formula, whose ``alpha`` is another one for ranked widths.
         widths: Of the FFNs: ``uniform``, as published, or ``ranked``: gradients of the loss choose widths and neurons.
         protected: Layers left alone.
         search: ``exact``, or ``racing``: drop candidates that fall behind early.
@@ -77,7 +75,6 @@ class PruneSettings:
     dtype: torch.dtype
     seed: int
     method: str = MethodName.two_ssp.value
-    allocation: str = "formula"
     widths: str = "uniform"
     protected: Protected = field(default_factory=Protected)
     search: str = "exact"

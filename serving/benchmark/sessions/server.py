@@ -16,6 +16,7 @@ from serving.benchmark.gpu_watch import MemoryBefore, energy, watched_gpus
 from serving.benchmark.metrics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
 from serving.benchmark.sessions.sides import SideProcesses, free_log
 from serving.benchmark.sessions.vllm_client import bench_serve, served_model_name
+from serving.benchmark.sessions.vllm_client_process import Client
 from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.side import Side
@@ -67,6 +68,7 @@ class ServerSession:
         self._servers = SideProcesses(self._start, keep_all=self.both_up)
         self._memory_before = MemoryBefore("cpu" if self.both_up else vllm_device())
         (out / "vllm").mkdir(exist_ok=True)
+        self._client = Client(out / "vllm" / "client.log")
         self._prompts_file = out.resolve() / _PROMPTS_FILE
         if own := settings.widest.prompts:
             write_text(self._prompts_file, "\n".join(own.lines) + "\n")
@@ -114,6 +116,7 @@ class ServerSession:
 
     def close(self) -> None:
         """Stops everything."""
+        self._client.close()
         self._servers.close()
 
     def _start(self, side: Side, repeat: int, stack: ExitStack) -> str:
@@ -176,6 +179,7 @@ class ServerSession:
                 result_file=file,
                 api_key=self._settings.api_key,
                 stall_timeout_s=self._settings.stall_timeout_s + idle_s,
+                client=self._client,
             )
         except EngineFailedError as error:
             raise EngineFailedError(f"{error.message}{self._log_end(side)}") from error

@@ -13,6 +13,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from serving.benchmark.sessions.vllm_client_process import Client, ClientRun
 from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.benchmark.settings import STALL_TIMEOUT_S
 from serving.child_process import child_process
@@ -40,6 +41,7 @@ def bench_serve(
     result_file: Path,
     api_key: str | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
+    client: Client | None = None,
 ) -> dict[str, Any]:
     """Runs ``vllm bench serve`` against a running server.
 
@@ -51,6 +53,7 @@ def bench_serve(
         api_key: What the server asks for.
         stall_timeout_s: How long the server may go without a token in or out, by its own counters; one that answers
             and has no such counters is not judged.
+        client: What runs the command; by default a process of its own.
 
     Returns:
         vLLM's own result, with two of ours beside it: ``first_error`` (the first failed request's, or ``None``) and
@@ -60,21 +63,17 @@ def bench_serve(
         EngineFailedError: The server hung, died, or failed every request.
         SenteiError: The client itself failed; the message holds the end of what it wrote.
     """
-    command = launcher_command(
-        "bench", "serve",
-        "--base-url", base_url,
-        "--model", str(model_dir.resolve()),
-        "--served-model-name", served_model_name(base_url, api_key),
-        "--save-result",
-        "--result-dir", str(result_file.resolve().parent),
-        "--result-filename", result_file.name,
-        "--disable-tqdm",
-        *options,
-    )  # fmt: skip
+    served = served_model_name(base_url, api_key)
+    arguments = _arguments(base_url, model_dir, served, result_file, options)
     environment = _client_environment(base_url, api_key)
     log = result_file.with_suffix(".log")
     result_file.unlink(missing_ok=True)
-    with child_process(command, environment, log) as process:
+    started = (
+        client.running(arguments, environment, log)
+        if client
+        else child_process(launcher_command(*arguments), environment, log)
+    )
+    with started as process:
         samples = _watch(process, base_url, api_key, stall_timeout_s)
     said = log.read_text(encoding="utf-8", errors="replace")
     result = _read_result(result_file)
@@ -91,6 +90,20 @@ def bench_serve(
         )
     log.unlink()
     return {**result, "first_error": first_error, "client_cpu_cores": _busy_cores(samples, result["duration"])}
+
+
+def _arguments(base_url: str, model_dir: Path, served: str, result_file: Path, options: Sequence[str]) -> list[str]:
+    return [
+        "bench", "serve",
+        "--base-url", base_url,
+        "--model", str(model_dir.resolve()),
+        "--served-model-name", served,
+        "--save-result",
+        "--result-dir", str(result_file.resolve().parent),
+        "--result-filename", result_file.name,
+        "--disable-tqdm",
+        *options,
+    ]  # fmt: skip
 
 
 def served_model_name(base_url: str, api_key: str | None = None) -> str:
@@ -128,7 +141,7 @@ def _client_environment(base_url: str, api_key: str | None) -> dict[str, str]:
 
 
 def _watch(
-    process: subprocess.Popen[bytes], base_url: str, api_key: str | None, stall_timeout_s: float
+    process: subprocess.Popen[bytes] | ClientRun, base_url: str, api_key: str | None, stall_timeout_s: float
 ) -> list[tuple[float, float]]:
     """Waits for the client; returns its ``(time, processor seconds)`` samples."""
     samples: list[tuple[float, float]] = []

@@ -36,7 +36,9 @@ class NoisyServers:
         log.write_text("INFO GPU KV cache size: 55,808 tokens\n")
         yield "http://127.0.0.1:1"
 
-    def bench_serve(self, base_url, model_dir, options=(), result_file=None, api_key=None, stall_timeout_s=None):
+    def bench_serve(
+        self, base_url, model_dir, options=(), result_file=None, api_key=None, stall_timeout_s=None, client=None
+    ):
         self._asked += 1
         slower = self._factor * (1 + DRIFT * self._asked)
 

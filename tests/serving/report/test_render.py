@@ -29,9 +29,33 @@ from toolchain.plan.document import (
     Rung,
 )
 from toolchain.plan.plan import PruningPlan
+from toolchain.plan.target_record import PartCostsRecord, TargetRecord, TargetRound, TargetValue
 
 
-def write_plan(directory, name="tiny"):
+def target_of(widths):
+    """One attention and some neurons of four layers of 48 for a speed-up."""
+    per_token = PartCostsRecord(outside=1.0, attention=0.5, widths=[12, 48], ffn=[0.25, 1.0])
+    kv = PartCostsRecord(outside=0.0, attention=64.0, widths=[12, 48], ffn=[0.0, 0.0])
+    return TargetRecord(
+        asked=["speedup=1.3"], costs_sha256="ef" * 32, served="onnx, 16 tokens in, 8 out, 1 at a time",
+        costs={"ttft_ms": per_token, "ms_per_output_token": per_token, "kv_bytes_per_token": kv},
+        rounds=[
+            TargetRound(
+                intermediate_size=widths, removed_attention=[2], predicted_damage=0.5,
+                ffn_damage=[0.1, 0.05, 0.1, 0.05], attention_damage=0.2,
+                values=[
+                    TargetValue(
+                        asked="speedup=1.3", unit="x", predicted=1.31, predicted_low=1.29, predicted_high=1.33,
+                        measured=1.3, measured_low=1.28, measured_high=1.32,
+                    )
+                ],
+            )
+        ],
+        taken=0, met=True,
+    )  # fmt: skip
+
+
+def write_plan(directory, name="tiny", *, for_a_target=False):
     widths = [32, 40, 32, 40]
     document = PlanDocument(
         schema_version=2, sentei_version="0.1.0", method="2ssp",
@@ -40,7 +64,8 @@ def write_plan(directory, name="tiny"):
             weights_sha256="ab" * 32,
         ),
         target_sparsity=0.25, target_intermediate_size=widths, target_attention_removals=1, align=8,
-        allocation="formula", attention_removals=None, widths="uniform", protected=ProtectedRecord(),
+        allocation="target" if for_a_target else "formula", target=target_of(widths) if for_a_target else None,
+        attention_removals=None, widths="uniform", protected=ProtectedRecord(),
         search="exact", metric="perplexity", metric_source=None, metric_higher_is_better=False,
         metric_original=20.0, limit=None, stopped_because=None, dtype="float32", seed=0,
         calibration=CalibrationRecord(source="calibration.txt", sha256="cd" * 32, num_samples=2, seq_len=16),
@@ -182,6 +207,30 @@ def test_every_part_is_there(everything, tmp_path):
         assert expected in text, expected
     assert "Peak memory" not in text  # neither side's is known
     assert text.count('class="plotly-graph-div"') == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "says"),
+    [
+        ("report.html", "en", "What the target bought"),
+        ("report.html", "ja", "目標達成の内訳"),
+        ("report.md", "en", "What the target bought"),
+    ],
+)
+def test_what_a_target_bought_with_what(everything, tmp_path, name, language, says):
+    assert "speedup=1.3" not in page_text(render(everything, tmp_path / f"without-{name}", language))
+    write_plan(everything, for_a_target=True)
+    text = page_text(render(everything, tmp_path / name, language))
+    assert says in text
+    # Of three parts: a half millisecond and 64 bytes for 0.2 nats; 48 neurons at 0.75 ms per 36 for 0.3 nats.
+    for number in ("speedup=1.3", "1.31 x (1.29–1.33)", "1.3 x (1.28–1.32)", "4 → 3", "2 → 1.5", "256 → 192", "320",
+                   "192 → 144", "4 → 3", "3.33"):  # fmt: skip
+        assert number in text, number
+
+
+def render(source, out, language):
+    render_report([source], out, language=language)
+    return out
 
 
 def test_the_page_needs_no_network(everything, tmp_path):

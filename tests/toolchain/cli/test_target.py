@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from serving.benchmark.settings import BenchmarkSettings
+from serving.benchmark.workload import make_workloads
+from serving.profile.measure import Bench
 from tests.command_line import refused, sentei
 from tests.toolchain.costs.made import make_costs
 from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.costs.document import read_costs
+from toolchain.plan.plan import load_plan
 
 TARGET = ("--target", "speedup=1.3")
 
@@ -43,13 +48,33 @@ def test_what_does_not_go_together_is_refused(pico_model: Path, costs: Path, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
 
 
+@pytest.mark.parametrize(("options", "search"), [((), "racing"), (("--search", "exact"), "exact")])
+def test_a_memory_that_is_met_is_said_part_by_part(
+    pico_model: Path, text: Path, costs: Path, tmp_path: Path, options: tuple, search: str
+):
+    """Without any measurement, since bytes are counted; here the costs are of this machine."""
+    workloads = make_workloads(engine="onnx", input_len=16, output_len=9, concurrency=[2])
+    settings = BenchmarkSettings(engine="onnx", workloads=workloads, device="cpu")
+    bench = Bench(checkpoint=open_checkpoint(pico_model), settings=settings, precision="fp32")
+    document = read_costs(costs).document
+    costs.write_text(document.model_copy(update={"served": bench.served}).to_json())
+    target = ("--target", "memory=0.13MB@1x1", "--costs", costs, "--samples", 2, "--seq-len", 64, "--align", 4)
+    done = sentei(
+        "prune", pico_model, "-o", tmp_path / "out", "--calibration", text, *target, "--no-compensate", *options
+    )
+    assert done.returncode == 0, done.stderr
+    assert "by part, ms_per_output_token; damage before compensation:" in done.stdout
+    assert "no layer's" in done.stdout
+    assert load_plan(tmp_path / "out").document.search == search
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (("--engine", "onnx", "--dtype", "bfloat16"), "--dtype and --engine-option are vLLM's"),
         (("--engine", "vllm", "--precision", "int4"), "are of an ONNX export"),
         (("--engine", "onnx", "--input-len", 256, "--output-len", 1), "reads at most 256"),
-        (("--engine", "onnx", "--repeats", 2), "cannot give an interval"),
+        (("--engine", "onnx", "--repeats", 0), "greater than or equal"),
         (("--engine", "vllm", "--engine-option=--quantization=fp8"), "is not one whose effect the expectation knows"),
     ],
 )

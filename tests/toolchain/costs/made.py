@@ -2,8 +2,20 @@
 
 import math
 from pathlib import Path
+from statistics import mean, variance
 
-from toolchain.costs.document import Costs, CostsDocument, Load, PartsRecord, Served, ShapedModel, config_sha256
+import numpy as np
+
+from toolchain.costs.document import (
+    Costs,
+    CostsDocument,
+    ErrorRecord,
+    Load,
+    PartsRecord,
+    Served,
+    ShapedModel,
+    config_sha256,
+)
 from toolchain.costs.parts import PartCosts, add
 
 NOTHING = PartCosts(outside=0.0, attention=0.0, widths=(12, 24, 48), ffn=(0.0, 0.0, 0.0))
@@ -14,12 +26,20 @@ KV = PartCosts(outside=0.0, attention=128.0, widths=(12, 24, 48), ffn=(0.0, 0.0,
 
 
 def recorded(parts, spread=(1.0, 1.0, 1.0)):
+    """Costs of repeats in which all of them were so many times larger."""
+    costs = mean(spread) * np.array([parts.outside, parts.attention, *parts.ffn])
+    covariance = np.outer(costs, costs) * (variance(spread) / len(spread) / mean(spread) ** 2)
     return PartsRecord(
-        outside=[each * parts.outside for each in spread],
-        attention=[each * parts.attention for each in spread],
+        outside=costs[0],
+        attention=costs[1],
         widths=list(parts.widths),
-        ffn=[[each * value for each in spread] for value in parts.ffn],
+        ffn=costs[2:].tolist(),
+        error=ErrorRecord(covariance=covariance.tolist(), degrees_of_freedom=len(spread) - 1),
     )
+
+
+def counted(parts):
+    return recorded(parts).model_copy(update={"error": None})
 
 
 def make_costs(config, *, ttft=TTFT, tpot=TPOT, output_len=9, num_layers=4, spread=(1.0, 1.0, 1.0)):
@@ -41,10 +61,11 @@ def make_costs(config, *, ttft=TTFT, tpot=TPOT, output_len=9, num_layers=4, spre
             engine="onnx", precision="fp32", dtype=None, device="cpu", engine_options=[], machine={}, versions={}
         ),
         load=Load(input_len=16, output_len=output_len, concurrency=2, num_prompts=2),
+        repeats=len(spread),
         costs={
             **{name: recorded(parts, spread) for name, parts in times.items()},
-            "weight_bytes": recorded(WEIGHTS, (1.0,)),
-            "kv_bytes_per_token": recorded(KV, (1.0,)),
+            "weight_bytes": counted(WEIGHTS),
+            "kv_bytes_per_token": counted(KV),
         },
         check=[],
         models=[],
@@ -69,7 +90,7 @@ class FakeMeasurement:
         factor = 1.0 if name == "whole" else self.distortion(layout)
         noise = (1.0,) * 3 if name == "whole" else self.noise
         return {
-            quantity: [factor * each * parts.mean.of(layout) for each in noise]
+            quantity: [factor * each * parts.parts.of(layout) for each in noise]
             for quantity, parts in self.costs.costs.items()
             if math.isfinite(factor) and quantity.endswith(("_ms", "token")) and quantity != "kv_bytes_per_token"
         }

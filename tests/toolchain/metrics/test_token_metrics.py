@@ -200,7 +200,6 @@ def test_bad_metrics(pico_model: Path, tmp_path: Path, own_metrics: str, metric:
         (("--metric", "kl", "--max-degradation", 1.1), "no multiple of it is a limit"),
         (("--max-metric", 99, "--max-degradation", 1.1), "Two limits"),
         (("--limit-metric", "kl"), "needs a limit"),
-        (("--allocation", "auto"), "Give one of them"),
     ],
 )
 def test_combinations_that_make_no_sense(

@@ -191,11 +191,9 @@ def test_why_tells_what_the_search_saw(pruned: Path):
     refused(sentei("plan", "why", pruned, 4), "no layer 4")
 
 
-@pytest.mark.parametrize("allocation", ["formula", "auto"])
 @pytest.mark.parametrize("widths", ["uniform", "ranked"])
-def test_every_allocation_meets_the_target(pico_model: Path, text: Path, tmp_path: Path, allocation: str, widths: str):
-    how = ("--sparsity", 0.3, "--allocation", allocation, "--widths", widths)
-    done = prune(pico_model, text, tmp_path / "out", *how)
+def test_every_allocation_meets_the_target(pico_model: Path, text: Path, tmp_path: Path, widths: str):
+    done = prune(pico_model, text, tmp_path / "out", "--sparsity", 0.3, "--widths", widths)
     assert done.returncode == 0, done.stderr
     plan, sizes = load_plan(tmp_path / "out"), open_checkpoint(pico_model)
     neuron, unit = 3 * 32, 3 * 32 * 8
@@ -205,24 +203,5 @@ def test_every_allocation_meets_the_target(pico_model: Path, text: Path, tmp_pat
     assert all(layer.intermediate_size % 8 == 0 for layer in plan.layout)
     assert neuron * sum(48 - layer.intermediate_size for layer in plan.layout) <= removed
     document = plan.document
-    assert (document.allocation, document.widths) == (allocation, widths)
+    assert (document.allocation, document.widths) == ("formula", widths)
     assert len(document.trace) == document.target_attention_removals
-
-
-def test_the_automatic_split_is_no_worse_than_any_it_tried(pico_model: Path, text: Path, tmp_path: Path):
-    """On the calibration text, by the search's own order of removal: the damage that it looked at."""
-    from toolchain.prune.search import two_stage as search
-
-    tried: dict[int, float] = {}
-    real = search.best_split
-
-    def remember(possible, damage):
-        tried.update({number: damage(number) for number in possible})
-        return real(possible, tried.__getitem__)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "best_split", remember)
-        assert prune(pico_model, text, tmp_path / "out", "--sparsity", 0.3, "--allocation", "auto").returncode == 0
-    chosen = load_plan(tmp_path / "out").document.target_attention_removals
-    assert len(tried) > 1
-    assert tried[chosen] == min(tried.values())

@@ -1,17 +1,21 @@
 """What a person loses without these: a target that is met on paper alone, or missed by more damage than it takes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from tests.command_line import sentei
 from tests.toolchain.costs.made import FakeMeasurement, make_costs
 from tests.toolchain.prune.conftest import NUM_SAMPLES, SEQ_LEN
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
+from toolchain.plan.bought import bought
 from toolchain.plan.plan import load_plan
+from toolchain.plan.summary_words import bought_in_words
 from toolchain.progress import no_progress
 from toolchain.prune.aim import find_shape, most_removals, widths_to_choose
 from toolchain.prune.budget.allocation import Protected
@@ -157,6 +161,7 @@ def test_a_model_is_pruned_to_a_target(worded_model, tmp_path):
     summary, measure = pruned(worded_model, tmp_path / "out", "speedup=1.25")
     plan = load_plan(tmp_path / "out")
     document = plan.document
+    taken = document.target.followed
     [asked] = measure.asked
     # What was measured is what was made, but for which attentions go.
     assert [layer.intermediate_size for layer in plan.layout] == [each.intermediate_size for each in asked["shape"]]
@@ -166,11 +171,22 @@ def test_a_model_is_pruned_to_a_target(worded_model, tmp_path):
     assert (
         summary["target"]["rounds"][0]["values"][0]["measured"] == document.target.followed.values[0].measured >= 1.25
     )
+    assert sum(each.damage for each in bought(document.target)) == pytest.approx(
+        document.target.followed.predicted_damage
+    )
     assert summary["sparsity"] == pytest.approx(document.target_sparsity)
     assert summary["num_refitted"] > 0
     assert "**Target**: speedup=1.25: predicted" in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["allocation"] == "target"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "by part, ms_per_output_token;" in "\n".join(bought_in_words(summary["target"]))
+    for layer, (width, damage) in enumerate(zip(taken.intermediate_size, taken.ffn_damage, strict=True)):
+        told = sentei("plan", "why", tmp_path / "out", layer)
+        assert "Of ms_per_output_token (onnx, 16 tokens in" in told.stdout
+        removed = (width < 48) + (layer in plan.removed_attention)
+        assert len(re.findall(r"(?:ms per nat|for no\s+damage)", told.stdout)) == removed
+        assert ("ms per nat" in told.stdout) >= (damage > 0)
+        assert (f"without {48 - width} neurons" in told.stdout) == (width < 48)
 
 
 def test_an_interrupted_target_goes_on_and_ends_alike(worded_model, tmp_path):

@@ -35,16 +35,6 @@ def test_a_model_is_opened_once_and_its_target_split_once(
     assert len(split) == 1
 
 
-def test_with_auto_each_number_of_removals_is_split_once(
-    pico_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    split = calls_of(allocation.allocate, monkeypatch)
-    how = ("--sparsity", 0.3, "--allocation", "auto")
-    done = sentei("prune", pico_model, "-o", tmp_path / "out", "--calibration", text, *SMALL, *how)
-    assert done.returncode == 0, done.stderr
-    assert len(split) == open_checkpoint(pico_model).config["num_hidden_layers"] + 1
-
-
 def test_every_method_has_a_line_in_the_table():
     assert set(METHODS) - {"sentei"} == {name.value for name in MethodName}
     assert {name for name, method in METHODS.items() if method.removes_blocks} == set(block_methods._SEARCHES)

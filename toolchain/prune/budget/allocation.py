@@ -1,6 +1,5 @@
 """How a sparsity budget is split: attentions to remove and FFN widths. Pure arithmetic."""
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,17 +174,6 @@ def allocate(
     )
     widths = tuple(sizes.intermediate_size if layer in protected.ffn else next(narrowed) for layer in range(layers))
     return Allocation(num_attention_removals=removals, widths=widths)
-
-
-def reachable_allocations(
-    sizes: BlockParameters, sparsity: float, *, align: int, protected: Protected = Protected()
-) -> list[Allocation]:
-    """Every split that reaches the target, ascending by the number of attentions that it removes."""
-    reachable = []
-    for number in range(sizes.num_hidden_layers - len(protected.attention) + 1):
-        with contextlib.suppress(SenteiError):
-            reachable.append(allocate(sizes, sparsity, align=align, attention_removals=number, protected=protected))
-    return reachable
 
 
 def ladder(full: int, widths: Sequence[int], align: int) -> Callable[[int, int], tuple[int, ...]]:

@@ -56,9 +56,15 @@ class Damages:
 
     def of(self, choice: "Choice") -> float:
         """The damage of a shape."""
+        return sum(self.of_ffns(choice)) + self.attentions[choice.num_removals]
+
+    def of_ffns(self, choice: "Choice") -> list[float]:
+        """The damage of its FFNs, divided among the layers as the scores are that they lose."""
         places = [self.widths.index(width) for width in choice.widths]
-        score = float(self.scores[np.arange(len(places)), places].sum())
-        return max(slope * score + intercept for slope, intercept in self.lines) + self.attentions[choice.num_removals]
+        scores = self.scores[np.arange(len(places)), places]
+        total = float(scores.sum())
+        damage = max(slope * total + intercept for slope, intercept in self.lines)
+        return (scores * (damage / total if total else 0.0)).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)

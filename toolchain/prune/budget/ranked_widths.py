@@ -1,27 +1,12 @@
-"""Allocations that look at the model: the split by measured damage, and FFN widths that differ by sensitivity."""
+"""FFN widths that differ from layer to layer, by sensitivity."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 # No layer is narrowed below this share of the width that an even split would leave it.
 _FLOOR = 0.5
-
-
-def best_split(possible: Sequence[int], damage: Callable[[int], float]) -> int:
-    """How many attentions to remove, when FFNs give the rest: the number that does the least damage.
-
-    The published formula (arXiv 2501.17771, section 3.3) knows only sizes. With grouped-query attention, whose
-    projections are small beside the FFN, it removes almost none. This tries every number instead: one forward pass
-    each, with the attentions that matter least alone taken out first. A full greedy search for each number would be
-    exact, and as many times slower as there are numbers.
-
-    Args:
-        possible: Numbers of removals with which the target can be reached.
-        damage: Of a number; lower is better. Ties go to the smaller number.
-    """
-    return min(possible, key=lambda number: (damage(number), number))
 
 
 def ranked_widths(

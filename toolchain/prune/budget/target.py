@@ -125,9 +125,9 @@ def budget_of(target: Target, costs: CostsDocument, *, correction: float = 1.0) 
         correction: How many times more a shape costs than is predicted, by measurement.
     """
     if target.name == "memory":
-        weights, cache = costs.costs["weight_bytes"].mean, costs.costs["kv_bytes_per_token"].mean
+        weights, cache = costs.costs["weight_bytes"].parts, costs.costs["kv_bytes_per_token"].parts
         return Budget(costs=add(weights, cache, target.cached_tokens), most=target.value * _GIB)
-    parts = costs.costs[target.quantity].mean
+    parts = costs.costs[target.quantity].parts
     most = {
         "speedup": lambda: parts.of(costs.whole) / target.value,
         "throughput": lambda: 1000 / target.value,
@@ -136,25 +136,18 @@ def budget_of(target: Target, costs: CostsDocument, *, correction: float = 1.0) 
 
 
 def predicted(target: Target, costs: CostsDocument, layout: Sequence[LayerLayout]) -> TargetValue:
-    """What costs say of a shape, in the target's unit: by their mean, with the interval that the repeats give."""
+    """What costs say of a shape, in the target's unit, with their 95 % interval."""
     if target.name == "memory":
-        value = budget_of(target, costs).costs.of(layout) / _GIB
-        return TargetValue(
-            asked=target.asked, unit=target.unit, predicted=value, predicted_low=None, predicted_high=None
-        )
-    parts = costs.costs[target.quantity]
-    [value] = _in_unit(target, [parts.mean.of(layout)], [parts.mean.of(costs.whole)])
-    repeats = parts.repeats
-    found = compare_means(
-        _in_unit(target, [each.of(layout) for each in repeats], [each.of(costs.whole) for each in repeats])
-    )
-    return TargetValue(
-        asked=target.asked,
-        unit=target.unit,
-        predicted=value,
-        predicted_low=found.low,
-        predicted_high=found.high,
-    )
+        value, low, high = budget_of(target, costs).costs.of(layout) / _GIB, None, None
+    elif target.name == "speedup":
+        found = costs.predicted_gain(target.quantity, layout)
+        value, low, high = found.value, found.low, found.high
+    else:
+        found = costs.predicted(target.quantity, layout)
+        value, low, high = found.value, found.low, found.high
+        if target.name == "throughput":
+            value, low, high = 1000 / value, high and 1000 / high, low and 1000 / low
+    return TargetValue(asked=target.asked, unit=target.unit, predicted=value, predicted_low=low, predicted_high=high)
 
 
 def with_measured(value: TargetValue, target: Target, shape: Measured, whole: Measured | None) -> TargetValue:

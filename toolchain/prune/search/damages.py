@@ -1,7 +1,8 @@
 """What each choice of widths and of a number of attentions is predicted to do to the loss, before any is made.
 
 FFNs: the gradients' slopes of the neurons that a layer loses, summed over the layers, say which layers give neurons;
-how much damage a sum means is measured, at a few widths. Attentions: measured, with those that hurt least alone gone.
+how much damage a sum means is measured, at a few widths. Attentions: measured, with those that hurt least alone gone,
+by the first tokens of each window.
 """
 
 import math
@@ -17,7 +18,7 @@ from toolchain.prune.budget.least_damage import Damages
 from toolchain.prune.budget.ranked_widths import ranked_widths
 from toolchain.prune.search.attention import candidate_scores
 from toolchain.prune.search.candidates import embedded_states
-from toolchain.prune.search.two_removals import on_text
+from toolchain.prune.search.two_removals import FEW_TOKENS, on_text
 from toolchain.prune.search.two_stage import Search
 
 # Shares of all neurons without which the damage is measured: to about where models stop being of use.
@@ -52,7 +53,8 @@ def predict_damages(search: Search, plan: PruningPlan, widths: Sequence[int], mo
     metric.prepare(search.walk)
     free = [layer for layer in range(len(scores)) if layer not in protected.attention]
     with search.progress("Damage of attentions", len(free) + most_removals) as advance:
-        alone = candidate_scores(search.walk, metric, free, embedded_states(search.walk, metric.ids), advance)
+        few = PerplexityMetric(metric.ids[:, :FEW_TOKENS])
+        alone = candidate_scores(search.walk, few, free, embedded_states(search.walk, few.ids), advance)
         order = sorted(free, key=alone.__getitem__)[:most_removals]
         original = measure(search.walk, metric)
 

@@ -23,7 +23,7 @@ from toolchain.prune.search.two_stage import Search
 
 _NUM_REMOVALS = 2
 # So many tokens of each window say which two do least damage. Fewer say it wrongly: docs/decisions/search.md.
-_NUM_TOKENS = 256
+FEW_TOKENS = 256
 # This share of the attentions, those that do least damage alone, is tried again without the first.
 _SHARE_TRIED_AGAIN = 1 / 3
 
@@ -59,7 +59,7 @@ def two_removals(search: Search, checkpoint: Checkpoint, plan: PruningPlan) -> T
     walk.layers.restore()
     widths = widths_with_removals(search.sizes, plan)
     with walk.only_neurons([top_neurons(*each) for each in zip(plan.importance, widths, strict=True)]):
-        layers = _least_damaging(search, metric.ids[:, :_NUM_TOKENS], plan.document.protected.attention)
+        layers = _least_damaging(search, metric.ids[:, :FEW_TOKENS], plan.document.protected.attention)
         with_removals = measure(walk, metric, without_attention=layers[1:])
     walk.layers.restore()
     without = plan.document.metric_at_end

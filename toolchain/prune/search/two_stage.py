@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toolchain.metrics.function import FunctionMetric
 from toolchain.metrics.token_metrics import Metric, measure
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.slicing import KeptNeurons
@@ -18,9 +17,8 @@ from toolchain.plan.plan import PruningPlan, top_neurons
 from toolchain.progress import Progress, no_progress
 from toolchain.prune.budget.allocation import Allocation, BlockParameters, ladder
 from toolchain.prune.budget.limits import holds, last_that_holds, resolve_limit, why_not, why_nothing
-from toolchain.prune.budget.ranked_widths import best_split, ranked_widths
-from toolchain.prune.search.attention import Tried, candidate_scores, num_candidates, removals, scores_of_models
-from toolchain.prune.search.candidates import embedded_states
+from toolchain.prune.budget.ranked_widths import ranked_widths
+from toolchain.prune.search.attention import Tried, num_candidates, removals
 from toolchain.prune.search.importance import neuron_importance
 from toolchain.prune.search.sensitivity import Sensitivity, neuron_sensitivity
 from toolchain.prune.window_sums import UNSHARED, Shared
@@ -41,8 +39,7 @@ class Search:
         sizes: Of the unpruned model's blocks.
         windows: Calibration, int64 ``[num_samples, seq_len]``.
         metric: Decides what is removed.
-        allocations: The possible splits of the target between attention and FFNs, ascending by attention removals; more
-            than one only if measured damage is to choose.
+        allocation: The split of the sparsity between attentions and FFNs; ``None`` where a target chose the shape.
         limit_metric: What the plan's limit looks at, if that is not ``metric``.
         ranks: Who shares the work; all of them come to the same plan.
         share: How the sums of a stage are divided among the ranks, and where they are kept; by the stage's name.
@@ -54,7 +51,7 @@ class Search:
     sizes: BlockParameters
     windows: torch.Tensor
     metric: Metric
-    allocations: Sequence[Allocation] = ()
+    allocation: Allocation | None = None
     limit_metric: Metric | None = None
     ranks: Ranks = ALONE
     share: Callable[[str], Shared] = lambda stage: UNSHARED
@@ -134,21 +131,17 @@ class Search:
         return metric if self.limit_metric is None else self._measured(self.limit_metric)
 
     def _aim(self, plan: PruningPlan) -> PruningPlan:
-        """Splits the target between attention and FFNs, as the plan's ``allocation`` and ``widths`` ask."""
-        document = plan.document
-        possible = {each.num_attention_removals: each.widths for each in self.allocations}
+        """Says how wide each FFN is to be and how many attentions go, as the plan's ``widths`` ask."""
+        document, split = plan.document, self.allocation
+        assert split is not None, "a plan without widths is of a sparsity"
+        widths = split.widths
         if document.widths == "ranked":
             # Before any neuron is left out below: sensitivity is the unpruned model's.
             slope, protected = self.sensitivity.slope, frozenset(document.protected.ffn)
-            possible = {
-                number: ranked_widths(slope, widths, document.align, protected) for number, widths in possible.items()
-            }
-        num_removals = next(iter(possible))
-        if document.allocation == "auto":
-            num_removals = self._best_split(plan, list(possible), possible.__getitem__)
+            widths = ranked_widths(slope, widths, document.align, protected)
         changes = {
-            "target_intermediate_size": list(possible[num_removals]),
-            "target_attention_removals": num_removals,
+            "target_intermediate_size": list(widths),
+            "target_attention_removals": split.num_attention_removals,
         }
         plan = plan.changed(changes)
         self.save(plan)
@@ -160,30 +153,6 @@ class Search:
         windows = self.windows[:_NUM_SENSITIVITY_WINDOWS]
         with self.progress("Sensitivity of neurons", len(windows)) as advance:
             return neuron_sensitivity(self.walk, windows, shared=self.share("gradients"), on_window=advance)
-
-    def _best_split(self, plan: PruningPlan, possible: Sequence[int], widths: Callable[[int], tuple[int, ...]]) -> int:
-        with self.progress("Attention or FFN", len(possible)) as advance:
-            middle = possible[len(possible) // 2]
-            with self.walk.only_neurons(_kept(plan, widths(middle))):
-                order = self._order_of_removal(plan.document.protected.attention)
-
-            def damage(number: int) -> float:
-                with self.walk.only_neurons(_kept(plan, widths(number))):
-                    value = self._measured(self.metric, without_attention=order[:number])
-                advance()
-                return -value if self.metric.higher_is_better else value
-
-            return best_split(possible, damage)
-
-    def _order_of_removal(self, protected: Sequence[int]) -> list[int]:
-        """Attentions by the damage each does alone, the least first."""
-        layers = [layer for layer in range(len(self.walk.layers)) if layer not in protected]
-        if isinstance(self.metric, FunctionMetric):
-            scores = scores_of_models(self.walk, self.metric, layers, ranks=self.ranks)
-        else:
-            states = embedded_states(self.walk, self.metric.ids)
-            scores = candidate_scores(self.walk, self.metric, layers, states, ranks=self.ranks)
-        return sorted(layers, key=scores.__getitem__, reverse=self.metric.higher_is_better)
 
     def _narrow_ffns(self, plan: PruningPlan) -> PruningPlan:
         document = plan.document

@@ -56,7 +56,7 @@ def asked(monkeypatch):
         finally:
             record["up"] -= 1
 
-    def bench_serve(base_url, model_dir, options=(), result_file=None, api_key=None, stall_timeout_s=None):
+    def bench_serve(base_url, model_dir, options=(), result_file=None, api_key=None, stall_timeout_s=None, client=None):
         warmup = "warmup" in result_file.name
         record["loads"].append((model_dir, list(options), result_file.name))
         record["keys"].add((base_url, api_key))

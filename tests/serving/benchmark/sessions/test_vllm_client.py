@@ -16,6 +16,7 @@ import pytest
 
 from serving.benchmark.sessions import vllm_client as bench_client
 from serving.benchmark.sessions.vllm_client import bench_serve
+from serving.benchmark.sessions.vllm_client_process import Client
 from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.server.vllm import is_healthy
 from toolchain.errors import SenteiError
@@ -63,17 +64,39 @@ def server():
     listening.shutdown()
 
 
-@pytest.fixture
-def client(monkeypatch, tmp_path):
-    """Runs ``script`` in place of vLLM's client, with the result's path in ``RESULT``."""
+@pytest.fixture(params=["own process", "stays"])
+def client(request, monkeypatch, tmp_path):
+    """Runs ``script`` in place of vLLM's client, with the result's path in ``RESULT``; once, or in one that stays."""
+    staying = Client(tmp_path / "client.log") if request.param == "stays" else None
+    if staying:
+        stand_in_for_vllm(tmp_path / "stand-in")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stand-in"), prepend=os.pathsep)
 
     def run(script, server, **settings):
         command = [sys.executable, "-c", script]
         monkeypatch.setattr(bench_client, "launcher_command", lambda *arguments: command)
         monkeypatch.setenv("RESULT", str(tmp_path / "result.json"))
-        return bench_serve(server["url"], tmp_path, options=[], result_file=tmp_path / "result.json", **settings)
+        monkeypatch.setenv("SCRIPT", script)
+        return bench_serve(
+            server["url"], tmp_path, options=[], result_file=tmp_path / "result.json", client=staying, **settings
+        )
 
-    return run
+    yield run
+    if staying:
+        staying.close()
+
+
+def stand_in_for_vllm(directory):
+    """A package whose command line runs ``SCRIPT``."""
+    for package in ("vllm", "vllm/entrypoints", "vllm/entrypoints/cli", "vllm/utils"):
+        (directory / package).mkdir(parents=True, exist_ok=True)
+        (directory / package / "__init__.py").touch()
+    (directory / "vllm/entrypoints/cli/main.py").write_text(
+        "import os\ndef main():\n    exec(os.environ['SCRIPT'], {})\n"
+    )
+    (directory / "vllm/utils/argparse_utils.py").write_text(
+        "import argparse\nclass FlexibleArgumentParser(argparse.ArgumentParser):\n    pass\n"
+    )
 
 
 def writing(result, *, said=""):
@@ -210,3 +233,57 @@ def test_the_client_ends_with_a_killed_benchmark(server, tmp_path):
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_client_that_stays_is_started_once_and_anew_after_it_was_ended(server, tmp_path, monkeypatch):
+    """It takes longer to start than a load; what one run has left must not be taken for the next one's."""
+    stand_in_for_vllm(tmp_path / "stand-in")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stand-in"), prepend=os.pathsep)
+    monkeypatch.setenv(
+        "SCRIPT",
+        "import json, os, sys, time\n"
+        "directory, number = sys.argv[sys.argv.index('--result-dir') + 1], int(sys.argv[-1])\n"
+        "print('run', number)\n"
+        "if number == 2: raise ValueError('no good')\n"
+        "if number == 4: time.sleep(60)\n"
+        "if number == 6: os._exit(0)\n"
+        "name = sys.argv[sys.argv.index('--result-filename') + 1]\n"
+        "json.dump({'num_prompts': 1, 'completed': 1, 'duration': 0.1, 'pid': os.getpid()}, "
+        "open(os.path.join(directory, name), 'w'))\n",
+    )
+    staying = Client(tmp_path / "client.log")
+
+    def pid(number, **more):
+        file = tmp_path / f"{number}.json"
+        options = ["--number", str(number)]
+        return bench_serve(server["url"], tmp_path, options=options, result_file=file, client=staying, **more)["pid"]
+
+    first = pid(1)
+    with pytest.raises(SenteiError, match=r"(?s)exit code 1.*run 2.*ValueError: no good"):
+        pid(2)
+    assert pid(3) == first
+    server["hung"] = True
+    with pytest.raises(EngineFailedError, match="hung"):
+        pid(4, stall_timeout_s=1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+    server["hung"] = False
+    second = pid(5)
+    assert second != first
+    with pytest.raises(SenteiError, match=r"(?s)exit code 1.*run 6"):
+        pid(6)
+    third = pid(7)
+    server["key"] = "another"
+    assert len({first, second, third, pid(8, api_key="another")}) == 4
+    staying.close()
+    assert not (tmp_path / "client.log").exists()
+
+
+def test_a_client_that_cannot_start_says_why(server, tmp_path, monkeypatch):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sitecustomize.py").write_text("import sys; sys.stderr.write('no vllm here'); sys.exit(3)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"), prepend=os.pathsep)
+    staying = Client(tmp_path / "client.log")
+    with pytest.raises(SenteiError, match=r"(?s)exit code [1-9].*no vllm here"):
+        bench_serve(server["url"], tmp_path, options=[], result_file=tmp_path / "result.json", client=staying)
+    staying.close()

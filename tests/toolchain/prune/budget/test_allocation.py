@@ -1,15 +1,11 @@
 import itertools
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tests.families import make_family_pico
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.prune.budget.allocation import (
@@ -21,11 +17,8 @@ from toolchain.prune.budget.allocation import (
     block_parameters,
     ladder,
     num_attention_removals,
-    reachable_allocations,
 )
-from toolchain.prune.budget.ranked_widths import best_split, ranked_widths
-from toolchain.prune.pipeline import possible_allocations
-from toolchain.prune.settings import PruneSettings
+from toolchain.prune.budget.ranked_widths import ranked_widths
 
 SMOLLM2 = BlockParameters(
     num_hidden_layers=30,
@@ -179,22 +172,6 @@ def test_ranked_widths_follow_what_the_loss_is_sensitive_to():
     assert ranked_widths([10 * scores[0], *scores[1:]], (8, 8, 8), 2) == (16, 4, 4)
 
 
-def test_the_best_split_is_the_least_damage_and_ties_go_to_fewer_removals():
-    assert best_split([0, 1, 2, 3], {0: 5.0, 1: 2.0, 2: 2.0, 3: 9.0}.__getitem__) == 1
-
-
-@given(blocks(), st.floats(0.05, 0.95), st.integers(1, 64))
-def test_reachable_removals_are_those_that_allocate(sizes: BlockParameters, sparsity: float, align: int):
-    assume(align <= sizes.intermediate_size)
-    possible = [each.num_attention_removals for each in reachable_allocations(sizes, sparsity, align=align)]
-    for number in range(sizes.num_hidden_layers + 1):
-        if number in possible:
-            assert allocate(sizes, sparsity, align=align, attention_removals=number).num_attention_removals == number
-        else:
-            with pytest.raises(SenteiError):
-                allocate(sizes, sparsity, align=align, attention_removals=number)
-
-
 @given(blocks(), st.floats(0.05, 0.9), st.data())
 def test_protected_ffns_keep_their_width_and_the_target_is_still_met(
     sizes: BlockParameters, sparsity: float, data: st.DataObject
@@ -217,17 +194,3 @@ def test_a_ladder_only_goes_down(full: int, align: int, widths: list[int]):
     assert rungs[0] == (full,) * len(target)
     assert rungs[-1] == tuple(target)
     assert all(a >= b for above, below in itertools.pairwise(rungs) for a, b in zip(above, below, strict=True))
-
-
-def test_with_auto_the_formulas_number_need_not_reach_the_target(tmp_path: Path):
-    make_family_pico(tmp_path, "llama", "grouped")
-    checkpoint = open_checkpoint(tmp_path)
-    settings = PruneSettings(
-        sparsity=0.8, calibration=(), num_samples=1, seq_len=8, align=8, attention_removals=None, device="cpu",
-        dtype=torch.float32, seed=0,
-    )  # fmt: skip
-    with pytest.raises(SenteiError, match="cannot be reached with 3 attention removals"):
-        possible_allocations(checkpoint, settings)
-    assert possible_allocations(checkpoint, replace(settings, allocation="auto"))
-    with pytest.raises(SenteiError, match="cannot be reached"):
-        possible_allocations(checkpoint, replace(settings, allocation="auto", sparsity=0.9))
