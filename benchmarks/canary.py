@@ -88,9 +88,8 @@ def draw(drawn: go.Figure, out: Path) -> None:
         sys.exit("There is no Chromium to draw with.")
     with tempfile.TemporaryDirectory() as place:
         page = Path(place) / "page.html"
-        page.write_text(
-            f"<body style='margin:0'>{drawn.to_html(full_html=False, include_plotlyjs=True, config={'displayModeBar': False})}</body>"
-        )
+        plot = drawn.to_html(full_html=False, include_plotlyjs=True, config={"displayModeBar": False})
+        page.write_text(f"<body style='margin:0'>{plot}</body>")
         options = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={WIDTH},{HEIGHT}"]
         command = [chromium, *options, "--virtual-time-budget=20000", f"--screenshot={out.resolve()}", page.as_uri()]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
