@@ -16,6 +16,7 @@ from serving.onnx_export.members import member
 from serving.server.kv_cache_asked import KvCacheAsked, kv_cache_asked
 from serving.server.vllm import has_cxx_compiler
 from serving.server.vllm_launcher import is_cpu_build
+from serving.vllm_plugin.versions import NEWEST_VLLM, OLDEST_VLLM
 from toolchain.architecture.families import check_vllm_follows
 from toolchain.checkpoint.directory import Checkpoint, read_headers
 from toolchain.checkpoint.export_document import EXPORT_FILE, ExportRecord
@@ -26,8 +27,6 @@ from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.memory import available_bytes
 from toolchain.model.decilm import ARCHITECTURE, CONFIG_CLASS_FILE, is_nemotron_nas
 
-# docs/guides/upgrade.md says which of these the plugin was run with, and which were read.
-OLDEST_VLLM, NEWEST_VLLM = (0, 25), (0, 33)
 _PLUGIN = "serving.vllm_plugin.registration:register"
 # Below this a server is of no use: one prompt and answer of moderate length.
 _KV_TOKENS = 2048

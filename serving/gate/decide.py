@@ -16,6 +16,7 @@ from typing import Literal
 from serving.gate.counts import Latency, Side
 from serving.gate.document import GateDocument, LatencyLimits
 from serving.gate.intervals import Blocks, Interval, level_increase, mean_ratio, share_increase
+from serving.gate.shadow import Shadow
 
 FALSE_ALARMS = 0.05
 # A request is slow if it takes longer than this share of the original's.
@@ -61,19 +62,20 @@ class Decision:
     requests: tuple[int, int]
 
 
-def decide(original: Side, candidate: Side, asked: GateDocument) -> Decision:
+def decide(original: Side, candidate: Side, asked: GateDocument, shadow: Shadow | None = None) -> Decision:
     """Decides.
 
     Args:
         original: What was counted on the original's servers.
         candidate: Likewise on the candidate's.
         asked: Limits, traffic and looks.
+        shadow: How both answered the operator's prompts; needed where ``asked`` has a limit for it.
     """
     requests = int(original.ttft.counts.sum()), int(candidate.ttft.counts.sum())
     if (without := _without_servers(original, candidate)) is not None:
         answer, reason = without
         return Decision(answer=answer, reason=reason, checks=(), requests=requests)
-    checks = _checks(original, candidate, asked, has_traffic=min(requests) >= asked.min_requests)
+    checks = _checks(original, candidate, asked, shadow, has_traffic=min(requests) >= asked.min_requests)
     states = {check.state for check in checks}
     answer = "roll back" if "worse" in states else "promote" if states == {"fine"} else "wait"
     return Decision(answer=answer, reason="", checks=checks, requests=requests)
@@ -97,7 +99,9 @@ def _times(number: int) -> str:
     return {0: "never", 1: "once"}.get(number, f"{number} times")
 
 
-def _checks(original: Side, candidate: Side, asked: GateDocument, *, has_traffic: bool) -> tuple[Check, ...]:
+def _checks(
+    original: Side, candidate: Side, asked: GateDocument, shadow: Shadow | None, *, has_traffic: bool
+) -> tuple[Check, ...]:
     limits = asked.errors.max_increase
 
     def share(name: str, title: str, *counts: tuple[Blocks, Blocks]) -> "_Question":
@@ -125,6 +129,14 @@ def _checks(original: Side, candidate: Side, asked: GateDocument, *, has_traffic
             lambda error: level_increase((original.kv_cache, candidate.kv_cache), error=error),
         ),
     ]  # fmt: skip
+    if asked.shadow:
+        assert shadow is not None
+        questions.append(
+            _Question(
+                "shadow", "own prompts that are answered otherwise", "share", asked.shadow.max_increase,
+                lambda error: share_increase(*shadow.counts(), error=error, in_clusters=False),
+            )
+        )  # fmt: skip
     error = FALSE_ALARMS / (len(questions) * asked.looks)
     return tuple(each.asked(error, may_judge=has_traffic) for each in questions)
 
@@ -139,11 +151,11 @@ class _Question:
     is_ratio: bool = False
 
     def asked(self, error: float, *, may_judge: bool) -> Check:
-        """Without enough traffic only errors may be judged, and never as fine: their intervals hold for few too."""
+        """Without enough traffic nothing is fine, and only what has exact intervals may be worse."""
         found = self.interval(error)
         state: State = "open"
         if found is not None:
-            if found.low > self.allowed and (may_judge or self.name in ("error_answers", "unfinished")):
+            if found.low > self.allowed and (may_judge or self.name in ("error_answers", "unfinished", "shadow")):
                 state = "worse"
             elif found.high <= self.allowed and may_judge:
                 state = "fine"

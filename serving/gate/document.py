@@ -67,12 +67,29 @@ class KvCacheLimits(Record):
     max_increase: Share = 0.1
 
 
+class ShadowLimits(Record):
+    """Your own prompts, which both sides answer.
+
+    ``original`` and ``candidate`` are the URLs of a server of each, not of the router. ``prompts`` is a ``.jsonl``
+    file, named from the directory of ``gate.yaml``; a line has ``prompt`` or ``messages``. Each answer is greedy and
+    has at most ``max_tokens``. ``max_increase`` is the share of prompts to which the candidate answers otherwise than
+    the original, minus the share to which the original answers otherwise when it is asked again.
+    """
+
+    original: str
+    candidate: str
+    prompts: str
+    max_tokens: Annotated[int, Field(ge=1, le=256)] = 16
+    max_increase: Share
+
+
 class GateDocument(Document):
     """All of ``gate.yaml``.
 
     ``original`` and ``candidate`` are the labels by which Prometheus knows the servers of each. Fewer than
     ``min_requests`` of either in the ``window`` are never enough to promote. ``looks`` is how often you will ask during
-    one roll-out: all of these answers together roll back an equal candidate at most 5 times in 100.
+    one roll-out: all of these answers together roll back an equal candidate at most 5 times in 100. With ``shadow`` the
+    answers of both sides to your own prompts are compared too.
     """
 
     version: Literal[1]
@@ -86,6 +103,7 @@ class GateDocument(Document):
     tpot: LatencyLimits = Field(default_factory=LatencyLimits)
     queue: QueueLimits = Field(default_factory=QueueLimits)
     kv_cache: KvCacheLimits = Field(default_factory=KvCacheLimits)
+    shadow: ShadowLimits | None = None
 
     @model_validator(mode="after")
     def _two_sides(self) -> Self:

@@ -1,16 +1,14 @@
 """Asks a Prometheus for the samples of some metrics over a window, and reads its answer as one reads a stranger's."""
 
 import math
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serving.gate.one_server import RefusedError, UnreachableError, ask, has_secret, is_url, shown
 from toolchain.documents import check_document
 from toolchain.errors import SenteiError
 from toolchain.json_files import parse_json
@@ -20,7 +18,6 @@ _TIMEOUT_S = 30.0
 # About a hundred servers.
 _MOST_BYTES = 16 * 1024 * 1024
 _IS_IT = "Is this the URL of a Prometheus? Its pages show queries at /graph."
-_LONGEST_SAID = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +60,9 @@ class Prometheus:
         Raises:
             SenteiError: This is no URL that can be asked.
         """
-        try:
-            parts = urllib.parse.urlsplit(url)
-            is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
-            is_good = False
-        if not is_good or parts.query or parts.fragment or not url.isascii() or any(map(str.isspace, url)):
+        if not is_url(url):
             raise SenteiError(f"{url!r} is not the URL of a Prometheus.", f"Write it as in {DEFAULT_URL}.")
-        if parts.username is not None:
+        if has_secret(url):
             raise SenteiError(
                 "The URL of Prometheus holds a name or a password, which all users of this machine can read.",
                 "Let a proxy on this machine add it.",
@@ -116,23 +108,19 @@ class Prometheus:
         if not isinstance(answer, dict) or answer.get("status") != "success":
             raise SenteiError(f"{self.url} does not answer as a Prometheus does.", _IS_IT)
         if answer.get("warnings"):
-            raise SenteiError(f"{self.url} says that its answer may be incomplete ({_shown(answer['warnings'])}).")
+            raise SenteiError(f"{self.url} says that its answer may be incomplete ({shown(answer['warnings'])}).")
         return answer.get("data")
 
     def _get(self, url: str) -> bytes:
-        # Only the server that was named is asked: no proxy, and nobody that it refers to.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
         try:
-            with opener.open(url, timeout=_TIMEOUT_S) as response:
-                content: bytes = response.read(_MOST_BYTES + 1)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(10_000)
-            raise SenteiError(f"{self.url} answers {error.code} ({_said(said) or error.reason}).", _IS_IT) from error
-        except (OSError, HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)  # urllib wraps the system's
+            content = ask(url, timeout_s=_TIMEOUT_S, most_bytes=_MOST_BYTES)
+        except RefusedError as error:
             raise SenteiError(
-                f"Prometheus cannot be asked at {self.url} ({_shown(reason)}).", "Name it with --prometheus URL."
+                f"{self.url} answers {error.status} ({_said(error.content) or error}).", _IS_IT
+            ) from error
+        except UnreachableError as error:
+            raise SenteiError(
+                f"Prometheus cannot be asked at {self.url} ({error}).", "Name it with --prometheus URL."
             ) from error
         if len(content) > _MOST_BYTES:
             raise SenteiError(
@@ -164,14 +152,6 @@ class _Matrix(_Part):
     result: list[_OneSeries]
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Ends with the answer that says where else to ask."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """See urllib."""
-        return
-
-
 def _finite(values: Sequence[Sequence[Any]]) -> tuple[tuple[float, float], ...]:
     """Times and values; what is no number is left out, as Prometheus' NaN is."""
     found = []
@@ -197,9 +177,4 @@ def _said(content: bytes) -> str:
         answer = parse_json(content, "")
     except SenteiError:
         return ""
-    return _shown(answer["error"]) if isinstance(answer, dict) and "error" in answer else ""
-
-
-def _shown(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= _LONGEST_SAID else f"{text[:_LONGEST_SAID]}…"
+    return shown(answer["error"]) if isinstance(answer, dict) and "error" in answer else ""

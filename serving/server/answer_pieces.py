@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from serving.server.answer_text import Piece
 from serving.server.http_guards import AnswerFailedError, error_content
@@ -22,6 +22,7 @@ class Pieces:
         """``done`` is called in the event loop when the last one has come."""
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._first: Piece | None = None
         self._done = done
 
     def put(self, piece: Piece | Exception) -> None:
@@ -34,6 +35,14 @@ class Pieces:
         if isinstance(piece, Exception) or piece.finish_reason:
             self._done()
 
+    async def begun(self) -> None:
+        """Waits for the first piece, which stays where it is.
+
+        Raises:
+            HTTPException, AnswerFailedError: See :meth:`__aiter__`.
+        """
+        self._first = await self._next()
+
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Each piece.
 
@@ -42,14 +51,18 @@ class Pieces:
             AnswerFailedError: The model failed to give the next token; the log says why.
         """
         while True:
-            piece = await self._queue.get()
-            if isinstance(piece, HTTPException):
-                raise piece
-            if isinstance(piece, Exception):
-                raise AnswerFailedError from piece
+            piece, self._first = self._first or await self._next(), None
             yield piece
             if piece.finish_reason:
                 return
+
+    async def _next(self) -> Piece:
+        piece = await self._queue.get()
+        if isinstance(piece, HTTPException):
+            raise piece
+        if isinstance(piece, Exception):
+            raise AnswerFailedError from piece
+        return piece
 
 
 async def whole(reply: Reply, pieces: Pieces) -> Response:
@@ -66,15 +79,29 @@ async def whole(reply: Reply, pieces: Pieces) -> Response:
     raise AssertionError("pieces end with a finish reason or an error")
 
 
-async def events(reply: Reply, pieces: Pieces, *, include_usage: bool, ended: Callable[[], None]) -> AsyncIterator[str]:
-    """The answer as server-sent events, one for each token.
+async def stream(reply: Reply, pieces: Pieces, *, include_usage: bool, ended: Callable[[], None]) -> StreamingResponse:
+    """The answer in pieces, as soon as there is one.
+
+    Until then an error still has a status, and a router can ask another server.
 
     Args:
-        reply: Makes them.
+        reply: Makes its events.
         pieces: What they hold.
         include_usage: Whether numbers of tokens come last.
-        ended: Is called at the end, also where the client has gone.
+        ended: Is called at the end of the stream, also where the client has gone.
+
+    Raises:
+        HTTPException, AnswerFailedError: It ended before the first piece; see :meth:`Pieces.__aiter__`.
     """
+    await pieces.begun()
+    content = _events(reply, pieces, include_usage=include_usage, ended=ended)
+    return StreamingResponse(content, media_type="text/event-stream")
+
+
+async def _events(
+    reply: Reply, pieces: Pieces, *, include_usage: bool, ended: Callable[[], None]
+) -> AsyncIterator[str]:
+    """Server-sent events, one for each token."""
     num_tokens = 0
     try:
         async for piece in pieces:
@@ -98,15 +125,18 @@ def _event(content: dict[str, Any]) -> str:
 async def unless_gone(
     connection: Request, answer: Coroutine[Any, Any, Response], *, ended: Callable[[], None]
 ) -> Response:
-    """Waits for an answer for as long as the client does; ``ended`` is called at the end of either."""
+    """Waits for an answer for as long as the client does; ``ended`` is called where there will be none."""
     gone, done = asyncio.create_task(_disconnection(connection)), asyncio.create_task(answer)
     try:
         await asyncio.wait({gone, done}, return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            return Response(status_code=499)  # which nobody reads
-        return done.result()
-    finally:
+        if done.done():
+            return done.result()
         ended()
+        return Response(status_code=499)  # which nobody reads
+    except BaseException:
+        ended()
+        raise
+    finally:
         gone.cancel()
         done.cancel()
 

@@ -17,13 +17,13 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from serving.engines.onnxruntime import OnnxEngine
 from serving.engines.sampling import Sampler
-from serving.server.answer_pieces import Pieces, events, unless_gone, whole
+from serving.server.answer_pieces import Pieces, stream, unless_gone, whole
 from serving.server.answer_text import AnswerText, Piece
 from serving.server.batch_thread import BatchThread
 from serving.server.continuous_batch import BatchRequest, OnnxBatch
@@ -260,10 +260,12 @@ class OnnxApi:
         timer = loop.call_at(turn.deadline, end, self._too_late())
         self._under_way.add(end)
         self._thread.submit(request)
-        if body.stream:
-            stream = events(reply, pieces, include_usage=body.stream_options.include_usage, ended=ended)
-            return StreamingResponse(stream, media_type="text/event-stream")
-        return await unless_gone(turn.connection, whole(reply, pieces), ended=ended)
+        answer = (
+            stream(reply, pieces, include_usage=body.stream_options.include_usage, ended=ended)
+            if body.stream
+            else whole(reply, pieces)
+        )
+        return await unless_gone(turn.connection, answer, ended=ended)
 
     def _request(
         self,

@@ -1,25 +1,22 @@
 """Pruned models in vLLM: its own classes, with each layer shaped as the checkpoint's ``per_layer_config`` says.
 
 Loaded inside somebody else's server: of this project only the vocabulary of configs and families is imported. A family
-is one small class at the end, which names vLLM's own model and decoder layer; nothing of theirs is copied.
+is one small class in :mod:`serving.vllm_plugin.families`, which names vLLM's own model and decoder layer; nothing of
+theirs is copied.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import vllm
 from torch import nn
-from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
-from vllm.model_executor.models.granite import GraniteDecoderLayer, GraniteForCausalLM
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCausalLM
-from vllm.model_executor.models.phi3 import Phi3ForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index, make_layers, maybe_prefix
 
+from serving.vllm_plugin.versions import check_version
 from serving.vllm_plugin.weights import CompleteWeights, stored_shapes
 from toolchain.architecture.families import Family, check_vllm_follows, family_of
 from toolchain.architecture.layout import LayerLayout, read_layout
@@ -29,6 +26,10 @@ from toolchain.errors import SenteiError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+# When the first pruned model is asked for: other models on the same server are none of the plugin's business.
+check_version(vllm.__version__)
+_PARTITION = "VLLM_PP_LAYER_PARTITION"
 
 
 class Nothing(nn.Module):
@@ -63,9 +64,14 @@ def checked_layout(vllm_config: "VllmConfig") -> tuple[LayerLayout, ...]:
 
     Raises:
         SenteiError: ``per_layer_config`` is wrong or does not fit the tensors, vLLM's class has no place for what the
-            config asks for, or a width cannot be split over the tensor-parallel ranks.
+            config asks for, a width cannot be split over the tensor-parallel ranks, or an option of the server takes
+            all layers for equal.
     """
     model_config = vllm_config.model_config
+    if getattr(vllm_config.observability_config, "enable_mfu_metrics", False):
+        raise SenteiError(
+            "--enable-mfu-metrics takes all layers for equal, and those of a pruned model are not.", "Leave it out."
+        )
     config = model_config.hf_config.to_dict()
     check_vllm_follows(config)
     layout = read_layout(config)
@@ -145,13 +151,18 @@ class PrunedLlamaLike(PrunedModel):
 
 @contextmanager
 def _no_layers(config: Any) -> Iterator[None]:
-    """Lets vLLM's models build no layers: they build all alike, from the global width, which cannot be asked for."""
-    num_hidden_layers = config.num_hidden_layers
+    """Lets vLLM's models build no layers: they build all alike, from the global width, which cannot be asked for.
+
+    A user's division of the layers into pipeline stages has to add up to their number, so it is put aside as well.
+    """
+    num_hidden_layers, partition = config.num_hidden_layers, os.environ.pop(_PARTITION, None)
     config.num_hidden_layers = 0
     try:
         yield
     finally:
         config.num_hidden_layers = num_hidden_layers
+        if partition is not None:
+            os.environ[_PARTITION] = partition
 
 
 def _forget_attention(vllm_config: "VllmConfig", prefix: str) -> None:
@@ -159,45 +170,3 @@ def _forget_attention(vllm_config: "VllmConfig", prefix: str) -> None:
     known = vllm_config.compilation_config.static_forward_context
     for name in [name for name in known if name.startswith(f"{prefix}.")]:
         del known[name]
-
-
-class PrunedLlamaForCausalLM(PrunedLlamaLike, LlamaForCausalLM):
-    """vLLM's Llama with layers that differ."""
-
-    decoder_layer = LlamaDecoderLayer
-
-
-class PrunedMistralForCausalLM(PrunedLlamaLike, MistralForCausalLM):
-    """vLLM's Mistral with layers that differ."""
-
-    decoder_layer = MistralDecoderLayer
-
-
-class PrunedPhi3ForCausalLM(PrunedLlamaLike, Phi3ForCausalLM):
-    """vLLM's Phi-3 with layers that differ."""
-
-    decoder_layer = LlamaDecoderLayer
-
-
-class PrunedQwen2ForCausalLM(PrunedModel, Qwen2ForCausalLM):
-    """vLLM's Qwen2 with layers that differ."""
-
-    decoder_layer = Qwen2DecoderLayer
-
-
-class PrunedQwen3ForCausalLM(PrunedModel, Qwen3ForCausalLM):
-    """vLLM's Qwen3 with layers that differ."""
-
-    decoder_layer = Qwen3DecoderLayer
-
-
-class PrunedGraniteForCausalLM(PrunedModel, GraniteForCausalLM):
-    """vLLM's Granite with layers that differ."""
-
-    decoder_layer = GraniteDecoderLayer
-
-
-class PrunedGemma3ForCausalLM(PrunedModel, Gemma3ForCausalLM):
-    """vLLM's Gemma 3 with layers that differ."""
-
-    decoder_layer = Gemma3DecoderLayer

@@ -22,7 +22,7 @@ def register() -> None:
 
     for model_type, family in FAMILIES.items():
         architecture = family.pruned_architecture
-        ModelRegistry.register_model(architecture, f"serving.vllm_plugin.models:{architecture}")
+        ModelRegistry.register_model(architecture, f"serving.vllm_plugin.families.{model_type}:{architecture}")
         _equal_to_itself(CONFIG_MAPPING[model_type])
 
 

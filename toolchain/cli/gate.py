@@ -50,7 +50,7 @@ def gate(
 
     asked = read_yaml_document(settings, GateDocument, hint="docs/guides/deploy.md shows one with all keys.")
     command = None if apply is None else _words(apply)
-    decision = judge(asked, Prometheus(prometheus or DEFAULT_URL))
+    decision = judge(asked, Prometheus(prometheus or DEFAULT_URL), settings.parent)
     output.result(as_object(decision, asked), lambda console: _show(console, decision, asked))
     if command is not None and decision.answer == "promote":
         _run(command)

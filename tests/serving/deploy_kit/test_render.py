@@ -23,7 +23,7 @@ from serving.deploy_kit import render
 from serving.deploy_kit.facts import Kit
 from serving.deploy_kit.render import STEPS, VLLM_VERSION, write_kit
 from serving.gate.document import GateDocument
-from serving.readiness import NEWEST_VLLM, OLDEST_VLLM
+from serving.vllm_plugin.versions import NEWEST_VLLM, OLDEST_VLLM
 from tests.serving.deploy_kit.kits import PAIR, all_kinds, kit
 from tests.test_form import ROOT
 from toolchain.errors import SenteiError

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -103,10 +104,13 @@ def test_envoy_takes_its_configuration(kits):
 
 
 class Upstream:
-    """A server that says who it is, until it breaks or dies."""
+    """A server that says who it is, until it breaks, gets stuck or dies."""
 
     def __init__(self, role: str) -> None:
-        self.is_broken = False
+        self.is_broken, self.is_ill = False, False
+        self.num_inside = 0
+        self._moves = threading.Event()
+        self._moves.set()
         self._connections: list[socket.socket] = []
         upstream = self
 
@@ -118,10 +122,13 @@ class Upstream:
                 upstream._connections.append(self.connection)
 
             def do_GET(self) -> None:
-                self._answer(200, b"")
+                upstream._moves.wait()
+                self._answer(503 if upstream.is_ill else 200, b"")
 
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))
+                upstream.num_inside += 1
+                upstream._moves.wait()
                 self._answer(503 if upstream.is_broken else 200, role.encode())
 
             def _answer(self, status: int, content: bytes) -> None:
@@ -133,10 +140,25 @@ class Upstream:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads, request_queue_size = True, 100
+
+            def handle_error(self, *_: Any) -> None:
+                """Whoever asked a dead server is gone."""
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    @contextmanager
+    def stuck(self) -> Iterator[None]:
+        """It takes requests and answers none, not even of its health."""
+        self.num_inside = 0
+        self._moves.clear()
+        try:
+            yield
+        finally:
+            self._moves.set()
 
     def die(self) -> None:
         """As a killed process does: nobody listens any more, and connections end."""
@@ -148,7 +170,7 @@ class Upstream:
 
 
 @contextmanager
-def router(out: Path, ports: dict[str, int]) -> Iterator[Callable[[], str]]:
+def router(out: Path, ports: dict[str, int], timeout_s: float = 10) -> Iterator[Callable[[], str]]:
     """Envoy with the kit's files; only addresses differ. Yields what asks it once: who answered, or the status."""
     settings = yaml.safe_load((out / "envoy/envoy.yaml").read_text().replace("/etc/envoy", str(out / "envoy")))
     port = free_port()
@@ -170,7 +192,7 @@ def router(out: Path, ports: dict[str, int]) -> Iterator[Callable[[], str]]:
     def ask() -> str:
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", data=b"{}")
         try:
-            with urllib.request.urlopen(request, timeout=10) as response:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 return str(response.read().decode())
         except urllib.error.HTTPError as error:
             return str(error.code)
@@ -185,15 +207,17 @@ def router(out: Path, ports: dict[str, int]) -> Iterator[Callable[[], str]]:
         process.wait(30)
 
 
+def switch(out: Path, share: int) -> None:
+    """Gives the candidate this share, by the runbook's own command."""
+    command = f"cp {share}.yaml next.yaml && mv next.yaml current.yaml"
+    assert command in (out / "runbook.en.md").read_text()
+    subprocess.run(command, shell=True, check=True, cwd=out / "envoy/routes")
+
+
 def test_a_canary_by_the_runbook_loses_no_request(tmp_path):
     out = tmp_path / "kit"
     write_kit(kit(*PAIR), out)
     original, candidate = Upstream("original"), Upstream("candidate")
-
-    def step(share: int) -> None:
-        command = f"cp {share}.yaml next.yaml && mv next.yaml current.yaml"
-        assert command in (out / "runbook.en.md").read_text()
-        subprocess.run(command, shell=True, check=True, cwd=out / "envoy/routes")
 
     with router(out, {"original": original.port, "candidate": candidate.port}) as ask:
 
@@ -201,10 +225,10 @@ def test_a_canary_by_the_runbook_loses_no_request(tmp_path):
             return Counter(ask() for _ in range(number))
 
         assert answers(50) == {"original": 50}
-        step(100)
+        switch(out, 100)
         wait_for(lambda: ask() == "candidate", 30)
         assert answers(50) == {"candidate": 50}
-        step(50)
+        switch(out, 50)
         wait_for(lambda: ask() == "original", 30)
         found = answers(200)
         assert set(found) == set(PAIR) and 60 <= found["candidate"] <= 140
@@ -215,7 +239,41 @@ def test_a_canary_by_the_runbook_loses_no_request(tmp_path):
         candidate.die()
         assert answers(200) == {"original": 200}
         begun = time.monotonic()
-        step(0)
+        switch(out, 0)
         assert answers(50) == {"original": 50}
         assert time.monotonic() - begun < 60
+    original.die()
+
+
+AT_ONCE = 60
+
+
+def test_all_that_a_stuck_candidate_holds_is_answered_by_the_original_when_it_is_killed(tmp_path):
+    """Envoy alone would try 3 of these requests again, and lose the others."""
+    out = tmp_path / "kit"
+    write_kit(kit(*PAIR), out)
+    original, candidate = Upstream("original"), Upstream("candidate")
+    with router(out, {"original": original.port, "candidate": candidate.port}, timeout_s=100) as ask:
+        switch(out, 100)
+        wait_for(lambda: ask() == "candidate", 30)
+        with candidate.stuck(), ThreadPoolExecutor(AT_ONCE) as pool:
+            answers = [pool.submit(ask) for _ in range(AT_ONCE)]
+            wait_for(lambda: candidate.num_inside == AT_ONCE, 30)
+            time.sleep(40)  # two checks of its health of 10 s each, 5 s before each
+            assert Counter(ask() for _ in range(20)) == {"original": 20}
+            assert not any(each.done() for each in answers)
+            candidate.die()
+            assert Counter(each.result() for each in answers) == {"original": AT_ONCE}
+    original.die()
+
+
+def test_an_original_that_looks_ill_is_asked_all_the_same(tmp_path):
+    """There is nobody else: an answer of a server that is slow to say that it is well is better than none."""
+    out = tmp_path / "kit"
+    write_kit(kit(*PAIR), out)
+    original, candidate = Upstream("original"), Upstream("candidate")
+    original.is_ill = True
+    with router(out, {"original": original.port, "candidate": candidate.port}) as ask:
+        time.sleep(12)  # two checks of health
+        assert Counter(ask() for _ in range(20)) == {"original": 20}
     original.die()

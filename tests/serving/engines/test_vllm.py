@@ -143,6 +143,7 @@ def vllm_config(ranks=1, **config):
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_config=LlamaConfig(**overrides), model="org/name"),
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+        observability_config=SimpleNamespace(enable_mfu_metrics=False),
     )
 
 
@@ -162,6 +163,28 @@ def test_a_bad_layout_is_one_sentence():
         checked_layout(vllm_config(per_layer_config={"2": {"intermediate_size": 0}}))
     with pytest.raises(SenteiError, match="skips"):
         checked_layout(vllm_config(per_layer_config={"2": {"skip": ["norm"]}}))
+
+
+def test_an_option_that_takes_all_layers_for_equal_is_refused():
+    from serving.vllm_plugin.models import checked_layout
+
+    asked = vllm_config(per_layer_config={"1": {"intermediate_size": 32}})
+    asked.observability_config.enable_mfu_metrics = True
+    with pytest.raises(SenteiError, match="--enable-mfu-metrics"):
+        checked_layout(asked)
+
+
+def test_a_division_into_stages_is_of_the_layers_that_are_built(monkeypatch):
+    """The model of vLLM is built without layers first; then the user's division would not add up."""
+    from vllm.distributed.utils import get_pp_indices
+
+    from serving.vllm_plugin.models import _no_layers
+
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,3")
+    config = vllm_config().model_config.hf_config
+    with _no_layers(config):
+        assert get_pp_indices(config.num_hidden_layers, 1, 2) == (0, 0)
+    assert get_pp_indices(config.num_hidden_layers, 1, 2) == (1, 4)
 
 
 def test_a_config_with_layers_that_differ_equals_itself():

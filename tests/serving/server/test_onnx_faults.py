@@ -62,23 +62,24 @@ class Panic(BaseException):
     __module__ = "pyo3_runtime"
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("told", ["whole", "stream", "stream that has begun"])
 @pytest.mark.parametrize("error", [ValueError("of its own"), Panic("of its own")])
 @pytest.mark.parametrize("place", ["sampler", "detokeniser"])
 def test_what_fails_in_one_row_ends_that_request_alone(
     served: Served, gate: Gate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-    place: str, error: BaseException, stream: bool,
+    place: str, error: BaseException, told: str,
 ):  # fmt: skip
     expected = served.complete(max_tokens=40).content["choices"][0]["text"]
     picked, taken = Sampler.pick, onnx_api.AnswerText.take
+    good = [None] * (told == "stream that has begun")  # its first token is
 
     def pick(self: Sampler, logits: Any) -> int:
-        if self._draws:  # the one with a temperature
+        if self._draws and not (good and good.pop() is None):  # the one with a temperature
             raise error
         return picked(self, logits)
 
     def take(self: Any, token: int) -> bool:
-        if self._stop_strings:  # the one with a stop string
+        if self._stop_strings and not (good and good.pop() is None):  # the one with a stop string
             raise error
         return taken(self, token)
 
@@ -89,13 +90,13 @@ def test_what_fails_in_one_row_ends_that_request_alone(
     with gate.closed():
         others, threads = served.in_background(max_tokens=40)
         wait_for(lambda: served.api._batch.num_running == 1, 10)
-        failed, more = served.in_background(temperature=1, stop=["never"], stream=stream)
+        failed, more = served.in_background(temperature=1, stop=["never"], stream=told != "whole")
     for thread in (*threads, *more):
         thread.join(30)
     assert others[0].content["choices"][0]["text"] == expected
-    if stream:
+    if told == "stream that has begun":
         failed_error = json.loads(failed[0].content.split("data: ")[-1])["error"]
-        assert (failed_error["code"], failed_error["type"]) == (500, "internal_server_error")
+        assert (failed[0].status, failed_error["code"], failed_error["type"]) == (200, 500, "internal_server_error")
     else:
         assert failed[0].status == 500 and "its log says why" in failed[0].error
     assert "of its own" not in str(failed[0].content)
@@ -261,11 +262,20 @@ def test_an_answer_that_takes_too_long_is_ended(
     monkeypatch.setattr(served.api, "_timeout_s", 0.3)
     with gate.closed():
         answer = served.complete(stream=stream)
-    if stream:
-        error = json.loads(answer.content.split("data: ")[-1])["error"]
-        assert (answer.status, error["code"], error["type"]) == (200, 408, "timeout_error")
-    else:
-        assert answer.status == 408 and "not finished within 0.3 s" in answer.error
+    assert answer.status == 408 and "not finished within 0.3 s" in answer.error
+    monkeypatch.undo()
+    wait_for(lambda: served.numbers()["vllm:num_requests_running"] == 0, 10)
+
+
+def test_a_stream_that_takes_too_long_says_so_at_its_end(served: Served, monkeypatch: pytest.MonkeyPatch):
+    step = served.api._engine.step
+    monkeypatch.setattr(served.api, "_timeout_s", 1.0)
+    monkeypatch.setattr(
+        served.api._engine, "step", lambda cache, rows: (len(rows[0]) > 1 or not time.sleep(2)) and step(cache, rows)
+    )
+    answer = served.complete(stream=True)
+    error = json.loads(answer.content.split("data: ")[-1])["error"]
+    assert (answer.status, error["code"], error["type"]) == (200, 408, "timeout_error")
     monkeypatch.undo()
     wait_for(lambda: served.numbers()["vllm:num_requests_running"] == 0, 10)
 

@@ -1,5 +1,6 @@
 """Every family's pruned checkpoints in unmodified vLLM: same answers as Transformers, or refused with a reason."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -194,10 +195,21 @@ def merge(model: torch.nn.Module, adapter: Path) -> None:
 
 
 def test_every_family_has_its_class():
-    from serving.vllm_plugin import models as vllm_models
+    from serving.vllm_plugin.models import PrunedModel
 
-    for family in FAMILIES.values():
-        assert issubclass(getattr(vllm_models, family.pruned_architecture), vllm_models.PrunedModel)
+    for model_type, family in FAMILIES.items():
+        module = importlib.import_module(f"serving.vllm_plugin.families.{model_type}")
+        assert issubclass(getattr(module, family.pruned_architecture), PrunedModel)
+
+
+def test_what_vllm_has_renamed_in_one_family_stops_no_other(monkeypatch):
+    for model_type in FAMILIES:
+        monkeypatch.delitem(sys.modules, f"serving.vllm_plugin.families.{model_type}", raising=False)
+    monkeypatch.delattr("vllm.model_executor.models.qwen2.Qwen2DecoderLayer")
+    for model_type in FAMILIES.keys() - {"qwen2"}:
+        importlib.import_module(f"serving.vllm_plugin.families.{model_type}")
+    with pytest.raises(ImportError, match="Qwen2DecoderLayer"):
+        importlib.import_module("serving.vllm_plugin.families.qwen2")
 
 
 def config_for_vllm(directory: Path) -> Any:
@@ -205,6 +217,7 @@ def config_for_vllm(directory: Path) -> Any:
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_config=AutoConfig.from_pretrained(directory), model=str(directory)),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        observability_config=SimpleNamespace(enable_mfu_metrics=False),
     )
 
 
