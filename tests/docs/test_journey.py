@@ -1,0 +1,58 @@
+"""README's and the guides' commands, run in their order, in an empty directory, on a model of random weights."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_pico
+from tests.docs.commands import DOCUMENTS, ROOT, sentei_commands
+from tests.docs.workplace import NOT_RUN, Workplace, is_run, why_not
+from toolchain.checkpoint.directory import copy_companions
+
+FOLDERS = (ROOT, ROOT / "docs" / "guides", ROOT / "docs" / "ja")
+JOURNEYS = [document for document in DOCUMENTS if document.parent in FOLDERS]
+
+
+@pytest.fixture(scope="session")
+def narrow_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many layers as the documents speak of, heads as wide as vLLM wants, and a context for their requests."""
+    directory = tmp_path_factory.mktemp("models") / "narrow"
+    make_pico(
+        directory,
+        hidden_size=64,
+        head_dim=32,
+        intermediate_size=384,
+        num_hidden_layers=30,
+        max_position_embeddings=8192,
+    )
+    copy_companions(demo_model, directory)
+    return directory
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    "document",
+    [document for document in JOURNEYS if any(map(is_run, sentei_commands(document)))],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_the_commands_work_one_after_the_other(
+    document: Path, narrow_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        assert not os.environ.get("CI"), "vLLM is not installed; in CI that is a failure."
+        pytest.skip("vLLM is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    workplace = Workplace(tmp_path, narrow_model)
+    for command in filter(is_run, sentei_commands(document)):
+        workplace.run(command.words)
+
+
+def test_no_command_is_left_out_without_a_reason() -> None:
+    """Each reason is one for a command that is shown; most of what is shown is run."""
+    shown = [command for document in JOURNEYS for command in sentei_commands(document)]
+    given = {why_not(command) for command in shown}
+    assert [reason for reason in NOT_RUN.values() if reason not in given] == []
+    assert sum(map(is_run, shown)) > len(shown) / 2
