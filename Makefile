@@ -14,8 +14,10 @@ PIP_INSTALL := env PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAI
 TRITON := $(if $(CONSTRAINTS),$(if $(findstring +cpu,$(TORCH)),triton==3.9.0))
 # Much of the time something starts, on one thread. conftest.py puts the longest file first, xdist would put it last.
 TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Without the theme's warning of MkDocs 2, which pyproject.toml leaves out.
+BUILD_DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: demo test test-newest acceptance compatibility reliability check structure vllm-versions quantize-env clean
+.PHONY: demo test test-newest acceptance compatibility reliability check docs structure vllm-versions quantize-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sentei demo -o demo --force
@@ -49,6 +51,11 @@ check: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(BIN)/python docs/structure.py --check
 	$(BIN)/python docs/write_schemas.py --check
+	$(BUILD_DOCS) --quiet
+
+# The documentation as a site, in build/site. Broken links and missing pages end it.
+docs: $(VENV)/.test
+	$(BUILD_DOCS)
 
 # Writes docs/structure.md from the modules' docstrings.
 structure:
