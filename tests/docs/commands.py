@@ -47,30 +47,26 @@ class Command:
 
 def commands_of(document: Path) -> Iterator[Command]:
     """All commands in the document's fenced blocks for a shell, and behind ``$`` in blocks without a language."""
-    name = document.relative_to(ROOT).as_posix()
     for block in _tokens(document):
         language = block.info.strip().split(" ")[0]
         if block.type != "fence" or language not in {*_SHELL, ""}:
             continue
         assert block.map is not None
         lines = block.content.splitlines()
-        has_prompt = any(line.startswith(_PROMPT) for line in lines)
-        if not language and not has_prompt:
-            continue
-        for number, line in _whole_lines(lines):
-            if has_prompt and not line.startswith(_PROMPT):
-                continue  # what the command printed
-            for words in _simple_commands(line.removeprefix(_PROMPT)):
-                started, launcher = _without_what_starts_it(words)
-                if started:
-                    yield Command(name, block.map[0] + 2 + number, started, launcher)
+        if language or _has_prompt(lines):
+            yield from _commands(document, lines, first=block.map[0] + 2)
+
+
+def commands_of_script(script: Path) -> Iterator[Command]:
+    """All commands of a shell script."""
+    yield from _commands(script, script.read_text(encoding="utf-8").splitlines(), first=1)
 
 
 def sentei_commands(document: Path) -> list[Command]:
-    """Those of sentei; ``words`` begin after its name."""
+    """Those of sentei in a document or a script; ``words`` begin after its name."""
     return [
         Command(each.file, each.line, each.words[1:], each.launcher)
-        for each in commands_of(document)
+        for each in (commands_of if document.suffix == ".md" else commands_of_script)(document)
         if Path(each.words[0]).name == "sentei"
     ]
 
@@ -89,6 +85,21 @@ def mentions(document: Path) -> list[Command]:
 @cache
 def _tokens(document: Path) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(document.read_text(encoding="utf-8"))
+
+
+def _commands(file: Path, lines: list[str], *, first: int) -> Iterator[Command]:
+    name, has_prompt = file.relative_to(ROOT).as_posix(), _has_prompt(lines)
+    for number, line in _whole_lines(lines):
+        if has_prompt and not line.startswith(_PROMPT):
+            continue  # what the command printed
+        for words in _simple_commands(line.removeprefix(_PROMPT)):
+            started, launcher = _without_what_starts_it(words)
+            if started:
+                yield Command(name, first + number, started, launcher)
+
+
+def _has_prompt(lines: list[str]) -> bool:
+    return any(line.startswith(_PROMPT) for line in lines)
 
 
 def _whole_lines(lines: list[str]) -> Iterator[tuple[int, str]]:

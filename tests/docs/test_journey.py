@@ -6,29 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_pico
 from tests.docs.commands import DOCUMENTS, ROOT, sentei_commands
 from tests.docs.workplace import NOT_RUN, Workplace, is_run, why_not
-from toolchain.checkpoint.directory import copy_companions
 
 FOLDERS = (ROOT, ROOT / "docs" / "guides", ROOT / "docs" / "ja")
 JOURNEYS = [document for document in DOCUMENTS if document.parent in FOLDERS]
-
-
-@pytest.fixture(scope="session")
-def narrow_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many layers as the documents speak of, heads as wide as vLLM wants, and a context for their requests."""
-    directory = tmp_path_factory.mktemp("models") / "narrow"
-    make_pico(
-        directory,
-        hidden_size=64,
-        head_dim=32,
-        intermediate_size=384,
-        num_hidden_layers=30,
-        max_position_embeddings=8192,
-    )
-    copy_companions(demo_model, directory)
-    return directory
 
 
 @pytest.mark.acceptance

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from serving.server.vllm import free_port
-from tests.command_line import sentei
+from tests.command_line import PROGRAM, sentei
 from tests.docs.commands import ROOT, Command
 from tests.serving.signing.conftest import make_pair
 
@@ -108,7 +107,7 @@ class Workplace:
         port = free_port()
         more = ["--port", str(port)] if "--" in words else ["--", "--port", str(port)]
         with (self.directory / "server.log").open("w") as log:
-            command = [sys.executable, "-m", "toolchain.cli.entry", *words, *more]
+            command = [PROGRAM, *words, *more]
             server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             ends = time.monotonic() + SERVER_STARTS_S
