@@ -28,9 +28,9 @@ WRITTEN = ROOT / "tests" / "fixtures" / "written"
 SMALLER = {
     "prune": "--samples 4 --seq-len 16 --align 8",
     "evaluate": "--windows 2 --seq-len 16 --generations 1 --limit 2",
-    "compare-methods": "--samples 2 --windows 2 --limit 2 --sparsity 0.3 --methods 2ssp,shortgpt --repeats 3",
+    "compare-methods": "--samples 2 --windows 2 --limit 2 --sparsity 0.3 --methods 2ssp,shortgpt --seq-len 16 --align 8",
     "heal": "--steps 20 --batch-size 2 --seq-len 32",
-    "calibration-text": "--tokens 1500 --max-new-tokens 64",
+    "calibration-text": "--tokens 400 --max-new-tokens 32",
     "generate": "--max-new-tokens 2",
     "benchmark": "--repeats 3 --input-len 16 --output-len 4 --num-prompts 2",
 }
