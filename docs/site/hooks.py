@@ -38,11 +38,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Topics": list(map(place_on_site, documents))},
         {"Decisions": ["decisions/index.md", *map(place_on_site, _in_order_of_readme("decisions"))]},
         {"日本語": ["ja/quickstart.md", "ja/poc.md"]},
-        {
-            "Project": [
-                place_on_site(path) for path in sorted(_outside()) if path.endswith(".md") and path != "README.md"
-            ]
-        },
+        {"Project": [place_on_site(path) for path in sorted(_outside() - {"README.md"}) if path.endswith(".md")]},
     ]
     return config
 
@@ -106,7 +102,8 @@ def _in_order_of_readme(folder: str) -> list[str]:
     """The pages of a folder of docs/: in README's order, and then those that it does not name."""
     pages = sorted(path.relative_to(ROOT).as_posix() for path in (DOCS / folder).glob("*.md"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return sorted(pages, key=lambda path: readme.find(f"({path}") % (len(readme) + 1))
+    named = [path for path in pages if f"({path}" in readme]
+    return [*sorted(named, key=lambda path: readme.index(f"({path}")), *(path for path in pages if path not in named)]
 
 
 def _title(path: str) -> str:

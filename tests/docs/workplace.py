@@ -28,7 +28,7 @@ WRITTEN = ROOT / "tests" / "fixtures" / "written"
 SMALLER = {
     "prune": "--samples 4 --seq-len 16 --align 8",
     "evaluate": "--windows 2 --seq-len 16 --generations 1 --limit 2",
-    "compare-methods": "--samples 2 --windows 2 --limit 2 --sparsity 0.3 --methods 2ssp,shortgpt --seq-len 16 --align 8",
+    "compare-methods": "--sparsity 0.3 --methods 2ssp,shortgpt --samples 2 --windows 2 --seq-len 16 --align 8",
     "heal": "--steps 20 --batch-size 2 --seq-len 32",
     "calibration-text": "--tokens 400 --max-new-tokens 32",
     "generate": "--max-new-tokens 2",
