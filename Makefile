@@ -15,7 +15,7 @@ PIP_INSTALL := $(WITH_CONSTRAINTS) $(BIN)/pip install
 TRITON := $(if $(CONSTRAINTS),$(if $(findstring +cpu,$(TORCH)),triton==3.9.0))
 # Much of the time something starts, on one thread. conftest.py puts the longest file first, xdist would put it last.
 TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
-# Without the theme's warning of MkDocs 2, which pyproject.toml leaves out.
+# Not --quiet, which takes warnings away before --strict sees them. The variable ends a notice of the theme.
 BUILD_DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: demo test test-newest acceptance compatibility reliability check dist docs structure vllm-versions quantize-env clean
@@ -52,7 +52,7 @@ check: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(BIN)/python docs/structure.py --check
 	$(BIN)/python docs/write_schemas.py --check
-	$(BUILD_DOCS) --quiet
+	$(BUILD_DOCS)
 
 # The documentation as a site, in build/site. Broken links and missing pages end it.
 docs: $(VENV)/.test
