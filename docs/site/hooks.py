@@ -37,7 +37,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Reference": [_COMMANDS, {"Files": [f"{_FILES}/{name}.md" for name in _schemas()]}, "reference/python.md"]},
         {"Topics": list(map(place_on_site, documents))},
         {"Decisions": ["decisions/index.md", *map(place_on_site, _in_order_of_readme("decisions"))]},
-        {"日本語": ["ja/quickstart.md", "ja/poc.md"]},
+        {"日本語": sorted(map(place_on_site, _in_order_of_readme("ja")), key=lambda place: "quickstart" not in place)},
         {"Project": [place_on_site(path) for path in sorted(_outside() - {"README.md"}) if path.endswith(".md")]},
     ]
     return config
