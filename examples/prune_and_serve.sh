@@ -4,6 +4,7 @@
 #   examples/prune_and_serve.sh MODEL TEXT OUT [options of sentei prune]
 #
 # MODEL is a directory or a hub id; TEXT is like your users' requests (.txt or .jsonl). Needs sentei[vllm] and curl.
+# PORT and SERVE_OPTIONS are for vLLM; SERVE_OPTIONS=--enforce-eager starts it faster, and then it answers more slowly.
 set -euo pipefail
 model=$1 text=$2 out=$3
 port=${PORT:-8000}
@@ -13,7 +14,7 @@ sentei prune "$model" -o "$out/pruned" --sparsity 0.25 --calibration "$text" "${
 sentei plan show "$out/pruned"
 sentei export vllm "$out/pruned" -o "$out/deploy"
 
-sentei serve "$out/deploy" -- --port "$port" --max-model-len 2048 --served-model-name pruned &
+sentei serve "$out/deploy" -- --port "$port" --max-model-len 2048 --served-model-name pruned ${SERVE_OPTIONS:-} &
 server=$!
 trap 'kill $server 2> /dev/null || true; wait $server || true' EXIT
 until curl --silent --fail "http://127.0.0.1:$port/health"; do

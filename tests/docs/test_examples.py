@@ -65,5 +65,6 @@ def test_prune_and_serve(narrow_model: Path, text: Path, tmp_path: Path) -> None
         assert not os.environ.get("CI"), "vLLM is not installed; in CI that is a failure."
         pytest.skip("vLLM is not installed")
     script = ROOT / "examples" / "prune_and_serve.sh"
-    said = run(script, narrow_model, text, "out", *SMALL, cwd=tmp_path, PORT=str(free_port()))
+    options = {"PORT": str(free_port()), "SERVE_OPTIONS": "--enforce-eager --kv-cache-memory-bytes 1G"}
+    said = run(script, narrow_model, text, "out", *SMALL, cwd=tmp_path, **options)
     assert '"completion_tokens":16' in said

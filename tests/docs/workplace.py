@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from serving.onnx_export.files import is_onnx_export
 from serving.server.vllm import free_port
 from tests.command_line import PROGRAM, sentei
 from tests.docs.commands import ROOT, Command
@@ -103,7 +104,9 @@ class Workplace:
     def _serve(self, words: Sequence[str]) -> None:
         """Starts the server, and ends it once it is up."""
         port = free_port()
-        more = ["--port", str(port)] if "--" in words else ["--", "--port", str(port)]
+        more = [*([] if "--" in words else ["--"]), "--port", str(port)]
+        if not is_onnx_export(self.directory / words[1]):
+            more += ["--enforce-eager", "--kv-cache-memory-bytes", "1G"]
         with (self.directory / "server.log").open("w") as log:
             command = [PROGRAM, *words, *more]
             server = subprocess.Popen(command, stdout=log, stderr=log)
