@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.commands import DOCUMENTS, ROOT, sentei_commands
-from tests.docs.workplace import NOT_RUN, Workplace, is_run, why_not
+from tests.docs.workplace import Workplace, is_run
 
 FOLDERS = (ROOT, ROOT / "docs" / "guides", ROOT / "docs" / "ja")
 JOURNEYS = [document for document in DOCUMENTS if document.parent in FOLDERS]
@@ -32,9 +32,7 @@ def test_the_commands_work_one_after_the_other(
         workplace.run(command.words)
 
 
-def test_no_command_is_left_out_without_a_reason() -> None:
-    """Each reason is one for a command that is shown; most of what is shown is run."""
+def test_most_of_what_is_shown_is_run() -> None:
+    """What is not has its reason in tests/docs/workplace.py."""
     shown = [command for document in JOURNEYS for command in sentei_commands(document)]
-    given = {why_not(command) for command in shown}
-    assert [reason for reason in NOT_RUN.values() if reason not in given] == []
     assert sum(map(is_run, shown)) > len(shown) / 2
