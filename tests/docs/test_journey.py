@@ -14,6 +14,7 @@ JOURNEYS = [document for document in DOCUMENTS if document.parent in FOLDERS]
 
 
 @pytest.mark.acceptance
+@pytest.mark.timeout(2400)  # README's benchmark starts vLLM six times
 @pytest.mark.parametrize(
     "document",
     [document for document in JOURNEYS if any(map(is_run, sentei_commands(document)))],
