@@ -29,7 +29,9 @@ def test_their_commands_can_be_typed() -> None:
     shown = [command for script in scripts for command in sentei_commands(script)]
     assert len(shown) >= 9
     # What a caller adds.
-    wrong = {str(each): what_is_wrong([word for word in each.words if word != "${@:4}"]) for each in shown}
+    given = {"$precision": "int8"}
+    typed = {str(each): [given.get(word, word) for word in each.words if word != "${@:4}"] for each in shown}
+    wrong = {command: what_is_wrong(words) for command, words in typed.items()}
     assert {command: reason for command, reason in wrong.items() if reason} == {}
 
 
@@ -54,7 +56,9 @@ def test_plan_by_hand(narrow_model: Path, text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.acceptance
 def test_onnx_on_a_cpu(narrow_model: Path, text: Path, tmp_path: Path) -> None:
-    said = run(ROOT / "examples" / "onnx_on_a_cpu.sh", narrow_model, text, "out", *SMALL, cwd=tmp_path)
+    # Rounding changes the answers of random weights more than verification allows.
+    script = ROOT / "examples" / "onnx_on_a_cpu.sh"
+    said = run(script, narrow_model, text, "out", *SMALL, cwd=tmp_path, PRECISION="fp32")
     assert "output_throughput" in said
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
 
