@@ -112,11 +112,11 @@ def test_mistakes_are_told_with_their_line(gate, old, new, parts):
 
 def test_the_guide_shows_the_defaults(gate):
     guide = (ROOT / "docs/guides/deploy.md").read_text(encoding="utf-8")
-    gate.write_text(guide.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    defaults, shadow = (part.split("```")[0] for part in guide.split("```yaml\n")[1:])
+    gate.write_text(defaults, encoding="utf-8")
     found = read_yaml_document(gate, GateDocument, hint="")
     assert found == GateDocument(version=1, original=found.original, candidate=found.candidate)
     assert set(GateDocument.model_fields) - {"shadow"} == found.model_fields_set  # which has no default
-    shadow = (ROOT / "docs/decisions/gate.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
     gate.write_text(gate.read_text(encoding="utf-8") + shadow, encoding="utf-8")
     assert read_yaml_document(gate, GateDocument, hint="").shadow is not None
 
