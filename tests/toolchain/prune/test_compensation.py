@@ -44,7 +44,7 @@ def moments_of(x: torch.Tensor, y: torch.Tensor) -> Moments:
 
 def refit(weight: torch.Tensor, fitted: Moments, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> Refit:
     """``x`` and ``y`` are held out."""
-    fits = ridge_fits(weight, fitted, dtype)
+    fits = ridge_fits(weight, fitted, (0.1, 1.0, 10.0), dtype)
     return best_fit(fits, squared_errors([weight, *fits.values()], x, y).tolist())
 
 
