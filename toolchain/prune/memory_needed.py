@@ -14,7 +14,6 @@ from toolchain.memory import available_bytes
 from toolchain.model.several_gpus import GpusTooSmallError, device_map_for
 from toolchain.prune.compensation import RIDGES
 from toolchain.prune.ridge_fit import fit_bytes
-from toolchain.prune.search.sensitivity import graph_bytes
 from toolchain.prune.settings import PruneSettings
 from toolchain.ranks.ranks import Ranks
 
@@ -54,7 +53,8 @@ def memory_needed(checkpoint: Checkpoint, settings: PruneSettings, *, offload: b
     outside = checkpoint.num_parameters - checkpoint.num_block_parameters
     size = settings.dtype.itemsize
     state = settings.seq_len * hidden * size
-    graph = graph_bytes(settings.seq_len, hidden, width, size)
+    # A layer's graph: residual stream, norms, queries to outputs, and three activations of the FFN, each about twice.
+    graph = settings.seq_len * (12 * hidden + 6 * width) * size
     ranked, compensates = settings.widths == "ranked", settings.compensate
     moments = fit_bytes(width, hidden, len(RIDGES["ffn"]), checkpoint.dtype.itemsize)
     weights = (outside + layer if offload else checkpoint.num_parameters) * size

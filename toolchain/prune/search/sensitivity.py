@@ -22,8 +22,6 @@ from toolchain.prune.window_sums import UNSHARED, Shared, sum_of_parts
 _HEAD_TOKENS = 256
 # What enters the layers takes so much of free memory where windows go up and down together.
 _SHARE_FOR_STATES = 1 / 8
-# The graphs of all layers may take so much of it, in one window; otherwise each layer runs again on the way down.
-_SHARE_FOR_GRAPHS = 1 / 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +58,8 @@ def neuron_sensitivity(
 ) -> Sensitivity:
     """Estimates what the removal of every neuron does to the loss.
 
-    The walk goes up layer by layer and down again, with one window's states in memory, and its graphs where they fit;
-    otherwise one layer's. Where layers are read from disk, as many windows go together as memory holds.
+    The walk goes up layer by layer and down again; one window's states and one layer's graph are in memory at a time.
+    Where layers are read from disk, as many windows go together as memory holds.
 
     Args:
         walk: Over the unpruned model.
@@ -101,93 +99,52 @@ def _windows_at_once(walk: LayerWalk, windows: torch.Tensor) -> int:
     return min(max(1, fitting), len(windows))
 
 
-def graph_bytes(seq_len: int, hidden_size: int, intermediate_size: int, itemsize: int) -> int:
-    """What gradients need to know of one window in a layer.
-
-    Residual stream, norms, queries to outputs, and three activations of the FFN, each about twice.
-    """
-    return seq_len * (12 * hidden_size + 6 * intermediate_size) * itemsize
-
-
-def _keeps_graphs(walk: LayerWalk, seq_len: int) -> bool:
-    """Whether one window's graphs fit, so that no layer runs a second time; of layers from disk one is there."""
-    if not walk.layers.resident:
-        return False
-    config = walk.model.config
-    graph = graph_bytes(seq_len, config.hidden_size, config.intermediate_size, walk.model.dtype.itemsize)
-    return len(walk.layers) * graph <= _SHARE_FOR_GRAPHS * walk.free_bytes()
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A layer that one window went through: what entered it, what entered its FFN's last projection, what left it."""
-
-    entering: torch.Tensor
-    activations: torch.Tensor
-    leaving: torch.Tensor
-
-
-_Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
 def _of_windows(walk: LayerWalk, windows: torch.Tensor) -> torch.Tensor:
     """Slopes, Fisher information and norms of the neurons of all layers, one after another: float64, a row a window.
 
     Each window goes through a layer by itself, so that its row is the same beside whichever others.
     """
-    last, by_layer = _way_up(walk, windows, keep_graphs=_keeps_graphs(walk, windows.shape[1]))
-    ends = zip(last, windows.split(1), strict=True)
-    gradients = [_gradient_of_loss(walk, states, window) for states, window in ends]
+    states = _entering_states(walk, windows)
+    ends = zip(states.pop(), windows.split(1), strict=True)
+    gradients = [_gradient_of_loss(walk, last, window) for last, window in ends]
     found: list[list[_Sums]] = [[] for _ in gradients]
     for index in reversed(range(len(walk.layers))):
         with walk.layers.layer(index) as module:
-            for number, kept in enumerate(by_layer.pop()):
-                graph = kept if isinstance(kept, _Graph) else _graph(walk, module, index, kept)
-                gradients[number], sums = _of_layer(walk, index, graph, gradients[number])
+            for number, entering in enumerate(states.pop()):
+                gradients[number], sums = _of_layer(walk, module, index, entering, gradients[number])
                 found[number].append(sums)
     return torch.stack([torch.cat([sum_ for kind in zip(*reversed(rows), strict=True) for sum_ in kind])
                         for rows in found])  # fmt: skip
 
 
-def _way_up(
-    walk: LayerWalk, windows: torch.Tensor, *, keep_graphs: bool
-) -> tuple[list[torch.Tensor], list[list[torch.Tensor | _Graph]]]:
-    """What leaves the last layer in each window, and of each layer what entered it, or its graphs."""
-    states = [walk.embed(window) for window in windows.split(1)]
-    by_layer: list[list[torch.Tensor | _Graph]] = []
-    for index in range(len(walk.layers)):
-        with walk.layers.layer(index) as module:
-            if keep_graphs:
-                graphs = [_graph(walk, module, index, entering) for entering in states]
-                states = [graph.leaving.detach() for graph in graphs]
-                by_layer.append([*graphs])
-            else:
-                by_layer.append([*states])
-                with torch.no_grad():
-                    states = [walk.run(module, index, entering) for entering in states]
-    return states, by_layer
+_Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@torch.enable_grad()
-def _graph(walk: LayerWalk, module: nn.Module, index: int, entering: torch.Tensor) -> _Graph:
-    """Runs one window through a layer."""
-    entering = entering.detach().requires_grad_()
-    with _input_of(module.get_submodule(walk.family.ffn_output)) as seen:
-        leaving = walk.run(module, index, entering)
-    [activations] = seen
-    return _Graph(entering, activations, leaving)
-
-
-def _of_layer(walk: LayerWalk, index: int, graph: _Graph, gradient: torch.Tensor) -> tuple[torch.Tensor, _Sums]:
+def _of_layer(
+    walk: LayerWalk, module: nn.Module, index: int, entering: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, _Sums]:
     """The gradient below a layer, and slope, Fisher information and norm of its neurons, in one window."""
-    below, by_neuron = torch.autograd.grad(graph.leaving, (graph.entering, graph.activations), gradient)
-    activations = graph.activations.detach()
-    contributions = (activations.float() * by_neuron.float()).flatten(0, -2)
+    with torch.enable_grad(), _input_of(module.get_submodule(walk.family.ffn_output)) as seen:
+        entering.requires_grad_()
+        leaving = walk.run(module, index, entering)
+        [activations] = seen
+        below, by_neuron = torch.autograd.grad(leaving, (entering, activations), gradient)
+    contributions = (activations.detach().float() * by_neuron.float()).flatten(0, -2)
     squared = contributions.square().sum(0).double()
     if not bool(torch.isfinite(squared).all()):
         raise not_finite(f"Layer {index}: gradients hold NaN or Inf", walk.model, walk.model.dtype)
     slope = contributions.sum(0).abs().double()
-    return below, (slope.cpu(), squared.cpu(), norms_of(activations).cpu())
+    return below, (slope.cpu(), squared.cpu(), norms_of(activations.detach()).cpu())
+
+
+@torch.no_grad()
+def _entering_states(walk: LayerWalk, windows: torch.Tensor) -> list[list[torch.Tensor]]:
+    """What enters each layer, and what leaves the last, in each window."""
+    states = [[walk.embed(window) for window in windows.split(1)]]
+    for index in range(len(walk.layers)):
+        with walk.layers.layer(index) as module:
+            states.append([walk.run(module, index, entering) for entering in states[-1]])
+    return states
 
 
 @torch.enable_grad()

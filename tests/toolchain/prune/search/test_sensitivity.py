@@ -13,7 +13,7 @@ from toolchain.model.disk_layers import open_walk
 from toolchain.plan.plan import load_plan
 from toolchain.prune.pipeline import prepare, prune
 from toolchain.prune.search.importance import neuron_importance
-from toolchain.prune.search.sensitivity import Sensitivity, graph_bytes, neuron_sensitivity
+from toolchain.prune.search.sensitivity import Sensitivity, neuron_sensitivity
 from toolchain.prune.settings import PruneSettings
 
 
@@ -68,47 +68,6 @@ def test_layers_from_disk_say_the_same_however_many_windows_go_together(
         for kind in ("slope", "fisher", "importance"):
             pairs = zip(getattr(expected, kind), getattr(found, kind), strict=True)
             assert all(np.array_equal(here, there) for here, there in pairs), kind
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_run_once_where_memory_holds_their_graphs_and_say_the_same(
-    pico_model: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-):
-    ids, found, runs = torch.randint(3, 96, (3, 16), generator=torch.Generator().manual_seed(0)), [], []
-    walk = open_walk(open_checkpoint(pico_model), dtype=dtype, device="cpu", offload=False)
-    for layer in walk.model.model.layers:
-        layer.register_forward_hook(lambda *_: runs.append(1))
-    # A quarter of the free memory is for the graphs.
-    of_a_layer = graph_bytes(16, walk.model.config.hidden_size, walk.model.config.intermediate_size, dtype.itemsize)
-    for free, num_runs in ((4 * 4 * of_a_layer, 3 * 4), (4 * 4 * of_a_layer - 1, 2 * 3 * 4)):
-        monkeypatch.setattr(layer_walk, "available_bytes", lambda device, free=free: free)
-        runs.clear()
-        found.append(neuron_sensitivity(walk, ids))
-        assert len(runs) == num_runs
-    kept, again = found
-    for kind in ("slope", "fisher", "importance"):
-        pairs = zip(getattr(kept, kind), getattr(again, kind), strict=True)
-        assert all(np.array_equal(here, there) for here, there in pairs), kind
-
-
-def test_a_graph_takes_no_more_memory_than_is_reckoned_with(tmp_path: Path):
-    make_family_pico(directory := tmp_path / "model", "llama", "grouped")
-    walk, ids = walk_of(directory), torch.randint(3, 96, (1, 256))
-    kept: dict[int, int] = {}
-
-    def pack(saved: torch.Tensor) -> torch.Tensor:
-        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
-        return saved
-
-    weights = {each.untyped_storage().data_ptr() for each in walk.model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved), torch.enable_grad():
-        hidden = walk.embed(ids).detach().requires_grad_()
-        module = walk.model.model.layers[0]
-        leaving = walk.run(module, 0, hidden)
-        config = walk.model.config
-        reckoned = graph_bytes(256, config.hidden_size, config.intermediate_size, 4)
-        assert 0.3 * reckoned < sum(size for where, size in kept.items() if where not in weights) <= reckoned
-        del leaving
 
 
 def test_neurons_are_scored_layer_by_layer():
