@@ -1,9 +1,10 @@
 """What removing two attentions would cost and gain, where a plan removes none: KV cache gains nothing then.
 
 With grouped-query attention an attention is small beside an FFN, and the published formula removes none of them at most
-sparsities. What two would cost is measured on the search's own windows, at the plan's sparsity: the first tokens say
-which one goes, and which of the best others goes after it; the damage of both is measured on all. On the way from the
-full widths to the plan's, FFNs stop where the two attentions make up for what they keep.
+sparsities. What two would cost is measured on the search's own windows, at the plan's sparsity: few tokens say which
+ones are worth a closer look, more tokens which of those goes, and which of the others after it; the damage of both is
+measured on all. On the way from the full widths to the plan's, FFNs stop where the two attentions make up for what they
+keep.
 """
 
 import math
@@ -24,8 +25,9 @@ from toolchain.prune.search.two_stage import Search
 _NUM_REMOVALS = 2
 # So many tokens of each window say which two do least damage. Fewer say it wrongly: docs/decisions/search.md.
 FEW_TOKENS = 256
-# This share of the attentions, those that do least damage alone, is tried again without the first.
-_SHARE_TRIED_AGAIN = 1 / 3
+# So many say which attentions are looked at closer: this share of all, those that do least damage alone.
+_NUM_TOKENS_AT_FIRST = 64
+_SHARE_LOOKED_AT_CLOSER = 1 / 3
 
 
 def asks_for_two_removals(plan: PruningPlan) -> bool:
@@ -107,14 +109,20 @@ def widths_with_removals(sizes: BlockParameters, plan: PruningPlan) -> tuple[int
 
 def _least_damaging(search: Search, ids: torch.Tensor, protected: Sequence[int]) -> list[int]:
     """The attention that does least damage, and the one that does least after it; the first is removed."""
-    walk, metric = search.walk, PerplexityMetric(ids)
+    walk, few = search.walk, ids[:, :_NUM_TOKENS_AT_FIRST]
     layers = [layer for layer in range(len(walk.layers)) if layer not in protected]
-    again = math.ceil(len(layers) * _SHARE_TRIED_AGAIN)
-    with search.progress("If attentions went", len(layers) + again) as advance:
-        alone = candidate_scores(walk, metric, layers, embedded_states(walk, ids), advance)
-        first, *others = sorted(layers, key=alone.__getitem__)
+    num_closer = max(_NUM_REMOVALS, math.ceil(len(layers) * _SHARE_LOOKED_AT_CLOSER))
+    with search.progress("If attentions went", len(layers) + 2 * num_closer - 1) as advance:
+
+        def damages(candidates: Sequence[int], tokens: torch.Tensor) -> dict[int, float]:
+            states = embedded_states(walk, tokens)
+            return candidate_scores(walk, PerplexityMetric(tokens), sorted(candidates), states, advance)
+
+        alone = damages(layers, few)
+        closer = damages(sorted(layers, key=alone.__getitem__)[:num_closer], ids)
+        first, *others = sorted(closer, key=closer.__getitem__)
         walk.layers.remove_attention(first)
-        after = candidate_scores(walk, metric, sorted(others[:again]), embedded_states(walk, ids), advance)
+        after = damages(others, ids)
     return [first, min(after, key=after.__getitem__)]
 
 
