@@ -16,7 +16,7 @@ from toolchain.prune.search import sensitivity
 STAGES = {
     "reading": ("toolchain.prune.apply:open_walk", 1),
     "gradients": ("toolchain.prune.search.sensitivity:_gradient_of_loss", 4),
-    "original": ("toolchain.prune.search.two_stage:measure", 1),
+    "importance": ("toolchain.prune.search.two_stage:neuron_importance", 1),
     "search": ("toolchain.prune.search.two_stage:measure", 3),
     "compensation": ("toolchain.prune.compensation:_refit_layer", 3),
     "writing": ("toolchain.checkpoint.directory:write_safetensors", 1),

@@ -34,9 +34,6 @@ from toolchain.ranks.ranks import ALONE, Ranks
 
 # One window in so many is held out: it chooses the ridges and the final norm's factor, and no weight is fitted to it.
 _HELD_OUT_EVERY = 8
-# Ridges that are tried, relative to each input's own energy; held-out windows choose. An FFN's fit takes many times as
-# long as an attention's, and nearly all of them choose the same: docs/decisions/compensation.md.
-RIDGES: Mapping[Part, tuple[float, ...]] = {"attention": (0.1, 1.0, 10.0), "ffn": (1.0,)}
 # A projection's inputs in all windows are kept within this share of free memory; otherwise they are computed again.
 _SHARE_FOR_INPUTS = 1 / 16
 _Kept = TypeVar("_Kept")
@@ -302,11 +299,8 @@ def _refit_layer(
         The re-fitted weights by name in the checkpoint.
     """
     family = walk.family
-    # Each half of the layer, the projection that it ends with, and the half that is left out while it is looked at.
-    parts: tuple[tuple[Part, str, Part], ...] = (
-        ("attention", family.attention_output, "ffn"),
-        ("ffn", family.ffn_output, "attention"),
-    )
+    # Each projection, and the half of the layer that is left out while it is looked at.
+    parts: tuple[tuple[str, Part], ...] = ((family.attention_output, "ffn"), (family.ffn_output, "attention"))
     refitted: dict[str, torch.Tensor] = {}
     # Fits take much longer than reading a layer, and the memory of another.
     with walk.layers.layer(index, read_ahead=False) as module:
@@ -315,15 +309,14 @@ def _refit_layer(
         walk.layers.cut(index, pruning.kept_neurons[index], attention=index not in pruning.removed_attention)
         if len(states.plain):
             states.plain = walk.run(module, index, states.plain)
-        for part, name, other in parts:
+        for name, other in parts:
             projection = _projection(module, name)
             if projection is None:
                 continue
             run = partial(_run_part, walk, module, index, name=name, without=other)
             full_name = f"{family.layers}.{index}.{name}.weight"
-            ridges, dtype = RIDGES[part], pruning.dtypes[full_name]
-            inputs = _room_for_inputs(walk, projection, states.after, len(ridges))
-            fitting = _Fitting(projection, run, targets[name], pruning.factor, ridges, dtype, inputs)
+            inputs = _room_for_inputs(walk, projection, states.after)
+            fitting = _Fitting(projection, run, targets[name], pruning.factor, pruning.dtypes[full_name], inputs)
             found = _fit(walk, index, fitting, states.after, share)
             if found.weight is not None:
                 refitted[full_name] = found.weight
@@ -338,9 +331,7 @@ def _refit_layer(
     return refitted
 
 
-def _room_for_inputs(
-    walk: LayerWalk, projection: nn.Linear, states: torch.Tensor, num_ridges: int
-) -> dict[int, torch.Tensor] | None:
+def _room_for_inputs(walk: LayerWalk, projection: nn.Linear, states: torch.Tensor) -> dict[int, torch.Tensor] | None:
     """Where inputs of a projection are kept by window; ``None`` if they take too much memory, or say too little.
 
     What follows from them is what the layer itself says, to the bit, unless a norm stands behind the projection.
@@ -348,7 +339,7 @@ def _room_for_inputs(
     num_inputs = projection.in_features
     size = states[..., 0].numel() * num_inputs * states.element_size()
     # Moments and fits are about to take their part.
-    fit = fit_bytes(num_inputs, projection.out_features, num_ridges, walk.model.dtype.itemsize)
+    fit = fit_bytes(num_inputs, projection.out_features, walk.model.dtype.itemsize)
     free = walk.free_bytes() - fit
     return {} if size <= _SHARE_FOR_INPUTS * free and not walk.family.norms_outputs else None
 
@@ -362,7 +353,6 @@ class _Fitting:
         run: Runs the part of the layer that ends with it, on one window.
         target: What it should say.
         factor: Of the residual stream.
-        ridges: That are tried.
         dtype: The weight is stored in.
         inputs: Gets what enters it, by window; ``None`` if that is not kept.
     """
@@ -371,7 +361,6 @@ class _Fitting:
     run: Callable[[torch.Tensor], "_Seen"]
     target: "_Target"
     factor: float
-    ridges: tuple[float, ...]
     dtype: torch.dtype
     inputs: dict[int, torch.Tensor] | None
 
@@ -438,7 +427,7 @@ def _fit(walk: LayerWalk, index: int, fitting: _Fitting, states: torch.Tensor, s
 
     moments = fitting.moments(states, share)
     check(float(moments.energy))
-    fits = ridge_fits(weight, moments, fitting.ridges, fitting.dtype, share.ranks)
+    fits = ridge_fits(weight, moments, fitting.dtype, share.ranks)
     # By far the largest matrix there is; held-out windows can do without.
     del moments
     errors = fitting.errors([weight, *fits.values()], states, share)

@@ -12,7 +12,6 @@ from toolchain.checkpoint.directory import Checkpoint
 from toolchain.errors import SenteiError
 from toolchain.memory import available_bytes
 from toolchain.model.several_gpus import GpusTooSmallError, device_map_for
-from toolchain.prune.compensation import RIDGES
 from toolchain.prune.ridge_fit import fit_bytes
 from toolchain.prune.settings import PruneSettings
 from toolchain.ranks.ranks import Ranks
@@ -56,7 +55,7 @@ def memory_needed(checkpoint: Checkpoint, settings: PruneSettings, *, offload: b
     # A layer's graph: residual stream, norms, queries to outputs, and three activations of the FFN, each about twice.
     graph = settings.seq_len * (12 * hidden + 6 * width) * size
     ranked, compensates = settings.widths == "ranked", settings.compensate
-    moments = fit_bytes(width, hidden, len(RIDGES["ffn"]), checkpoint.dtype.itemsize)
+    moments = fit_bytes(width, hidden, checkpoint.dtype.itemsize)
     weights = (outside + layer if offload else checkpoint.num_parameters) * size
     of_search = weights + (layer * min(size, checkpoint.dtype.itemsize) if offload else 0)
     return MemoryNeeded(

@@ -10,15 +10,17 @@ from scipy.linalg import lapack
 
 from toolchain.ranks.ranks import ALONE, Ranks
 
+# Ridges that are tried, relative to each input's own energy; held-out windows choose.
+RIDGES = (0.1, 1.0, 10.0)
 # Errors below this share are rounding, not damage.
 _ROUNDING = 1e-6
 # So many rows of a matrix of moments, or of a weight, are worked on at a time.
 _ROWS = 256
 
 
-def fit_bytes(num_inputs: int, num_outputs: int, num_ridges: int, weight_itemsize: int) -> int:
+def fit_bytes(num_inputs: int, num_outputs: int, weight_itemsize: int) -> int:
     """What a fit takes at least: the moments, in float64, and of each ridge the weight that came out."""
-    return 8 * num_inputs * (num_inputs + num_outputs) + num_ridges * num_inputs * num_outputs * weight_itemsize
+    return 8 * num_inputs * (num_inputs + num_outputs) + len(RIDGES) * num_inputs * num_outputs * weight_itemsize
 
 
 class Moments:
@@ -124,14 +126,14 @@ def _solved(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def ridge_fits(
-    weight: torch.Tensor, moments: Moments, ridges: Sequence[float], dtype: torch.dtype, ranks: Ranks = ALONE
+    weight: torch.Tensor, moments: Moments, dtype: torch.dtype, ranks: Ranks = ALONE
 ) -> dict[float, torch.Tensor]:
     """Ridge regressions towards ``weight``, ``[num_outputs, num_inputs]``, by ridge; rounded to ``dtype``.
 
     Of several ranks, each fits with ridges of its own, and hands out what it found.
     """
     moments.complete()
-    owners = {ridge: place % ranks.size for place, ridge in enumerate(ridges)}
+    owners = {ridge: place % ranks.size for place, ridge in enumerate(RIDGES)}
     own = {ridge: moments.ridge_fit(weight, ridge, dtype) for ridge, owner in owners.items() if owner == ranks.rank}
     fits = {}
     for ridge, owner in owners.items():

@@ -4,7 +4,7 @@ Activations alone say which neurons of a layer matter, and not which layers do: 
 through all later ones. Gradients see that. Nothing is trained.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,10 +43,9 @@ class Sensitivity:
     fisher: tuple[NDArray[np.float32], ...]
     importance: tuple[NDArray[np.float32], ...]
 
-    @property
-    def scores(self) -> tuple[NDArray[np.float32], ...]:
+    def weigh(self, importance: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], ...]:
         """Scores of neurons that look at the loss too: ``importance * fisher ** (1 / 4)``, for each layer alone."""
-        return tuple(scores * fisher**0.25 for scores, fisher in zip(self.importance, self.fisher, strict=True))
+        return tuple(scores * fisher**0.25 for scores, fisher in zip(importance, self.fisher, strict=True))
 
 
 def neuron_sensitivity(

@@ -26,7 +26,7 @@ from toolchain.ranks.ranks import ALONE, Ranks
 
 # On the way to the target widths the metric is taken this often: the part of the curve that stage 1 walks.
 _NUM_RUNGS = 4
-# A window's gradients take as long as three times its forward pass; more windows say nothing new of neurons either.
+# A window's gradients take three times its forward pass.
 _NUM_SENSITIVITY_WINDOWS = 8
 
 
@@ -68,7 +68,7 @@ class Search:
             A plan that removes nothing yet.
         """
         self._prepare()
-        importance = self.sensitivity.scores if blank.widths == "ranked" else self._importance()
+        importance = self._ranked_importance() if blank.widths == "ranked" else self._importance(self.windows)
         original, limit = self._measured(self.metric), blank.limit
         if limit is not None:
             limit = resolve_limit(limit, self._limited(original))
@@ -77,9 +77,19 @@ class Search:
         self.save(plan)
         return plan
 
-    def _importance(self) -> tuple[NDArray[np.float32], ...]:
-        with self.progress("Importance of neurons", len(self.windows)) as advance:
-            return neuron_importance(self.walk, self.windows, shared=self.share("importance"), on_window=advance)
+    def _importance(self, windows: torch.Tensor) -> tuple[NDArray[np.float32], ...]:
+        with self.progress("Importance of neurons", len(windows)) as advance:
+            return neuron_importance(self.walk, windows, shared=self.share("importance"), on_window=advance)
+
+    def _ranked_importance(self) -> tuple[NDArray[np.float32], ...]:
+        """Importance on all windows, those that gradients are taken on seen there, weighed by the gradients."""
+        others = self.windows[_NUM_SENSITIVITY_WINDOWS:]
+        importance = self.sensitivity.importance
+        if len(others):
+            share = len(others) / len(self.windows)
+            pairs = zip(importance, self._importance(others), strict=True)
+            importance = tuple(seen * np.float32(1 - share) + other * np.float32(share) for seen, other in pairs)
+        return self.sensitivity.weigh(importance)
 
     def finish(self, plan: PruningPlan) -> PruningPlan:
         """Goes on from any plan the search has saved, to the target or to the limit.

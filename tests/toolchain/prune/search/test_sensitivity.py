@@ -70,22 +70,25 @@ def test_layers_from_disk_say_the_same_however_many_windows_go_together(
             assert all(np.array_equal(here, there) for here, there in pairs), kind
 
 
-def test_neurons_are_scored_layer_by_layer():
+def test_neurons_are_weighed_layer_by_layer():
     ones = np.ones(2, np.float32)
     fisher = (np.array([16, 1], np.float32), np.array([0, 81], np.float32))
-    found = Sensitivity(slope=(ones, ones), fisher=fisher, importance=(np.array([1, 3], np.float32), ones))
-    first, second = found.scores
+    found = Sensitivity(slope=(ones, ones), fisher=fisher, importance=(ones, ones))
+    first, second = found.weigh((np.array([1, 3], np.float32), ones))
     assert first.tolist() == [2, 3]
     assert second.tolist() == pytest.approx([0, 3])
 
 
-def test_a_plan_of_ranked_widths_keeps_the_scores_of_the_first_eight_windows(pico_model: Path, tmp_path: Path):
+@pytest.mark.parametrize("num_samples", [8, 11])
+def test_ranked_importance_is_of_all_windows(num_samples: int, pico_model: Path, tmp_path: Path):
+    """Also of those that the gradients are not taken on."""
     settings = PruneSettings(
-        sparsity=0.25, calibration=[], num_samples=11, seq_len=32, align=8, attention_removals=1,
+        sparsity=0.25, calibration=[], num_samples=num_samples, seq_len=32, align=8, attention_removals=1,
         device="cpu", dtype=torch.float32, seed=0, widths="ranked",
     )  # fmt: skip
     prune(pico_model, tmp_path / "out", settings, model_name="pico")
     ids = prepare(pico_model, settings, "pico").windows.ids
-    expected = neuron_sensitivity(walk_of(pico_model), ids[:8]).scores
+    seen = neuron_sensitivity(walk_of(pico_model), ids[:8])
+    expected = seen.weigh(neuron_importance(walk_of(pico_model), ids))
     for found, scores in zip(load_plan(tmp_path / "out").importance, expected, strict=True):
         assert np.allclose(found, scores, rtol=1e-4)
