@@ -108,7 +108,7 @@ def test_running_out_of_memory_tries_fewer_at_a_time(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(stepping, "_without_group", never)
-    with pytest.raises(SenteiError, match="Memory does not suffice"):
+    with pytest.raises(SenteiError, match="not enough memory"):
         search(deep_model, ids, 1)
 
 
