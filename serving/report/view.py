@@ -229,11 +229,11 @@ def _layers(inputs: ReportInputs, say: Say) -> dict[str, Any]:
         else say("%(low)s to %(high)s", low=min(widths), high=max(widths)),
         "original_width": base.intermediate_size,
         "ffn_kept": f"{100 * sum(widths) / (base.intermediate_size * len(layout)):.1f} %",
-        "two_removals": _two_removals(inputs.summary) if inputs.summary else None,
+        "two_removals": _two_removals(inputs.summary, say) if inputs.summary else None,
     }
 
 
-def _two_removals(source: Source) -> dict[str, Any] | None:
+def _two_removals(source: Source, say: Say) -> dict[str, Any] | None:
     """What removing attentions would have cost and gained, where none was removed and that was measured."""
     with fields_of(source) as summary:
         if (found := summary.get("two_removals")) is None:
@@ -246,7 +246,7 @@ def _two_removals(source: Source) -> dict[str, Any] | None:
             "change": format_change(fewer_kv / kv),
             "read": format_bytes(found["decode_weight_bytes_without_removals"]),
             "other_read": format_bytes(found["decode_weight_bytes_with_removals"]),
-            "metric": found["metric"],
+            "metric": say(found["metric"] if found["metric"] in ("perplexity", "kl") else "metric"),
             "before": f"{found['metric_without_removals']:.4g}",
             "after": f"{found['metric_with_removals']:.4g}",
         }
