@@ -28,7 +28,7 @@ WRITTEN = ROOT / "tests" / "fixtures" / "written"
 # Added to what is shown; the last one of an option counts.
 SMALLER = {
     "prune": "--samples 4 --seq-len 16 --align 8",
-    "evaluate": "--windows 2 --seq-len 16 --generations 1 --limit 2",
+    "evaluate": "--windows 2 --seq-len 16 --limit 2",
     "compare-methods": "--sparsity 0.3 --methods 2ssp,shortgpt --samples 2 --windows 2 --seq-len 16 --align 8",
     "heal": "--steps 20 --batch-size 2 --seq-len 32",
     "calibration-text": "--tokens 400 --max-new-tokens 32",
@@ -53,6 +53,13 @@ MEASURED = {
     **dict.fromkeys(("benchmark", "chat", "slo", "monday", "friday", "onnx"), "benchmark-onnx"),
     "evaluation": "evaluation",
 }
+ARC = [
+    {"question": f"What do {each} need?", "choices": {"text": ["rain", "ink"], "label": ["A", "B"]}, "answerKey": "A"}
+    for each in ("trees", "pens", "ducks", "herbs")
+] * 10
+MMLU = [
+    {"question": "What do trees need?", "subject": "trees", "choices": ["rain", "ink", "oil", "sand"], "answer": 0}
+] * 4
 QUESTIONS = [
     {"prompt": f"{each} is", "choices": ["a thing", "nothing"], "answer": 0} for each in ("Air", "Tea", "Ice", "Fog")
 ]
@@ -137,13 +144,18 @@ def _smaller(words: Sequence[str]) -> list[str]:
     added = SMALLER.get(words[0], "").split()
     if words[0] == "benchmark" and "vllm" in words:
         added += [f"--engine-option={each}" for each in FOR_VLLM]
+    if words[0] == "evaluate" and {"--text", "--against"} <= set(words):
+        added += ["--generations", "1"]
     return [*added, *(part for option, value in EASIER.items() if option in words for part in (option, value))]
 
 
 def _content(option: str, word: str, name: str) -> str:
     """A file that the option can read."""
     if option in ("--task", "--fewshot"):
-        rows = PIQA if word.startswith("piqa=") else QUESTIONS
+        rows = {"piqa": PIQA, "mmlu": MMLU, "arc_challenge": ARC}.get(word.partition("=")[0], QUESTIONS)
+        if option == "--fewshot":  # examples must not be among the questions
+            asked = "question" if "question" in rows[0] else "prompt"
+            rows = [{**row, asked: f"{name} asks: {row[asked]}"} for row in rows]
     elif option == "--questions" or word.startswith("accuracy:"):
         rows = QUESTIONS
     elif option == "--prompts":
