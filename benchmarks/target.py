@@ -55,7 +55,7 @@ from toolchain.text.windows import load_windows
 _SENTEI = "from toolchain.cli.entry import main; main()"
 _ALIGN = 64
 _GOALS = {"target": 0.05, "unseen": 0.04, "perplexity": 0.95, "seconds": 1.3}
-# Of sparsities: finer than one step of an FFN's width.
+# Sparsities that are tried: finer than one step of an FFN's width.
 _STEPS = 400
 
 
@@ -361,7 +361,7 @@ def _sentei(*arguments: str) -> None:
 
 
 def _processor_s() -> float:
-    """Of this process and of those that it has waited for."""
+    """Processor seconds of this process and of the children that it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 

@@ -1,5 +1,7 @@
 """Models every test can share: the real trained demo model, and pico models for speed."""
 
+import importlib.util
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +35,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test may reach a model hub."""
-    import os
-
     os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path_factory.mktemp("hf")), TOKENIZERS_PARALLELISM="false")
+
+
+@pytest.fixture(scope="session")
+def vllm() -> None:
+    """Skips tests where vLLM is not installed; in CI they fail."""
+    if importlib.util.find_spec("vllm") is None:
+        assert not os.environ.get("CI"), "vLLM is not installed; in CI that is a failure."
+        pytest.skip("vLLM is not installed")
 
 
 @pytest.fixture(scope="session")

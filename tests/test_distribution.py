@@ -1,7 +1,6 @@
 """The wheel: whoever installs it has all that the code reads, and vLLM finds the plugin in it."""
 
 import email
-import importlib.util
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.server.vllm import free_port
+from serving.server.vllm import free_port, is_healthy
 from tests.accidents.processes import wait_for
 
 ROOT = Path(__file__).parents[1]
@@ -110,10 +109,8 @@ def test_templates_are_found_in_the_wheel(installed: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.acceptance
+@pytest.mark.usefixtures("vllm")
 def test_doctor_and_vllm_find_the_wheel(installed: Path, pruned_wide: Path, tmp_path: Path) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        assert not os.environ.get("CI"), "vLLM is not installed; in CI that is a failure."
-        pytest.skip("vLLM is not installed")
     done = python(installed, tmp_path, *SENTEI, "doctor", pruned_wide, "--json")
     assert done.returncode == 0, done.stderr
     port = free_port()
@@ -123,7 +120,8 @@ def test_doctor_and_vllm_find_the_wheel(installed: Path, pruned_wide: Path, tmp_
         environment = {**os.environ, "PYTHONPATH": str(installed)}
         server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health", server), timeout_s=300)
+        wait_for(lambda: server.poll() is not None or is_healthy(f"http://127.0.0.1:{port}"), timeout_s=300)
+        assert server.poll() is None, "the server ended"
         body = {"model": str(pruned_wide), "prompt": "The gardener", "max_tokens": 3}
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -133,12 +131,3 @@ def test_doctor_and_vllm_find_the_wheel(installed: Path, pruned_wide: Path, tmp_
     finally:
         server.terminate()
         server.wait(timeout=120)
-
-
-def answers(url: str, server: "subprocess.Popen[bytes]") -> bool:
-    assert server.poll() is None, "the server ended"
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False

@@ -3,7 +3,6 @@
 docs/decisions/import-names.md says which ways of starting Python find them first.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -37,14 +36,6 @@ def strangers_project(tmp_path: Path) -> Path:
         (project / name).mkdir(parents=True)
         (project / name / "__init__.py").write_text(f"raise RuntimeError('The {name} of a stranger was imported.')\n")
     return project
-
-
-@pytest.fixture
-def vllm() -> None:
-    """Skips the test where vLLM is not installed; in CI it fails."""
-    if importlib.util.find_spec("vllm") is None:
-        assert not os.environ.get("CI"), "vLLM is not installed; in CI that is a failure."
-        pytest.skip("vLLM is not installed")
 
 
 def run_in(directory: Path, command: list[str], environment: dict[str, str] | None = None) -> CompletedProcess[str]:

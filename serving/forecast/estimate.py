@@ -13,7 +13,7 @@ from serving.forecast.model_facts import ModelFacts, facts_of
 from serving.forecast.roofline import roofline
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import Checkpoint, opened
-from toolchain.costs.document import Costs, CostsDocument, config_sha256
+from toolchain.costs.document import Costs, CostsDocument
 from toolchain.errors import SenteiError
 
 _SIDES = ("original", "pruned")
@@ -78,11 +78,7 @@ def estimate_by_costs(model: Path | Checkpoint, layout: Sequence[LayerLayout], c
         SenteiError: Not a good checkpoint, one that plan or costs are not for, or a plan beyond what was measured.
     """
     checkpoint, document = opened(model), costs.document
-    if document.model.config_sha256 != config_sha256(checkpoint.config):
-        raise SenteiError(
-            f"These costs are of {document.model.name}, whose config is not that of {checkpoint.directory}.",
-            "Write costs for this model with sentei profile.",
-        )
+    document.check_model(checkpoint.directory, checkpoint.config)
     served, asked = document.served, document.load
     facts = _facts(checkpoint, layout, served.dtype, asked.input_len + asked.output_len)
     narrowest, least = min(layer.intermediate_size for layer in layout), document.costs["ttft_ms"].widths[0]
@@ -95,10 +91,9 @@ def estimate_by_costs(model: Path | Checkpoint, layout: Sequence[LayerLayout], c
         **_common(facts, layout, load),
         "roofline": {},
         "metrics": {
-            name: found
+            name: _by_costs(name, quantity, document, layout)
             for name, quantity in _COSTED.items()
             if quantity in document.costs
-            for found in [_by_costs(name, quantity, document, layout)]
         },
         "peaks": None,
         "costs": {"sha256": costs.sha256, "engine": served.engine, "machine": served.machine},
@@ -125,7 +120,11 @@ def _overhead(gain: float) -> Told:
 def _facts(
     checkpoint: Checkpoint, layout: Sequence[LayerLayout], dtype: str | None, num_tokens: int
 ) -> dict[str, ModelFacts]:
-    """Of both models, if the plan is for this one and the load fits it."""
+    """The facts of both models.
+
+    Raises:
+        SenteiError: The plan is not for this model, or the load does not fit its context.
+    """
     _check_plan_is_for(checkpoint, layout)
     planned = planned_checkpoint(checkpoint, layout)
     facts = {

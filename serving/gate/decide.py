@@ -106,8 +106,9 @@ def _checks(
 
     def share(name: str, title: str, *counts: tuple[Blocks, Blocks]) -> "_Question":
         return _Question(
-            name, title, "share", limits, lambda error: share_increase(*counts, error=error, in_clusters=False)
-        )
+            name, title, "share", limits, lambda error: share_increase(*counts, error=error, in_clusters=False),
+            is_exact=True,
+        )  # fmt: skip
 
     questions = [
         share(
@@ -134,7 +135,7 @@ def _checks(
         questions.append(
             _Question(
                 "shadow", "own prompts that are answered otherwise", "share", asked.shadow.max_increase,
-                lambda error: share_increase(*shadow.counts(), error=error, in_clusters=False),
+                lambda error: share_increase(*shadow.counts(), error=error, in_clusters=False), is_exact=True,
             )
         )  # fmt: skip
     error = FALSE_ALARMS / (len(questions) * asked.looks)
@@ -149,13 +150,14 @@ class _Question:
     allowed: float
     interval: Callable[[float], Interval | None]
     is_ratio: bool = False
+    is_exact: bool = False
 
     def asked(self, error: float, *, may_judge: bool) -> Check:
         """Without enough traffic nothing is fine, and only what has exact intervals may be worse."""
         found = self.interval(error)
         state: State = "open"
         if found is not None:
-            if found.low > self.allowed and (may_judge or self.name in ("error_answers", "unfinished", "shadow")):
+            if found.low > self.allowed and (may_judge or self.is_exact):
                 state = "worse"
             elif found.high <= self.allowed and may_judge:
                 state = "fine"

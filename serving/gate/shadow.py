@@ -20,7 +20,7 @@ from serving.gate.one_server import RefusedError, UnreachableError, ask, has_sec
 from toolchain.errors import SenteiError
 from toolchain.json_files import parse_json, read_json_lines
 
-# Of the operator's servers' time: each prompt is answered three times, a few at once, beside the traffic.
+# Each prompt is answered three times, a few at once, beside the traffic: it takes the operator's servers' time.
 MOST_PROMPTS, _AT_ONCE = 1000, 4
 _TIMEOUT_S = 120.0
 _MOST_BYTES, _MOST_LINE_BYTES = 1024 * 1024, 256 * 1024

@@ -1,6 +1,5 @@
 """The scripts in examples/, each from a model to a result."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -64,10 +63,8 @@ def test_onnx_on_a_cpu(narrow_model: Path, text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.acceptance
+@pytest.mark.usefixtures("vllm")
 def test_prune_and_serve(narrow_model: Path, text: Path, tmp_path: Path) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        assert not os.environ.get("CI"), "vLLM is not installed; in CI that is a failure."
-        pytest.skip("vLLM is not installed")
     script = ROOT / "examples" / "prune_and_serve.sh"
     options = {"PORT": str(free_port()), "SERVE_OPTIONS": "--enforce-eager --kv-cache-memory-bytes 1G"}
     said = run(script, narrow_model, text, "out", *SMALL, cwd=tmp_path, **options)

@@ -1,7 +1,5 @@
 """README's and the guides' commands, run in their order, in an empty directory, on a model of random weights."""
 
-import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ JOURNEYS = [document for document in DOCUMENTS if document.parent in FOLDERS]
 
 
 @pytest.mark.acceptance
+@pytest.mark.usefixtures("vllm")
 @pytest.mark.timeout(2400)  # README's benchmark starts vLLM six times
 @pytest.mark.parametrize(
     "document",
@@ -23,9 +22,6 @@ JOURNEYS = [document for document in DOCUMENTS if document.parent in FOLDERS]
 def test_the_commands_work_one_after_the_other(
     document: Path, narrow_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        assert not os.environ.get("CI"), "vLLM is not installed; in CI that is a failure."
-        pytest.skip("vLLM is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     workplace = Workplace(tmp_path, narrow_model)

@@ -10,16 +10,14 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from serving.onnx_export.files import is_onnx_export
-from serving.server.vllm import free_port
+from serving.server.vllm import free_port, is_healthy
+from tests.accidents.processes import wait_for
 from tests.command_line import PROGRAM, sentei
 from tests.docs.commands import ROOT, Command
 from tests.serving.signing.conftest import make_pair
@@ -118,22 +116,12 @@ class Workplace:
             command = [PROGRAM, *words, *more]
             server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            ends = time.monotonic() + SERVER_STARTS_S
-            while not _answers(f"http://127.0.0.1:{port}/health"):
-                assert server.poll() is None and time.monotonic() < ends, Path("server.log").read_text()
-                time.sleep(1)
+            wait_for(lambda: server.poll() is not None or is_healthy(f"http://127.0.0.1:{port}"), SERVER_STARTS_S)
+            assert server.poll() is None, (self.directory / "server.log").read_text()
             server.send_signal(signal.SIGINT)
             assert server.wait(timeout=120) in (0, 130)
         finally:
             server.kill()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _out(words: Sequence[str]) -> str | None:

@@ -102,3 +102,8 @@ def is_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     # By name: Typer brings a click of its own, whose enumeration is not that of click.
     return source is not None and source.name == "COMMANDLINE"
+
+
+def first_given(context: typer.Context, *names: str) -> str | None:
+    """The first of these parameters that stands on the command line, as people write it."""
+    return next((f"--{name.replace('_', '-')}" for name in names if is_given(context, name)), None)

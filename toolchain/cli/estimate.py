@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from toolchain.cli.arguments import is_given
+from toolchain.cli.arguments import first_given
 from toolchain.cli.console import Output, pick_device, pick_dtype
 from toolchain.cli.options import (
     CONCURRENCY,
@@ -54,10 +54,9 @@ def estimate(
     """Estimate the speed of a plan on this device, before anything is pruned."""
     output = Output(as_json=as_json, quiet=quiet)
     pick_dtype(dtype, auto=None)
-    if costs is not None:
-        for name in ("device", "dtype", "input_len", "output_len", "concurrency"):
-            if is_given(context, name):
-                raise SenteiError(f"--costs says what --{name.replace('_', '-')} says.", "Give one of them.")
+    known = ("device", "dtype", "input_len", "output_len", "concurrency")
+    if costs is not None and (option := first_given(context, *known)):
+        raise SenteiError(f"--costs says what {option} says.", "Give one of them.")
     from serving.forecast.device_probe import probe_device
     from serving.forecast.estimate import estimate as run
     from serving.forecast.estimate import estimate_by_costs

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from toolchain.cli.arguments import is_given
+from toolchain.cli.arguments import first_given, is_given
 from toolchain.cli.console import Output, compute_dtype, pick_device, window_length
 from toolchain.cli.options import (
     COMPUTING,
@@ -290,16 +290,12 @@ def _check_target_options(context: typer.Context, target: list[str] | None, cost
         )
     if target is None:
         return
-    for name in ("attention_removals", "widths"):
-        if is_given(context, name):
-            option = name.replace("_", "-")
-            raise SenteiError(f"--target chooses what --{option} says.", "Give one of them.")
-    for name in ("max_degradation", "max_metric", "min_metric"):
-        if is_given(context, name):
-            option = name.replace("_", "-")
-            raise SenteiError(
-                f"--{option} would stop before --target is met.", "Give one of them; the curve shows the damage."
-            )
+    if option := first_given(context, "attention_removals", "widths"):
+        raise SenteiError(f"--target chooses what {option} says.", "Give one of them.")
+    if option := first_given(context, "max_degradation", "max_metric", "min_metric"):
+        raise SenteiError(
+            f"{option} would stop before --target is met.", "Give one of them; the curve shows the damage."
+        )
 
 
 def _usual_search(target: list[str] | None, metric: str) -> SearchKind:

@@ -181,6 +181,18 @@ class CostsDocument(Document):
         factor = math.exp(min(margin, _LARGEST_EXPONENT))
         return IntervalRecord(value=before / after, low=before / after / factor, high=before / after * factor)
 
+    def check_model(self, directory: Path, config: Mapping[str, Any]) -> None:
+        """Refuses costs of another model than the one in a directory.
+
+        Raises:
+            SenteiError: They are.
+        """
+        if self.model.config_sha256 != config_sha256(config):
+            raise SenteiError(
+                f"These costs are of {self.model.name}, whose config is not that of {directory}.",
+                "Write costs for this model with sentei profile.",
+            )
+
     @property
     def whole(self) -> tuple[LayerLayout, ...]:
         """The unpruned model's layers."""

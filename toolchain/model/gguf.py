@@ -60,11 +60,12 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
     header = read_gguf_header(gguf)
     # Transformers would add it to the weights of the file.
     check_no_adapter(gguf.parent)
-    with _parsed_once(), new_directory(out, force=force) as partial:
-        model_class = _model_class(gguf, header)
-        with said_in_a_sentence(f"{gguf} cannot be read"):
-            source = model_class.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with new_directory(out, force=force) as partial:
+        with _parsed_once():
+            model_class = _model_class(gguf, header)
+            with said_in_a_sentence(f"{gguf} cannot be read"):
+                source = model_class.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+                tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The loaded model remembers that it was quantised and refuses to be saved; a fresh one does not.
         config = source.config
         if hasattr(config, "quantization_config"):

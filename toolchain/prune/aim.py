@@ -11,7 +11,6 @@ from pathlib import Path
 
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import Checkpoint
-from toolchain.costs.document import config_sha256
 from toolchain.documents import read_document
 from toolchain.errors import SenteiError
 from toolchain.model.context_length import context_length
@@ -65,12 +64,7 @@ def check_aim(aim: Aim, checkpoint: Checkpoint, *, align: int, protected: Protec
     Raises:
         SenteiError: See above; a target out of reach comes with the best that can be had.
     """
-    model = aim.costs.document.model
-    if model.config_sha256 != config_sha256(checkpoint.config):
-        raise SenteiError(
-            f"These costs are of {model.name}, whose config is not that of {checkpoint.directory}.",
-            "Write costs for this model with sentei profile.",
-        )
+    aim.costs.document.check_model(checkpoint.directory, checkpoint.config)
     check_targets(aim.targets, aim.costs.document, context_length(checkpoint.config).extended)
     num_layers = len(checkpoint.layout)
     widths = widths_to_choose(aim, align)

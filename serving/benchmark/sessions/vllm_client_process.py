@@ -21,9 +21,8 @@ class ClientRun:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         """Begins to wait for the answer of a client that was asked."""
         self._process, self._received = process, b""
-        self.pid, self.returncode = process.pid, None
-
-    returncode: int | None
+        self.pid = process.pid
+        self.returncode: int | None = None
 
     def poll(self) -> int | None:
         """The command's exit code; ``None`` while it runs."""
@@ -43,10 +42,9 @@ class Client:
 
     def __init__(self, log: Path) -> None:
         """Starts nothing yet; what the process writes beside its commands goes to ``log``."""
-        self._log, self._environment, self._stack = log, {}, ExitStack()
+        self._log, self._stack = log, ExitStack()
+        self._environment: Mapping[str, str] = {}
         self._process: subprocess.Popen[bytes] | None = None
-
-    _environment: Mapping[str, str]
 
     @contextmanager
     def running(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[ClientRun]:

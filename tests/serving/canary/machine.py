@@ -5,7 +5,6 @@ What differs from the files: addresses, ports and paths; and Prometheus scrapes 
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,16 +19,11 @@ import yaml
 
 from serving.server.vllm import HOST, free_port
 from tests.accidents.processes import wait_for
+from tests.serving.deploy_kit.kits import program
 
 KEY = "key-of-the-test"
 SIDES = ("original", "candidate")
 _START_S, _STOP_S = 300.0, 30.0
-
-
-def program(name: str) -> str | None:
-    """Where a program is: beside this Python, or on the path."""
-    found = shutil.which(name) or str(Path(sys.executable).with_name(name))
-    return found if Path(found).exists() else None
 
 
 @dataclass(frozen=True)

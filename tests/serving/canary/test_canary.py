@@ -14,8 +14,9 @@ import pytest
 from tests.command_line import sentei
 from tests.conftest import make_pico, prune_by_hand
 from tests.serving.canary.load import Load, Prompt
-from tests.serving.canary.machine import KEY, SIDES, Machine, machine, program
+from tests.serving.canary.machine import KEY, SIDES, Machine, machine
 from tests.serving.canary.rollout import Record, roll_out
+from tests.serving.deploy_kit.kits import program
 from toolchain.checkpoint.directory import copy_companions
 
 PER_S, MOST = 15.0, 15_000
@@ -54,8 +55,8 @@ def prompts(running: Machine) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def record(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Record:
-    if not (program("envoy") and program("prometheus")):
-        pytest.skip("Envoy and Prometheus are not installed")
+    for name in ("envoy", "prometheus"):
+        program(name)  # before anything is started
     place = tmp_path_factory.mktemp("machine")
     done = sentei("deploy-kit", *exports.values(), "-o", place / "kit", "--served-model-name", "small")
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,11 @@
-"""Kits made by hand: of each engine, of one or two sides, signed or not."""
+"""Kits made by hand (of each engine, of one or two sides, signed or not), and the programs that run them."""
 
+import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 from serving.deploy_kit.facts import Kit, Side
 
@@ -32,3 +37,11 @@ def all_kinds() -> Iterator[Kit]:
         yield kit(*roles, is_signed=True)
         yield kit(*roles, engine="onnx", on_gpu=False, is_signed=True)
         yield kit(*roles, engine="onnx", on_gpu=True)
+
+
+def program(name: str) -> str:
+    """Where a program is: on the path, or beside this Python. Skips the test where it is not installed."""
+    found = shutil.which(name) or str(Path(sys.executable).with_name(name))
+    if not Path(found).exists():
+        pytest.skip(f"{name} is not installed")
+    return found

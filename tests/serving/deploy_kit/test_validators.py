@@ -1,10 +1,8 @@
 """A kit's files, held against what their makers check them with; Envoy also routes with them."""
 
 import json
-import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -23,16 +21,9 @@ import yaml
 from serving.deploy_kit.render import write_kit
 from serving.server.vllm import free_port
 from tests.accidents.processes import wait_for
-from tests.serving.deploy_kit.kits import PAIR, all_kinds, kit
+from tests.serving.deploy_kit.kits import PAIR, all_kinds, kit, program
 
 pytestmark = pytest.mark.acceptance
-
-
-def program(name: str) -> str:
-    found = shutil.which(name) or str(Path(sys.executable).with_name(name))
-    if not Path(found).exists():
-        pytest.skip(f"{name} is not installed")
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,7 @@ def test_what_a_target_bought_with_what(everything, tmp_path, name, language, sa
     write_plan(everything, for_a_target=True)
     text = page_text(render(everything, tmp_path / name, language))
     assert says in text
-    # Of three parts: a half millisecond and 64 bytes for 0.2 nats; 48 neurons at 0.75 ms per 36 for 0.3 nats.
+    # An attention: half a millisecond and 64 bytes for 0.2 nats. FFNs: 48 neurons, at 0.75 ms per 36, for 0.3 nats.
     for number in ("speedup=1.3", "1.31 x (1.29–1.33)", "1.3 x (1.28–1.32)", "4 → 3", "2 → 1.5", "256 → 192", "320",
                    "192 → 144", "4 → 3", "3.33"):  # fmt: skip
         assert number in text, number
