@@ -21,7 +21,7 @@ import typer
 
 from serving.benchmark.environment import describe_environment
 from serving.benchmark.sessions.vllm_client import bench_serve
-from serving.server.vllm import running_server
+from serving.server.vllm.server import running_server
 from toolchain.outputs import write_text
 from toolchain.significance import ratio_interval
 

@@ -28,7 +28,7 @@ import typer
 
 from serving.benchmark.environment import describe_environment
 from serving.engines.vllm import VllmEngine
-from serving.server.vllm import has_cxx_compiler
+from serving.server.vllm.server import has_cxx_compiler
 from toolchain.checkpoint.directory import open_checkpoint, write_config
 from toolchain.model.gguf import demo_gguf, import_gguf
 from toolchain.model.loading import load_tokenizer

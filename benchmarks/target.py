@@ -39,7 +39,7 @@ from serving.benchmark.side import open_side
 from serving.profile.measure import Bench, bench_as_profiled, measure_models
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import open_checkpoint
-from toolchain.cli.profile import onnx_export
+from toolchain.cli.commands.profile import onnx_export
 from toolchain.costs.document import TIMES, CostsDocument, read_costs
 from toolchain.errors import SenteiError
 from toolchain.json_files import read_json_object

@@ -20,7 +20,7 @@ import typer
 from serving.benchmark.environment import describe_environment
 from serving.benchmark.ratios import SIDES
 from serving.benchmark.run import schedule
-from serving.server.vllm import running_server
+from serving.server.vllm.server import running_server
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.outputs import write_text
 from toolchain.significance import ratio_interval

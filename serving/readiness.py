@@ -13,9 +13,9 @@ from serving.engines.onnxruntime import missing_provider
 from serving.forecast.model_facts import ModelFacts, checkpoint_facts
 from serving.onnx_export.files import check_graph, is_onnx_export, listed_files, read_settings
 from serving.onnx_export.members import member
-from serving.server.kv_cache_asked import KvCacheAsked, kv_cache_asked
-from serving.server.vllm import has_cxx_compiler
-from serving.server.vllm_launcher import is_cpu_build
+from serving.server.vllm.kv_cache_asked import KvCacheAsked, kv_cache_asked
+from serving.server.vllm.launcher import is_cpu_build
+from serving.server.vllm.server import has_cxx_compiler
 from serving.vllm_plugin.versions import NEWEST_VLLM, OLDEST_VLLM
 from toolchain.architecture.families import check_vllm_follows
 from toolchain.checkpoint.directory import Checkpoint, read_headers

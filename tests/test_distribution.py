@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.server.vllm import free_port, is_healthy
+from serving.server.process import free_port, is_healthy
 from tests.accidents.processes import wait_for
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from serving.server.vllm import launcher_command, launcher_environment
+from serving.server.vllm.server import launcher_command, launcher_environment
 from tests.command_line import PROGRAM
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from serving.forecast.model_facts import ModelFacts
-from serving.server.vllm_options import refused_remote_code
+from serving.server.vllm.options import refused_remote_code
 from toolchain.errors import SenteiError
 
 TENSOR_PARALLEL, KV_DTYPE = "--tensor-parallel-size", "--kv-cache-dtype"

@@ -11,7 +11,7 @@ from serving.benchmark.goodput import ATTAINMENT
 from serving.benchmark.metrics import DEFAULT_PRIMARY, check_primary
 from serving.benchmark.workload import Slo, Workload
 from serving.engines.spec import SERVERS, EngineSpec, engine_spec
-from serving.server.vllm import HOST, START_TIMEOUT_S
+from serving.server.process import HOST, START_TIMEOUT_S
 from toolchain.devices import parse_device
 from toolchain.errors import MissingDependencyError, SenteiError
 

@@ -15,7 +15,7 @@ from toolchain.checkpoint.directory import copy_companions
 def service(pico_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The ONNX server as a user starts it, with ``VLLM_API_KEY`` set."""
     from export.onnx_graph import export_onnx
-    from serving.server.onnx import running_server
+    from serving.server.onnx.server import running_server
 
     source, out = tmp_path_factory.mktemp("source") / "pico", tmp_path_factory.mktemp("onnx") / "pico"
     make_pico(source, head_dim=16)

@@ -10,7 +10,7 @@ import pytest
 from serving.report.render import render_report
 from tests.command_line import sentei
 from tests.serving.report.test_render import write_evaluation, write_plan, write_summary
-from toolchain.cli.serve import generate
+from toolchain.cli.commands.serve import generate
 
 NAMES = ["llama[v2]", "a[/bold]", "[link=http://evil]here", "hub:key:train", "x\x1b]0;title\x07\x1b[2J", "\u009b2J"]
 

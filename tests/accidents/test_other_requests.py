@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from serving.server import http_connections
+from serving.server.onnx import http_connections
 from tests.accidents.onnx_service import KEY, Service
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -20,8 +20,8 @@ from serving.engines.onnxruntime import OnnxEngine
 from serving.forecast.model_facts import onnx_facts
 from serving.onnx_export.files import check_files, read_settings
 from serving.readiness import examine_directory
-from serving.server.onnx import OnnxApi
-from serving.server.onnx_api import ServerLimits
+from serving.server.onnx.api import ServerLimits
+from serving.server.onnx.server import OnnxApi
 from serving.verify.verify import verify
 from tests.command_line import sentei
 from tests.conftest import make_pico

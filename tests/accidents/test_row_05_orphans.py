@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.server.vllm import free_port, is_healthy
+from serving.server.process import free_port, is_healthy
 from tests.accidents.processes import descendants, exists, wait_for
 from tests.command_line import PROGRAM
 

@@ -4,9 +4,9 @@ import urllib.request
 
 import pytest
 
-from serving.server import onnx as onnx_server
 from serving.server.api_keys import api_keys, warn_if_open
-from serving.server.vllm import is_healthy
+from serving.server.onnx import server as onnx_server
+from serving.server.process import is_healthy
 from tests.accidents.onnx_service import KEY, Service
 from tests.command_line import refused, sentei
 from toolchain.errors import SenteiError

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from serving.engines.vllm_environment import check_plugins
-from serving.server import vllm as vllm_server
+from serving.server.vllm import server as vllm_server
 from toolchain.errors import SenteiError
 
 # Parses each command line as vLLM's own program does, and writes what became of it instead of running it.
 PARSE = """
 import contextlib, io, json, sys
-from serving.server.vllm_launcher import answer_for_vllm_cpu
-from serving.server.vllm_options import check_when_parsed
+from serving.server.vllm.launcher import answer_for_vllm_cpu
+from serving.server.vllm.options import check_when_parsed
 answer_for_vllm_cpu()
 check_when_parsed()
 import vllm.entrypoints.cli.main as cli
@@ -94,10 +94,10 @@ def test_every_spelling_is_refused_and_nothing_else(pico_model: Path, tmp_path: 
 
 def test_the_launcher_checks(monkeypatch: pytest.MonkeyPatch):
     """What the test above installs is what the launcher installs, before vLLM runs."""
-    from serving.server import vllm_launcher
+    from serving.server.vllm import launcher as vllm_launcher
 
     order = []
-    monkeypatch.setattr("serving.server.vllm_options.check_when_parsed", lambda: order.append("check"))
+    monkeypatch.setattr("serving.server.vllm.options.check_when_parsed", lambda: order.append("check"))
     stand_in = type(sys)("vllm.entrypoints.cli.main")
     stand_in.main = lambda: order.append("vllm")
     monkeypatch.setitem(sys.modules, "vllm.entrypoints.cli.main", stand_in)

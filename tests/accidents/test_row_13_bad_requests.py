@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from serving.server import onnx_api
-from serving.server.metrics import ServerMetrics
-from serving.server.places import Places
+from serving.server.onnx import api as onnx_api
+from serving.server.onnx.metrics import ServerMetrics
+from serving.server.onnx.places import Places
 from tests.accidents.onnx_service import Service
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

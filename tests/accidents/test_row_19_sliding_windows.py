@@ -14,7 +14,7 @@ from serving.benchmark.sessions.worker import load_onnx
 from serving.engines.genai import GenaiModel
 from serving.engines.onnxruntime import OnnxEngine
 from serving.engines.transformers import TransformersEngine
-from serving.server.continuous_batch import BatchRequest, OnnxBatch
+from serving.server.onnx.continuous_batch import BatchRequest, OnnxBatch
 from serving.verify.verify import verify
 from tests.families import VARIANTS, make_family_pico
 from toolchain.checkpoint.directory import copy_companions

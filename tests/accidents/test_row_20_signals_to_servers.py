@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.server.vllm import free_port, is_healthy
+from serving.server.process import free_port, is_healthy
 from tests.accidents.onnx_service import Service
 from tests.accidents.processes import descendants, exists, wait_for
 from tests.command_line import PROGRAM
@@ -39,7 +39,7 @@ def test_exit_codes_and_nothing_left(service: Service, tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_command_leaves_the_handlers_as_they_were(service: Service, number: int):
-    from serving.server.onnx import serve
+    from serving.server.onnx.server import serve
     from toolchain.errors import SenteiError
 
     before = signal.getsignal(number)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.server.vllm import free_port
+from serving.server.process import free_port
 from tests.command_line import PROGRAM
 from tests.docs.commands import ROOT, sentei_commands
 from tests.docs.test_commands import what_is_wrong

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from serving.onnx_export.files import is_onnx_export
-from serving.server.vllm import free_port, is_healthy
+from serving.server.process import free_port, is_healthy
 from tests.accidents.processes import wait_for
 from tests.command_line import PROGRAM, sentei
 from tests.docs.commands import ROOT, Command

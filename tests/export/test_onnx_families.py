@@ -13,7 +13,7 @@ from export.onnx_graph import Precision, export_onnx
 from serving.engines.genai import stream_tokens
 from serving.engines.onnxruntime import OnnxEngine
 from serving.engines.transformers import TransformersEngine
-from serving.server.continuous_batch import BatchRequest, OnnxBatch
+from serving.server.onnx.continuous_batch import BatchRequest, OnnxBatch
 from serving.verify.onnx_weights import OnnxWeights
 from serving.verify.rounded import carry, distances
 from tests.conftest import prune_by_hand

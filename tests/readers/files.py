@@ -19,13 +19,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from serving.benchmark.compare_runs import compare_results
+from serving.benchmark.comparison.runs import compare_results
 from serving.benchmark.journal import Journal, open_journal
 from serving.benchmark.workload import read_prompts
 from serving.onnx_export.files import check_files, read_settings
 from serving.readiness import examine_directory
 from serving.report.render import render_report
-from serving.server.lora_check import check_adapters
+from serving.server.vllm.lora_check import check_adapters
 from serving.signing.keys import open_signing_key
 from serving.signing.signature import check_signature, write_signature
 from serving.vllm_plugin.weights import stored_shapes

@@ -11,8 +11,8 @@ import pytest
 
 from export.finish import write_verification
 from serving import readiness
-from serving.server import vllm as vllm_server
-from serving.server.kv_cache_asked import KvCacheAsked, kv_cache_asked
+from serving.server.vllm import server as vllm_server
+from serving.server.vllm.kv_cache_asked import KvCacheAsked, kv_cache_asked
 from tests.command_line import refused, sentei
 from tests.conftest import prune_by_hand
 from toolchain.checkpoint.directory import open_checkpoint
@@ -99,7 +99,7 @@ def test_an_onnx_export_that_failed_is_refused_before_it_is_loaded(
     pruned: Path, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     served: list[Path] = []
-    monkeypatch.setattr("serving.server.onnx.serve", lambda directory, options: served.append(directory))
+    monkeypatch.setattr("serving.server.onnx.server.serve", lambda directory, options: served.append(directory))
     export = tmp_path / "onnx"
     export.mkdir()
     (export / "genai_config.json").write_text("{}")

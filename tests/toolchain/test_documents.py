@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.benchmark.compare_runs import compare_results
+from serving.benchmark.comparison.runs import compare_results
 from serving.benchmark.journal import RESULTS_FILE
 from serving.benchmark.results_document import ResultsDocument
 from serving.decision.document import VERDICT_FILE, VerdictDocument

@@ -15,7 +15,8 @@ from typing import NoReturn
 
 import typer
 
-from toolchain.cli import (
+from toolchain.cli.arguments import CheckedTyper
+from toolchain.cli.commands import (
     benchmark,
     calibration_text,
     compare,
@@ -38,7 +39,6 @@ from toolchain.cli import (
     serve,
     sign,
 )
-from toolchain.cli.arguments import CheckedTyper
 from toolchain.cli.terminal import prepare_streams, printable
 from toolchain.errors import INTERRUPTED, SAME_WISH_S, SenteiError, is_out_of_memory, is_panic
 from toolchain.ranks.launch import several

@@ -16,7 +16,8 @@ from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.side import Side
 from serving.benchmark.workload import Slo, Workload
 from serving.child_process import child_process
-from serving.server.vllm import checked_options, launcher_command, launcher_environment, refusal, tail
+from serving.server.process import refusal, tail
+from serving.server.vllm.server import checked_options, launcher_command, launcher_environment
 from toolchain.errors import SenteiError
 
 _POLL_S, _BATCHES = 0.25, 3

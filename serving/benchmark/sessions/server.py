@@ -21,7 +21,8 @@ from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.side import Side
 from serving.benchmark.workload import WARMUP_SEED, Slo, Workload
-from serving.server.vllm import ServerEndedError, running_server, tail
+from serving.server.process import ServerEndedError, tail
+from serving.server.vllm.server import running_server
 from toolchain.errors import SenteiError
 from toolchain.outputs import write_text
 
@@ -156,8 +157,8 @@ class ServerSession:
         settings = self._settings
         if not settings.spec.reads_onnx:
             return engine_options_for(side, settings.dtype, settings.engine_options), running_server
-        from serving.server.onnx import DEFAULT_MAX_NUM_SEQS
-        from serving.server.onnx import running_server as running_onnx_server
+        from serving.server.onnx.server import DEFAULT_MAX_NUM_SEQS
+        from serving.server.onnx.server import running_server as running_onnx_server
 
         # No row more than the load can fill. A search for the highest rate has more requests in flight than a workload.
         width = max(settings.widest.width, DEFAULT_MAX_NUM_SEQS if settings.slo else 1)

@@ -17,15 +17,8 @@ from serving.benchmark.sessions.vllm_client_process import Client, ClientRun
 from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.benchmark.settings import STALL_TIMEOUT_S
 from serving.child_process import child_process
-from serving.server.vllm import (
-    is_healthy,
-    is_loopback,
-    key_for,
-    launcher_command,
-    launcher_environment,
-    open_url,
-    tail,
-)
+from serving.server.process import is_healthy, is_loopback, key_for, open_url, tail
+from serving.server.vllm.server import launcher_command, launcher_environment
 from toolchain.errors import SenteiError
 
 _POLL_S, _PROGRESS_S = 0.25, 5.0

@@ -10,8 +10,8 @@ import os
 import sys
 import traceback
 
-from serving.server.vllm_launcher import answer_for_vllm_cpu
-from serving.server.vllm_options import check_when_parsed
+from serving.server.vllm.launcher import answer_for_vllm_cpu
+from serving.server.vllm.options import check_when_parsed
 from toolchain.lifetime import end_with_parent
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from serving.benchmark.metrics import METRICS
 from serving.benchmark.sessions import server as bench_server
-from serving.server.vllm import launcher_command, launcher_environment, running_server
+from serving.server.vllm.server import launcher_command, launcher_environment, running_server
 from tests.serving.benchmark.asking import ask_benchmark
 from tests.serving.slow_server import FACTOR
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from serving.benchmark.compare_runs import compare_results
+from serving.benchmark.comparison.runs import compare_results
 from tests.command_line import refused, sentei
 from tests.serving.report.test_render import write_results, write_sweep
 from toolchain.errors import MissingDependencyError, SenteiError

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from serving.benchmark.compare_tools import compare_files
+from serving.benchmark.comparison.tools import compare_files
 from tests.command_line import refused, sentei
 from tests.serving.report.test_render import write_results
 from toolchain.errors import SenteiError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from serving.benchmark import results as bench_results
-from serving.benchmark.compare_runs import compare_results
+from serving.benchmark.comparison.runs import compare_results
 from serving.benchmark.metrics import PERCENTILES
 from serving.benchmark.sessions import server as bench_server
 from serving.forecast.device_probe import DevicePeaks

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from serving.server.vllm import HOST, free_port
+from serving.server.process import HOST, free_port
 from tests.accidents.processes import wait_for
 from tests.serving.deploy_kit.kits import program
 

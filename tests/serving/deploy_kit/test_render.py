@@ -129,7 +129,7 @@ def test_the_dashboard_asks_for_what_the_servers_show(written):
     made, out = written
     dashboard = json.loads((out / "compose/grafana/sentei.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    source = (ROOT / "serving/server/metrics.py").read_text(encoding="utf-8")
+    source = (ROOT / "serving/server/onnx/metrics.py").read_text(encoding="utf-8")
     for query in queries:
         assert all(made.object_name(side) in query for side in made.sides)
         for name in re.findall(r"vllm\[:_\](\w+)", query):

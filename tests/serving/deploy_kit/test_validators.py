@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from serving.deploy_kit.render import write_kit
-from serving.server.vllm import free_port
+from serving.server.process import free_port
 from tests.accidents.processes import wait_for
 from tests.serving.deploy_kit.kits import PAIR, all_kinds, kit, program
 

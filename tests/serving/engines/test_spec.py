@@ -4,7 +4,7 @@ import pytest
 
 from serving.benchmark.metrics import METRICS
 from serving.engines.spec import ENGINES, engine_spec
-from toolchain.cli.benchmark import BenchmarkEngine
+from toolchain.cli.commands.benchmark import BenchmarkEngine
 from toolchain.errors import SenteiError
 
 

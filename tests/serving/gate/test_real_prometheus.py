@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from prometheus_client import Counter, Gauge, start_http_server
 
-from serving.server.metrics import ServerMetrics
-from serving.server.vllm import free_port
+from serving.server.onnx.metrics import ServerMetrics
+from serving.server.process import free_port
 from tests.command_line import sentei
 from tests.serving.gate.world import Truth
 

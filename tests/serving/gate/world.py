@@ -6,7 +6,7 @@ import numpy as np
 
 from serving.gate.counts import BLOCKS, Latency, Side
 from serving.gate.document import GateDocument
-from serving.server import metrics
+from serving.server.onnx import metrics
 
 TTFT_BOUNDS, TPOT_BOUNDS = metrics._FIRST_TOKEN_S, metrics._BETWEEN_TOKENS_S
 

@@ -14,10 +14,10 @@ from typing import Any
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.server.http_connections import BoundedConnection
-from serving.server.onnx import DrainingServer
-from serving.server.onnx_api import OnnxApi
-from serving.server.vllm import HOST, free_port
+from serving.server.onnx.api import OnnxApi
+from serving.server.onnx.http_connections import BoundedConnection
+from serving.server.onnx.server import DrainingServer
+from serving.server.process import HOST, free_port
 from tests.accidents.processes import wait_for
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

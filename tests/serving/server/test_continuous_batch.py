@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from export.onnx_graph import export_onnx
 from serving.engines.onnxruntime import OnnxEngine
 from serving.engines.sampling import Sampler, Sampling
-from serving.server.answer_text import AnswerText, Piece
-from serving.server.continuous_batch import BatchRequest, OnnxBatch
+from serving.server.onnx.answer_text import AnswerText, Piece
+from serving.server.onnx.continuous_batch import BatchRequest, OnnxBatch
 from tests.conftest import make_pico, prune_by_hand
 from toolchain.checkpoint.directory import copy_companions
 from toolchain.errors import SenteiError

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from serving.server import vllm as vllm_server
-from serving.server.lora_check import check_adapters
+from serving.server.vllm import server as vllm_server
+from serving.server.vllm.lora_check import check_adapters
 from tests.conftest import prune_by_hand
 from tests.families import make_family_pico
 from toolchain.checkpoint.directory import open_checkpoint

@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.engines.onnxruntime import OnnxEngine
-from serving.server.onnx import running_server
+from serving.server.onnx.server import running_server
 from tests.command_line import refused, sentei
 from toolchain.errors import SenteiError
 from toolchain.model.loading import load_tokenizer

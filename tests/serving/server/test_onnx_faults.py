@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from serving.engines.sampling import Sampler
-from serving.server import batch_thread, http_connections, http_guards, onnx_api
-from serving.server.continuous_batch import BatchRequest, OnnxBatch
-from serving.server.onnx_api import OnnxApi, ServerLimits
-from serving.server.places import Places
+from serving.server.onnx import api as onnx_api
+from serving.server.onnx import batch_thread, http_connections, http_guards
+from serving.server.onnx.api import OnnxApi, ServerLimits
+from serving.server.onnx.continuous_batch import BatchRequest, OnnxBatch
+from serving.server.onnx.places import Places
 from tests.accidents.processes import wait_for
 from tests.serving.server.in_process import CHAT, COMPLETIONS, Gate, Served, serving, write_pico_onnx
 from toolchain.errors import SenteiError

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from serving.server.onnx import running_server
-from serving.server.vllm import HOST
+from serving.server.onnx.server import running_server
+from serving.server.process import HOST
 from tests.accidents.processes import wait_for
 from tests.serving.server.in_process import COMPLETIONS, write_pico_onnx
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.server.onnx_api import OnnxApi, ServerLimits
+from serving.server.onnx.api import OnnxApi, ServerLimits
 from tests.accidents.processes import wait_for
 from tests.serving.server.in_process import Gate, Served, serving, write_pico_onnx
 

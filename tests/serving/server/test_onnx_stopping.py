@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from serving.server import batch_thread
-from serving.server.onnx_api import OnnxApi, ServerLimits
-from serving.server.vllm import HOST, free_port, is_healthy
+from serving.server.onnx import batch_thread
+from serving.server.onnx.api import OnnxApi, ServerLimits
+from serving.server.process import HOST, free_port, is_healthy
 from tests.accidents.processes import descendants, wait_for
 from tests.serving.server.in_process import Gate, Served, serving, write_pico_onnx
 
@@ -32,7 +32,7 @@ def export(pico_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def server(export: Path, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     port = free_port()
-    command = [sys.executable, "-m", "serving.server.onnx", str(export), "--port", str(port), *options]
+    command = [sys.executable, "-m", "serving.server.onnx.server", str(export), "--port", str(port), *options]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:

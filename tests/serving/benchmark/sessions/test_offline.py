@@ -14,7 +14,7 @@ from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.side import open_sides
 from serving.benchmark.workload import make_workloads
 from serving.forecast.device_probe import DevicePeaks
-from serving.server import vllm as vllm_server
+from serving.server.vllm import server as vllm_server
 from tests.serving.benchmark.asking import ask_benchmark
 from toolchain.errors import SenteiError
 

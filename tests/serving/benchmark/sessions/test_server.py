@@ -11,7 +11,7 @@ import pytest
 from serving.benchmark import gpu_watch
 from serving.benchmark import results as bench_results
 from serving.benchmark import run as benchmark_module
-from serving.benchmark.compare_runs import compare_results
+from serving.benchmark.comparison.runs import compare_results
 from serving.benchmark.metrics import PERCENTILES
 from serving.benchmark.sessions import server as bench_server
 from serving.benchmark.sessions.worker_process import EngineFailedError
@@ -19,7 +19,7 @@ from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.workload import Slo, make_workloads, read_prompts
 from serving.forecast.device_probe import DevicePeaks
 from serving.report.render import render_report
-from serving.server.vllm import ServerEndedError
+from serving.server.process import ServerEndedError
 from tests.conftest import make_pico
 from tests.serving.benchmark.asking import ask_benchmark, sides_of
 from toolchain.errors import SenteiError
@@ -396,7 +396,7 @@ def test_of_a_server_that_failed_requests_nothing_is_claimed(pico_model, asked, 
 def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path, monkeypatch):
     # The module stands in for itself: what it starts is what the fixture starts.
     stand_in = SimpleNamespace(running_server=bench_server.running_server, DEFAULT_MAX_NUM_SEQS=8)
-    monkeypatch.setitem(sys.modules, "serving.server.onnx", stand_in)
+    monkeypatch.setitem(sys.modules, "serving.server.onnx.server", stand_in)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10, concurrency=[1, 6])
     sides = sides_of(pico_model, max_len=256, export_device="cpu")

@@ -18,7 +18,7 @@ from serving.benchmark.sessions import vllm_client as bench_client
 from serving.benchmark.sessions.vllm_client import bench_serve
 from serving.benchmark.sessions.vllm_client_process import Client
 from serving.benchmark.sessions.worker_process import EngineFailedError
-from serving.server.vllm import is_healthy
+from serving.server.process import is_healthy
 from toolchain.errors import SenteiError
 
 RESULT = {"num_prompts": 4, "completed": 4, "failed": 0, "duration": 0.1}

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toolchain.cli.arguments import first_given, is_given
+from toolchain.cli.commands.profile import onnx_export
 from toolchain.cli.console import Output, compute_dtype, pick_device, window_length
 from toolchain.cli.options import (
     COMPUTING,
@@ -38,7 +39,6 @@ from toolchain.cli.options import (
     seq_len_option,
     tensor_parallel_option,
 )
-from toolchain.cli.profile import onnx_export
 from toolchain.errors import SenteiError
 from toolchain.outputs import check_output_directory, writes_directory
 from toolchain.plan.summary_words import bought_in_words, limit_in_words, target_in_words, two_removals_in_words

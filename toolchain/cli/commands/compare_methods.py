@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from toolchain.cli.commands.prune import MAX_SPARSITIES, check_sparsities
 from toolchain.cli.console import Output, compute_dtype, pick_device, window_length
 from toolchain.cli.options import (
     COMPUTING,
@@ -34,7 +35,6 @@ from toolchain.cli.options import (
     text_option,
     windows_option,
 )
-from toolchain.cli.prune import MAX_SPARSITIES, check_sparsities
 from toolchain.errors import SenteiError
 from toolchain.outputs import writes_directory
 from toolchain.prune.methods import METHODS

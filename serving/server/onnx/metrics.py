@@ -14,8 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.server.batch_thread import BatchThread
-from serving.server.continuous_batch import OnnxBatch
+from serving.server.onnx.batch_thread import BatchThread
+from serving.server.onnx.continuous_batch import OnnxBatch
 
 Ending = Literal["stop", "length", "abort", "error"]
 

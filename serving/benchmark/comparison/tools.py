@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from serving.benchmark.compare_runs import SIDES, compare_results, results_file
+from serving.benchmark.comparison.other_tools import MAX_BYTES, ToolRun, read_tool_runs
+from serving.benchmark.comparison.runs import SIDES, compare_results, results_file
 from serving.benchmark.metrics import METRICS
-from serving.benchmark.other_tools import MAX_BYTES, ToolRun, read_tool_runs
 from serving.benchmark.ratios import gain_of, verdict_on
 from serving.benchmark.results_document import ResultsDocument
 from serving.saved_json import Source, checked
@@ -34,7 +34,7 @@ def compare_files(one: Path, other: Path) -> dict[str, Any]:
         other: B's.
 
     Returns:
-        Of two of sentei's, see :func:`serving.benchmark.compare_runs.compare_results`. Else ``pairs`` (for each two
+        Of two of sentei's, see :func:`serving.benchmark.comparison.runs.compare_results`. Else ``pairs`` (for each two
         loads that are alike: ``a`` and ``b``, which say what was measured, and by metric ``a``, ``b``, ``ratio`` B/A
         and ``verdict``, both ``None`` in their interval where one of them is a single run), ``not_compared`` (what is
         left out: ``[name, why]``) and ``note``.

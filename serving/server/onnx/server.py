@@ -1,6 +1,6 @@
 """OpenAI's HTTP endpoints for an ONNX export, on loopback unless told otherwise.
 
-``python -m serving.server.onnx DIR [options]``. The endpoints are in :mod:`serving.server.onnx_api`.
+``python -m serving.server.onnx.server DIR [options]``. The endpoints are in :mod:`serving.server.onnx.api`.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from typing import NoReturn
 import uvicorn
 
 from serving.server.api_keys import KEY_VARIABLE, api_keys, warn_if_open
-from serving.server.http_connections import MOST_HEADER_BYTES, BoundedConnection
-from serving.server.onnx_api import OnnxApi, ServerLimits
-from serving.server.vllm import HOST, START_TIMEOUT_S, free_port, running_process
+from serving.server.onnx.api import OnnxApi, ServerLimits
+from serving.server.onnx.http_connections import MOST_HEADER_BYTES, BoundedConnection
+from serving.server.process import HOST, START_TIMEOUT_S, free_port, running_process
 from toolchain.errors import INTERRUPTED, SenteiError
 from toolchain.lifetime import end_with_parent
 
@@ -109,9 +109,17 @@ def running_server(
     log: Path,
     timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[str]:
-    """Runs :func:`serve` in a process of its own; see :func:`serving.server.vllm.running_server`."""
+    """Runs :func:`serve` in a process of its own; see :func:`serving.server.vllm.server.running_server`."""
     port = port or free_port()
-    command = [sys.executable, "-m", "serving.server.onnx", str(directory.resolve()), *options, "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "serving.server.onnx.server",
+        str(directory.resolve()),
+        *options,
+        "--port",
+        str(port),
+    ]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     with running_process("ONNX", command, environment, port=port, log=log, timeout_s=timeout_s) as base_url:
         yield base_url

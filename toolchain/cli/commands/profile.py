@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from toolchain.cli.benchmark import PresetName, first_given
+from toolchain.cli.commands.benchmark import PresetName, first_given
+from toolchain.cli.commands.export import OnnxDevice, Precision, default_precision
 from toolchain.cli.console import Output, pick_dtype
-from toolchain.cli.export import OnnxDevice, Precision, default_precision
 from toolchain.cli.options import (
     CONCURRENCY,
     INPUT_LEN,

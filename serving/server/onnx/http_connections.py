@@ -8,7 +8,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.server.http_guards import error_content
+from serving.server.onnx.http_guards import error_content
 
 # As much as most servers take; a client on the slowest line has sent it by then.
 MOST_HEADER_BYTES = 64 * 1024

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from concurrent.futures import Future
 
-from serving.server.continuous_batch import BatchRequest, OnnxBatch
+from serving.server.onnx.continuous_batch import BatchRequest, OnnxBatch
 
 _LOG = logging.getLogger("uvicorn.error")
 # A step runs at most 256 tokens of a prompt and one of each answer. A server that takes longer serves nobody.

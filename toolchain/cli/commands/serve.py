@@ -51,14 +51,14 @@ def serve(
 
     open_servable(directory)
     check_before_serving(directory, context.args, force=force)
-    from serving.server.vllm import serve as run
+    from serving.server.vllm.server import serve as run
 
     raise typer.Exit(run(directory, context.args))
 
 
 def _serve_onnx(directory: Path, options: list[str]) -> None:
     try:
-        from serving.server.onnx import serve
+        from serving.server.onnx.server import serve
     except ModuleNotFoundError as error:
         raise MissingDependencyError(str(error.name).partition(".")[0], "onnx") from error
     serve(directory, options)

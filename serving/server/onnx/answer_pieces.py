@@ -10,9 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from serving.server.answer_text import Piece
-from serving.server.http_guards import AnswerFailedError, error_content
-from serving.server.openai_protocol import Reply
+from serving.server.onnx.answer_text import Piece
+from serving.server.onnx.http_guards import AnswerFailedError, error_content
+from serving.server.onnx.openai_protocol import Reply
 
 
 class Pieces:

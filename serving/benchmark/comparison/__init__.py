@@ -1,0 +1,1 @@
+"""Two benchmarks side by side: of two days, or of another tool."""

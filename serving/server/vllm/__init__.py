@@ -1,0 +1,1 @@
+"""vLLM's own server, started with what a pruned checkpoint needs."""
