@@ -66,13 +66,15 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
             with said_in_a_sentence(f"{gguf} cannot be read"):
                 source = model_class.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
                 tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # The loaded model remembers that it was quantised and refuses to be saved; a fresh one does not.
+        # The loaded model remembers that it was quantised and refuses to be saved; a fresh one of its weights does not.
         config = source.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         config.name_or_path = ""
-        fresh = model_class(config).to(dtype)
-        fresh.load_state_dict(source.state_dict())
+        with torch.device("meta"):
+            fresh = model_class(config).to(dtype)
+        fresh.load_state_dict({name: each.to(dtype) for name, each in source.state_dict().items()}, assign=True)
+        fresh.tie_weights()
         fresh.generation_config = source.generation_config
         fresh.save_pretrained(partial)
         let_others_read(partial)
