@@ -28,8 +28,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: files are run two at a time, and it would run alone at the end."""
+    """The longest file first, since two pieces run at a time and it would run alone at the end; and what is a piece."""
     items.sort(key=lambda item: item.path.name != "test_golden.py")
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_piece(item)))
+
+
+def _piece(item: pytest.Item) -> str:
+    """What one process runs: a file, which shares its fixtures, or one command's faults, for there are 160 of them."""
+    command = item.callspec.params.get("command", "") if hasattr(item, "callspec") else ""
+    return f"{item.path}:{command}" if item.path.name == "test_faults.py" else str(item.path)
 
 
 @pytest.fixture(autouse=True, scope="session")
