@@ -1,0 +1,148 @@
+"""The measured numbers of a page, and whether each has a source: a linked file that holds it, or a word that says what it is."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tests.docs.commands import ROOT
+from tests.docs.test_site import module
+
+FENCE: re.Pattern[str] = module("links").FENCE
+_LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+_CODE = re.compile(r"`[^`]*`")
+_HEADING = re.compile(r"#+ ")
+_ITEM = re.compile(r"\n(?=\s*(?:[-*]|\d+\.) )")
+_PACKAGES = {
+    re.escape(name)
+    for file in (ROOT / "requirements").glob("*.txt")
+    for name in re.findall(r"^[\w-]+(?===)", file.read_text(encoding="utf-8"), re.MULTILINE)
+}
+_NAMES = "|".join(sorted(_PACKAGES, key=len, reverse=True))
+# Behind a name, or of three parts; and the numbers of papers and of their sections.
+_VERSION = re.compile(
+    rf"(?<!\w)(?:Python|vLLM|torch|CUDA|Runtime|Envoy|Prometheus|promtool|CycloneDX|YAML|llm-compressor|arXiv|[Ss]ections?|{_NAMES})"
+    r"(?: ≥| >=|,| and| (?:up )?to|'s| \d+(?:\.\d+)+)+|\d+\.\d+\.\d[\w.+-]*",
+    re.IGNORECASE,
+)
+# Settings that no measurement decides: the sparsities of all tables, the level of intervals, values beside their option.
+_SETTING = re.compile(
+    r"(?:12\.5|25|37\.5|50|95)(?:(?:,| and| to| or) [\d.]+)* ?%|` \(\d[\d.]*(?: \w+)?\)|\d+ \w+ \(`|\d+ % of the traffic"
+)
+_UNITS = {
+    "x": 1, "times": 1, "nats": 1, "倍": 1, "tokens/s": 1, "tok/s": 1, "%": 0.01, "ms": 0.001,
+    "s": 1, "seconds": 1, "秒": 1, "minutes": 60, "minute": 60, "分": 60, "hours": 3600, "hour": 3600, "時間": 3600,
+    "MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30, "M": 1e6,
+}  # fmt: skip
+_UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
+_NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?"
+# With decimals or with a unit, and no part of a name: not Qwen2.5-Coder-1.5B, but 1.23x.
+_MEASURED = re.compile(
+    rf"(?<![\w.,-])(?:\d[\d,]*\.\d+(?=(?: ?(?:{_UNIT}))?(?![\w.-]*\w))|(?:{_NUMBER})(?= ?(?:{_UNIT})(?![\w/])))", re.ASCII
+)
+_NUMERIC_CELL = re.compile(r"[\d\s.,;()*/×x±→−%<>≈+-]*\d[\d\s.,;()*/×x±→−%<>≈+-]*")
+_WORD_OF_SOURCE = re.compile(r"\b[Ee]xample\b|例(?!外)|\b[Hh]a(?:s|ve) a test\b")
+_WORD_OF_TRIAL = re.compile(r"\b(?:[Tt]rials?|[Ss]imulate[ds]|[Cc]alculated)\b")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A paragraph, an item of a list, or a row of a table.
+
+    Attributes:
+        said: Its text.
+        linked: The text whose links lead to the files that hold its numbers.
+        words: The text that may say what its numbers are: an example, a trial.
+        is_row: Whether it is a row of a table below the head.
+    """
+
+    said: str
+    linked: str
+    words: str
+    is_row: bool = False
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """A table belongs with the paragraph before it; a row with a link of its own has that source alone.
+
+    Everything below a heading belongs with that heading.
+    """
+    heading = ""
+    for before, paragraph in pairwise(["", *re.split(r"\n\s*\n", FENCE.sub("", text))]):
+        if _HEADING.match(paragraph):
+            heading = paragraph
+        for block in _parts(before, paragraph):
+            yield replace(block, words=f"{heading}\n{block.words}")
+
+
+def _parts(before: str, paragraph: str) -> Iterator[Block]:
+    if not paragraph.lstrip().startswith("|"):
+        yield from (Block(item, item, item) for item in _ITEM.split(paragraph))
+        return
+    head, *rows = paragraph.splitlines()
+    whole, words = f"{before}\n{paragraph}", f"{before}\n{head}"
+    yield Block(head, whole, words)
+    goals = {column for column, cell in enumerate(head.split("|")) if cell.strip() == "goal"}
+    for row in rows:
+        said = "|".join(cell for column, cell in enumerate(row.split("|")) if column not in goals)
+        yield Block(said, row if _LINK.search(row) else whole, f"{words}\n{row}", is_row=True)
+
+
+def numbers_of(block: Block) -> list[str]:
+    """The measured numbers, as they are written."""
+    prose = _VERSION.sub("", _LINK.sub("]", _CODE.sub("`", block.said)))
+    prose = _SETTING.sub("", prose)
+    found = _MEASURED.findall(prose)
+    if block.is_row:
+        for cell in prose.split("|")[2:]:
+            if _NUMERIC_CELL.fullmatch(cell):
+                found += re.findall(_NUMBER, cell)
+    return list(dict.fromkeys(found))
+
+
+def without_source(text: str, folder: Path, *, trials: bool = False) -> list[str]:
+    """The numbers that no linked file holds, rounded to as many decimals, and that no word marks."""
+    unknown = []
+    for block in blocks(text):
+        if _WORD_OF_SOURCE.search(block.words) or (trials and _WORD_OF_TRIAL.search(block.words)):
+            continue
+        evidence = [number for file in _linked(block.linked, folder) for number in _evidence(file)]
+        factors = {1.0, *(_UNITS[unit] for unit in re.findall(rf"(?<!\w)(?:{_UNIT})(?!\w)", block.said + block.words))}
+        unknown += [each for each in numbers_of(block) if not _is_among(each, evidence, factors)]
+    return unknown
+
+
+def _is_among(number: str, evidence: list[float], factors: set[float]) -> bool:
+    """Whether the evidence has the number, rounded to as many decimals; 24,700 has three digits, not five."""
+    digits, _, decimals = number.replace(",", "").partition(".")
+    zeros = len(digits) - len(digits.rstrip("0")) if not decimals else 0
+    half = 0.5 * 10.0 ** (min(zeros, max(len(digits) - 3, 0)) - len(decimals)) + 1e-9
+    return any(abs(each / factor - float(f"{digits}.{decimals}")) <= half for each in evidence for factor in factors)
+
+
+def _linked(text: str, folder: Path) -> list[Path]:
+    names = [name for name in _LINK.findall(text) if not name.startswith(("http:", "https:"))]
+    return [file for file in ((folder / name).resolve() for name in names) if file.is_file()]
+
+
+@cache
+def _evidence(file: Path) -> tuple[float, ...]:
+    """Every number of the file; of a picture, none."""
+    if file.suffix in (".png", ".svg"):
+        return ()
+    content = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":
+        return tuple(_numbers_in(json.loads(content)))
+    return tuple(float(number.replace(",", "")) for number in re.findall(_NUMBER, content))
+
+
+def _numbers_in(content: Any) -> Iterator[float]:
+    if isinstance(content, dict | list):
+        for each in content.values() if isinstance(content, dict) else content:
+            yield from _numbers_in(each)
+    elif isinstance(content, int | float):
+        yield float(content)
