@@ -44,6 +44,7 @@ _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?"
 _MEASURED = re.compile(
     rf"(?<![\w.,-])(?:\d[\d,]*\.\d+(?=(?: ?(?:{_UNIT}))?(?![\w.-]*\w))|(?:{_NUMBER})(?= ?(?:{_UNIT})(?![\w/])))", re.ASCII
 )
+_OWN_UNIT = re.compile(rf" ?({_UNIT})(?![\w/])", re.ASCII)
 _NUMERIC_CELL = re.compile(r"[\d\s.,;()*/×x±→−%<>≈+-]*\d[\d\s.,;()*/×x±→−%<>≈+-]*")
 _WORD_OF_SOURCE = re.compile(r"\b[Ee]xample\b|例(?!外)|\b[Hh]a(?:s|ve) a test\b")
 _WORD_OF_TRIAL = re.compile(r"\b(?:[Tt]rials?|[Ss]imulate[ds]|[Cc]alculated)\b")
@@ -93,15 +94,20 @@ def _parts(before: str, paragraph: str) -> Iterator[Block]:
 
 
 def numbers_of(block: Block) -> list[str]:
-    """The measured numbers, as they are written."""
+    """The measured numbers as they are written, each once."""
+    return list(dict.fromkeys(number for number, _ in _measured(block)))
+
+
+def _measured(block: Block) -> Iterator[tuple[str, str]]:
+    """Each number with the unit behind it, if there is one."""
     prose = _VERSION.sub("", _LINK.sub("]", _CODE.sub("`", block.said)))
     prose = _SETTING.sub("", prose)
-    found = _MEASURED.findall(prose)
-    if block.is_row:
-        for cell in prose.split("|")[2:]:
-            if _NUMERIC_CELL.fullmatch(cell):
-                found += re.findall(_NUMBER, cell)
-    return list(dict.fromkeys(found))
+    for number in _MEASURED.finditer(prose):
+        unit = _OWN_UNIT.match(prose, number.end())
+        yield number[0], unit[1] if unit else ""
+    for cell in prose.split("|")[2:] if block.is_row else ():
+        if _NUMERIC_CELL.fullmatch(cell):
+            yield from ((number, "") for number in re.findall(_NUMBER, cell))
 
 
 def without_source(text: str, folder: Path, *, trials: bool = False) -> list[str]:
@@ -111,16 +117,19 @@ def without_source(text: str, folder: Path, *, trials: bool = False) -> list[str
         if _WORD_OF_SOURCE.search(block.words) or (trials and _WORD_OF_TRIAL.search(block.words)):
             continue
         evidence = [number for file in _linked(block.linked, folder) for number in _evidence(file)]
-        factors = {1.0, *(_UNITS[unit] for unit in re.findall(rf"(?<!\w)(?:{_UNIT})(?!\w)", block.said + block.words))}
-        unknown += [each for each in numbers_of(block) if not _is_among(each, evidence, factors)]
+        around = set(re.findall(rf"(?<!\w)(?:{_UNIT})(?!\w)", block.said + block.words))
+        for number, unit in dict.fromkeys(_measured(block)):
+            if not _is_among(number, evidence, {unit} if unit else around):
+                unknown.append(number)
     return unknown
 
 
-def _is_among(number: str, evidence: list[float], factors: set[float]) -> bool:
+def _is_among(number: str, evidence: list[float], units: set[str]) -> bool:
     """Whether the evidence has the number, rounded to as many decimals; 24,700 has three digits, not five."""
     digits, _, decimals = number.replace(",", "").partition(".")
     zeros = len(digits) - len(digits.rstrip("0")) if not decimals else 0
     half = 0.5 * 10.0 ** (min(zeros, max(len(digits) - 3, 0)) - len(decimals)) + 1e-9
+    factors = {1.0, *(_UNITS[unit] for unit in units)}
     return any(abs(each / factor - float(f"{digits}.{decimals}")) <= half for each in evidence for factor in factors)
 
 
