@@ -8,10 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "docs" / "site"))
+sys.path.append(str(Path(__file__).resolve().parent / "site"))
 
-from links import FENCE
+from links import FENCE, ROOT
 
 # Tests write these, or collect them from docstrings and older releases.
 _NOT_READ = {"structure.md", "compatibility.md", "reliability.md", "CHANGELOG.md"}

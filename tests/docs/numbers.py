@@ -1,4 +1,6 @@
-"""The measured numbers of a page, and whether each has a source: a linked file that holds it, or a word that says what it is."""
+"""The measured numbers of a page, and whether each has a source: a file that is linked beside it, or a word that says
+what it is. CONTRIBUTING.md has the rules for those who write.
+"""
 
 import json
 import re
@@ -15,6 +17,7 @@ from tests.docs.test_site import module
 FENCE: re.Pattern[str] = module("links").FENCE
 _LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 _CODE = re.compile(r"`[^`]*`")
+_OPTION = re.compile(r"`(?:--[\w-]+|[A-Z]+_[A-Z_]+)`")
 _HEADING = re.compile(r"#+ ")
 _ITEM = re.compile(r"\n(?=\s*(?:[-*]|\d+\.) )")
 _PACKAGES = {
@@ -26,12 +29,14 @@ _NAMES = "|".join(sorted(_PACKAGES, key=len, reverse=True))
 # Behind a name, or of three parts; and the numbers of papers and of their sections.
 _VERSION = re.compile(
     rf"(?<!\w)(?:Python|vLLM|torch|CUDA|Runtime|Envoy|Prometheus|promtool|CycloneDX|YAML|llm-compressor|arXiv|[Ss]ections?|{_NAMES})"
-    r"(?: ≥| >=|,| and| (?:up )?to|'s| \d+(?:\.\d+)+)+|\d+\.\d+\.\d[\w.+-]*",
+    r"(?: ≥| >=|,| and| (?:up )?to|'s|\s\d+(?:\.\d+)+(?![\dx]))+|\d+\.\d+\.\d[\w.+-]*",
     re.IGNORECASE,
 )
-# Settings that no measurement decides: the sparsities of all tables, the level of intervals, values beside their option.
+# What nobody measured: the usual sparsities, the level of intervals, a value beside its option, the steps of a canary.
 _SETTING = re.compile(
-    r"(?:12\.5|25|37\.5|50|95)(?:(?:,| and| to| or) [\d.]+)* ?%|` \(\d[\d.]*(?: \w+)?\)|\d+ \w+ \(`|\d+ % of the traffic"
+    r"(?:12\.5|25|37\.5|50|95)(?:(?:,| and| to| or) [\d.]+)* ?%"
+    r"|`--` \(\d[\d.]*(?: \w+)?\)|\d+ \w+ \(`--`"
+    r"|\d+ % of the traffic"
 )
 _UNITS = {
     "x": 1, "times": 1, "nats": 1, "倍": 1, "tokens/s": 1, "tok/s": 1, "%": 0.01, "ms": 0.001,
@@ -39,12 +44,14 @@ _UNITS = {
     "MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30, "M": 1e6,
 }  # fmt: skip
 _UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
+# 1.23x and 5 %, but 5 s: the 1970s are not measured.
+_BEHIND = rf"(?: ?(?=[%x倍秒分時])| )({_UNIT})(?![A-Za-z0-9_/野]|あたり)"
 _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?"
 # With decimals or with a unit, and no part of a name: not Qwen2.5-Coder-1.5B, but 1.23x.
 _MEASURED = re.compile(
-    rf"(?<![\w.,-])(?:\d[\d,]*\.\d+(?=(?: ?(?:{_UNIT}))?(?![\w.-]*\w))|(?:{_NUMBER})(?= ?(?:{_UNIT})(?![\w/])))", re.ASCII
+    rf"(?<![\w.,-])(?:\d[\d,]*\.\d+(?=(?:{_BEHIND})?(?![\w.-]*\w))|(?:{_NUMBER})(?={_BEHIND}))", re.ASCII
 )
-_OWN_UNIT = re.compile(rf" ?({_UNIT})(?![\w/])", re.ASCII)
+_OWN_UNIT = re.compile(_BEHIND)
 _NUMERIC_CELL = re.compile(r"[\d\s.,;()*/×x±→−%<>≈+-]*\d[\d\s.,;()*/×x±→−%<>≈+-]*")
 _WORD_OF_SOURCE = re.compile(r"\b[Ee]xample\b|例(?!外)|\b[Hh]a(?:s|ve) a test\b")
 _WORD_OF_TRIAL = re.compile(r"\b(?:[Tt]rials?|[Ss]imulate[ds]|[Cc]alculated)\b")
@@ -76,6 +83,7 @@ def blocks(text: str) -> Iterator[Block]:
     for before, paragraph in pairwise(["", *re.split(r"\n\s*\n", FENCE.sub("", text))]):
         if _HEADING.match(paragraph):
             heading = paragraph
+            continue
         for block in _parts(before, paragraph):
             yield replace(block, words=f"{heading}\n{block.words}")
 
@@ -100,8 +108,8 @@ def numbers_of(block: Block) -> list[str]:
 
 def _measured(block: Block) -> Iterator[tuple[str, str]]:
     """Each number with the unit behind it, if there is one."""
-    prose = _VERSION.sub("", _LINK.sub("]", _CODE.sub("`", block.said)))
-    prose = _SETTING.sub("", prose)
+    prose = _CODE.sub(lambda code: "`--`" if _OPTION.fullmatch(code[0]) else "``", block.said)
+    prose = _SETTING.sub("", _VERSION.sub("", _LINK.sub("]", prose)))
     for number in _MEASURED.finditer(prose):
         unit = _OWN_UNIT.match(prose, number.end())
         yield number[0], unit[1] if unit else ""

@@ -1,4 +1,4 @@
-"""Each decision is one page: what was chosen, against what, and what would change our mind. The diary is git's history."""
+"""Each decision is one page: what was chosen, against what, and what would change our mind."""
 
 import re
 from pathlib import Path
