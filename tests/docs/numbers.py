@@ -20,15 +20,18 @@ _CODE = re.compile(r"`[^`]*`")
 _OPTION = re.compile(r"`(?:--[\w-]+|[A-Z]+_[A-Z_]+)`")
 _HEADING = re.compile(r"#+ ")
 _ITEM = re.compile(r"\n(?=\s*(?:[-*]|\d+\.) )")
+# What has versions beside the pinned packages; and papers, whose numbers and sections look the same.
+_PROGRAMS = (
+    "Python|vLLM|torch|CUDA|Runtime|Envoy|Prometheus|promtool|CycloneDX|YAML|llm-compressor|aiperf|schema"
+    "|arXiv|sections?"
+)
 _PACKAGES = {
-    re.escape(name)
+    name
     for file in (ROOT / "requirements").glob("*.txt")
     for name in re.findall(r"^[\w-]+(?===)", file.read_text(encoding="utf-8"), re.MULTILINE)
 }
-_NAMES = "|".join(sorted(_PACKAGES, key=len, reverse=True))
-# Behind a name, or of three parts; and the numbers of papers and of their sections.
 _VERSION = re.compile(
-    rf"(?<!\w)(?:Python|vLLM|torch|CUDA|Runtime|Envoy|Prometheus|promtool|CycloneDX|YAML|llm-compressor|arXiv|[Ss]ections?|{_NAMES})"
+    rf"(?<!\w)(?:{_PROGRAMS}|{'|'.join(map(re.escape, _PACKAGES))})"
     r"(?: ≥| >=|,| and| (?:up )?to|'s|\s\d+(?:\.\d+)+(?![\dx]))+|\d+\.\d+\.\d[\w.+-]*",
     re.IGNORECASE,
 )
