@@ -46,7 +46,10 @@ _UNITS = {
     "s": 1, "seconds": 1, "秒": 1, "minutes": 60, "minute": 60, "分": 60, "hours": 3600, "hour": 3600, "時間": 3600,
     "MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30, "M": 1e6,
 }  # fmt: skip
+_SECONDS = {"s", "ms", "seconds", "秒", "minutes", "minute", "分", "hours", "hour", "時間"}
+_BYTES = {"MB", "GB", "MiB", "GiB"}
 _UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
+_WORD_UNIT = re.compile(rf"(?<![\w'’])(?:{_UNIT})(?!\w)")
 # 1.23x and 5 %, but 5 s: the 1970s are not measured.
 _BEHIND = rf"(?: ?(?=[%x倍秒分時])| )({_UNIT})(?![A-Za-z0-9_/野]|あたり)"
 _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?"
@@ -54,7 +57,8 @@ _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?"
 _MEASURED = re.compile(
     rf"(?<![\w.,-])(?:\d[\d,]*\.\d+(?=(?:{_BEHIND})?(?![\w.-]*\w))|(?:{_NUMBER})(?={_BEHIND}))", re.ASCII
 )
-_OWN_UNIT = re.compile(_BEHIND)
+# Of "359 and 717 s" both are seconds.
+_OWN_UNIT = re.compile(rf"(?:(?:,| and| to| or| of| →) \d[\d.,]*)*{_BEHIND}")
 _NUMERIC_CELL = re.compile(r"[\d\s.,;()*/×x±→−%<>≈+-]*\d[\d\s.,;()*/×x±→−%<>≈+-]*")
 _WORD_OF_SOURCE = re.compile(r"\b[Ee]xample\b|例(?!外)|\b[Hh]a(?:s|ve) a test\b")
 _WORD_OF_TRIAL = re.compile(r"\b(?:[Tt]rials?|[Ss]imulate[ds]|[Cc]alculated)\b")
@@ -128,20 +132,31 @@ def without_source(text: str, folder: Path, *, trials: bool = False) -> list[str
         if _WORD_OF_SOURCE.search(block.words) or (trials and _WORD_OF_TRIAL.search(block.words)):
             continue
         evidence = [number for file in _linked(block.linked, folder) for number in _evidence(file)]
-        around = set(re.findall(rf"(?<!\w)(?:{_UNIT})(?!\w)", block.said + block.words))
+        in_table = block.said.lstrip().startswith("|")
+        around = set(_WORD_UNIT.findall(block.said + block.words)) if in_table else set()
         for number, unit in dict.fromkeys(_measured(block)):
             if not _is_among(number, evidence, {unit} if unit else around):
                 unknown.append(number)
     return unknown
 
 
-def _is_among(number: str, evidence: list[float], units: set[str]) -> bool:
+def _is_among(number: str, evidence: list[tuple[float, str]], units: set[str]) -> bool:
     """Whether the evidence has the number, rounded to as many decimals; 24,700 has three digits, not five."""
     digits, _, decimals = number.replace(",", "").partition(".")
     zeros = len(digits) - len(digits.rstrip("0")) if not decimals else 0
     half = 0.5 * 10.0 ** (min(zeros, max(len(digits) - 3, 0)) - len(decimals)) + 1e-9
-    factors = {1.0, *(_UNITS[unit] for unit in units)}
-    return any(abs(each / factor - float(f"{digits}.{decimals}")) <= half for each in evidence for factor in factors)
+    factors, kinds = {1.0, *(_UNITS[unit] for unit in units)}, {"", *map(_kind, units)}
+    return any(
+        abs(each / factor - float(f"{digits}.{decimals}")) <= half
+        for each, kind in evidence
+        for factor in factors
+        if kind in kinds
+    )
+
+
+def _kind(unit: str) -> str:
+    """What a unit measures: a number of seconds is no evidence for a perplexity."""
+    return "seconds" if unit in _SECONDS else "bytes" if unit in _BYTES else ""
 
 
 def _linked(text: str, folder: Path) -> list[Path]:
@@ -150,19 +165,43 @@ def _linked(text: str, folder: Path) -> list[Path]:
 
 
 @cache
-def _evidence(file: Path) -> tuple[float, ...]:
-    """Every number of the file; of a picture, none."""
+def _evidence(file: Path) -> tuple[tuple[float, str], ...]:
+    """Every number of the file, with what it measures if its column, its key or the word behind it says so."""
     if file.suffix in (".png", ".svg"):
         return ()
     content = file.read_text(encoding="utf-8")
-    if file.suffix == ".json":
-        return tuple(_numbers_in(json.loads(content)))
-    return tuple(float(number.replace(",", "")) for number in re.findall(_NUMBER, content))
+    return tuple(_in_json(json.loads(content), "") if file.suffix == ".json" else _in_text(content))
 
 
-def _numbers_in(content: Any) -> Iterator[float]:
-    if isinstance(content, dict | list):
-        for each in content.values() if isinstance(content, dict) else content:
-            yield from _numbers_in(each)
+def _in_json(content: Any, kind: str) -> Iterator[tuple[float, str]]:
+    if isinstance(content, dict):
+        for key, each in content.items():
+            of_key = _kind_of_key(key)
+            is_ratio = isinstance(each, dict) and key != "seconds"  # such as that of ttft_ms, with its interval
+            yield from _in_json(each, "" if is_ratio else of_key or kind)
+    elif isinstance(content, list):
+        for each in content:
+            yield from _in_json(each, kind)
     elif isinstance(content, int | float):
-        yield float(content)
+        yield float(content), kind
+
+
+def _kind_of_key(key: str) -> str:
+    if key.endswith(("_s", "_ms", "seconds")) and not key.endswith("_per_s"):
+        return "seconds"
+    return "bytes" if key.endswith("_bytes") else ""
+
+
+def _in_text(content: str) -> Iterator[tuple[float, str]]:
+    kinds: list[str] = []
+    for line in content.splitlines():
+        cells = line.split("|") if line.startswith("|") else [line]
+        if len(cells) == 1:
+            kinds = []
+        elif not kinds:
+            kinds = [_kind(cell.strip().rpartition(" ")[2]) for cell in cells]
+        for place, cell in enumerate(cells):
+            for number in re.finditer(_NUMBER, cell):
+                unit = _OWN_UNIT.match(cell, number.end())
+                kind = _kind(unit[1]) if unit else kinds[place] if place < len(kinds) else ""
+                yield float(number[0].replace(",", "")), kind

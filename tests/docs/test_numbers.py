@@ -44,6 +44,9 @@ def test_numbers_are_found() -> None:
         ("| | tokens/s | goal |\n|---|---|---|\n| 16 requests | 2381 | 7 |", ["2381"]),
         ("[run](run.json) 3.27 GB, 48 ms, 24,700 tokens/s, 99 %", []),
         ("[run](run.json) 3.28 GB, 4.8 ms, 24,600 tokens/s, 98 %", ["3.28", "4.8", "24,600", "98"]),
+        ("[costs](costs.md) perplexity 6.5, memory 7.25 GB, 8.5 s", []),
+        ("[costs](costs.md) perplexity 8.5, memory 8.5 GB, 6.25 s", ["8.5", "8.5", "6.25"]),
+        ("[run](run.json) 7.25 s, 7.25x", ["7.25"]),
         ("Qwen2.5-Coder-1.5B needs vLLM 0.25 to 0.33, Python ≥ 3.11 and torch 2.13.0+cpu (arXiv 2501.17771)", []),
         ("`--target speedup=9.9`, `--attainment` (0.9), 60 seconds (`TIMEOUT_S`), 95 % intervals", []),
         ("For example, 1.71 s.", []),
@@ -56,7 +59,8 @@ def test_numbers_are_found() -> None:
 )
 def test_only_what_has_a_source_passes(tmp_path: Path, said: str, unknown: list[str]) -> None:
     (tmp_path / "table.md").write_text("perplexity 1.702, gain 1.170x (1.155 to 1.184)")
-    (tmp_path / "run.json").write_text('{"runs": [1.2344, 3267645440, 0.0481, 24699.7, 0.99]}')
+    (tmp_path / "costs.md").write_text("| perplexity | peak GB | wall s |\n|---|---|---|\n| 6.5 | 7.25 | 8.5 |\n")
+    (tmp_path / "run.json").write_text('{"runs": [1.2344, 3267645440, 0.0481, 24699.7, 0.99], "wall_s": 7.25}')
     assert without_source(f"# Results\n\n{said}\n", tmp_path) == unknown
 
 
