@@ -4,8 +4,6 @@ Each model is quantised with ``sentei quantize``; Transformers then computes in 
 included where the scheme rounds them.
 
     python benchmarks/quantize.py original pruned --calibration calibration.txt --text evaluation.txt -o quantize.json
-
-Results stand in ``benchmarks/results/``.
 """
 
 import json

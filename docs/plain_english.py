@@ -8,12 +8,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(Path(__file__).resolve().parent / "site"))
+
+from links import FENCE, ROOT
+
 # Tests write these, or collect them from docstrings and older releases.
 _NOT_READ = {"structure.md", "compatibility.md", "reliability.md", "CHANGELOG.md"}
 # The snapshot of every command's help, which a test keeps true.
 _HELP = ROOT / "tests/toolchain/cli/options.txt"
-_CODE = re.compile(r"^```.*?^```|`[^`\n]*`|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(rf"{FENCE.pattern}|`[^`\n]*`|\]\([^)]*\)", FENCE.flags)
 _COUNTED = "tokens|windows|bytes|bits?|requests|nats|seconds|ms|once|numbers?|neurons|lines?|layers|parts|characters"
 _THINGS = "second|minute|hour|token|layer|step|request|candidate|parameter|weight|row|cell|run|line|rank|block|GPU"
 PHRASES = {

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = "repository"
 _INDEX = "index.md"
 _LINK = re.compile(r"(\]\()([^)#\s]*)((?:#[^)\s]*)?\))")
-_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def place_on_site(path: str) -> str:
@@ -59,7 +59,7 @@ def _each_link(markdown: str, path: str, replaced: Callable[[str], str]) -> str:
         return f"{opening}{replaced(whole)}{rest}"
 
     parts, end = [], 0
-    for fence in _FENCE.finditer(markdown):
+    for fence in FENCE.finditer(markdown):
         parts += [_LINK.sub(link, markdown[end : fence.start()]), fence[0]]
         end = fence.end()
     return "".join([*parts, _LINK.sub(link, markdown[end:])])
