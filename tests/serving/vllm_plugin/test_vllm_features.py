@@ -1,0 +1,117 @@
+"""Features of vLLM that must not take all layers for equal: they work with a pruned model, or are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from serving.engines.transformers import TransformersEngine
+from tests.conftest import prune_by_hand
+from tests.families import make_family_pico
+from tests.serving.server.test_lora_check import FFN, make_adapter
+from tests.serving.vllm_answers import KV_CACHE_BYTES, NUM_NEW_TOKENS
+from tests.serving.vllm_plugin.test_vllm_families import PROMPTS, WIDE, ask_vllm, check, wide_pico
+
+pytestmark = [pytest.mark.usefixtures("vllm"), pytest.mark.acceptance]
+
+KINDS = ["sliding_attention", "sliding_attention", "full_attention"] * 3
+# By what is removed: how many layers attend within a window and how many to all, and how many layers share a block.
+# vLLM takes the smaller number, or the larger if that is less than 1.5 times as much.
+HYBRID = {
+    "nothing": (set(), 6, 3, 3),
+    "two full": ({2, 5}, 6, 1, 1),
+    "two sliding": ({0, 1}, 4, 3, 4),
+    "one of each": ({1, 5}, 5, 2, 2),
+    "all full": ({2, 5, 8}, 6, 0, 6),
+    "all sliding": ({0, 1, 3, 4, 6, 7}, 0, 3, 3),
+}
+BLOCK_TOKENS = 32  # of which the prompts need one and two
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+REPEATED = [([5, 17, 40, 8] * 8)[:length] for length in (20, 29, 31)]
+
+
+def hybrid(directory: Path, removed: set[int]) -> Path:
+    source, out = directory / "source", directory / f"without-{'-'.join(map(str, sorted(removed)))}"
+    if not source.exists():
+        shape = {**WIDE, "head_dim": 64, "num_hidden_layers": len(KINDS), "layer_types": KINDS}
+        make_family_pico(source, "gemma3_text", "alternating", **shape)
+    out.mkdir()
+    prune_by_hand(source, out, removed_attention=removed, width=lambda layer: 96 - 8 * layer)
+    return out
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """One process of vLLM for all of it."""
+    directory = tmp_path_factory.mktemp("features")
+    models = {name: hybrid(directory, removed) for name, (removed, *_) in HYBRID.items()}
+    jobs = {name: {"directory": str(model), "options": {"block_size": BLOCK_TOKENS}} for name, model in models.items()}
+    models["ngram"] = models["fp8"] = models["lora"] = wide_pico(directory, "llama", "grouped")
+    drafting = {"speculative_config": NGRAM, "disable_log_stats": False}
+    jobs["ngram"] = {"directory": str(models["ngram"]), "options": drafting, "prompts": REPEATED}
+    jobs["fp8"] = {"directory": str(models["fp8"]), "options": {"kv_cache_dtype": "fp8"}}
+    narrower = directory / "narrower"
+    narrower.mkdir()
+    prune_by_hand(directory / "llama-grouped", narrower, removed_attention=set(), width=lambda layer: 40)
+    jobs["lora"] = {
+        "directory": str(models["lora"]),
+        "adapters": [],
+        "wrong_adapters": [
+            str(make_adapter(directory / f"of-{name}", model, FFN))
+            for name, model in (("original", directory / "llama-grouped"), ("narrower", narrower))
+        ],
+    }
+    found = ask_vllm(directory, list(jobs.values()))
+    return {name: (models[name], answer) for name, answer in zip(jobs, found, strict=True)}
+
+
+@pytest.mark.parametrize("case", HYBRID)
+def test_layers_of_two_kinds_share_blocks_without_those_that_were_removed(answers, case: str):
+    removed, num_sliding, num_full, shared_by = HYBRID[case]
+    model, answer = answers[case]
+    check(model, answer)
+    groups = answer["kv_cache"]["groups"]
+    layers = {kind: [] for kind in ("SlidingWindowSpec", "FullAttentionSpec")}
+    for group in groups:
+        layers[group["kind"]] += [int(name.split(".")[2]) for name in group["layers"]]
+    attending = sorted(set(range(len(KINDS))) - removed)
+    assert sorted(layers["SlidingWindowSpec"]) == [index for index in attending if KINDS[index].startswith("sliding")]
+    assert sorted(layers["FullAttentionSpec"]) == [index for index in attending if KINDS[index].startswith("full")]
+    assert [len(each) for each in layers.values()] == [num_sliding, num_full]
+    assert max(len(group["layers"]) for group in groups) == shared_by
+    page_bytes = 2 * 2 * 64 * 4 * BLOCK_TOKENS  # keys and values, heads, head_dim, float32
+    assert answer["kv_cache"]["num_blocks"] == KV_CACHE_BYTES // (shared_by * page_bytes)
+
+
+def test_an_ngram_drafter_changes_no_token(answers):
+    model, answer = answers["ngram"]
+    assert "refused" not in answer, answer["refused"]
+    reference = TransformersEngine(model, dtype=torch.float32)
+    assert answer["greedy"] == [reference.generate(prompt, NUM_NEW_TOKENS) for prompt in REPEATED]
+    assert answer["num_accepted_drafts"] > 0
+
+
+def test_an_fp8_kv_cache_holds_four_times_the_tokens_of_float32(answers):
+    model, answer = answers["fp8"]
+    assert "refused" not in answer, answer["refused"]
+    # Two layers attend, with 2 key-value heads of 32 numbers in one byte each, keys and values.
+    assert answer["num_kv_cache_tokens"] == KV_CACHE_BYTES // (2 * 2 * 32 * 2)
+    reference = TransformersEngine(model, dtype=torch.float32)
+    differences = [
+        abs(value - float(expected[position, token]))
+        for prompt, positions in zip(PROMPTS, answer["log_probabilities"], strict=True)
+        for expected in [reference.log_probabilities(prompt)]
+        for position, found in enumerate(positions)
+        for token, value in found
+    ]
+    print(max(differences), sum(differences) / len(differences))
+    assert 1e-4 < max(differences) < 0.5
+
+
+def test_an_adapter_of_another_width_is_refused_when_a_client_loads_it(answers):
+    """The wider one fails in vLLM too, in torch's words; the narrower one would be used, and give wrong answers."""
+    _, answer = answers["lora"]
+    wider, narrower = answer["refused_adapters"]
+    assert "of-original: model.layers.1.mlp.gate_proj has 96 neurons, and this model has 50 there" in wider
+    assert "of-narrower: model.layers.1.mlp.gate_proj has 40 neurons, and this model has 50 there" in narrower
