@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
-from vllm.lora.worker_manager import WorkerLoRAManager
-
 from serving.vllm_plugin.weights import CompleteWeights
 from toolchain.architecture.families import Family
 from toolchain.architecture.layout import LayerLayout
@@ -21,6 +19,8 @@ def check_when_loaded() -> None:
 
     That is when the server starts (``--lora-modules``) or when a client loads one; the client gets the sentence.
     """
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
     load = WorkerLoRAManager._load_adapter
     if hasattr(load, "__wrapped__"):
         return

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("vllm")
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """vLLM's question, put to a model on a Hopper GPU whose table holds the shapes given."""
+    """The question that vLLM asks, put to a model on a Hopper GPU whose table holds the shapes given."""
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.model_executor.determinism import batch_invariant_configs
     from vllm.platforms.interface import DeviceCapability

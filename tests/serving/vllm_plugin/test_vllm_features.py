@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from serving.engines.transformers import TransformersEngine
+from serving.server.vllm import running_server
 from tests.conftest import prune_by_hand
 from tests.families import make_family_pico
 from tests.serving.server.test_lora_check import FFN, make_adapter
 from tests.serving.vllm_answers import KV_CACHE_BYTES, NUM_NEW_TOKENS
 from tests.serving.vllm_plugin.test_vllm_families import PROMPTS, WIDE, ask_vllm, check, wide_pico
+from toolchain.errors import SenteiError
 
 pytestmark = [pytest.mark.usefixtures("vllm"), pytest.mark.acceptance]
 
@@ -115,3 +117,16 @@ def test_an_adapter_of_another_width_is_refused_when_a_client_loads_it(answers):
     wider, narrower = answer["refused_adapters"]
     assert "of-original: model.layers.1.mlp.gate_proj has 96 neurons, and this model has 50 there" in wider
     assert "of-narrower: model.layers.1.mlp.gate_proj has 40 neurons, and this model has 50 there" in narrower
+
+
+def test_a_server_ends_with_a_sentence_for_such_an_adapter(pruned_demo, demo_model, tmp_path):
+    """As by plain ``vllm serve``: ``sentei serve`` looks at adapters before, which is left out here."""
+    adapter = make_adapter(tmp_path / "adapter", demo_model, FFN)
+    options = ("--max-model-len", "64", "--enforce-eager", "--dtype", "bfloat16", "--kv-cache-memory-bytes", "64M")
+    lora = ("--enable-lora", "--lora-modules", f"mine={adapter}")
+    said = r"LoRA adapter mine: model\.layers\.\d+\.mlp\.\w+ has 1536 neurons, and this model has \d+ there"
+    with (
+        pytest.raises(SenteiError, match=said),
+        running_server(pruned_demo, options=(*options, *lora), log=tmp_path / "server.log"),
+    ):
+        pass
