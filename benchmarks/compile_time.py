@@ -5,12 +5,13 @@
 Models of random weights that differ in their layers' widths alone: all have the same number of layers, and within 3 %
 as many parameters. Each cell is one start of an engine in a process of its own, from an imported vLLM until it can
 answer: ``cold`` with empty directories for what vLLM and torch keep, ``warm`` with what the cold start left there, and
-``eager`` without compiling, which is what loading and vLLM's warm-up take alone. A change of widths needs a cold start.
+``eager`` with empty directories and without compiling, so that cold less eager is compiling. A change of widths needs a
+cold start.
 
 Cells are kept as soon as they are measured, so the same command goes on after whatever ended it. On a CPU vLLM compiles
 the model as one graph (its mode ``DYNAMO_TRACE_ONCE``); on a GPU piece by piece, and pieces that are alike share
-what was compiled. The result says which. Run it on a machine that does nothing else. Some 16 minutes on two
-processor cores, which is 46 starts; ``--repeats 1`` is a third of it. Results stand in ``benchmarks/results/``.
+what was compiled. The result says which. Run it on a machine that does nothing else; with the defaults it is 45 starts,
+and ``--repeats 1`` is a third of it. Results stand in ``benchmarks/results/``.
 """
 
 import json
@@ -40,6 +41,7 @@ from toolchain.outputs import write_text
 STARTS = ("cold", "warm", "eager")
 # What torch found in its cache, and what vLLM's own compiler, which is used on GPUs, did.
 _COUNTS = ("torch_cache_hits", "torch_cache_misses", "vllm_pieces", "vllm_compiled", "vllm_loaded")
+_FILLED = "filled"  # a start that was killed leaves no such file
 _STEP = 64  # neurons between two widths
 _PROMPT, _NUM_TOKENS = list(range(100, 116)), 4
 
@@ -67,17 +69,17 @@ def main(
         cells = before["cells"]
     for repeat in range(repeats):
         for number in widths:
-            model, cache = _model(work, number, settings), work / f"cache-{number}-{repeat}"
+            model, caches = _model(work, number, settings), work / f"caches-{number}-{repeat}"
             for start in STARTS:
                 name = f"{number} widths/{start}/{repeat}"
-                if start == "cold" and name not in cells:
-                    shutil.rmtree(cache, ignore_errors=True)
-                if start == "warm" and name not in cells and not cache.exists():
-                    _measured(model, cache, "cold")  # the cell that filled it belongs to an earlier run
-                if name not in cells:
-                    cells[name] = _measured(model, cache, start)
-                    _write(out, settings, cells)
-            shutil.rmtree(cache, ignore_errors=True)
+                if name in cells:
+                    continue
+                cache = caches / ("eager" if start == "eager" else "compiled")
+                if start == "warm" and not (cache / _FILLED).exists():  # what filled it belongs to an earlier run
+                    _from_empty(model, cache, "cold")
+                cells[name] = (_measured if start == "warm" else _from_empty)(model, cache, start)
+                _write(out, settings, cells)
+            shutil.rmtree(caches, ignore_errors=True)
     _write(out, settings, cells)
     for row in _rows(cells):
         typer.echo(json.dumps(row))
@@ -107,6 +109,13 @@ def _model(work: Path, number: int, settings: Mapping[str, int]) -> Path:
         write_pruned(open_checkpoint(whole), layout, [np.arange(width, dtype=np.int64) for width in chosen], partial)
         partial.rename(directory)
     return directory
+
+
+def _from_empty(model: Path, cache: Path, start: str) -> dict[str, Any]:
+    shutil.rmtree(cache, ignore_errors=True)
+    found = _measured(model, cache, start)
+    (cache / _FILLED).touch()
+    return found
 
 
 def _measured(model: Path, cache: Path, start: str) -> dict[str, Any]:

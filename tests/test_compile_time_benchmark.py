@@ -1,6 +1,7 @@
 """``benchmarks/compile_time.py`` loses one start when it is killed, and starts warm only on what a cold start left."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -22,13 +23,11 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         asked: list[str] = []
 
         def start(model: Path, cache: Path, kind: str) -> dict[str, float]:
+            assert cache.exists() == (kind == "warm")
+            cache.mkdir(parents=True, exist_ok=True)
             if len(asked) == killed_before:
                 raise KeyboardInterrupt
             asked.append(f"{model.name} {kind}")
-            if kind == "cold":
-                assert not cache.exists()
-                cache.mkdir(parents=True)
-            assert cache.exists()
             return dict.fromkeys(("start_s", "start_processor_s", "compiled_files", *compile_time._COUNTS), len(asked))
 
         monkeypatch.setattr(compile_time, "_measured", start)
@@ -53,10 +52,11 @@ def test_a_killed_run_goes_on(bench, tmp_path: Path):
 
 
 def test_a_warm_start_is_never_cold(bench, tmp_path: Path):
-    """The directory of caches went with the machine that was lent: it is filled again, and that start is not counted."""
+    """If the caches are gone, or only begun, they are filled again, and that start does not count."""
     bench(killed_before=4)
-    for cache in (tmp_path / "work").glob("cache-*"):
-        cache.rmdir()
+    for caches in (tmp_path / "work").glob("caches-*"):
+        shutil.rmtree(caches)
+    assert bench(killed_before=0) == ["killed"]
     assert bench() == ["3-widths cold", "3-widths warm", "3-widths eager"]
     assert json.loads((tmp_path / "out.json").read_text())["cells"]["3 widths/cold/0"]["start_s"] == 4
 

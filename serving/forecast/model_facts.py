@@ -111,7 +111,7 @@ class ModelFacts:
     def kv_tokens(self, num_bytes: int) -> int:
         """Tokens of one sequence whose KV cache fits into so many bytes; not for more than it takes at most."""
         within = num_bytes // self.kv_bytes_per_token
-        if not self.sliding_share or within <= self.window:
+        if not self.sliding_share or within < self.window:
             return within
         beyond = num_bytes - self.kv_bytes_per_token * self.window
         return self.window + int(beyond / (self.kv_bytes_per_token * (1 - self.sliding_share)))

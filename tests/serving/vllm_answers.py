@@ -55,7 +55,7 @@ def _answers(job: dict[str, Any]) -> dict[str, Any]:
             "log_probabilities": [
                 [list(position.items()) for position in prompt] for prompt in engine.top_log_probabilities(prompts, 10)
             ]
-            if not adapters and "speculative_config" not in options
+            if "adapters" not in job and "speculative_config" not in options
             else None,
             "greedy": engine.generate_batch(prompts, NUM_NEW_TOKENS),
             "num_kv_cache_tokens": engine.num_kv_cache_tokens,
