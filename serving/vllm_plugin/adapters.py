@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import wraps
 from typing import Any
 
 from serving.vllm_plugin.weights import CompleteWeights
@@ -22,10 +21,9 @@ def check_when_loaded() -> None:
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     load = WorkerLoRAManager._load_adapter
-    if hasattr(load, "__wrapped__"):
+    if load.__module__ == __name__:
         return
 
-    @wraps(load)
     def load_and_check(self: Any, lora_request: Any) -> Any:
         adapter = load(self, lora_request)
         if isinstance(model := self._adapter_manager.model, CompleteWeights):

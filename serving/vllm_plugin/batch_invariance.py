@@ -1,6 +1,5 @@
 """``VLLM_BATCH_INVARIANT``: vLLM asks for the model's one width, and a pruned model has many."""
 
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from toolchain.architecture.families import FAMILIES
@@ -21,11 +20,10 @@ def ask_with_each_width() -> None:
     from vllm.config import VllmConfig
 
     asked: Any = getattr(VllmConfig, _QUESTION, None)
-    if asked is None or hasattr(asked, "__wrapped__"):
+    if asked is None or asked.__module__ == __name__:
         return
     ours = {family.pruned_architecture for family in FAMILIES.values()}
 
-    @wraps(asked)
     def ask(self: "VllmConfig") -> bool:
         model: Any = self.model_config
         if model is None or ours.isdisjoint(model.hf_text_config.architectures or ()):

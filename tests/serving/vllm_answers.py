@@ -51,7 +51,7 @@ def _answers(job: dict[str, Any]) -> dict[str, Any]:
     prompts, adapters = job["prompts"], job.get("adapters", [])
     try:
         return {
-            # With LoRA or drafts, vLLM's CPU build (0.32) fails on log-probabilities of prompts.
+            # With LoRA enabled, vLLM's CPU build (0.32) fails on log-probabilities of prompts. A draft is of answers.
             "log_probabilities": [
                 [list(position.items()) for position in prompt] for prompt in engine.top_log_probabilities(prompts, 10)
             ]
@@ -97,14 +97,10 @@ def _kv_cache(engine: Any) -> dict[str, Any]:
     return {
         "num_blocks": config.num_blocks,
         "groups": [
-            {"kind": type(group.kv_cache_spec).__name__, "layers": group.layer_names, **_sizes(group.kv_cache_spec)}
+            {"kind": type(group.kv_cache_spec).__name__, "layers": group.layer_names}
             for group in config.kv_cache_groups
         ],
     }
-
-
-def _sizes(spec: Any) -> dict[str, int]:
-    return {"block_size": spec.block_size, "page_bytes": spec.page_size_bytes}
 
 
 def _num_accepted_drafts(engine: Any) -> int:
