@@ -39,6 +39,7 @@ def vllm_config() -> Any:
 
     config = VllmConfig()
     config.model_config = SimpleNamespace(max_model_len=128, original_max_model_len=None)
+    config.cache_config.kv_cache_layout = "LBHNC"  # the CPU's, which an engine asks its workers for
     return config
 
 
