@@ -39,8 +39,11 @@ from toolchain.model.slicing import write_pruned
 from toolchain.outputs import write_text
 
 STARTS = ("cold", "warm", "eager")
-# What torch found in its cache, and what vLLM's own compiler, which is used on GPUs, did.
-_COUNTS = ("torch_cache_hits", "torch_cache_misses", "vllm_pieces", "vllm_compiled", "vllm_loaded")
+# What vLLM counts itself: of whole models (on a CPU), and of pieces (on a GPU).
+_COUNTS = (
+    "num_aot_compiles", "num_aot_artifacts_saved", "num_aot_artifacts_loaded", "num_inductor_compiles",
+    "num_compiled_artifacts_saved", "num_compiled_artifacts_loaded", "num_piecewise_capturable_graphs_seen",
+)  # fmt: skip
 _FILLED = "filled"  # a start that was killed leaves no such file
 _STEP = 64  # neurons between two widths
 _PROMPT, _NUM_TOKENS = list(range(100, 116)), 4
@@ -133,7 +136,6 @@ def _start(model: Path, cache: Path, start: str) -> dict[str, Any]:
     )  # fmt: skip
     import torch
     import vllm  # noqa: F401 (its import takes long, and is the same for all)
-    from torch._dynamo.utils import counters
     from vllm.compilation.counter import compilation_counter
 
     load, began_s, used_s = os.getloadavg()[0], time.monotonic(), _processor_s()
@@ -149,12 +151,9 @@ def _start(model: Path, cache: Path, start: str) -> dict[str, Any]:
         "start_processor_s": ready_used_s - used_s,
         "first_answer_s": answered_s - ready_s,
         "mode": mode.name,
-        "torch_cache_hits": counters["inductor"]["fxgraph_cache_hit"],
-        "torch_cache_misses": counters["inductor"]["fxgraph_cache_miss"],
-        "vllm_pieces": compilation_counter.num_piecewise_capturable_graphs_seen,
-        "vllm_compiled": compilation_counter.num_inductor_compiles,
-        "vllm_loaded": compilation_counter.num_compiled_artifacts_loaded,
-        "compiled_files": sum(1 for _ in (cache / "inductor").rglob("*.so")),
+        **{name: getattr(compilation_counter, name) for name in _COUNTS},
+        # Wherever vLLM puts torch's cache, it is below this.
+        "compiled_files": sum(1 for _ in cache.rglob("*.so")),
         "cache_bytes": sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()),
         "load_before": load,
         "torch_threads": torch.get_num_threads(),
