@@ -132,13 +132,13 @@ def _tiled(width: int) -> int:
 
 def _head(facts: ModelFacts, context: int, concurrency: int) -> Told | None:
     head = facts.head_parameters / (facts.head_parameters + facts.block_matrix_parameters)
-    cached = concurrency * facts.kv_bytes_per_token * context
+    cached = concurrency * facts.kv_bytes(context)
     share = head * facts.decode_weight_bytes / (facts.decode_weight_bytes + cached)
     return (HEAD, {"share": f"{100 * share:.0f}"}) if share >= _SHARE else None
 
 
 def _kv_cache(facts: ModelFacts, context: int, concurrency: int) -> Told | None:
-    cached = concurrency * facts.kv_bytes_per_token * context
+    cached = concurrency * facts.kv_bytes(context)
     share = cached / (cached + facts.decode_weight_bytes)
     if share < _SHARE:
         return None

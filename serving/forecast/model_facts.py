@@ -6,9 +6,11 @@ cache once a step; prefill does all matrix products once a prompt token.
 
 import hashlib
 import math
+import operator
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,20 @@ from toolchain.architecture.layout import positive
 from toolchain.checkpoint.directory import Checkpoint, dtype_name
 from toolchain.checkpoint.quantized import QuantizedCheckpoint, open_servable
 from toolchain.model.context_length import context_length
+from toolchain.model.sliding_window import sliding_window
 from toolchain.onnx_libraries import import_onnx_library
 
 PREFILL_FORMULA = (
     "gain = FLOPs of the original / FLOPs of the pruned model for one prompt of input_len tokens; FLOPs = "
     "2 x block matrix parameters x input_len + 2 x head parameters x positions the engine computes logits for "
-    "+ 2 x input_len^2 x query width per attending layer (causal scores and values)"
+    "+ 4 x query width x pairs of tokens per attending layer (causal scores and values); pairs = input_len^2 / 2, less "
+    "(input_len - window)^2 / 2 in layers with a shorter sliding window"
 )
 DECODE_FORMULA = (
     "gain = bytes read per step by the original / by the pruned model; bytes = all weights (the head's included, an "
     "untied embedding table left out: only its looked-up rows are read) + concurrency x KV bytes per token x "
-    "(input_len + output_len / 2); holds where memory is the bound, at small batches"
+    "(input_len + output_len / 2), or x the sliding window in layers that have a shorter one; holds where memory is "
+    "the bound, at small batches"
 )
 END_TO_END_FORMULA = (
     "gain = E2EL / (TTFT / prefill gain + (E2EL - TTFT) / decode gain), with the original's measured medians"
@@ -57,7 +62,7 @@ class ModelFacts:
         num_parameters: All of them; ``None`` where packed weights hide the count.
         weight_bytes: Stored weights.
         size_on_disk_bytes: The whole directory.
-        kv_bytes_per_token: Of one sequence.
+        kv_bytes_per_token: Of one sequence, in all attending layers.
         vocab_size: Token ids go from 0 to one less.
         max_len: Longest sequence, in tokens.
         decode_weight_bytes: Weights read by one decode step, in the dtype that is computed in.
@@ -65,6 +70,8 @@ class ModelFacts:
         head_parameters: Parameters of the product that gives logits.
         head_every_position: Whether prefill computes logits for every prompt token, not only for the last.
         attention_width: Query heads x head_dim, summed over attending layers.
+        window: Tokens that layers with a sliding window attend to at most.
+        sliding_share: Of the attending layers, those with a sliding window.
     """
 
     precision: str
@@ -79,17 +86,35 @@ class ModelFacts:
     head_parameters: int
     head_every_position: bool
     attention_width: int
+    window: int = 0
+    sliding_share: Fraction = Fraction(0)
 
     def prefill_flops(self, input_len: int) -> int:
         """Floating-point operations of one prompt; see :data:`PREFILL_FORMULA`."""
         positions = input_len if self.head_every_position else 1
         linear = 2 * self.block_matrix_parameters * input_len + 2 * self.head_parameters * positions
-        return linear + 2 * input_len**2 * self.attention_width
+        outside = self.sliding_share * max(0, input_len - self.window) ** 2
+        return linear + int(2 * (input_len**2 - outside) * self.attention_width)
 
     def decode_bytes(self, *, input_len: int, output_len: int, concurrency: int) -> int:
         """Bytes read by one decode step; see :data:`DECODE_FORMULA`."""
-        context = input_len + output_len // 2
-        return self.decode_weight_bytes + concurrency * self.kv_bytes_per_token * context
+        return self.decode_weight_bytes + concurrency * self.kv_bytes(input_len + output_len // 2)
+
+    def kv_bytes(self, context: int) -> int:
+        """Bytes of the KV cache that one sequence of ``context`` tokens needs, and that its next token reads."""
+        return int(self.kv_bytes_per_token * self.attended(context))
+
+    def attended(self, context: int) -> Fraction:
+        """Tokens of ``context`` that an attending layer attends to, on average over the layers."""
+        return context - self.sliding_share * max(0, context - self.window)
+
+    def kv_tokens(self, num_bytes: int) -> int:
+        """Tokens of one sequence whose KV cache fits into so many bytes; not for more than it takes at most."""
+        within = num_bytes // self.kv_bytes_per_token
+        if not self.sliding_share or within < self.window:
+            return within
+        beyond = num_bytes - self.kv_bytes_per_token * self.window
+        return self.window + int(beyond / (self.kv_bytes_per_token * (1 - self.sliding_share)))
 
 
 def checkpoint_facts(directory: Path, dtype: str | None) -> ModelFacts:
@@ -112,7 +137,9 @@ def facts_of(checkpoint: Checkpoint | QuantizedCheckpoint, dtype: str | None, *,
     prefix = f"{checkpoint.family.layers}."
     head, unread = _head_and_embedding(checkpoint)
     query_width, kv_width = _attention_widths(checkpoint.config)
-    num_attending = sum(layer.attention for layer in checkpoint.layout)
+    attending = [layer.attention for layer in checkpoint.layout]
+    num_attending, sliding = sum(attending), sliding_window(checkpoint.config)
+    num_sliding = sum(map(operator.and_, attending, sliding.layers)) if sliding else 0
     return ModelFacts(
         precision=quantised.scheme.name if quantised else dtype_name(computed_in),
         num_parameters=sum(sizes.values()),
@@ -130,6 +157,8 @@ def facts_of(checkpoint: Checkpoint | QuantizedCheckpoint, dtype: str | None, *,
         head_parameters=sizes[head],
         head_every_position=False,
         attention_width=query_width * num_attending,
+        window=sliding.tokens if sliding and num_sliding else 0,
+        sliding_share=Fraction(num_sliding, num_attending or 1),
     )
 
 

@@ -15,8 +15,8 @@ FORMULA = (
     "time = max(FLOPs / flops_per_s, bytes / bytes_per_s). Prefill, one prompt: FLOPs as under mean_ttft_ms; bytes = "
     "weights + KV cache written. Decode, one step of all sequences in flight: FLOPs = concurrency x (2 x (block matrix "
     "+ head parameters) + 4 x context x query width of the attending layers); bytes as under mean_tpot_ms; context = "
-    "input_len + output_len / 2. Where tensor parallelism divides the model, both peaks are multiplied by the number "
-    "of GPUs. Gain = the original's time / the pruned model's."
+    "input_len + output_len / 2, in layers with a sliding window at most the window. Where tensor parallelism divides "
+    "the model, both peaks are multiplied by the number of GPUs. Gain = the original's time / the pruned model's."
 )
 PHASES = ("prefill", "decode")
 
@@ -60,7 +60,7 @@ def phase_costs(facts: ModelFacts, *, input_len: int, output_len: int, concurren
             num_tokens=input_len,
         ),
         "decode": PhaseCost(
-            flops=concurrency * (linear + 4 * context * facts.attention_width),
+            flops=concurrency * (linear + int(4 * facts.attended(context) * facts.attention_width)),
             num_bytes=facts.decode_bytes(input_len=input_len, output_len=output_len, concurrency=concurrency),
             num_tokens=concurrency,
         ),

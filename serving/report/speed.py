@@ -47,6 +47,13 @@ FORMER_FORMULAS = (
     "requests that met every objective / wall-clock time, at that rate (vLLM's request_goodput)",
     "tokens that fit into the server's KV cache, from its log; both were given the same memory",
     "from starting the engine until it could answer: loading, compiling and vLLM's own warm-up; the last start",
+    # From when layers with a sliding window counted as if they attended to all tokens.
+    "gain = FLOPs of the original / FLOPs of the pruned model for one prompt of input_len tokens; FLOPs = 2 x block "
+    "matrix parameters x input_len + 2 x head parameters x positions the engine computes logits for + 2 x input_len^2 "
+    "x query width per attending layer (causal scores and values)",
+    "gain = bytes read per step by the original / by the pruned model; bytes = all weights (the head's included, an "
+    "untied embedding table left out: only its looked-up rows are read) + concurrency x KV bytes per token x "
+    "(input_len + output_len / 2); holds where memory is the bound, at small batches",
 )
 _ENGINES = {
     "transformers": "Transformers",

@@ -16,6 +16,8 @@ import vllm
 from torch import nn
 from vllm.model_executor.models.utils import extract_layer_index, make_layers, maybe_prefix
 
+from serving.vllm_plugin.adapters import check_when_loaded
+from serving.vllm_plugin.stages import check_stages
 from serving.vllm_plugin.versions import check_version
 from serving.vllm_plugin.weights import CompleteWeights, stored_shapes
 from toolchain.architecture.families import Family, check_vllm_follows, family_of
@@ -64,8 +66,8 @@ def checked_layout(vllm_config: "VllmConfig") -> tuple[LayerLayout, ...]:
 
     Raises:
         SenteiError: ``per_layer_config`` is wrong or does not fit the tensors, vLLM's class has no place for what the
-            config asks for, a width cannot be split over the tensor-parallel ranks, or an option of the server takes
-            all layers for equal.
+            config asks for, a width cannot be split over the tensor-parallel ranks, a pipeline stage has no attention,
+            or an option of the server takes all layers for equal.
     """
     model_config = vllm_config.model_config
     if getattr(vllm_config.observability_config, "enable_mfu_metrics", False):
@@ -85,6 +87,7 @@ def checked_layout(vllm_config: "VllmConfig") -> tuple[LayerLayout, ...]:
             f"{layout[odd[0]].intermediate_size} of layer {odd[0]} ({len(odd)} such layers).",
             f"Prune with --tensor-parallel {ranks}, or serve with fewer ranks.",
         )
+    check_stages(layout, vllm_config.parallel_config.pipeline_parallel_size)
     return layout
 
 
@@ -112,6 +115,8 @@ class PrunedModel(CompleteWeights):
             SenteiError: See :func:`checked_layout`.
         """
         layout = checked_layout(vllm_config)
+        if vllm_config.lora_config is not None:
+            check_when_loaded()
         config = vllm_config.model_config.hf_config
         family = family_of(config.to_dict())
         with _no_layers(config):

@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from serving.vllm_plugin.batch_invariance import ask_with_each_width
 from toolchain.architecture.families import FAMILIES
 from toolchain.lifetime import ENGINE_VARIABLE, end_with_multiprocessing_parent
 
@@ -24,6 +25,7 @@ def register() -> None:
         architecture = family.pruned_architecture
         ModelRegistry.register_model(architecture, f"serving.vllm_plugin.families.{model_type}:{architecture}")
         _equal_to_itself(CONFIG_MAPPING[model_type])
+    ask_with_each_width()
 
 
 def _keep_working_directory_off_the_path() -> None:

@@ -123,6 +123,20 @@ def test_as_many_gpus_as_it_takes(pruned_pico: Path, good_machine: dict[str, Any
     assert "on the emptiest of 3 GPUs" in examine_directory(pruned_pico)["problems"][0]
 
 
+def test_a_long_context_fits_where_layers_slide(tmp_path: Path, good_machine: dict[str, Any]):
+    """Two layers of four keep 6 tokens each: what all four would take is nearly twice as much."""
+    directory = tmp_path / "gemma"
+    make_family_pico(directory, "gemma3_text", "alternating", max_position_embeddings=4000)
+    weights, of_layer = open_checkpoint(directory).weight_bytes, 2 * 2 * 16 * 4
+    options = ["--max-model-len", "4000", "--dtype", "float32"]
+    good_machine["free"] = weights + of_layer * (2 * 4000 + 2 * 6)
+    assert examine_directory(directory, options)["servable"]
+    good_machine["free"] -= 1
+    assert "a KV cache of the 4,000 tokens that are asked for" in examine_directory(directory, options)["problems"][0]
+    good_machine["free"] = weights + of_layer * (2 * 3000 + 2 * 6)
+    assert "What is free holds 3,000 tokens of KV cache" in examine_directory(directory)["notes"][0]
+
+
 def test_what_vllms_class_cannot_do(tmp_path: Path):
     make_family_pico(tmp_path / "qwen2", "qwen2", "own-head-dim")
     assert (

@@ -1,4 +1,4 @@
-"""Do LoRA adapters fit a pruned checkpoint? vLLM finds out when a request comes, and says it in torch's words."""
+"""Do LoRA adapters fit a pruned checkpoint? Asked before a server starts; the plugin asks when vLLM loads one."""
 
 import sys
 from collections.abc import Iterator, Sequence

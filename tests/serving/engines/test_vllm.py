@@ -138,11 +138,11 @@ def test_compiled_and_on_two_ranks(patchwork, prompts, monkeypatch):
         assert tokens == reference.generate(prompt, 24)
 
 
-def vllm_config(ranks=1, **config):
+def vllm_config(ranks=1, stages=1, **config):
     overrides = {"num_hidden_layers": 4, "intermediate_size": 48, **config}
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_config=LlamaConfig(**overrides), model="org/name"),
-        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, pipeline_parallel_size=stages),
         observability_config=SimpleNamespace(enable_mfu_metrics=False),
     )
 
@@ -172,6 +172,15 @@ def test_an_option_that_takes_all_layers_for_equal_is_refused():
     asked.observability_config.enable_mfu_metrics = True
     with pytest.raises(SenteiError, match="--enable-mfu-metrics"):
         checked_layout(asked)
+
+
+def test_a_stage_without_attention_is_refused_before_weights_are_read():
+    from serving.vllm_plugin.models import checked_layout
+
+    skipped = {str(layer): {"skip": ["attention"], "attention_dropout": 0.5} for layer in (2, 3)}
+    assert len(checked_layout(vllm_config(per_layer_config=skipped))) == 4
+    with pytest.raises(SenteiError, match=r"stage 1 \(layers 2 to 3\) has no attention.* VLLM_PP_LAYER_PARTITION=1,3"):
+        checked_layout(vllm_config(stages=2, per_layer_config=skipped))
 
 
 def test_a_division_into_stages_is_of_the_layers_that_are_built(monkeypatch):

@@ -1,6 +1,7 @@
 """What is expected of a model from its shapes, and why it may not be reached."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 
@@ -14,6 +15,7 @@ from serving.forecast.roofline import phase_costs, roofline
 from tests.command_line import refused, sentei
 from tests.conftest import make_pico, prune_by_hand
 from tests.counting import calls_of
+from tests.families import make_family_pico
 from tests.serving.report.test_render import write_plan
 from tests.toolchain.costs.made import make_costs
 from toolchain.checkpoint.directory import open_checkpoint
@@ -47,6 +49,38 @@ def test_costs_by_hand(models):
     assert costs["decode"].num_bytes == 4 * (block + head + 9 * 32) + 3 * context * (4 * 2 * 16 * 4)
     assert costs["prefill"].flops == facts.prefill_flops(10)
     assert costs["decode"].intensity == costs["decode"].flops / costs["decode"].num_bytes
+
+
+def test_layers_with_a_sliding_window_read_no_more_than_it(tmp_path):
+    """By hand: layers 0 and 2 slide over 6 tokens, 1 and 3 attend to all; 2 heads of 16, of which keys have 2."""
+    shape = {"vocab_size": 64, "num_attention_heads": 2, "max_position_embeddings": 4096}
+    make_family_pico(tmp_path / "gemma", "gemma3_text", "alternating", **shape)
+    facts = checkpoint_facts(tmp_path / "gemma", None)
+    assert facts.kv_bytes_per_token == 4 * 2 * 2 * 16 * 4
+    for context, attended in ((5, 4 * 5), (6, 4 * 6), (7, 2 * 7 + 2 * 6), (1000, 2 * 1000 + 2 * 6)):
+        assert facts.kv_bytes(context) == 2 * 2 * 16 * 4 * attended
+        assert facts.kv_tokens(facts.kv_bytes(context)) == context
+        assert facts.kv_tokens(facts.kv_bytes(context) - 1) == context - 1
+    costs = phase_costs(facts, input_len=998, output_len=4, concurrency=3)
+    read = facts.decode_weight_bytes + 3 * facts.kv_bytes(1000)
+    assert costs["decode"].num_bytes == read
+    linear = 2 * (facts.block_matrix_parameters + facts.head_parameters)
+    assert costs["decode"].flops == 3 * (linear + 4 * 2 * 16 * (2 * 1000 + 2 * 6))
+    # Scores and values of each pair of a token and one that it sees, as an area: the triangle, or the band below it.
+    full = replace(facts, sliding_share=Fraction(0))
+    saved = 2 * (4 * 2 * 16) * (998 - 6) ** 2 / 2
+    assert facts.prefill_flops(998) == full.prefill_flops(998) - saved
+    assert facts.prefill_flops(6) == full.prefill_flops(6)
+
+
+def test_a_removed_attention_that_slides_saves_its_window(tmp_path):
+    make_family_pico(tmp_path / "gemma", "gemma3_text", "alternating", vocab_size=64)
+    whole, kv = checkpoint_facts(tmp_path / "gemma", None), 2 * 2 * 16 * 4
+    for removed, saved in (({0}, 6), ({1}, 100), ({0, 2}, 12), ({1, 3}, 200)):
+        out = tmp_path / str(removed)
+        out.mkdir()
+        prune_by_hand(tmp_path / "gemma", out, removed_attention=removed, width=lambda layer: 48)
+        assert checkpoint_facts(out, None).kv_bytes(100) == whole.kv_bytes(100) - kv * saved
 
 
 def test_the_roofline_is_the_higher_of_both_bounds(models):

@@ -216,7 +216,7 @@ def config_for_vllm(directory: Path) -> Any:
     """As much of vLLM's config as the plugin's checks look at."""
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_config=AutoConfig.from_pretrained(directory), model=str(directory)),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
         observability_config=SimpleNamespace(enable_mfu_metrics=False),
     )
 
