@@ -22,7 +22,8 @@ from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument, Tex
 from toolchain.evaluate.local_tasks import score_user_question
 from toolchain.json_files import parse_json
 from toolchain.lifetime import end_with_parent
-from toolchain.metrics.accuracy import Question, encode_choices, load_questions
+from toolchain.metrics.accuracy import encode_choices
+from toolchain.metrics.questions import Question, load_questions
 from toolchain.model.context_length import context_length
 from toolchain.model.loading import bos_of, load_tokenizer
 from toolchain.outputs import new_directory, write_text

@@ -15,7 +15,7 @@ from toolchain.checkpoint.directory import Checkpoint, model_name, open_checkpoi
 from toolchain.costs.document import config_sha256
 from toolchain.errors import SenteiError
 from toolchain.evaluate.task_requests import parse_task
-from toolchain.metrics.accuracy import load_questions
+from toolchain.metrics.questions import load_questions
 from toolchain.model.context_length import context_length
 from toolchain.text.sources import parse_sources, parse_text
 from toolchain.yaml_lines import Place, read_yaml
