@@ -122,6 +122,13 @@ class QuestionMetric:
         """How many questions are asked; see :meth:`questions` and :meth:`open_questions`."""
         return len(self.open_questions() if self.kind in WRITTEN else self.questions())
 
+    @property
+    def num_chars(self) -> int:
+        """What the model reads, each prompt once for each of its choices."""
+        if self.kind in WRITTEN:
+            return sum(len(each.prompt) for each in self.open_questions())
+        return sum(len(each.prompt) + len(choice) for each in self.questions() for choice in each.choices)
+
     def of_choice(self, question: Question, picked: int) -> Outcome:
         """What a picked choice counts as.
 
@@ -196,6 +203,21 @@ def question_file(asked: str) -> Path | None:
     """
     metric = parse_question_metric(asked)
     return None if metric is None else metric.file
+
+
+def cost_in_words(metric: QuestionMetric) -> str | None:
+    """What measuring a metric of written answers takes; ``None`` where nothing is written.
+
+    Raises:
+        SenteiError: A bad file; see :meth:`QuestionMetric.open_questions`.
+    """
+    if not metric.tokens:
+        return None
+    count = metric.num_questions
+    return (
+        f"{metric.label}: each model that is measured writes {count:,} answers of at most {metric.tokens} tokens "
+        f"({count * metric.tokens:,} tokens)."
+    )
 
 
 def check_distinct(metrics: Sequence[QuestionMetric]) -> None:

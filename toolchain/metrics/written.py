@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.errors import SenteiError
 from toolchain.metrics.model_metric import ModelMetric
@@ -14,7 +14,7 @@ from toolchain.model.not_finite import not_finite
 from toolchain.text.chats import as_chats
 
 # Always the same, whatever memory there is: what a prompt is padded with changes the last digits of what follows it.
-_BATCH = 16
+ANSWERS_AT_A_TIME = 16
 
 
 class WrittenMetric(ModelMetric):
@@ -131,17 +131,17 @@ def write_greedily(
     Raises:
         SenteiError: The model's logits are NaN or Inf.
     """
-    ends = ends_of(model)
+    ends = end_tokens(model.generation_config)
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
-    for start in range(0, len(order), _BATCH):
-        some = order[start : start + _BATCH]
+    for start in range(0, len(order), ANSWERS_AT_A_TIME):
+        some = order[start : start + ANSWERS_AT_A_TIME]
         rows = _continue([prompts[number] for number in some], model, max_new_tokens, ends)
         yield from zip(some, (until_end(row, ends) for row in rows), strict=True)
 
 
-def ends_of(model: PreTrainedModel) -> list[int]:
+def end_tokens(config: GenerationConfig | None) -> list[int]:
     """The model's end-of-sequence tokens."""
-    asked = None if model.generation_config is None else model.generation_config.eos_token_id
+    asked = None if config is None else config.eos_token_id
     return [each for each in (asked if isinstance(asked, list) else [asked]) if each is not None]
 
 
