@@ -35,6 +35,7 @@ alternatives:
   quantised: [int8]
 """
 
+SAFE = "    safety: 0.9\n  metrics"
 MISTAKES = [
     # What is written for what, the line, and parts of what is said.
     ("most_perplexity", "most_perplexty", 15, "most_perplexty is not known", "Did you mean most_perplexity?"),
@@ -53,6 +54,10 @@ MISTAKES = [
     ("most_perplexity: 1.2", "most_perplexity: 1,2", 15, "most_perplexity is '1,2'", "Write a number."),
     ("most_perplexity: 1.2", "most_perplexity: 20 %", 15, "most_perplexity is '20 %'", "Write a number."),
     ("safety: 0.9", "safety: 90", 18, "guard_rails.groups.safety is 90", "at most 1"),
+    ("    safety: 0.9", f"{SAFE}: {{refusal_rate:q.jsonl: 0.9}}", 19, "refusals are good or bad", "wanted=refusals"),
+    ("    safety: 0.9", f"{SAFE}: {{perplexity: 0.9}}", 19, "perplexity is no metric of questions", "accuracy:FILE"),
+    ("    safety: 0.9", f"{SAFE}:\n    valid_json:q.jsonl: 90", 20, "is 90", "at most 1"),
+    ("    safety: 0.9", f"{SAFE}: {{f1:a/q#class=b: 0.9, f1:q#class=b: 0.8}}", 19, "called f1:q#class=b", "rename"),
     ("engine: onnx", "engine: ollama", 10, "engine is 'ollama'", "Write onnx or vllm."),
     ("version: 1", "version: 2", 1, "version is 2", "Write 1."),
     ("input_len: 512", "input_len: 512.5", 12, "workload.input_len is 512.5", "Write a whole number."),
@@ -84,6 +89,15 @@ def test_a_mistake_is_told_with_its_line_and_what_to_write(right, wrong, line, w
     assert f"poc.yaml line {line}: " in str(error.value)
     assert what in str(error.value)
     assert fix in str(error.value)
+
+
+def test_a_metrics_name_is_read_with_its_group_whole(tmp_path):
+    """In YAML, # begins a comment only behind a space."""
+    path = tmp_path / "poc.yaml"
+    metrics = "  metrics:\n    refusal_rate:q.jsonl#group=有給 休暇,wanted=answers: 0.05\n    f1:q.jsonl#class=a: 0.5\n"
+    path.write_text(GOOD.replace("  groups:\n", f"{metrics}  groups:\n"), encoding="utf-8")
+    limits = {"refusal_rate:q.jsonl#group=有給 休暇,wanted=answers": 0.05, "f1:q.jsonl#class=a": 0.5}
+    assert read_poc(path).guard_rails.metrics == limits
 
 
 def test_a_good_file_is_read_as_it_is_meant(tmp_path):

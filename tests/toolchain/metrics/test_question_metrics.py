@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain.errors import SenteiError
@@ -30,6 +30,7 @@ def written(path: Path, *rows: object) -> Path:
     return path
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1))
 def test_f1_is_the_harmonic_mean_of_precision_and_recall(pairs: list[tuple[int, int]]):
     metric = QuestionMetric(kind="f1", file=Path("q"), of_class="fraud")
@@ -111,6 +112,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(json_values, max_size=3) | st.dictionaries(st.text(max_size=4), json_values, max_size=3))
 def test_json_is_what_a_program_can_parse_and_nothing_around_it(value: object):
     answer = json.dumps(value, ensure_ascii=False)
@@ -132,7 +134,8 @@ def test_what_is_no_object_or_list_does_not_count(answer: str):
     [
         ("accuracy:q.jsonl", QuestionMetric(kind="accuracy", file=Path("q.jsonl"))),
         ("accuracy:a/q.jsonl#group=safety", QuestionMetric(kind="accuracy", file=Path("a/q.jsonl"), group="safety")),
-        ("accuracy:a#1/q.jsonl#group=休暇, 有給", QuestionMetric(kind="accuracy", file=Path("a#1/q.jsonl"), group="休暇, 有給")),
+        ("accuracy:a#1/q.jsonl#group=休暇, 有給",
+         QuestionMetric(kind="accuracy", file=Path("a#1/q.jsonl"), group="休暇, 有給")),
         ("f1:q.jsonl#class=a=b,group=c", QuestionMetric(kind="f1", file=Path("q.jsonl"), of_class="a=b", group="c")),
         ("valid_json:q.jsonl#tokens=9", QuestionMetric(kind="valid_json", file=Path("q.jsonl"), tokens=9)),
         ("refusal_rate:C:/q.jsonl#wanted=answers",
@@ -176,6 +179,7 @@ def test_a_metric_that_is_not_said_well_is_refused(asked: str, sentence: str):
     assert sentence in str(error.value)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_no_text_after_the_kind_ends_in_anything_but_a_metric_or_a_sentence(rest: str):
     for kind in ("accuracy", "f1", "refusal_rate", "valid_json"):
@@ -218,6 +222,7 @@ def test_a_bad_line_is_named(row: str, sentence: str, tmp_path: Path):
     assert sentence in str(error.value)
 
 
+@settings(deadline=None)
 @given(st.lists(json_values | st.fixed_dictionaries({"prompt": json_values}, optional={
     "subject": json_values, "refusal_phrases": json_values, "choices": json_values, "answer": json_values,
 }), min_size=1, max_size=3))  # fmt: skip

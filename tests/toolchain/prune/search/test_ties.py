@@ -47,7 +47,7 @@ def searched(walk: LayerWalk, metric: ChoicesMetric, perplexity: PerplexityMetri
     return list(itertools.islice(removals(walk, metric, tie_breaker=perplexity), steps))
 
 
-@pytest.mark.parametrize("values", [[0.5, 0.75, 0.75, 0.75], [0.5, 0.5, 0.5, 0.5]])
+@pytest.mark.parametrize("values", [[0.5, 0.25, 0.75, 0.75], [0.5, 0.5, 0.5, 0.5]])
 def test_of_equals_the_one_that_reads_best_goes(
     pico_model: Path, walk: LayerWalk, perplexity: PerplexityMetric, values: list[float]
 ):
