@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from serving.poc.document import PocDocument
 from serving.poc.plan_of_steps import Step
-from toolchain.metrics.written import ANSWERS_AT_A_TIME
+from toolchain.metrics.question_metrics import ANSWERS_AT_A_TIME
 
 _START_S = 10.0
 _PASSES: Mapping[str, tuple[float, float]] = {"plans": (4.0, 4.6), "apply": (5.3, 0.0), "prune": (13.9, 0.0)}

@@ -464,6 +464,11 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
             )
     if limit := summary.get("limit"):
         console.print(f"  limit        {limit_in_words(limit)}")
+    if ties := summary["num_ties"]:
+        console.print(
+            f"  ties         {ties} of {len(summary['removed_attention'])} attentions went by perplexity: several left the "
+            f"same {damage['name']} (sentei plan why)"
+        )
     if summary["stopped_because"]:
         console.print(f"  stopped      {summary['stopped_because']}")
 

@@ -31,6 +31,8 @@ WRITTEN: Mapping[str, int] = {"refusal_rate": 32, "valid_json": 128}
 """The metrics of answers that the model writes, and the tokens of an answer where nothing else is asked for."""
 # Every candidate of a search writes so many answers, of so many tokens.
 MOST_ANSWERS, MOST_TOKENS = 1000, 1024
+# Always the same, whatever memory there is: what a prompt is padded with changes the last digits of what follows it.
+ANSWERS_AT_A_TIME = 16
 _OPTIONS: Mapping[Kind, tuple[str, ...]] = {
     "accuracy": ("group",), "f1": ("group", "class"), "refusal_rate": ("group", "wanted", "tokens"),
     "valid_json": ("group", "tokens"),

@@ -7,14 +7,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from toolchain.errors import SenteiError
 from toolchain.metrics.model_metric import ModelMetric
-from toolchain.metrics.question_metrics import Outcome, QuestionMetric, questions_sha256
+from toolchain.metrics.question_metrics import ANSWERS_AT_A_TIME, Outcome, QuestionMetric, questions_sha256
 from toolchain.metrics.questions import OpenQuestion
 from toolchain.model.loading import CACHE_ARGUMENT
 from toolchain.model.not_finite import not_finite
 from toolchain.text.chats import as_chats
-
-# Always the same, whatever memory there is: what a prompt is padded with changes the last digits of what follows it.
-ANSWERS_AT_A_TIME = 16
 
 
 class WrittenMetric(ModelMetric):

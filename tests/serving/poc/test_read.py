@@ -1,5 +1,7 @@
 """Every mistake that a person makes in ``poc.yaml`` gives the line and the fix."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,7 +132,7 @@ def test_every_line_that_the_template_has_commented_out_is_right_too(language, t
         is_key = line.strip().startswith("# ") and line.startswith("  ") and key.replace("_", "").isalpha()
         lines.append(line.replace("# ", "", 1) if is_key and ":" in bare else line)
     # What follows a key with two spaces of its own stands below it.
-    opened = "\n".join(lines).replace("#   safety: 0.90", "  safety: 0.90")
+    opened = re.sub("#   (safety|refusal_rate|f1|valid_json):", r"  \1:", "\n".join(lines))
     assert opened.count("#") < text.count("#") - 8
     path = tmp_path / "poc.yaml"
     path.write_text(opened, encoding="utf-8")

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from toolchain.architecture.families import FAMILIES
 from toolchain.errors import SenteiError
 from toolchain.metrics.choose import choose_metric
+from toolchain.metrics.question_metrics import ANSWERS_AT_A_TIME
 from toolchain.metrics.token_metrics import measure
-from toolchain.metrics.written import ANSWERS_AT_A_TIME, WrittenMetric, write_greedily
+from toolchain.metrics.written import WrittenMetric, write_greedily
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import load_model, load_tokenizer
 
