@@ -465,10 +465,8 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
     if limit := summary.get("limit"):
         console.print(f"  limit        {limit_in_words(limit)}")
     if ties := summary["num_ties"]:
-        console.print(
-            f"  ties         {ties} of {len(summary['removed_attention'])} attentions went by perplexity: several left the "
-            f"same {damage['name']} (sentei plan why)"
-        )
+        of_all = f"{ties} of {len(summary['removed_attention'])} attentions"
+        console.print(f"  ties         {of_all} went by perplexity, as several left the same {damage['name']}")
     if summary["stopped_because"]:
         console.print(f"  stopped      {summary['stopped_because']}")
 
