@@ -131,7 +131,8 @@ def evaluate(
     from toolchain.text.sources import parse_text
 
     requests = parse_requests(task or [], questions or [], num_fewshot=num_fewshot, fewshot=fewshot or [])
-    for each in parse_metrics(metric or []):
+    asked_metrics = parse_metrics(metric or [])
+    for each in asked_metrics:
         if cost := cost_in_words(each):
             output.note(cost)
     requests_at_a_time = None if batch_size is None else parse_batch_size(batch_size)
@@ -146,7 +147,7 @@ def evaluate(
         num_windows=windows,
         seq_len=window_length(output, checkpoint, seq_len, SEQ_LEN),
         tasks=tuple(requests),
-        metrics=tuple(parse_metrics(metric or [])),
+        metrics=tuple(asked_metrics),
         limit=limit,
         chat_template=chat_template,
         batch_size=requests_at_a_time,

@@ -27,7 +27,6 @@ class OwnMetric:
 
     asked: QuestionMetric
     measure: ChoicesMetric | WrittenMetric
-    num_questions: int
     chat_template: bool
 
 
@@ -61,7 +60,7 @@ def load_metric(
     measure = metric_of_questions(
         asked, tokenizer, seq_len=longest, longest=longest, bos=bos, chat_template=chat_template
     )
-    return OwnMetric(asked=asked, measure=measure, num_questions=asked.num_questions, chat_template=chat_template)
+    return OwnMetric(asked=asked, measure=measure, chat_template=chat_template)
 
 
 @torch.inference_mode()

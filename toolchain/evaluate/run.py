@@ -346,7 +346,7 @@ def _load_metric(model: _Model, asked: QuestionMetric, settings: EvaluationSetti
 
 def _ask_metric(model: _Model, metric: OwnMetric, parts: Parts, progress: Progress) -> dict[str, Any]:
     def compute() -> dict[str, Any]:
-        with progress(f"{metric.asked.label}, {model.side}", metric.num_questions) as advance:
+        with progress(f"{metric.asked.label}, {model.side}", metric.measure.num_questions) as advance:
             return ask(metric, model.walk, advance)
 
     identity = {**model.identity, "metric": metric.asked.label, "questions": metric.measure.source_sha256}

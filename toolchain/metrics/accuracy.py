@@ -59,6 +59,7 @@ class ChoicesMetric:
             for row, each in enumerate(encoded)
             for place in range(each.start, len(each.ids))
         ]
+        self.num_questions = len(questions)
         self._asked, self._questions = asked, questions
         longest = max(map(len, rows))
         # What follows a sequence cannot change what a causal model made of it.

@@ -44,6 +44,7 @@ class WrittenMetric(ModelMetric):
         self.higher_is_better = asked.higher_is_better
         self.source = asked.source(chat_template=chat_template)
         self.source_sha256 = questions_sha256(questions)
+        self.num_questions = len(questions)
         self._asked, self._questions, self._tokenizer = asked, questions, tokenizer
         self.prompts = encode_prompts(
             questions, tokenizer, asked=asked, longest=longest, bos=bos, chat_template=chat_template
