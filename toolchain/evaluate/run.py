@@ -31,6 +31,8 @@ from toolchain.evaluate.comparison import (
 from toolchain.evaluate.document import (
     EvaluationDocument,
     GenerationComparison,
+    MetricComparison,
+    MetricResult,
     Sample,
     Side,
     TaskComparison,
@@ -180,11 +182,7 @@ def evaluate(
     return EvaluationDocument(
         evaluations=_text_results(models, texts, losses),
         tasks=_task_results(models, settings, answers),
-        metrics=[
-            result_of(metric, side.side, side.name, side.bos, found)
-            for side, *asked in zip(models, metrics, outcomes, strict=True)
-            for metric, found in zip(*asked, strict=True)
-        ],
+        metrics=_metric_results(models, metrics, outcomes),
         text_comparisons=_compare_texts(texts, losses, tokenizer) if compared else [],
         text_overlaps=[
             found
@@ -193,12 +191,7 @@ def evaluate(
             if (found := find_overlap(text.source, text.windows, tokenizer, seen_in, hashes)) is not None
         ],
         task_comparisons=_compare_tasks(settings.tasks, answers) if compared else [],
-        metric_comparisons=[
-            compare(each, before["outcomes"], after["outcomes"])
-            for each, before, after in zip(settings.metrics, *outcomes, strict=True)
-        ]
-        if compared
-        else [],
+        metric_comparisons=_compare_metrics(settings.metrics, outcomes) if compared else [],
         mean_score=_mean_score(answers) if compared and tasks else None,
         generation=generation.result if generation is not None else None,
         dtype=dtype_name(settings.dtype),
@@ -466,6 +459,26 @@ def _task_results(
         _task_result(model, request, result, chat_template=settings.chat_template)
         for model, results in zip(models, answers, strict=True)
         for request, result in zip(settings.tasks, results, strict=True)
+    ]
+
+
+def _metric_results(
+    models: Sequence[_Model], metrics: Sequence[Sequence[OwnMetric]], outcomes: Sequence[Sequence[dict[str, Any]]]
+) -> list[MetricResult]:
+    """One for each model and metric; ``outcomes`` are :func:`_ask_metric`'s results by model, then by metric."""
+    return [
+        result_of(metric, model.side, model.name, model.bos, found)
+        for model, *asked in zip(models, metrics, outcomes, strict=True)
+        for metric, found in zip(*asked, strict=True)
+    ]
+
+
+def _compare_metrics(
+    metrics: Sequence[QuestionMetric], outcomes: Sequence[Sequence[dict[str, Any]]]
+) -> list[MetricComparison]:
+    return [
+        compare(each, before["outcomes"], after["outcomes"])
+        for each, before, after in zip(metrics, *outcomes, strict=True)
     ]
 
 
