@@ -65,23 +65,44 @@ def prune(model: Path, out: Path, *options: object, sparsity: float = 0.5) -> An
     return load_plan(out).document
 
 
-@pytest.mark.parametrize("asked", ["accuracy:{}#group=safety", "refusal_rate:{}#wanted=refusals,group=safety,tokens=5"])
-def test_a_groups_floor_ends_the_search_and_the_written_model_holds_it(
-    pico_model: Path, questions: Path, tmp_path: Path, asked: str
+def test_a_groups_floor_stops_what_the_average_allows(pico_model: Path, questions: Path, tmp_path: Path):
+    every = prune(pico_model, tmp_path / "all", "--limit-metric", f"accuracy:{questions}", "--min-metric", 0.8)
+    limited = [step.limit_metric for step in (*every.stage_1, *every.trace)]
+    assert limited and all(value is not None and value >= 0.8 for value in limited)
+    safety = f"accuracy:{questions}#group=safety"
+    options = ("--attention-removals", 2, "--limit-metric", safety, "--min-metric", 0.8)
+    done = sentei("prune", pico_model, "-o", tmp_path / "group", "--sparsity", 0.5, *SETTINGS, *options)
+    found = load_plan(tmp_path / "group")
+    assert found.document.stopped_because is not None
+    assert found.document.stopped_because.startswith("accuracy would be 0.75")
+    assert "on own.jsonl, group safety; the limit is 0.8" in found.document.stopped_because
+    # It lets less go, and if not even the first step holds, nothing is written but the plan.
+    assert found.steps[-1].num_block_parameters > load_plan(tmp_path / "all").steps[-1].num_block_parameters
+    assert done.returncode == int(len(found.steps) == 1)
+
+
+def test_a_floor_of_what_is_written_holds_for_the_model_that_is_written(
+    pico_model: Path, questions: Path, tmp_path: Path
 ):
-    metric = asked.format(questions)
-    free = prune(pico_model, tmp_path / "free", "--limit-metric", metric, "--min-metric", 0)
-    measured = [step.limit_metric or 0.0 for step in (*free.stage_1, *free.trace)]
-    # The first step that makes the group worse than all before it, and not the very first.
-    broken = next(n for n, value in enumerate(measured) if n and value < min(measured[:n]))
-    floor = min(measured[:broken])
-    found = prune(pico_model, tmp_path / "out", "--limit-metric", metric, "--min-metric", floor)
-    assert found.stopped_because is not None
-    assert found.stopped_because.startswith(f"{asked.partition(':')[0]} would be")
-    assert "own.jsonl, group safety" in found.stopped_because
-    assert len(found.stage_1) + len(found.trace) < len(measured)
-    again = measure(walk_over(tmp_path / "out"), choose_metric(metric, torch.zeros(1, 64), load_tokenizer(pico_model)))
-    assert found.limit is not None and found.limit.measured == again >= floor
+    """Phrases are what the models of stage 1 write: the first attention that goes makes one of them write otherwise."""
+    prune(pico_model, tmp_path / "free")
+    plan, walk, tokenizer = load_plan(tmp_path / "free"), walk_over(pico_model), load_tokenizer(pico_model)
+    rows = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
+    ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    for step in range(1, len(plan.document.stage_1) + 1):
+        walk.layers.narrow(plan.cut(step).kept_neurons)
+        for number, tokens in write_greedily(walk.model, ids, TOKENS):
+            rows[number]["refusal_phrases"].append(tokenizer.decode(tokens, skip_special_tokens=True))
+        walk.layers.restore()
+    path = tmp_path / "written.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    metric = f"refusal_rate:{path}#wanted=refusals,tokens={TOKENS}"
+    found = prune(pico_model, tmp_path / "out", "--limit-metric", metric, "--min-metric", 1)
+    assert found.stopped_because is not None and found.stopped_because.startswith("refusal_rate would be")
+    assert "without the attention of layer" in found.stopped_because
+    assert len(found.stage_1) == len(plan.document.stage_1) and not found.trace
+    written = measure(walk_over(tmp_path / "out"), choose_metric(metric, torch.zeros(1, 64), tokenizer))
+    assert found.limit is not None and found.limit.measured == written == 1
 
 
 def test_a_search_goes_by_what_the_model_writes_and_says_what_that_takes(
