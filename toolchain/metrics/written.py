@@ -13,6 +13,9 @@ from toolchain.model.loading import CACHE_ARGUMENT
 from toolchain.model.not_finite import not_finite
 from toolchain.text.chats import as_chats
 
+# Of all texts that are written together: their KV cache stays small where prompts are long.
+_MOST_TOKENS = 16384
+
 
 class WrittenMetric(ModelMetric):
     """Lets the model write an answer to every question, greedily, so that the same model writes the same again."""
@@ -130,11 +133,20 @@ def write_greedily(
         SenteiError: The model's logits are NaN or Inf.
     """
     ends = end_tokens(model.generation_config)
-    order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
-    for start in range(0, len(order), ANSWERS_AT_A_TIME):
-        some = order[start : start + ANSWERS_AT_A_TIME]
+    for some in _together([len(each) + max_new_tokens for each in prompts]):
         rows = _continue([prompts[number] for number in some], model, max_new_tokens, ends)
         yield from zip(some, (until_end(row, ends) for row in rows), strict=True)
+
+
+def _together(lengths: Sequence[int]) -> list[list[int]]:
+    """Which texts are written together, the shortest first."""
+    batches: list[list[int]] = [[]]
+    for number in sorted(range(len(lengths)), key=lambda number: (lengths[number], number)):
+        count = len(batches[-1]) + 1
+        if count > ANSWERS_AT_A_TIME or (count > 1 and count * lengths[number] > _MOST_TOKENS):
+            batches.append([])
+        batches[-1].append(number)
+    return batches
 
 
 def end_tokens(config: GenerationConfig | None) -> list[int]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from toolchain.architecture.families import FAMILIES
 from toolchain.errors import SenteiError
+from toolchain.metrics import written
 from toolchain.metrics.choose import choose_metric
 from toolchain.metrics.question_metrics import ANSWERS_AT_A_TIME
 from toolchain.metrics.token_metrics import measure
@@ -44,6 +45,20 @@ def test_together_they_are_what_each_is_alone(pico_model: Path, prompts: list[li
         walk.layers.remove_attention(layer)
     found = dict(write_greedily(walk.model, prompts, NUM_TOKENS))
     assert [found[number] for number in range(len(prompts))] == [plainly(walk.model, each) for each in prompts]
+
+
+def test_long_prompts_are_written_few_at_a_time(
+    pico_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """A batch of long prompts would take more memory than a model of any size has to spare."""
+    model, sizes = load_model(pico_model, dtype=torch.float32), list[int]()
+    together = dict(write_greedily(model, prompts, NUM_TOKENS))
+    monkeypatch.setattr(written, "_MOST_TOKENS", 60)
+    model.register_forward_pre_hook(
+        lambda _, args: sizes.append(args[0].numel()) if args[0].shape[1] > 1 else None
+    )  # fmt: skip
+    assert dict(write_greedily(model, prompts, NUM_TOKENS)) == together
+    assert max(sizes) <= 60 and len(sizes) >= 7
 
 
 def test_an_answer_ends_where_the_model_ends_it(pico_model: Path, prompts: list[list[int]]):
