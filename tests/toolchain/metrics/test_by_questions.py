@@ -215,21 +215,24 @@ def test_a_real_model_keeps_what_it_must_write_and_ties_are_told(demo_model: Pat
     rows = [
         {
             "prompt": f"The capital city of {country} is", "refusal_phrases": [capital], "subject": "geography",
-            "choices": list(CAPITALS.values()), "answer": number,
+            "choices": [capital, "a river"], "answer": 0,
         }
-        for number, (country, capital) in enumerate(CAPITALS.items())
+        for country, capital in CAPITALS.items()
     ]  # fmt: skip
     path.write_text("\n".join(map(json.dumps, rows)))
     named = f"refusal_rate:{path}#wanted=refusals,group=geography,tokens=8"
     done = sentei(
-        "prune", demo_model, "-o", tmp_path / "out", "--sparsity", 0.3, "--attention-removals", 3, "--samples", 2,
-        "--seq-len", 64, "--dtype", "float32", *PLAIN, "--metric", f"accuracy:{path}", "--limit-metric", named,
-        "--min-metric", 1,
+        "prune", demo_model, "-o", tmp_path / "out", "--sparsity", 0.02, "--attention-removals", 1, "--samples", 2,
+        "--seq-len", 64, "--align", 8, "--dtype", "float32", *PLAIN, "--metric", f"accuracy:{path}",
+        "--limit-metric", named, "--min-metric", 1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = load_plan(tmp_path / "out").document
-    # 29 or 30 candidates share five values.
-    assert all(len(step.ties or ()) > 1 for step in found.trace)
+    # 30 candidates share five values.
+    (step,) = found.trace
+    assert step.ties is not None and len(step.ties) > 1
+    assert step.removed == min(step.ties, key=step.ties.__getitem__)
+    assert "1 of 1 attentions went by perplexity" in done.stdout
     assert found.limit is not None and found.limit.original == found.limit.measured == 1
     # Transformers' own generate, from what was written.
     model, tokenizer = load_model(tmp_path / "out", dtype=torch.float32), load_tokenizer(demo_model)
