@@ -2,16 +2,29 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from toolchain.documents import Document, Number, Record
+from toolchain.errors import SenteiError
+from toolchain.metrics.question_metrics import check_distinct, parse_question_metric
 
 VERDICT_FILE = "verdict.json"
 Kind = Literal["pruned", "quantised", "pruned and quantised", "sibling"]
 Status = Literal["green", "red", "cannot be told"]
-Rail = Literal["verified", "perplexity", "accuracy", "group", "gain", "memory"]
+Rail = Literal["verified", "perplexity", "accuracy", "group", "least_metric", "most_metric", "gain", "memory"]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Positive = Annotated[Number, Field(gt=0)]
+
+
+def _named_metrics(limits: dict[str, float]) -> dict[str, float]:
+    try:
+        metrics = [parse_question_metric(name) for name in limits]
+        check_distinct([each for each in metrics if each is not None])
+    except SenteiError as error:
+        raise ValueError(" ".join([error.message, error.hint]).strip().rstrip(".")) from error
+    if unknown := [name for name, metric in zip(limits, metrics, strict=True) if metric is None]:
+        raise ValueError(f"{unknown[0]} is no metric of questions: write it as in accuracy:FILE.jsonl#group=NAME")
+    return limits
 
 
 class Interval(Record):
@@ -29,6 +42,8 @@ class GuardRails(Record):
         most_perplexity: Times the original's, on each text.
         least_accuracy: Share of one's own questions that are answered correctly.
         groups: The same for a ``subject`` of the questions, by its name.
+        metrics: By name, as ``sentei prune --metric`` takes it: the least that is accepted where higher is better, and
+            the most where lower is (``refusal_rate`` with ``wanted=answers``).
         least_gain: Times the original's speed. Below 1 makes no sense: nobody prunes to be slower.
         most_memory_gb: In 10**9 bytes; see :attr:`CandidateRecord.memory_bytes`.
     """
@@ -36,6 +51,7 @@ class GuardRails(Record):
     most_perplexity: Annotated[Number, Field(ge=1)]
     least_accuracy: Share | None = None
     groups: dict[str, Share] = Field(default_factory=dict)
+    metrics: Annotated[dict[str, Share], AfterValidator(_named_metrics)] = Field(default_factory=dict)
     least_gain: Annotated[Number, Field(ge=1)] = 1
     most_memory_gb: Positive | None = None
 
@@ -76,6 +92,7 @@ class CandidateRecord(Record):
         accuracy: Share of one's own questions that it answers rightly.
         accuracy_change: That minus the original's, by the same questions.
         groups: As ``accuracy``, for each ``subject`` of the questions.
+        metrics: What the guard rails of that name look at.
         gain: In speed, over the original beside which it was measured; above 1 is better.
         load: What one server of it takes.
         original_load: What one server of the original took in the same measurement.
@@ -98,6 +115,7 @@ class CandidateRecord(Record):
     accuracy: Interval | None = None
     accuracy_change: Interval | None = None
     groups: dict[str, Interval] = Field(default_factory=dict)
+    metrics: dict[str, Interval] = Field(default_factory=dict)
     gain: Interval | None = None
     load: LoadRecord | None = None
     original_load: LoadRecord | None = None
@@ -115,6 +133,7 @@ class OriginalRecord(Record):
 
     accuracy: Interval | None = None
     groups: dict[str, Interval] = Field(default_factory=dict)
+    metrics: dict[str, Interval] = Field(default_factory=dict)
     load: LoadRecord | None = None
     weight_bytes: int | None = None
     memory_bytes: int | None = None

@@ -5,9 +5,10 @@ interval crosses the limit, or nothing was measured, it cannot be told.
 """
 
 from serving.decision.document import CandidateRecord, GuardRails, Interval, LightRecord, Rail, Status
+from toolchain.metrics.question_metrics import parse_question_metric
 
 # What pruning further makes worse, and never better.
-DAMAGE: tuple[Rail, ...] = ("perplexity", "accuracy", "group")
+DAMAGE: tuple[Rail, ...] = ("perplexity", "accuracy", "group", "least_metric", "most_metric")
 GB = 10**9
 
 
@@ -19,6 +20,11 @@ def lights_of(candidate: CandidateRecord, rails: GuardRails) -> list[LightRecord
     if rails.least_accuracy is not None:
         lights.append(_light("accuracy", candidate.accuracy, rails.least_accuracy))
     lights += [_light("group", candidate.groups.get(name), floor, name) for name, floor in rails.groups.items()]
+    for asked, limit in rails.metrics.items():
+        metric = parse_question_metric(asked)
+        assert metric is not None, "guard rails are checked when they are read"
+        rail: Rail = "least_metric" if metric.higher_is_better else "most_metric"
+        lights.append(_light(rail, candidate.metrics.get(metric.label), limit, metric.label))
     lights.append(_light("gain", candidate.gain, rails.least_gain))
     if rails.most_memory_gb is not None:
         used = candidate.memory_bytes
@@ -50,7 +56,7 @@ def _light(rail: Rail, measured: Interval | None, limit: float, subject: str | N
 
 
 def _status(rail: Rail, low: float, high: float, limit: float) -> Status:
-    if rail in ("perplexity", "memory"):
+    if rail in ("perplexity", "most_metric", "memory"):
         return "green" if high <= limit else "red" if low > limit else "cannot be told"
     # A gain of exactly 1 is none.
     if rail == "gain" and limit == 1:

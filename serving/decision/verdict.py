@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from serving.decision.capacity import gpus_saved
-from serving.decision.document import CandidateRecord, CapacityRow, Interval, LightRecord, ReasonRecord
+from serving.decision.document import CandidateRecord, CapacityRow, Interval, LightRecord, Rail, ReasonRecord
 from serving.decision.lights import GB, all_green
 from serving.decision.pareto import worst_loss
 
@@ -33,6 +33,10 @@ BROKEN = {
     "%(interval)s %%), and %(limit)s %% is the least allowed.",
     "group": "%(candidate)s: %(value)s %% of the questions in group %(subject)s are answered correctly (95 %% interval "
     "%(interval)s %%), and %(limit)s %% is the least allowed.",
+    "least_metric": "%(candidate)s: %(subject)s is %(value)s %% (95 %% interval %(interval)s %%), and %(limit)s %% is "
+    "the least allowed.",
+    "most_metric": "%(candidate)s: %(subject)s is %(value)s %% (95 %% interval %(interval)s %%), and %(limit)s %% is "
+    "the most allowed.",
     "gain": "%(candidate)s: the speed is %(value)s times the original's (95 %% interval %(interval)s), and %(limit)s "
     "is the least asked for.",
     "memory": "%(candidate)s takes %(value)s GB of memory, and %(limit)s GB is the most allowed.",
@@ -45,6 +49,10 @@ OPEN = {
     "%(value)s %% (95 %% interval %(interval)s %%). Add questions.",
     "group": "%(candidate)s: whether %(limit)s %% of the questions in group %(subject)s are answered correctly cannot "
     "be told: %(value)s %% (95 %% interval %(interval)s %%). Add questions to it.",
+    "least_metric": "%(candidate)s: whether %(subject)s is at least %(limit)s %% cannot be told: %(value)s %% (95 %% "
+    "interval %(interval)s %%). Add questions to its file.",
+    "most_metric": "%(candidate)s: whether %(subject)s is at most %(limit)s %% cannot be told: %(value)s %% (95 %% "
+    "interval %(interval)s %%). Add questions to its file.",
     "gain": "%(candidate)s: more than %(limit)s times the original's speed is not shown: %(value)s times (95 %% "
     "interval %(interval)s).",
 }
@@ -52,6 +60,8 @@ NOT_MEASURED = {
     "perplexity": "%(candidate)s: perplexity was not measured. %(why)s",
     "accuracy": "%(candidate)s: your questions were not asked. %(why)s",
     "group": "%(candidate)s: no question of group %(subject)s was asked. %(why)s",
+    "least_metric": "%(candidate)s: %(subject)s was not measured. %(why)s",
+    "most_metric": "%(candidate)s: %(subject)s was not measured. %(why)s",
     "gain": "%(candidate)s: the speed was not measured. %(why)s",
     "memory": "%(candidate)s: the memory was not measured. %(why)s",
     "verified": "%(candidate)s: the export was not verified. %(why)s",
@@ -60,7 +70,8 @@ MESSAGES = (
     DEPLOY, INSTEAD, DO_NOT, NO_CANDIDATE, SAVED, KEPT, BEATEN,
     *BROKEN.values(), *OPEN.values(), *NOT_MEASURED.values(),
 )  # fmt: skip
-_PERCENT = ("accuracy", "group")
+# Measured as shares, and said in percent.
+PERCENT: tuple[Rail, ...] = ("accuracy", "group", "least_metric", "most_metric")
 
 
 def decide(
@@ -144,7 +155,7 @@ def _obstacle(candidate: CandidateRecord, light: LightRecord) -> ReasonRecord:
         return _said(BROKEN["verified"], {}, candidate, light=light)
     assert light.measured is not None and light.limit is not None
     message = (BROKEN if light.status == "red" else OPEN)[light.rail]
-    scale = 100 if light.rail in _PERCENT else 1 / GB if light.rail == "memory" else 1
+    scale = 100 if light.rail in PERCENT else 1 / GB if light.rail == "memory" else 1
     values = {
         "subject": light.subject or "", "limit": f"{light.limit * scale:.6g}", **_measured(light.measured, scale),
     }  # fmt: skip

@@ -1,10 +1,12 @@
 """What evaluations have kept of every window and every question, and what follows for a candidate."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
+
+from pydantic import Field
 
 from serving.decision.document import Interval
 from toolchain.documents import Document, Record, read_document
@@ -29,13 +31,15 @@ class AskedQuestion(Record):
 class EngineQuality(Document):
     """``engine_quality.json``: a rounded export's answers, from the engine that serves it.
 
-    ``perplexity`` is over the original's, by text; ``questions`` by the name of their file, in its order.
+    ``perplexity`` is over the original's, by text; ``questions`` by the name of their file, in its order; ``metrics``
+    by what :attr:`toolchain.metrics.question_metrics.QuestionMetric.label` calls them.
     """
 
     schema_version: Literal[1] = 1
     kind: Literal["engine_quality"] = "engine_quality"
     perplexity: dict[str, Interval]
     questions: dict[str, list[AskedQuestion]]
+    metrics: dict[str, Interval] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +49,12 @@ class Quality:
     Attributes:
         perplexity: Over the original's, by text.
         questions: All that were asked, in the order of the files.
+        metrics: Of one's own questions, by label.
     """
 
     perplexity: Mapping[str, Interval]
     questions: Sequence[AskedQuestion]
+    metrics: Mapping[str, Interval] = field(default_factory=dict)
 
 
 def quality_of(directory: Path, question_files: Sequence[str]) -> Quality:
@@ -64,7 +70,9 @@ def quality_of(directory: Path, question_files: Sequence[str]) -> Quality:
     if (directory / QUALITY_FILE).is_file():
         found = read_document(directory / QUALITY_FILE, EngineQuality)
         return Quality(
-            perplexity=found.perplexity, questions=[each for name in question_files for each in found.questions[name]]
+            perplexity=found.perplexity,
+            questions=[each for name in question_files for each in found.questions[name]],
+            metrics=found.metrics,
         )
     document = read_document(directory / EVALUATION_FILE, EvaluationDocument)
     sides = {each.model for each in document.evaluations}
@@ -73,6 +81,7 @@ def quality_of(directory: Path, question_files: Sequence[str]) -> Quality:
     return Quality(
         perplexity={each.text: interval_of(each.perplexity_ratio) for each in document.text_comparisons},
         questions=[each for name in question_files for each in kept_questions(directory, side, name)],
+        metrics={each.metric: interval_of(each.score) for each in document.metrics if each.model == side},
     )
 
 

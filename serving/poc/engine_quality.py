@@ -7,11 +7,14 @@ one, with the original's answers, which ``sentei evaluate`` has kept.
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
+from serving.decision.document import Interval
 from serving.engines.transformers import Engine
 from serving.poc.answers import QUALITY_FILE, AskedQuestion, EngineQuality, interval_of, kept_losses
 from toolchain.checkpoint.directory import open_checkpoint
@@ -20,11 +23,15 @@ from toolchain.errors import SenteiError
 from toolchain.evaluate.comparison import perplexity_ratio
 from toolchain.evaluate.document import EVALUATION_FILE, EvaluationDocument, TextResult
 from toolchain.evaluate.local_tasks import score_user_question
+from toolchain.evaluate.own_metrics import parse_metrics
 from toolchain.json_files import parse_json
 from toolchain.lifetime import end_with_parent
-from toolchain.metrics.accuracy import Question, encode_choices, load_questions
+from toolchain.metrics.accuracy import encode_choices
+from toolchain.metrics.question_metrics import QuestionMetric
+from toolchain.metrics.questions import Question, load_questions, picked
+from toolchain.metrics.written import encode_prompts, end_tokens, until_end
 from toolchain.model.context_length import context_length
-from toolchain.model.loading import bos_of, load_tokenizer
+from toolchain.model.loading import bos_of, load_tokenizer, read_generation_config, read_transformers_config
 from toolchain.outputs import new_directory, write_text
 from toolchain.text.sources import parse_text
 from toolchain.text.windows import load_windows
@@ -44,6 +51,7 @@ class Job(Document):
         out: The directory to write.
         texts: As ``sentei evaluate --text`` takes them.
         questions: Files.
+        metrics: Of one's own questions, as ``sentei evaluate --metric`` takes them.
         chat_template: Whether questions go through it.
     """
 
@@ -54,6 +62,7 @@ class Job(Document):
     out: str
     texts: list[str]
     questions: list[str]
+    metrics: list[str] = Field(default_factory=list)
     chat_template: bool
 
 
@@ -75,31 +84,31 @@ def run(job: Job) -> None:
     """
     tokenizer = load_tokenizer(Path(job.model))
     checkpoint = open_checkpoint(Path(job.model))
-    bos = bos_of(checkpoint.family, tokenizer)
+    bos = None if job.chat_template else bos_of(checkpoint.family, tokenizer)
+    asked = parse_metrics(job.metrics)
     original = read_document(Path(job.original) / EVALUATION_FILE, EvaluationDocument)
     longest = context_length(checkpoint.config).stated
+    generation = read_generation_config(checkpoint.directory, read_transformers_config(checkpoint.directory))
     engine = _open(job, max((each.seq_len for each in original.evaluations), default=0), longest)
     try:
         ratios = {
             each.text: interval_of(
                 perplexity_ratio(
                     kept_losses(Path(job.original), "original", each.text_sha256),
-                    _losses(engine, text, each, tokenizer, bos),
+                    _losses(engine, text, each, tokenizer, bos_of(checkpoint.family, tokenizer)),
                 )
             )
             for text, each in zip(job.texts, original.evaluations, strict=True)
         }
-        questions = {
-            Path(file).name: _answers(
-                engine, Path(file), tokenizer, longest, None if job.chat_template else bos, job.chat_template
-            )
-            for file in job.questions
-        }
+        reads = Reads(tokenizer=tokenizer, longest=longest, bos=bos, chat_template=job.chat_template)
+        questions = {Path(file).name: _answers(engine, Path(file), reads) for file in job.questions}
+        metrics = {each.label: _metric(engine, each, reads, end_tokens(generation)) for each in asked}
     finally:
         engine.close()
     with new_directory(Path(job.out), force=True) as partial:
         write_text(
-            partial / QUALITY_FILE, EngineQuality(perplexity=ratios, questions=questions).model_dump_json() + "\n"
+            partial / QUALITY_FILE,
+            EngineQuality(perplexity=ratios, questions=questions, metrics=metrics).model_dump_json() + "\n",
         )
 
 
@@ -111,7 +120,7 @@ def _open(job: Job, window: int, longest: int) -> Engine:
     from serving.engines.vllm import VllmEngine
 
     # Questions may be longer than windows.
-    return VllmEngine(Path(job.export), max_model_len=longest if job.questions else window + 1)
+    return VllmEngine(Path(job.export), max_model_len=longest if job.questions or job.metrics else window + 1)
 
 
 def _losses(
@@ -126,21 +135,52 @@ def _losses(
     return [-fmean(each) for each in _log_likelihoods(engine, windows.ids.tolist())]
 
 
-def _answers(
-    engine: Engine, file: Path, tokenizer: PreTrainedTokenizerBase, longest: int, bos: int | None, chat_template: bool
-) -> list[AskedQuestion]:
+@dataclass(frozen=True, kw_only=True)
+class Reads:
+    """How questions are read: by which tokenizer, how many tokens at most, and what they begin with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    longest: int
+    bos: int | None
+    chat_template: bool
+
+
+def _answers(engine: Engine, file: Path, reads: Reads) -> list[AskedQuestion]:
     """The score of each question, by the metric that ``sentei evaluate`` takes."""
     questions = load_questions(file)
+    return [_score(*each) for each in zip(questions, _totals(engine, questions, file.name, reads), strict=True)]
+
+
+def _metric(engine: Engine, asked: QuestionMetric, reads: Reads, ends: Sequence[int]) -> Interval:
+    """A metric of one's own questions, as ``sentei evaluate`` counts it."""
+    if not asked.tokens:
+        questions = asked.questions()
+        totals = _totals(engine, questions, asked.file.name, reads)
+        outcomes = [
+            asked.of_choice(each, picked(each.choices, some)) for each, some in zip(questions, totals, strict=True)
+        ]
+    else:
+        open_questions = asked.open_questions()
+        prompts = encode_prompts(
+            open_questions, reads.tokenizer, asked=asked, longest=reads.longest, bos=reads.bos,
+            chat_template=reads.chat_template,
+        )  # fmt: skip
+        answers = [until_end(engine.generate(prompt, asked.tokens), ends) for prompt in prompts]
+        texts = [reads.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+        outcomes = [asked.of_answer(*each) for each in zip(open_questions, texts, strict=True)]
+    low, high = asked.interval(outcomes)
+    return Interval(value=asked.value(outcomes), low=low, high=high)
+
+
+def _totals(engine: Engine, questions: Sequence[Question], source: str, reads: Reads) -> list[list[float]]:
+    """The log-likelihoods of each question's choices, in nats."""
     encoded = encode_choices(
-        questions, tokenizer, source=file.name, seq_len=longest, bos=bos, chat_template=chat_template
+        questions, reads.tokenizer, source=source, seq_len=reads.longest, bos=reads.bos,
+        chat_template=reads.chat_template,
     )  # fmt: skip
     found = _log_likelihoods(engine, [each.ids for each in encoded])
-    totals = [sum(each[choice.start - 1 :]) for each, choice in zip(found, encoded, strict=True)]
-    scored, place = [], 0
-    for question in questions:
-        scored.append(_score(question, totals[place : place + len(question.choices)]))
-        place += len(question.choices)
-    return scored
+    totals = iter([sum(each[choice.start - 1 :]) for each, choice in zip(found, encoded, strict=True)])
+    return [[next(totals) for _ in question.choices] for question in questions]
 
 
 def _score(question: Question, totals: Sequence[float]) -> AskedQuestion:

@@ -27,6 +27,7 @@ def with_quality(
             "accuracy": accuracy_of(quality.questions),
             "accuracy_change": accuracy_change(original, quality.questions),
             "groups": groups_of(quality.questions),
+            "metrics": dict(quality.metrics),
         }
     )
 
@@ -54,13 +55,12 @@ def with_speed(candidate: CandidateRecord, results: ResultsDocument) -> Candidat
     )
 
 
-def original_record(
-    questions: Sequence[AskedQuestion], results: Sequence[ResultsDocument]
-) -> OriginalRecord:  # fmt: skip
+def original_record(quality: Quality, results: Sequence[ResultsDocument]) -> OriginalRecord:
     """What was measured of the original, in all benchmarks together."""
     return OriginalRecord(
-        accuracy=accuracy_of(questions),
-        groups=groups_of(questions),
+        accuracy=accuracy_of(quality.questions),
+        groups=groups_of(quality.questions),
+        metrics=dict(quality.metrics),
         load=_load(results, "original") if results else None,
         **(_sizes(results[0], "original") if results else {}),
     )

@@ -122,6 +122,7 @@ class Steps:
         words = [word for text in settings.text for word in ("--text", text)]
         words += [word for file in settings.questions for word in ("--questions", file)]
         words += [word for task in settings.tasks for word in ("--task", task)]
+        words += [word for asked in self.poc.guard_rails.metrics for word in ("--metric", asked)]
         words += [] if settings.windows is None else ["--windows", str(settings.windows)]
         words += [] if settings.seq_len is None else ["--seq-len", str(settings.seq_len)]
         words += ["--chat-template"] if settings.chat_template else []
@@ -153,7 +154,7 @@ class Steps:
         job = {
             "engine": self.poc.engine, "model": str(self.model), "export": str(export.out),
             "original": str(original.out), "out": str(out), "texts": asked.text, "questions": asked.questions,
-            "chat_template": asked.chat_template,
+            "metrics": list(self.poc.guard_rails.metrics), "chat_template": asked.chat_template,
         }  # fmt: skip
         arguments = (json.dumps(job),)
         return Step(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from toolchain.checkpoint.directory import Checkpoint, model_name, open_checkpoi
 from toolchain.costs.document import config_sha256
 from toolchain.errors import SenteiError
 from toolchain.evaluate.task_requests import parse_task
-from toolchain.metrics.accuracy import load_questions
+from toolchain.metrics.question_metrics import QuestionMetric, parse_question_metric
+from toolchain.metrics.questions import load_questions
 from toolchain.model.context_length import context_length
 from toolchain.text.sources import parse_sources, parse_text
 from toolchain.yaml_lines import Place, read_yaml
@@ -35,6 +36,7 @@ class Prepared:
         siblings: Directories of smaller models, by name.
         inputs: Everything that the steps depend on, as JSON.
         question_chars: Of one's own questions, each prompt once for each of its choices.
+        written_tokens: That a model writes in answers at most, for metrics of them.
         text_bytes: Of each evaluation text; ``None`` where that is not known.
     """
 
@@ -44,6 +46,7 @@ class Prepared:
     siblings: dict[str, Path]
     inputs: Mapping[str, Any]
     question_chars: int
+    written_tokens: int
     text_bytes: Sequence[int | None]
 
     def steps(self, out: Path) -> Steps:
@@ -67,12 +70,15 @@ def prepare(path: Path) -> Prepared:
     questions = [place.file(each, ("evaluation", "questions", n)) for n, each in enumerate(poc.evaluation.questions)]
     asked = [question for file in questions for question in load_questions(file)]
     _check_groups(poc, {each.subject for each in asked}, place)
+    metrics = _metrics(poc, place)
+    written = [each for each in metrics if each.tokens]
     tasks = [
         place.file(str(task.file), ("evaluation", "tasks", number))
         for number, each in enumerate(poc.evaluation.tasks)
         if (task := parse_task(each)).file is not None
     ]
-    everything = [*(each for each in [*files, *evaluated] if each), *questions, *tasks]
+    texts = [each for each in [*files, *evaluated] if each]
+    everything = [*texts, *questions, *tasks, *dict.fromkeys(each.file for each in metrics)]
     return Prepared(
         poc=poc, path=path, checkpoint=checkpoint, siblings=siblings,
         inputs={
@@ -80,7 +86,9 @@ def prepare(path: Path) -> Prepared:
             "siblings": {name: _identity_of(open_checkpoint(each)) for name, each in siblings.items()},
             "files": [stamp for file in everything for stamp in _stamps(file)],
         },
-        question_chars=sum(len(each.prompt) + len(choice) for each in asked for choice in each.choices),
+        question_chars=sum(len(each.prompt) + len(choice) for each in asked for choice in each.choices)
+        + sum(each.num_chars for each in metrics),
+        written_tokens=sum(each.tokens * each.num_questions for each in written),
         text_bytes=[each.stat().st_size if each and each.is_file() else None for each in evaluated],
     )  # fmt: skip
 
@@ -102,6 +110,7 @@ def amounts_of(prepared: Prepared) -> Amounts:
         weight_bytes=checkpoint.num_parameters * (4 if dtype == "float32" and poc.engine == "onnx" else 2),
         calibration_tokens=poc.calibration.samples * (poc.calibration.seq_len or longest),
         evaluation_tokens=round(sum(per_text)) + text_tokens(prepared.question_chars),
+        written_tokens=prepared.written_tokens,
         flops_per_s=peaks.flops_per_s,
         bytes_per_s=peaks.bytes_per_s,
     )
@@ -118,6 +127,23 @@ def _siblings(poc: PocDocument, place: "_Places") -> dict[str, Path]:
             raise place.error(where, f"a candidate is called {name} already", "Rename the directory.")
         taken.add(file_name(name))
         found[name] = directory
+    return found
+
+
+def _metrics(poc: PocDocument, place: "_Places") -> list[QuestionMetric]:
+    """What guard rails look at, with the files' places; their questions are good."""
+    found = []
+    for asked in poc.guard_rails.metrics:
+        metric = parse_question_metric(asked)
+        assert metric is not None, "guard rails are checked when they are read"
+        where = ("guard_rails", "metrics", asked)
+        metric = replace(metric, file=place.file(str(metric.file), where))
+        try:
+            # An interval of no questions, or a group that nobody is in, is a mistake here and not in hours.
+            _ = metric.num_questions
+        except SenteiError as error:
+            raise place.error(where, error.message.rstrip("."), error.hint) from error
+        found.append(metric)
     return found
 
 

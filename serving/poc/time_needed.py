@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from serving.poc.document import PocDocument
 from serving.poc.plan_of_steps import Step
+from toolchain.metrics.question_metrics import ANSWERS_AT_A_TIME
 
 _START_S = 10.0
 _PASSES: Mapping[str, tuple[float, float]] = {"plans": (4.0, 4.6), "apply": (5.3, 0.0), "prune": (13.9, 0.0)}
@@ -31,6 +32,7 @@ class Amounts:
         weight_bytes: Likewise, as it is served.
         calibration_tokens: In all windows.
         evaluation_tokens: In all windows of all texts, and in all questions.
+        written_tokens: In the answers that a model writes in an evaluation, at most.
         flops_per_s: Of the device.
         bytes_per_s: That the device reads.
     """
@@ -39,6 +41,7 @@ class Amounts:
     weight_bytes: int
     calibration_tokens: int
     evaluation_tokens: int
+    written_tokens: int
     flops_per_s: float
     bytes_per_s: float
 
@@ -50,7 +53,10 @@ def seconds_of(step: Step, poc: PocDocument, amounts: Amounts) -> float:
         once, each = _PASSES[step.work]
         return _START_S + (once + each * step.scale) * amounts.calibration_tokens * flops
     if step.work == "evaluate":
-        return _START_S + amounts.evaluation_tokens * flops
+        # Written token by token, sixteen answers at a time: each step reads the weights once.
+        steps = amounts.written_tokens / ANSWERS_AT_A_TIME
+        written = steps * amounts.weight_bytes / (_OF_PEAK * amounts.bytes_per_s)
+        return _START_S + amounts.evaluation_tokens * flops + written
     if step.work == "export":
         return _START_S + amounts.num_parameters / _EXPORTED_PER_S
     if step.work == "verify":

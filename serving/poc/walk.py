@@ -12,7 +12,7 @@ from serving.benchmark.results_document import ResultsDocument
 from serving.decision.document import CandidateRecord, OriginalRecord
 from serving.decision.lights import damage_is_green, lights_of
 from serving.decision.sparsities import next_sparsity
-from serving.poc.answers import AskedQuestion, quality_of
+from serving.poc.answers import Quality, quality_of
 from serving.poc.measured import original_record, read_results, with_quality, with_speed
 from serving.poc.plan_of_steps import ORIGINAL, Step, Steps, percent
 from serving.poc.run_steps import Outcome, fatal
@@ -37,7 +37,7 @@ class Walk:
     do: Callable[[Step], Outcome]
     results: list[ResultsDocument] = field(default_factory=list)
     held: dict[float, bool] = field(default_factory=dict)
-    _original: list[AskedQuestion] = field(default_factory=list)
+    _original: Quality = field(default_factory=lambda: Quality(perplexity={}, questions=[]))
 
     def candidates(self) -> list[CandidateRecord]:
         """Makes and measures all candidates, in the order in which people read of them.
@@ -73,8 +73,8 @@ class Walk:
     def _must(self, step: Step) -> None:
         fatal(step, self.do(step))
 
-    def _quality(self, name: str) -> list[AskedQuestion]:
-        return list(quality_of(self.steps.directory / "evaluations" / name, self._question_files).questions)
+    def _quality(self, name: str) -> Quality:
+        return quality_of(self.steps.directory / "evaluations" / name, self._question_files)
 
     @property
     def _question_files(self) -> list[str]:
@@ -119,7 +119,7 @@ class Walk:
     def _evaluated(self, candidate: CandidateRecord, step: Step) -> CandidateRecord:
         if error := self.do(step).error:
             return _without(candidate, error)
-        return with_quality(candidate, quality_of(step.out, self._question_files), self._original)
+        return with_quality(candidate, quality_of(step.out, self._question_files), self._original.questions)
 
     def _measured(self, candidate: CandidateRecord, exported: Sequence[Step]) -> CandidateRecord:
         candidate = self._exported(candidate, exported)

@@ -13,6 +13,7 @@ from serving.decision.document import (
     VerdictDocument,
 )
 from serving.decision.pareto import points_of, worst_loss
+from serving.decision.verdict import PERCENT
 from serving.report.decision_charts import pareto_chart
 from serving.report.format import format_bytes
 from serving.report.translate import Say
@@ -27,6 +28,8 @@ RAILS = {
     "perplexity": ("Perplexity on %(subject)s", "at most %(limit)s times the original's"),
     "accuracy": ("Your questions", "at least %(limit)s %% right"),
     "group": ("Questions: %(subject)s", "at least %(limit)s %% right"),
+    "least_metric": ("%(subject)s", "at least %(limit)s %%"),
+    "most_metric": ("%(subject)s", "at most %(limit)s %%"),
     "gain": ("Speed", "at least %(limit)s times the original's"),
     "memory": ("Memory", "at most %(limit)s"),
     "verified": ("Export", "gives its checkpoint's answers"),
@@ -101,7 +104,7 @@ def _limit(light: LightRecord) -> str:
     assert light.limit is not None
     if light.rail == "memory":
         return format_bytes(round(light.limit))
-    return f"{100 * light.limit:g}" if light.rail in ("accuracy", "group") else f"{light.limit:g}"
+    return f"{100 * light.limit:g}" if light.rail in PERCENT else f"{light.limit:g}"
 
 
 def _lights(candidate: CandidateRecord, rails: Sequence[LightRecord], say: Say) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def _of_light(light: LightRecord, say: Say) -> str:
         return "" if light.rail == "verified" else say("not measured")
     if light.rail == "memory":
         return format_bytes(round(light.measured.value))
-    return _percent(light.measured) if light.rail in ("accuracy", "group") else _times(light.measured, say)
+    return _percent(light.measured) if light.rail in PERCENT else _times(light.measured, say)
 
 
 def _row(candidate: CandidateRecord, say: Say) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from toolchain.evaluate.document import (
     Change,
     EvaluationDocument,
     GenerationComparison,
+    MetricComparison,
     Share,
     TaskComparison,
     TaskResult,
@@ -24,7 +25,7 @@ def evaluation_view(sources: Sequence[Source], say: Say) -> list[dict[str, Any]]
     views = []
     for source in sources:
         with fields_of(source) as content:
-            if content.get("text_comparisons") or content.get("task_comparisons"):
+            if any(content.get(f"{kind}_comparisons") for kind in ("text", "task", "metric")):
                 views.append(_view(EvaluationDocument.model_validate(content), say))
     return views
 
@@ -35,7 +36,10 @@ def _view(document: EvaluationDocument, say: Say) -> dict[str, Any]:
             {"text": each.text, **_change(each.perplexity_ratio, 1, ".3g", say), "worst": each.worst_passages}
             for each in document.text_comparisons
         ],
-        "tasks": [_task(document, each, say) for each in document.task_comparisons],
+        "tasks": [
+            *(_task(document, each, say) for each in document.task_comparisons),
+            *(_metric(document, each, say) for each in document.metric_comparisons),
+        ],
         "mean": _mean(document, say),
         "generation": _generation(document.generation, say) if document.generation else None,
         "samples": document.generation.samples if document.generation else [],
@@ -50,6 +54,25 @@ def _task(document: EvaluationDocument, comparison: TaskComparison, say: Say) ->
     return {
         "task": comparison.task,
         "metric": ", ".join([comparison.metric, *_asked(pruned, say)]),
+        "num_questions": pruned.num_questions,
+        "original": _share(by_side["original"].score, say),
+        "pruned": _share(pruned.score, say),
+        "lost": comparison.lost,
+        "gained": comparison.gained,
+        **_change(comparison.difference, 100, "+.1f", say),
+    }
+
+
+def _metric(document: EvaluationDocument, comparison: MetricComparison, say: Say) -> dict[str, Any]:
+    """A metric of one's own questions, as a row among the tasks."""
+    by_side = {each.model: each for each in document.metrics if each.metric == comparison.metric}
+    pruned = by_side["pruned"]
+    kind, _, rest = comparison.metric.partition(":")
+    narrowed = rest.removeprefix(pruned.source).removeprefix("#")
+    asked = [kind, narrowed, say("in the chat template") if pruned.chat_template else ""]
+    return {
+        "task": pruned.source,
+        "metric": ", ".join(each for each in asked if each),
         "num_questions": pruned.num_questions,
         "original": _share(by_side["original"].score, say),
         "pruned": _share(pruned.score, say),

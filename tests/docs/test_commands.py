@@ -15,6 +15,7 @@ from toolchain.cli.app import app
 from toolchain.cli.arguments import CheckedCommand
 from toolchain.errors import SenteiError
 from toolchain.evaluate.task_requests import parse_batch_size, parse_task
+from toolchain.metrics.question_metrics import parse_question_metric
 from toolchain.prune.budget.allocation import parse_protected
 from toolchain.prune.budget.target import parse_targets
 from toolchain.text.sources import parse_sources, parse_text
@@ -29,6 +30,8 @@ FORMS: dict[str, Callable[[Any], object]] = {
     "slo": parse_slo,
     "text": lambda texts: [parse_text(str(each)) for each in (texts if isinstance(texts, list) else [texts])],
     "task": lambda tasks: [parse_task(each) for each in tasks],
+    "metric": lambda given: [parse_question_metric(each) for each in (given if isinstance(given, list) else [given])],
+    "limit_metric": parse_question_metric,
     "batch_size": lambda given: parse_batch_size(given) if isinstance(given, str) else None,
 }
 

@@ -59,8 +59,10 @@ MMLU = [
     {"question": "What do trees need?", "subject": "trees", "choices": ["rain", "ink", "oil", "sand"], "answer": 0}
 ] * 4
 QUESTIONS = [
-    {"prompt": f"{each} is", "choices": ["a thing", "nothing"], "answer": 0} for each in ("Air", "Tea", "Ice", "Fog")
+    {"prompt": f"{each} is", "choices": ["a thing", "nothing"], "answer": 0, "subject": "safety"}
+    for each in ("Air", "Tea", "Ice", "Fog")
 ]
+CLAIMS = [{"prompt": f"{each} burnt.", "choices": ["fraud", "fine"], "answer": 0} for each in ("Tea", "Ice")]
 PIQA = [{"goal": f"To fill {each}", "sol1": "pour in water.", "sol2": "add a hole.", "label": 0} for each in "abcd"]
 SERVER_STARTS_S = 240
 
@@ -88,7 +90,8 @@ class Workplace:
         for before, word in pairwise(words):
             if before in ("-o", "--out"):
                 continue
-            name = re.split(r"[:=]", word)[-1]
+            # What follows # in a metric is no part of its file.
+            name = re.split(r"[:=]", word.partition("#")[0])[-1]
             top, path = name.partition("/")[0], self.directory / name
             if not name or path.exists():
                 continue
@@ -144,8 +147,10 @@ def _content(option: str, word: str, name: str) -> str:
         if option == "--fewshot":  # examples must not be among the questions
             asked = "question" if "question" in rows[0] else "prompt"
             rows = [{**row, asked: f"{name} asks: {row[asked]}"} for row in rows]
-    elif option == "--questions" or word.startswith("accuracy:"):
+    elif option == "--questions" or word.startswith(("accuracy:", "refusal_rate:", "valid_json:")):
         rows = QUESTIONS
+    elif word.startswith("f1:"):
+        rows = CLAIMS
     elif option == "--prompts":
         rows = [{"prompt": "What do trees need in winter?", "output_tokens": 4}] * 4
     elif name.endswith(".txt"):

@@ -25,7 +25,9 @@ from toolchain.evaluate import writing as damage
 from toolchain.evaluate.lm_eval_model import ServedHFLM
 from toolchain.evaluate.lm_eval_tasks import load_task, run_task
 from toolchain.evaluate.task_requests import TaskRequest
-from toolchain.metrics.accuracy import AccuracyMetric, load_questions
+from toolchain.metrics.accuracy import ChoicesMetric
+from toolchain.metrics.question_metrics import QuestionMetric
+from toolchain.metrics.questions import load_questions
 from toolchain.metrics.token_metrics import measure
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_model, load_tokenizer
@@ -156,7 +158,9 @@ def test_a_text_is_read_as_it_is_served(kind: str, models: dict[str, Path], pros
     stream = asked(both, add_special_tokens=False)["input_ids"]
     assert windows.text_ids.flatten().tolist() == stream[: windows.text_ids.numel()]
     assert _prompts(open_checkpoint(model), prose, long=False)[0][:32] == served[:32]
-    metric = AccuracyMetric(load_questions(questions), asked, source="q", seq_len=64, bos=bos)
+    metric = ChoicesMetric(
+        load_questions(questions), asked, asked=QuestionMetric(kind="accuracy", file=Path("q")), seq_len=64, bos=bos
+    )
     prompts = [asked(f"{each['prompt']} {choice}")["input_ids"] for each in QUESTIONS for choice in each["choices"]]
     end = kind.endswith("eos")  # which is the end of a prompt, and not of what is compared
     rows = [row[: len(prompt) - end] for row, prompt in zip(metric.ids.tolist(), prompts, strict=True)]
@@ -313,7 +317,14 @@ def test_questions_through_the_chat_template_are_asked_as_they_are_served(
             assert log_likelihood == pytest.approx(expected, abs=1e-3)
             rows.append(ids)
         assert answered["question"] == question["prompt"]
-    metric = AccuracyMetric(load_questions(questions), tokenizer, source="q", seq_len=64, bos=0, chat_template=True)
+    metric = ChoicesMetric(
+        load_questions(questions),
+        tokenizer,
+        asked=QuestionMetric(kind="accuracy", file=Path("q")),
+        seq_len=64,
+        bos=0,
+        chat_template=True,
+    )
     assert metric.source == "q, in the chat template"
     assert [row[: len(ids)] for row, ids in zip(metric.ids.tolist(), rows, strict=True)] == rows
     right = [each["scores"]["acc_norm"] for each in found]

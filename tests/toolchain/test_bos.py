@@ -22,7 +22,9 @@ from toolchain.evaluate.lm_eval_tasks import load_task, run_task
 from toolchain.evaluate.task_requests import TaskRequest
 from toolchain.evaluate.text_overlap import find_overlap
 from toolchain.heal import heal as healing
-from toolchain.metrics.accuracy import AccuracyMetric, Question, load_questions
+from toolchain.metrics.accuracy import ChoicesMetric
+from toolchain.metrics.question_metrics import QuestionMetric
+from toolchain.metrics.questions import Question, load_questions
 from toolchain.metrics.token_metrics import measure
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_model, load_tokenizer
@@ -156,7 +158,9 @@ def test_where_it_hurts_is_counted_in_tokens_of_the_text(tokenizer, bos: int, pr
 def test_questions_begin_with_it_once_and_keep_it(tokenizer, bos: int):
     def rows(prompt: str, seq_len: int, **more: Any) -> list[list[int]]:
         asked = [Question(prompt=prompt, choices=("one", "two"), answer=0)]
-        return AccuracyMetric(asked, tokenizer, source="q", seq_len=seq_len, **more).ids.tolist()
+        return ChoicesMetric(
+            asked, tokenizer, asked=QuestionMetric(kind="accuracy", file=Path("q")), seq_len=seq_len, **more
+        ).ids.tolist()
 
     plain = rows("word " * 30 + "end", 64)
     assert rows("word " * 30 + "end", 64, bos=bos) == [[bos, *row] for row in plain]
@@ -171,7 +175,9 @@ def test_lm_eval_and_the_search_ask_alike(gemma: Path, tokenizer, bos: int, ques
     answers = run_task(model, tokenizer, task, limit=None, bos=bos)["questions"]
     walk = LayerWalk(model, GEMMA)
     for question, answered in zip(load_questions(questions), answers, strict=True):
-        metric = AccuracyMetric([question], tokenizer, source="q", seq_len=64, bos=bos)
+        metric = ChoicesMetric(
+            [question], tokenizer, asked=QuestionMetric(kind="accuracy", file=Path("q")), seq_len=64, bos=bos
+        )
         assert measure(walk, metric) == answered["scores"]["acc_norm"]
         for choice, found in zip(question.choices, answered["log_likelihoods"], strict=True):
             between = "" if question.prompt.endswith("は") else " "
@@ -229,7 +235,13 @@ def test_a_plan_is_made_and_applied_with_it(
     windows = load_windows(prose, tokenizer, num_samples=4, seq_len=TEXT_LEN + 1, bos=bos)
     assert plan.document.calibration.sha256 == windows.sha256
     assert (plan.text_hashes["calibration"] == windows.passage_hashes).all()
-    metric = AccuracyMetric(load_questions(questions), tokenizer, source="q", seq_len=TEXT_LEN + 1, bos=bos)
+    metric = ChoicesMetric(
+        load_questions(questions),
+        tokenizer,
+        asked=QuestionMetric(kind="accuracy", file=Path("q")),
+        seq_len=TEXT_LEN + 1,
+        bos=bos,
+    )
     assert plan.document.metric_original == measure(LayerWalk(load_model(gemma), GEMMA), metric)
     assert plan.document.calibration.bos == bos
     content = json.loads((tmp_path / "out" / "plan.json").read_text())

@@ -17,6 +17,7 @@ def show_evaluation(console: Console, document: "EvaluationDocument") -> None:
         _texts(document),
         _overlaps(document),
         _tasks(document),
+        _metrics(document),
         _generation(document.generation),
         _where(document),
     ):
@@ -102,6 +103,26 @@ def _tasks(document: "EvaluationDocument") -> list[str]:
         if mean.kept is not None:
             lines.append(f"{100 * mean.kept:.1f} % of the original's mean is kept.")
     return [*lines, *_asked(document), *_cut(document)]
+
+
+def _metrics(document: "EvaluationDocument") -> list[str]:
+    """Metrics of one's own questions; their names are too long for a row."""
+    lines: list[str] = []
+    compared = {each.metric: each for each in document.metric_comparisons}
+    for each in document.metrics:
+        if each.metric in compared and each.model == "original":
+            continue
+        better = "higher is better" if each.higher_is_better else "lower is better"
+        lines += ["", f"{each.metric}: {each.num_questions} questions, %, {better}"]
+        if (comparison := compared.get(each.metric)) is None:
+            lines.append(f"  {each.directory}: {_share(each.score)}")
+            continue
+        before = next(one for one in document.metrics if (one.metric, one.model) == (each.metric, "original"))
+        lines.append(
+            f"  original {_share(before.score)} → pruned {_share(each.score)}: "
+            f"{_interval(comparison.difference, 100, '+.1f')}  {_judged(comparison.difference)}"
+        )
+    return lines
 
 
 def _asked(document: "EvaluationDocument") -> list[str]:

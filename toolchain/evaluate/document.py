@@ -78,6 +78,30 @@ class TaskResult(Record):
     duration_s: float
 
 
+class MetricResult(Record):
+    """A metric of a person's own questions, of one model; :mod:`toolchain.metrics.question_metrics` defines them.
+
+    ``metric`` is as it was asked for, with the name of the file alone. ``num_counted`` of ``num_questions`` questions
+    count: for F1 those whose right choice or whose picked choice is the class, otherwise all. The interval of ``score``
+    is Wilson's, for F1 Wilson's of the true positives among those that count. ``max_new_tokens`` is null where nothing
+    is written. ``questions_sha256`` is of the questions as they were judged.
+    """
+
+    model: Side
+    directory: str
+    metric: str
+    source: str
+    questions_sha256: str
+    higher_is_better: bool
+    num_questions: int
+    num_counted: int
+    max_new_tokens: int | None
+    bos: int | None
+    chat_template: bool
+    score: Share
+    duration_s: float
+
+
 class Change(Record):
     """Pruned against original: a value with its 95 % interval, the test's p-value and what follows at 5 %."""
 
@@ -172,6 +196,18 @@ class TaskComparison(Record):
     worst_questions: list[WorseQuestion]
 
 
+class MetricComparison(Record):
+    """``difference`` is pruned minus original; ``lost`` questions went well with the original alone, ``gained`` others.
+
+    With a refusal rate where answers are wanted, a refusal is what does not go well.
+    """
+
+    metric: str
+    difference: Change
+    lost: int
+    gained: int
+
+
 class MeanScore(Record):
     """Mean of the tasks' scores, each task counting the same; ``kept`` is pruned over original."""
 
@@ -231,9 +267,11 @@ class EvaluationDocument(Record):
     kind: Literal["evaluation"] = "evaluation"
     evaluations: list[TextResult]
     tasks: list[TaskResult] = []
+    metrics: list[MetricResult] = []
     text_comparisons: list[TextComparison] = []
     text_overlaps: list[TextOverlap] = []
     task_comparisons: list[TaskComparison] = []
+    metric_comparisons: list[MetricComparison] = []
     mean_score: MeanScore | None = None
     generation: GenerationComparison | None = None
     dtype: str | None = None

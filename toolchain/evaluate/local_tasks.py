@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import SenteiError, reason_of
-from toolchain.metrics.accuracy import load_questions, read_questions, split_prompt
+from toolchain.metrics.accuracy import split_prompt
+from toolchain.metrics.questions import load_questions, picked, read_questions
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -61,14 +62,14 @@ def load_hellaswag(*, file: str, fewshot_file: str | None = None, fields: Sequen
 def load_user_questions(
     *, file: str, fewshot_file: str | None = None, chat_template: bool = False, **_: Any
 ) -> "DatasetDict":
-    """Reads a person's own questions, with each choice as it follows the prompt; see :mod:`toolchain.metrics.accuracy`.
+    """Reads a person's own questions (:mod:`toolchain.metrics.questions`), with each choice as it follows the prompt.
 
     In a chat, a choice is the answer, and nothing joins it to the prompt.
 
     A line may also have a ``subject``, by which results are broken down.
 
     Raises:
-        SenteiError: See :func:`toolchain.metrics.accuracy.load_questions`; or an example that is also a question.
+        SenteiError: See :func:`toolchain.metrics.questions.load_questions`; or an example that is also a question.
     """
 
     def read(path: Path) -> list[dict[str, Any]]:
@@ -92,11 +93,8 @@ def load_user_questions(
 def score_user_question(question: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
     """lm-eval's ``acc`` and ``acc_norm``, whose length is that of the choice without what joins it to the prompt."""
     totals = [log_likelihood for log_likelihood, _ in results]
-    normalised = [total / len(choice) for total, choice in zip(totals, question["choices"], strict=True)]
-    return {
-        name: float(scores.index(max(scores)) == question["answer"])
-        for name, scores in (("acc", totals), ("acc_norm", normalised))
-    }
+    answers = {"acc": totals.index(max(totals)), "acc_norm": picked(question["choices"], totals)}
+    return {name: float(answer == question["answer"]) for name, answer in answers.items()}
 
 
 def _both(

@@ -31,6 +31,8 @@ from toolchain.evaluate.comparison import (
 from toolchain.evaluate.document import (
     EvaluationDocument,
     GenerationComparison,
+    MetricComparison,
+    MetricResult,
     Sample,
     Side,
     TaskComparison,
@@ -46,9 +48,11 @@ from toolchain.evaluate.lm_eval_tasks import (
     run_task,
     shared_metrics,
 )
+from toolchain.evaluate.own_metrics import OwnMetric, ask, compare, load_metric, result_of
 from toolchain.evaluate.task_requests import BatchSize, TaskRequest
 from toolchain.evaluate.text_overlap import find_overlap, text_hashes
 from toolchain.metrics.perplexity import summarise_losses, token_losses
+from toolchain.metrics.question_metrics import QuestionMetric
 from toolchain.model.context_length import check_window, context_length
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.layer_walk import LayerWalk
@@ -74,8 +78,9 @@ class EvaluationSettings:
         num_windows: Of each text; ``None`` for all there are.
         seq_len: Tokens a window.
         tasks: For lm-eval.
+        metrics: Of one's own questions.
         limit: The first so many questions of each task; ``None`` for all.
-        chat_template: Ask tasks through the model's chat template; chats among the texts go through it anyway.
+        chat_template: Ask tasks and metrics through the model's chat template, as chats among the texts go anyway.
         batch_size: Requests of a task that the model reads at a time; ``None`` for the default.
         num_generations: Prompts from the first text that both models continue; 0 for none.
         device: Computed on.
@@ -88,6 +93,7 @@ class EvaluationSettings:
     num_windows: int | None
     seq_len: int
     tasks: tuple[TaskRequest, ...] = ()
+    metrics: tuple[QuestionMetric, ...] = ()
     limit: int | None = None
     chat_template: bool = False
     batch_size: BatchSize | None = None
@@ -100,7 +106,8 @@ class EvaluationSettings:
     @property
     def input_files(self) -> list[Path]:
         """Files and directories that texts and questions are read from."""
-        return [*local_paths(self.texts), *(file for task in self.tasks for file in task.files)]
+        asked = [*(file for task in self.tasks for file in task.files), *(each.file for each in self.metrics)]
+        return [*local_paths(self.texts), *asked]
 
 
 class _Model:
@@ -155,6 +162,7 @@ def evaluate(
     _check(settings, against)
     models = _open_models(model, against, settings)
     tasks = [load_task(request, chat_template=settings.chat_template) for request in settings.tasks]
+    metrics = [[_load_metric(side, each, settings) for each in settings.metrics] for side in models]
     tokenizer = models[-1].tokenizer
     texts = _load_texts(models[-1], settings)
     _check_same_reading(models, chats=settings.chat_template or any(text.windows.holds_chats for text in texts))
@@ -162,9 +170,11 @@ def evaluate(
     generation = _Generation(texts[0], models, settings, parts) if settings.num_generations else None
     losses: list[list[dict[str, Any]]] = []
     answers: list[list[dict[str, Any]]] = []
-    for side in models:
+    outcomes: list[list[dict[str, Any]]] = []
+    for side, own in zip(models, metrics, strict=True):
         losses.append([_read_text(side, text.windows, parts, progress) for text in texts])
         answers.append([_ask(side, task, settings, parts, progress) for task in tasks])
+        outcomes.append([_ask_metric(side, each, parts, progress) for each in own])
         if generation is not None:
             generation.visit(side, progress)
         side.unload()
@@ -172,6 +182,7 @@ def evaluate(
     return EvaluationDocument(
         evaluations=_text_results(models, texts, losses),
         tasks=_task_results(models, settings, answers),
+        metrics=_metric_results(models, metrics, outcomes),
         text_comparisons=_compare_texts(texts, losses, tokenizer) if compared else [],
         text_overlaps=[
             found
@@ -180,6 +191,7 @@ def evaluate(
             if (found := find_overlap(text.source, text.windows, tokenizer, seen_in, hashes)) is not None
         ],
         task_comparisons=_compare_tasks(settings.tasks, answers) if compared else [],
+        metric_comparisons=_compare_metrics(settings.metrics, outcomes) if compared else [],
         mean_score=_mean_score(answers) if compared and tasks else None,
         generation=generation.result if generation is not None else None,
         dtype=dtype_name(settings.dtype),
@@ -255,9 +267,9 @@ def _load_texts(model: _Model, settings: EvaluationSettings) -> list[_Text]:
 
 
 def _check(settings: EvaluationSettings, against: Path | Checkpoint | None) -> None:
-    if not settings.texts and not settings.tasks:
-        raise SenteiError("There is nothing to evaluate on.", "Give --text, --task or --questions.")
-    if settings.chat_template and not settings.tasks:
+    if not settings.texts and not settings.tasks and not settings.metrics:
+        raise SenteiError("There is nothing to evaluate on.", "Give --text, --task, --questions or --metric.")
+    if settings.chat_template and not settings.tasks and not settings.metrics:
         raise SenteiError(
             "--chat-template is for tasks and questions, and there are none.",
             "Leave it out: chats in a text (field messages) go through the chat template by themselves.",
@@ -269,6 +281,8 @@ def _check(settings: EvaluationSettings, against: Path | Checkpoint | None) -> N
             "--offload measures perplexity only: lm-eval's tasks need the whole model in memory.",
             "Leave out --task and --questions, or --offload.",
         )
+    if settings.offload and settings.metrics:
+        raise SenteiError("--offload measures perplexity only: --metric needs the whole model in memory.")
     if settings.offload and settings.num_generations:
         raise SenteiError("--offload measures perplexity only: generation needs the whole model in memory.")
     if settings.num_generations and (against is None or not settings.texts):
@@ -282,7 +296,7 @@ def _check(settings: EvaluationSettings, against: Path | Checkpoint | None) -> N
     for kind, given in (("task", labels), ("text", names)):
         if repeated := {each for each in given if given.count(each) > 1}:
             raise SenteiError(f"Two of the {kind}s are called {min(repeated)}.", "Rename one of the files.")
-    if against is not None:
+    if against is not None or settings.metrics:
         check_statistics("eval")
 
 
@@ -316,6 +330,23 @@ def _ask(
     if settings.batch_size is not None:
         identity["batch_size"] = settings.batch_size
     return parts.get(f"{model.side}-{task.label}", {**identity, "lm_eval": lm_eval_version()}, compute)
+
+
+def _load_metric(model: _Model, asked: QuestionMetric, settings: EvaluationSettings) -> OwnMetric:
+    longest = context_length(model.checkpoint.config).extended
+    return load_metric(asked, model.tokenizer, longest=longest, bos=model.bos, chat_template=settings.chat_template)
+
+
+def _ask_metric(model: _Model, metric: OwnMetric, parts: Parts, progress: Progress) -> dict[str, Any]:
+    def compute() -> dict[str, Any]:
+        with progress(f"{metric.asked.label}, {model.side}", metric.measure.num_questions) as advance:
+            return ask(metric, model.walk, advance)
+
+    identity = {**model.identity, "metric": metric.asked.label, "questions": metric.measure.source_sha256}
+    identity["bos"] = model.bos
+    if metric.chat_template:
+        identity["chat_template"] = hashlib.sha256(str(model.tokenizer.chat_template).encode()).hexdigest()
+    return parts.get(f"{model.side}-{metric.asked.kind}-{metric.asked.file.name}", identity, compute)
 
 
 class _Generation:
@@ -428,6 +459,26 @@ def _task_results(
         _task_result(model, request, result, chat_template=settings.chat_template)
         for model, results in zip(models, answers, strict=True)
         for request, result in zip(settings.tasks, results, strict=True)
+    ]
+
+
+def _metric_results(
+    models: Sequence[_Model], metrics: Sequence[Sequence[OwnMetric]], outcomes: Sequence[Sequence[dict[str, Any]]]
+) -> list[MetricResult]:
+    """One for each model and metric; ``outcomes`` are :func:`_ask_metric`'s results by model, then by metric."""
+    return [
+        result_of(metric, model.side, model.name, model.bos, found)
+        for model, *asked in zip(models, metrics, outcomes, strict=True)
+        for metric, found in zip(*asked, strict=True)
+    ]
+
+
+def _compare_metrics(
+    metrics: Sequence[QuestionMetric], outcomes: Sequence[Sequence[dict[str, Any]]]
+) -> list[MetricComparison]:
+    return [
+        compare(each, before["outcomes"], after["outcomes"])
+        for each, before, after in zip(metrics, *outcomes, strict=True)
     ]
 
 

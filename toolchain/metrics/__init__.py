@@ -1,1 +1,1 @@
-"""What a search or a limit looks at: perplexity, divergence, accuracy, or a person's own function."""
+"""What a search or a limit looks at: perplexity, divergence, or a person's own questions or function."""

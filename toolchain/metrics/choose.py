@@ -1,18 +1,21 @@
 """Which metric a person means by ``--metric``."""
 
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from toolchain.errors import SenteiError
-from toolchain.metrics.accuracy import AccuracyMetric, load_questions
+from toolchain.metrics.accuracy import ChoicesMetric
 from toolchain.metrics.function import FunctionMetric, load_function
+from toolchain.metrics.question_metrics import WRITTEN, QuestionMetric, parse_question_metric
 from toolchain.metrics.token_metrics import KLDivergence, Metric, PerplexityMetric
+from toolchain.metrics.written import WrittenMetric
 
 # Those that are measured on text.
 TOKEN_METRICS = ("perplexity", "kl")
-_HINT = "Use perplexity, kl, accuracy:FILE.jsonl or package.module:function."
+_HINT = (
+    "Use perplexity, kl, accuracy:FILE.jsonl, f1:FILE.jsonl#class=TEXT, refusal_rate:FILE.jsonl#wanted=refusals, "
+    "valid_json:FILE.jsonl or package.module:function."
+)
 
 
 def choose_metric(
@@ -20,15 +23,18 @@ def choose_metric(
     ids: torch.Tensor,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    longest: int | None = None,
     bos: int | None = None,
     chat_template: bool = False,
 ) -> Metric:
     """Makes the metric.
 
     Args:
-        name: ``perplexity``, ``kl``, ``accuracy:FILE`` or ``package.module:function``.
-        ids: Calibration text for the first two, int64 ``[num_sequences, seq_len]``; its length bounds the questions'.
+        name: ``perplexity``, ``kl``, one of :mod:`toolchain.metrics.question_metrics`, or ``package.module:function``.
+        ids: Calibration text for the first two, int64 ``[num_sequences, seq_len]``; its length bounds that of questions
+            with choices.
         tokenizer: The model's own.
+        longest: Tokens that the model reads, which bounds prompts with written answers; by default those of ``ids``.
         bos: What questions begin with, as the text does; see :func:`toolchain.model.loading.bos_of`.
         chat_template: Ask questions through the model's chat template.
 
@@ -40,11 +46,9 @@ def choose_metric(
         return PerplexityMetric(ids)
     if name == "kl":
         return KLDivergence(ids)
-    if kind == "accuracy":
-        if (questions := question_file(name)) is None:
-            raise SenteiError("--metric accuracy needs questions.", "Write accuracy:FILE.jsonl.")
-        return AccuracyMetric(
-            load_questions(questions), tokenizer, source=questions.name, seq_len=ids.shape[1], bos=bos,
+    if (asked := parse_question_metric(name)) is not None:
+        return metric_of_questions(
+            asked, tokenizer, seq_len=ids.shape[1], longest=longest or ids.shape[1], bos=bos,
             chat_template=chat_template,
         )  # fmt: skip
     if not kind or not rest:
@@ -52,7 +56,32 @@ def choose_metric(
     return FunctionMetric(name, load_function(name), tokenizer)
 
 
-def question_file(name: str) -> Path | None:
-    """The file that ``accuracy:FILE`` reads; ``None`` for any other metric."""
-    kind, _, rest = name.partition(":")
-    return Path(rest) if kind == "accuracy" and rest else None
+def metric_of_questions(
+    asked: QuestionMetric,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    longest: int,
+    bos: int | None = None,
+    chat_template: bool = False,
+) -> ChoicesMetric | WrittenMetric:
+    """Reads the questions of a metric; see :func:`choose_metric`.
+
+    Args:
+        asked: The metric.
+        tokenizer: The model's own.
+        seq_len: Tokens of a prompt with a choice.
+        longest: Tokens of a prompt with a written answer.
+        bos: What questions begin with.
+        chat_template: Ask through the model's chat template.
+
+    Raises:
+        SenteiError: A bad file, or a question that is too long.
+    """
+    if asked.kind in WRITTEN:
+        return WrittenMetric(
+            asked.open_questions(), tokenizer, asked=asked, longest=longest, bos=bos, chat_template=chat_template
+        )
+    return ChoicesMetric(
+        asked.questions(), tokenizer, asked=asked, seq_len=seq_len, bos=bos, chat_template=chat_template
+    )

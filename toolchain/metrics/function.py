@@ -12,11 +12,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.errors import SenteiError, is_out_of_memory
+from toolchain.metrics.model_metric import ModelMetric
 
 _LONGEST_REASON = 300
 
 
-class FunctionMetric:
+class FunctionMetric(ModelMetric):
     """Calls ``function(model, tokenizer)``, which returns a number.
 
     Lower is better, unless the function has an attribute ``higher_is_better`` that is true. The model is run as a
@@ -36,9 +37,6 @@ class FunctionMetric:
         self.name = name
         self.higher_is_better = bool(getattr(function, "higher_is_better", False))
         self._function, self._tokenizer = function, tokenizer
-
-    def prepare(self, walk: object) -> None:
-        """Needs nothing of the unpruned model."""
 
     def __call__(self, model: PreTrainedModel) -> float:
         """The function's number.

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from toolchain.metrics.function import FunctionMetric
+from toolchain.metrics.model_metric import ModelMetric
 from toolchain.model.layer_walk import LayerWalk, attention_removed
 from toolchain.model.loading import decoder_layers
 from toolchain.model.not_finite import not_finite
@@ -51,7 +51,7 @@ class TokenMetric(StateMetric, Protocol):
         ...
 
 
-Metric = StateMetric | FunctionMetric
+Metric = StateMetric | ModelMetric
 
 
 def perplexity_of(loss: float) -> float:
@@ -131,7 +131,7 @@ def measure(walk: LayerWalk, metric: Metric, *, without_attention: Collection[in
     Raises:
         SenteiError: It is NaN or Inf, or a metric function failed.
     """
-    if not isinstance(metric, FunctionMetric):
+    if not isinstance(metric, ModelMetric):
         hidden = walk.forward(walk.embed(metric.ids), without_attention=without_attention)
         return finite(metric(walk, hidden), metric.name, walk)
     with ExitStack() as removed:

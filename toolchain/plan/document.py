@@ -83,12 +83,17 @@ class Dropped(_Record):
 
 
 class Removal(_Record):
-    """One step of stage 2: the attention removed, the metric after it, and the candidates' metrics by layer."""
+    """One step of stage 2: the attention removed, the metric after it, and the candidates' metrics by layer.
+
+    ``ties`` has the perplexity, on the first calibration window, of the candidates that shared the best metric: that of
+    them with the lowest one was removed. It is null where one candidate alone was the best.
+    """
 
     removed: int
     metric: float
     candidates: dict[int, float]
     dropped: dict[int, Dropped] | None = None
+    ties: dict[int, float] | None = None
     num_block_parameters: int
     limit_metric: float | None = None
 

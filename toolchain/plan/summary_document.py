@@ -90,7 +90,8 @@ class PruningSummary(Document):
 
     ``compensation`` is null where no weights were fitted again, ``limit`` where there was none, and ``two_removals``
     where attentions were removed, or where the person or the method leaves them alone. Earlier versions had neither of
-    those two. ``target`` is null where a sparsity was asked for, or the shape is no longer the one that was chosen.
+    those two. ``num_ties`` of the attentions went by perplexity, among those that left the same metric. ``target`` is
+    null where a sparsity was asked for, or the shape is no longer the one that was chosen.
     """
 
     schema_version: Literal[1]
@@ -105,6 +106,7 @@ class PruningSummary(Document):
     compensation: CompensationSummary | None
     stopped_because: str | None
     limit: LimitSummary | None = None
+    num_ties: int = 0
     two_removals: TwoRemovalsSummary | None = None
     target: TargetRecord | None = None
     duration_s: float

@@ -61,7 +61,8 @@ def reasons(plan: PruningPlan, layer: int) -> dict[str, Any]:
     Returns:
         ``attention``: ``decision``, ``protected``, and ``steps``, one entry a step the layer was a candidate in: the
         ``metric`` its removal would have left, its ``rank`` among ``num_candidates``, and what was ``removed`` instead
-        with the metric ``best``; a candidate that lost a race early has the metric on ``num_tokens`` tokens.
+        with the metric ``best``; a candidate that lost a race early has the metric on ``num_tokens`` tokens, and one
+        that shared the best metric with others a ``tie``: its ``perplexity``, and the ``best`` one, which decided.
         ``blocks``: what a method that removes whole attentions and FFNs gave those of the layer in its first step, as
         far as it looks at them one by one; ``None`` for 2SSP.
         ``ffn``: ``intermediate_size`` of ``full``, ``protected``, ``importance_kept`` (the kept neurons' share of the
@@ -143,10 +144,13 @@ def _seen(number: int, step: Removal, layer: int) -> dict[str, Any] | None:
     }
     if layer in dropped:
         lost = dropped[layer]
-        return {**common, "metric": lost.metric, "best": lost.best, "num_tokens": lost.num_tokens, "rank": None}
+        lost_early = {"metric": lost.metric, "best": lost.best, "num_tokens": lost.num_tokens, "rank": None}
+        return {**common, **lost_early, "tie": None}
     if layer not in step.candidates:
         return None
     # Best first, whichever way the metric goes: the candidate that was removed is the best.
     distance = {each: abs(value - step.metric) for each, value in step.candidates.items()}
     rank = 1 + sum(value < distance[layer] for value in distance.values())
-    return {**common, "metric": step.candidates[layer], "num_tokens": None, "rank": rank}
+    own = (step.ties or {}).get(layer)
+    tie = None if own is None or step.ties is None else {"perplexity": own, "best": step.ties[step.removed]}
+    return {**common, "metric": step.candidates[layer], "num_tokens": None, "rank": rank, "tie": tie}

@@ -394,6 +394,7 @@ def summarise(
         compensation=_compensation_summary(document.compensation),
         stopped_because=document.stopped_because,
         limit=None if measured is None else _limit_summary(document),
+        num_ties=sum(step.ties is not None for step in document.trace),
         two_removals=planned.two_removals,
         target=_target_of(plan),
         duration_s=round(duration_s, 1),

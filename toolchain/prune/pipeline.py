@@ -14,11 +14,12 @@ from toolchain.checkpoint.directory import Checkpoint, dtype_name, opened
 from toolchain.checkpoint.tensor_parallel import width_unit
 from toolchain.documents import read_document
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.metrics.accuracy import AccuracyMetric
+from toolchain.metrics.accuracy import ChoicesMetric
 from toolchain.metrics.choose import TOKEN_METRICS, choose_metric
-from toolchain.metrics.function import FunctionMetric
-from toolchain.metrics.token_metrics import Metric
-from toolchain.model.context_length import check_window
+from toolchain.metrics.model_metric import ModelMetric
+from toolchain.metrics.token_metrics import Metric, PerplexityMetric
+from toolchain.metrics.written import WrittenMetric
+from toolchain.model.context_length import check_window, context_length
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import bos_of, load_tokenizer, needed_bos
 from toolchain.outputs import START_OVER, check_output_directory, new_directory, write_text, writes_directory
@@ -97,6 +98,7 @@ class Job:
             metric=self.metric,
             allocation=self.allocation,
             limit_metric=self.limit_metric,
+            tie_breaker=PerplexityMetric(self.windows.first_of_each),
             save=state.save,
             progress=progress,
         )
@@ -280,8 +282,12 @@ def prepare(model: Path | Checkpoint, settings: PruneSettings, model_name: str, 
         settings.calibration, tokenizer, num_samples=settings.num_samples, seq_len=settings.seq_len, bos=bos
     )
 
+    longest = context_length(checkpoint.config).extended
+
     def chosen(name: str, ids: torch.Tensor) -> Metric:
-        return choose_metric(name, ids, tokenizer, bos=bos, chat_template=settings.chat_template)
+        return choose_metric(
+            name, ids, tokenizer, longest=longest, bos=bos, chat_template=settings.chat_template
+        )  # fmt: skip
 
     metric = chosen(settings.metric, windows.first_of_each)
     limit_metric, apart = None, tuple[TextSourceRecord, ...]()
@@ -345,11 +351,12 @@ def _as_recorded(checkpoint: Checkpoint, settings: PruneSettings) -> PruneSettin
 
 
 def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None:
-    if settings.offload and any(isinstance(metric, FunctionMetric) for metric in metrics):
-        raise SenteiError("--offload keeps one layer in memory, and a metric function needs the whole model.")
-    if settings.chat_template and not any(isinstance(metric, AccuracyMetric) for metric in metrics):
+    if settings.offload and (whole := next((each for each in metrics if isinstance(each, ModelMetric)), None)):
+        what = "a metric of written answers" if isinstance(whole, WrittenMetric) else "a metric function"
+        raise SenteiError(f"--offload keeps one layer in memory, and {what} needs the whole model.")
+    if settings.chat_template and not any(isinstance(each, ChoicesMetric | WrittenMetric) for each in metrics):
         raise SenteiError(
-            "--chat-template is for the questions of --metric accuracy:FILE, and there are none.",
+            "--chat-template is for the questions of --metric, such as accuracy:FILE, and there are none.",
             "Leave it out: chats in a text (field messages) go through the chat template by themselves.",
         )
     if settings.search == "racing" and settings.metric not in TOKEN_METRICS:

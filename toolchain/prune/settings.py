@@ -8,7 +8,7 @@ import torch
 
 from toolchain.architecture.layout import LayerLayout
 from toolchain.costs.document import Costs
-from toolchain.metrics.choose import question_file
+from toolchain.metrics.question_metrics import question_file
 from toolchain.prune.budget.allocation import Protected
 from toolchain.prune.budget.limits import LimitSettings
 from toolchain.prune.budget.target import Measured, Target

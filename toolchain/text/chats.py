@@ -50,6 +50,17 @@ def tokenize_chats(
             yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def as_chats(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> list[str]:
+    """What a server makes of each prompt as a user's turn, up to where the answer begins.
+
+    Raises:
+        SenteiError: There is no chat template, or it refuses a prompt.
+    """
+    check_template(tokenizer, "--chat-template takes")
+    with ChatTemplate(tokenizer) as template:
+        return [template.render([{"role": "user", "content": each.rstrip()}]) for each in prompts]
+
+
 def chat_prompts(text: Text, tokenizer: PreTrainedTokenizerBase, *, count: int, longest: int) -> list[list[int]]:
     """Prompts for generation from a text of chats: each up to where its first answer begins.
 

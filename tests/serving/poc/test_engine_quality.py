@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from export.onnx_graph import export_onnx
+from serving.engines.transformers import TransformersEngine
 from serving.poc.answers import quality_of
 from serving.poc.engine_quality import Job, run
 from tests.command_line import sentei
 from toolchain.errors import SenteiError
+from toolchain.model.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +27,26 @@ def asked(wide_model, tmp_path_factory):
     ]  # fmt: skip
     questions.write_text("\n".join(map(json.dumps, rows)) + "\n")
     out = place / "original"
+    # A random model refuses nothing in words of anybody's list: a phrase is what it writes.
+    first = TransformersEngine(wide_model, dtype=torch.float32).generate(
+        load_tokenizer(wide_model)("Tree 0")["input_ids"], 4
+    )
+    open_rows = [
+        {"prompt": f"Tree {n}", "refusal_phrases": [load_tokenizer(wide_model).decode(first)]} for n in range(4)
+    ]
+    (place / "open.jsonl").write_text("\n".join(map(json.dumps, open_rows)) + "\n")
+    metrics = [
+        f"f1:{questions}#class=here", f"accuracy:{questions}#group=odd",
+        f"refusal_rate:{place / 'open.jsonl'}#wanted=refusals,tokens=4",
+    ]  # fmt: skip
     done = sentei(
-        "evaluate", wide_model, "--text", text, "--windows", 3, "--seq-len", 32, "--questions", questions, "-o", out
+        "evaluate", wide_model, "--text", text, "--windows", 3, "--seq-len", 32, "--questions", questions, "-o", out,
+        "--dtype", "float32", *(word for each in metrics for word in ("--metric", each)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return Job(
         engine="onnx", model=str(wide_model), export="", original=str(out), out="", texts=[str(text)],
-        questions=[str(questions)], chat_template=False,
+        questions=[str(questions)], metrics=metrics, chat_template=False,
     )  # fmt: skip
 
 
@@ -47,6 +63,10 @@ def test_an_export_that_rounds_nothing_answers_as_the_original_and_a_rounded_one
     # Question by question, by the score that sentei evaluate gives, its groups included.
     assert found["fp32"].questions == original.questions
     assert {each.subject for each in original.questions} == {"odd", "even"}
+    # So are the metrics, whether the model takes a choice or writes; their names are those of the files alone.
+    assert found["fp32"].metrics == original.metrics
+    refused = original.metrics["refusal_rate:open.jsonl#wanted=refusals,tokens=4"]
+    assert refused.value >= 0.25 and len(original.metrics) == 3
     rounded = found["int4"].perplexity["text.txt"]
     assert abs(rounded.value - 1) > 100 * abs(ratio.value - 1)
     assert rounded.low < rounded.value < rounded.high

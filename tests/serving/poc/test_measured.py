@@ -6,6 +6,7 @@ import pytest
 
 from serving.benchmark.results_document import ResultsDocument
 from serving.decision.document import CandidateRecord
+from serving.poc.answers import Quality
 from serving.poc.measured import gain_metric, original_record, with_speed
 from tests.serving.poc.world import WRITTEN
 
@@ -59,7 +60,9 @@ def test_where_requests_failed_there_is_no_gain_and_no_load():
 
 def test_the_originals_load_is_that_of_all_benchmarks_together():
     found = results("benchmark-onnx")
-    alone, both = (original_record([], [found] * count).load.requests_per_s for count in (1, 2))
+    alone, both = (
+        original_record(Quality(perplexity={}, questions=[]), [found] * count).load.requests_per_s for count in (1, 2)
+    )
     assert both.value == pytest.approx(alone.value)
     assert both.high - both.low < alone.high - alone.low
-    assert original_record([], []).load is None
+    assert original_record(Quality(perplexity={}, questions=[]), []).load is None

@@ -1,5 +1,7 @@
 """Every mistake that a person makes in ``poc.yaml`` gives the line and the fix."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +37,7 @@ alternatives:
   quantised: [int8]
 """
 
+SAFE = "    safety: 0.9\n  metrics"
 MISTAKES = [
     # What is written for what, the line, and parts of what is said.
     ("most_perplexity", "most_perplexty", 15, "most_perplexty is not known", "Did you mean most_perplexity?"),
@@ -53,6 +56,10 @@ MISTAKES = [
     ("most_perplexity: 1.2", "most_perplexity: 1,2", 15, "most_perplexity is '1,2'", "Write a number."),
     ("most_perplexity: 1.2", "most_perplexity: 20 %", 15, "most_perplexity is '20 %'", "Write a number."),
     ("safety: 0.9", "safety: 90", 18, "guard_rails.groups.safety is 90", "at most 1"),
+    ("    safety: 0.9", f"{SAFE}: {{refusal_rate:q.jsonl: 0.9}}", 19, "refusals are good or bad", "wanted=refusals"),
+    ("    safety: 0.9", f"{SAFE}: {{perplexity: 0.9}}", 19, "perplexity is no metric of questions", "accuracy:FILE"),
+    ("    safety: 0.9", f"{SAFE}:\n    valid_json:q.jsonl: 90", 20, "is 90", "at most 1"),
+    ("    safety: 0.9", f"{SAFE}: {{f1:a/q#class=b: 0.9, f1:q#class=b: 0.8}}", 19, "called f1:q#class=b", "rename"),
     ("engine: onnx", "engine: ollama", 10, "engine is 'ollama'", "Write onnx or vllm."),
     ("version: 1", "version: 2", 1, "version is 2", "Write 1."),
     ("input_len: 512", "input_len: 512.5", 12, "workload.input_len is 512.5", "Write a whole number."),
@@ -86,6 +93,15 @@ def test_a_mistake_is_told_with_its_line_and_what_to_write(right, wrong, line, w
     assert fix in str(error.value)
 
 
+def test_a_metrics_name_is_read_with_its_group_whole(tmp_path):
+    """In YAML, # begins a comment only behind a space."""
+    path = tmp_path / "poc.yaml"
+    metrics = "  metrics:\n    refusal_rate:q.jsonl#group=有給 休暇,wanted=answers: 0.05\n    f1:q.jsonl#class=a: 0.5\n"
+    path.write_text(GOOD.replace("  groups:\n", f"{metrics}  groups:\n"), encoding="utf-8")
+    limits = {"refusal_rate:q.jsonl#group=有給 休暇,wanted=answers": 0.05, "f1:q.jsonl#class=a": 0.5}
+    assert read_poc(path).guard_rails.metrics == limits
+
+
 def test_a_good_file_is_read_as_it_is_meant(tmp_path):
     path = tmp_path / "poc.yaml"
     path.write_text(GOOD, encoding="utf-8")
@@ -116,7 +132,7 @@ def test_every_line_that_the_template_has_commented_out_is_right_too(language, t
         is_key = line.strip().startswith("# ") and line.startswith("  ") and key.replace("_", "").isalpha()
         lines.append(line.replace("# ", "", 1) if is_key and ":" in bare else line)
     # What follows a key with two spaces of its own stands below it.
-    opened = "\n".join(lines).replace("#   safety: 0.90", "  safety: 0.90")
+    opened = re.sub("#   (safety|refusal_rate|f1|valid_json):", r"  \1:", "\n".join(lines))
     assert opened.count("#") < text.count("#") - 8
     path = tmp_path / "poc.yaml"
     path.write_text(opened, encoding="utf-8")

@@ -30,12 +30,14 @@ class Truth:
         loss: Perplexity over the original's.
         gain: In speed, over the original's.
         right: Share of right answers, by subject.
+        metrics: Of one's own questions, by label; each was measured to within 0.02.
         memory_bytes: At most.
     """
 
     loss: float = 1.05
     gain: float = 1.3
     right: Mapping[str, float] = field(default_factory=lambda: {"law": 0.8, "safety": 0.9})
+    metrics: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: int = 500_000_000
 
 
@@ -94,11 +96,23 @@ def write_evaluation(out: Path, name: str, truth: Truth) -> None:
     else:
         ratio = {"value": truth.loss, "low": truth.loss * 0.99, "high": truth.loss * 1.01}
         document["text_comparisons"][0]["perplexity_ratio"] |= ratio
+    document["metrics"] = [
+        {
+            "model": side, "directory": name, "metric": label, "source": "q.jsonl", "questions_sha256": "0",
+            "higher_is_better": True, "num_questions": 9, "num_counted": 9, "max_new_tokens": None, "bos": None,
+            "chat_template": False, "duration_s": 1, "score": {"value": value, **ends(value)},
+        }
+        for label, value in truth.metrics.items()
+    ]  # fmt: skip
     parts = out / "parts"
     parts.mkdir(parents=True)
     (out / "evaluation.json").write_text(json.dumps(document), encoding="utf-8")
     part = {"identity": {"task": QUESTIONS}, "result": {"metric": "acc_norm", "questions": answers(truth)}}
     (parts / f"{side}-{QUESTIONS}-0123456789abcdef.json").write_text(json.dumps(part), encoding="utf-8")
+
+
+def ends(value: float) -> dict[str, float]:
+    return {"low": max(0, value - 0.02), "high": min(1, value + 0.02)}
 
 
 def write_engine_quality(out: Path, truth: Truth) -> None:
@@ -107,6 +121,7 @@ def write_engine_quality(out: Path, truth: Truth) -> None:
     ratio = {"value": truth.loss, "low": truth.loss * 0.99, "high": truth.loss * 1.01}
     content = {
         "schema_version": 1, "kind": "engine_quality", "perplexity": {TEXT: ratio}, "questions": {QUESTIONS: asked},
+        "metrics": {label: {"value": value, **ends(value)} for label, value in truth.metrics.items()},
     }  # fmt: skip
     (out / "engine_quality.json").write_text(json.dumps(content), encoding="utf-8")
 

@@ -9,6 +9,7 @@ from toolchain.evaluate.comparison import compare_task, mean_score, perplexity_r
 from toolchain.evaluate.document import (
     EvaluationDocument,
     GenerationComparison,
+    MetricResult,
     Sample,
     Share,
     TaskResult,
@@ -16,6 +17,7 @@ from toolchain.evaluate.document import (
     TextResult,
     WorsePassage,
 )
+from toolchain.evaluate.own_metrics import compare, parse_metrics
 
 EVIL = "<img src=x onerror='alert(1)'>"
 
@@ -104,6 +106,32 @@ def test_how_a_task_was_asked_stands_beside_its_score(tmp_path):
     assert "Mean score of the tasks (5 examples, in the chat template)" in text
     render_report([tmp_path], tmp_path / "report.md")
     assert "(acc, 5 examples, in the chat template)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_metrics_of_ones_own_questions_stand_among_the_tasks(tmp_path):
+    name = f"refusal_rate:own.jsonl#group=a|b{EVIL},wanted=answers"
+    (asked,) = parse_metrics([name])
+    outcomes = {"original": [False] * 20, "pruned": [True] * 12 + [False] * 8}
+    metrics = [
+        MetricResult(model=side, directory="d", metric=name, source="own.jsonl", questions_sha256="0",
+                     higher_is_better=False, num_questions=20, num_counted=20, max_new_tokens=32, bos=None,
+                     chat_template=True, duration_s=1.0, score=share([float(each) for each in outcomes[side]]))
+        for side in ("original", "pruned")
+    ]  # fmt: skip
+    found = document().model_copy(
+        update={"metrics": metrics, "metric_comparisons": [compare(asked, outcomes["original"], outcomes["pruned"])]}
+    )
+    found.save(tmp_path)
+    render_report([tmp_path], tmp_path / "report.html")
+    row = next(each for each in page_text(tmp_path / "report.html").split("<tr>") if "refusal_rate" in each)
+    assert "own.jsonl" in row and "wanted=answers, in the chat template" in row
+    # It refuses 60 % more where answers are wanted: higher, and worse.
+    assert ">+60.0<" in row and ">worse</span>" in row
+    assert "<img" not in row
+    render_report([tmp_path], tmp_path / "report.md")
+    table = (tmp_path / "report.md").read_text(encoding="utf-8")
+    (line,) = [each for each in table.splitlines() if "refusal_rate" in each]
+    assert line.replace("\\|", "").count("|") == 8
 
 
 def one_side(side: str, **read) -> EvaluationDocument:

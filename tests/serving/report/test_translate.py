@@ -40,6 +40,7 @@ SAID_OF_DATA = {
     ratios.RATIO_FORMULA, model_facts.PREFILL_FORMULA, model_facts.DECODE_FORMULA, model_facts.END_TO_END_FORMULA,
     *roofline.PHASES, "prefill and decode", "compute", "memory",
     *get_args(Verdict), "document", "window", "exact McNemar test", "paired t-test of the questions' scores",
+    "paired t-test of jackknife values of the questions",
     "tokens/s", "requests/s", "ms", "original", "pruned", "after stage 1", "perplexity", "kl", "accuracy", "metric",
 }  # fmt: skip
 

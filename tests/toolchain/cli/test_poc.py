@@ -96,6 +96,8 @@ def test_what_is_there_is_gone_on_with_only_if_asked(poc, tmp_path, monkeypatch)
         ("text: [calibration.txt]", "text: [0.5:calibration.txt, held.txt]", "held.txt has no weight"),
         ("questions: [own.jsonl]", "questions: [gone.jsonl]", "gone.jsonl does not exist"),
         ("  # groups: ", "  groups: {law: 0.9} # ", "no question has the subject law"),
+        ("  # metrics: ", "  metrics: {valid_json:gone.jsonl: 0.9} # ", "gone.jsonl does not exist"),
+        ("  # metrics: ", "  metrics: {f1:own.jsonl#class=d: 0.9} # ", "no question has the right answer 'd'"),
         ("siblings: []", "siblings: [no/such/model/at/all]", "no/such/model"),
     ],
 )

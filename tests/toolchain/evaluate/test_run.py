@@ -16,7 +16,9 @@ from toolchain.evaluate.fewshot import example_source, set_examples
 from toolchain.evaluate.lm_eval_tasks import load_task, run_task
 from toolchain.evaluate.local_tasks import TASK_FILES
 from toolchain.evaluate.task_requests import TaskRequest, parse_task
-from toolchain.metrics.accuracy import AccuracyMetric, load_questions
+from toolchain.metrics.accuracy import ChoicesMetric
+from toolchain.metrics.question_metrics import QuestionMetric
+from toolchain.metrics.questions import load_questions
 from toolchain.metrics.token_metrics import measure
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import load_model, load_tokenizer
@@ -261,7 +263,9 @@ def test_a_persons_own_questions_score_as_the_search_scores_them(demo_model: Pat
     assert [each["subject"] for each in result["questions"]] == [None, "nature", None, None, None]
     walk = LayerWalk(demo[0], open_checkpoint(demo_model).family)
     for question, answered in zip(questions, result["questions"], strict=True):
-        metric = AccuracyMetric([question], demo[1], source="mine", seq_len=64)
+        metric = ChoicesMetric(
+            [question], demo[1], asked=QuestionMetric(kind="accuracy", file=Path("mine")), seq_len=64
+        )
         assert measure(walk, metric) == answered["scores"]["acc_norm"]
         losses = torch.zeros(len(question.choices))
         states = walk.forward(walk.embed(metric.ids))[metric._row, metric._place]

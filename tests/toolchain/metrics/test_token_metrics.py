@@ -12,8 +12,10 @@ from tests.command_line import PLAIN, refused, sentei
 from tests.conftest import prune_by_hand
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
-from toolchain.metrics.accuracy import AccuracyMetric, Question
+from toolchain.metrics.accuracy import ChoicesMetric
 from toolchain.metrics.choose import choose_metric
+from toolchain.metrics.question_metrics import QuestionMetric
+from toolchain.metrics.questions import Question
 from toolchain.metrics.token_metrics import measure
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.loading import load_model, load_tokenizer
@@ -94,12 +96,17 @@ def test_accuracy_is_that_of_scores_per_character(demo_model: Path, questions: P
 def test_long_prompts_lose_their_beginning(demo_model: Path):
     tokenizer = load_tokenizer(demo_model)
     question = Question(prompt="word " * 100 + "end", choices=("one", "two"), answer=0)
-    metric = AccuracyMetric([question], tokenizer, source="q", seq_len=16)
+    metric = ChoicesMetric([question], tokenizer, asked=QuestionMetric(kind="accuracy", file=Path("q")), seq_len=16)
     assert metric.ids.shape[1] <= 16
     whole = tokenizer(question.prompt + " one")["input_ids"]
     assert metric.ids[0].tolist() == whole[-16:]
     with pytest.raises(SenteiError, match="question 1: a choice has"):
-        AccuracyMetric([Question(prompt="a", choices=("word " * 50, "b"), answer=0)], tokenizer, source="q", seq_len=16)
+        ChoicesMetric(
+            [Question(prompt="a", choices=("word " * 50, "b"), answer=0)],
+            tokenizer,
+            asked=QuestionMetric(kind="accuracy", file=Path("q")),
+            seq_len=16,
+        )
 
 
 @pytest.mark.parametrize(

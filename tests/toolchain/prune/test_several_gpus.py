@@ -16,8 +16,10 @@ from tests.several_devices import OnGpu, gpus
 from toolchain.architecture.parts import SubBlock
 from toolchain.checkpoint.directory import Checkpoint, open_checkpoint
 from toolchain.errors import SenteiError
-from toolchain.metrics.accuracy import AccuracyMetric, load_questions
+from toolchain.metrics.accuracy import ChoicesMetric
 from toolchain.metrics.function import FunctionMetric
+from toolchain.metrics.question_metrics import QuestionMetric
+from toolchain.metrics.questions import load_questions
 from toolchain.metrics.token_metrics import PerplexityMetric, measure
 from toolchain.model import disk_layers
 from toolchain.model.disk_layers import open_walk
@@ -123,7 +125,12 @@ def test_block_methods_and_other_metrics_say_the_same(pico_model: Path, tmp_path
     (questions := tmp_path / "questions.jsonl").write_text(
         '{"prompt": "Trees are pruned in", "choices": [" winter", " summer"], "answer": 0}\n'
     )
-    accuracy = AccuracyMetric(load_questions(questions), load_tokenizer(pico_model), source="questions", seq_len=16)
+    accuracy = ChoicesMetric(
+        load_questions(questions),
+        load_tokenizer(pico_model),
+        asked=QuestionMetric(kind="accuracy", file=Path("questions")),
+        seq_len=16,
+    )
 
     def whole(model: torch.nn.Module, _tokenizer: object) -> float:
         return float(model(ids.to(model.device)).logits.logsumexp(-1).mean())

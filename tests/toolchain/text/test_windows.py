@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from toolchain.errors import SenteiError
-from toolchain.metrics.accuracy import read_questions
+from toolchain.metrics.questions import read_questions
 from toolchain.text.embedded import SOURCE
 from toolchain.text.sources import HubDataset, TextSource, parse_sources, parse_text, read_documents, text_name
 from toolchain.text.windows import load_mixture, load_windows, split_by_weight, windows_apart

@@ -71,6 +71,15 @@ def evaluate(
         list[Path] | None,
         questions_option('Your own, one {"prompt", "choices", "answer"} per line; several times.', panel=_TASKS),
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND:FILE",
+            help="As in sentei prune: accuracy:FILE, f1:FILE#class=TEXT, refusal_rate:FILE#wanted=refusals or "
+            "valid_json:FILE, all take group=NAME too; several times.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
     limit: Annotated[int | None, limit_option(panel=_TASKS)] = None,
     num_fewshot: Annotated[
         int | None,
@@ -112,14 +121,20 @@ def evaluate(
     """Measure quality: perplexity, tasks, your questions and generation, alone or against the original."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint.directory import open_checkpoint, resolve_model
+    from toolchain.evaluate.own_metrics import parse_metrics
     from toolchain.evaluate.run import EvaluationSettings
     from toolchain.evaluate.run import evaluate as run
     from toolchain.evaluate.task_requests import parse_batch_size, parse_requests
+    from toolchain.metrics.question_metrics import cost_in_words
     from toolchain.outputs import check_output_directory, new_directory
     from toolchain.parts_cache import Parts, unfinished_parts
     from toolchain.text.sources import parse_text
 
     requests = parse_requests(task or [], questions or [], num_fewshot=num_fewshot, fewshot=fewshot or [])
+    asked_metrics = parse_metrics(metric or [])
+    for each in asked_metrics:
+        if cost := cost_in_words(each):
+            output.note(cost)
     requests_at_a_time = None if batch_size is None else parse_batch_size(batch_size)
     if generations is None:
         generations = _DEFAULT_GENERATIONS if against and text and not offload else 0
@@ -132,6 +147,7 @@ def evaluate(
         num_windows=windows,
         seq_len=window_length(output, checkpoint, seq_len, SEQ_LEN),
         tasks=tuple(requests),
+        metrics=tuple(asked_metrics),
         limit=limit,
         chat_template=chat_template,
         batch_size=requests_at_a_time,

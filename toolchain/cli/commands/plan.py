@@ -208,6 +208,12 @@ def _show_reasons(console: Console, found: dict[str, Any]) -> None:
             instead = "itself" if step["removed"] == found["layer"] else str(step["removed"])
             table.add_row(str(step["step"]), f"{step['metric']:.4g}", place, instead, f"{step['best']:.4g}")
         console.print(table, soft_wrap=False)
+        for step in attention["steps"]:
+            if tie := step["tie"]:
+                console.print(
+                    f"  Step {step['step']} was a tie. Perplexity without this attention is {tie['perplexity']:.5g}; "
+                    f"the lowest, {tie['best']:.5g}, decided."
+                )
     elif found["blocks"] is not None:
         for candidate, score in found["blocks"].items():
             console.print(f"  {candidate}: {score:.4g} in the method's first look")

@@ -161,11 +161,12 @@ def prune(
     metric: Annotated[
         str,
         typer.Option(
-            help="The metric that decides: perplexity, kl, accuracy:FILE.jsonl or package.module:function.",
+            help="The metric that decides: perplexity, kl, accuracy:FILE, f1:FILE#class=TEXT, "
+            "refusal_rate:FILE#wanted=refusals, valid_json:FILE (all take group=NAME too) or package.module:function.",
             rich_help_panel=_SEARCH,
         ),
     ] = "perplexity",
-    chat_template: Annotated[bool, chat_template_option("the questions of --metric accuracy", panel=_SEARCH)] = False,
+    chat_template: Annotated[bool, chat_template_option("the questions of --metric", panel=_SEARCH)] = False,
     search: Annotated[
         SearchKind | None,
         typer.Option(
@@ -253,6 +254,7 @@ def prune(
     )
     if not calibration:
         output.note("No --calibration: taking the Python language reference. Text like your users' keeps more quality.")
+    _tell_cost(output, metric, limit_metric)
     name = model_name(directory)
     with output.telling_what_stays():
         if sweep is not None:
@@ -279,6 +281,16 @@ def _check_options(context: typer.Context, method: PruningMethod) -> None:
         raise SenteiError(f"--method {method.name} {method.refusal} --{option}.", method.way_out)
     if not method.has_budget and is_given(context, "evopress_budget"):
         raise SenteiError("--evopress-budget is for --method evopress.", "Leave one out, or add the other.")
+
+
+def _tell_cost(output: Output, *metrics: str | None) -> None:
+    """Says how much every model will have to write, where a metric looks at written answers."""
+    from toolchain.metrics.question_metrics import cost_in_words, parse_question_metric
+
+    for name in dict.fromkeys(each for each in metrics if each):
+        asked = parse_question_metric(name)
+        if asked is not None and (cost := cost_in_words(asked)):
+            output.note(cost)
 
 
 def _check_target_options(context: typer.Context, target: list[str] | None, costs: Path | None) -> None:
@@ -452,6 +464,9 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
             )
     if limit := summary.get("limit"):
         console.print(f"  limit        {limit_in_words(limit)}")
+    if ties := summary["num_ties"]:
+        of_all = f"{ties} of {len(summary['removed_attention'])} attentions"
+        console.print(f"  ties         {of_all} went by perplexity, as several left the same {damage['name']}")
     if summary["stopped_because"]:
         console.print(f"  stopped      {summary['stopped_because']}")
 

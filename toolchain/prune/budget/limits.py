@@ -53,9 +53,9 @@ def limit_asked(
     if name == "max_degradation" and metric.name == "kl":
         raise SenteiError("kl is 0 for the original, and no multiple of it is a limit.", "Use --max-metric.")
     if name == "max_metric" and metric.higher_is_better:
-        raise SenteiError(f"For {metric.name}, higher is better.", "Use --min-metric.")
+        raise SenteiError(f"For {_named(metric)}, higher is better.", "Use --min-metric.")
     if name == "min_metric" and not metric.higher_is_better:
-        raise SenteiError(f"For {metric.name}, lower is better.", "Use --max-metric.")
+        raise SenteiError(f"For {_named(metric)}, lower is better.", "Use --max-metric.")
     return LimitRecord(
         metric=metric.name,
         source=metric.source,
@@ -67,6 +67,11 @@ def limit_asked(
         value=0.0,
         windows=list(windows),
     )
+
+
+def _named(metric: Metric) -> str:
+    """Which way a refusal rate is better depends on what is wanted of the file."""
+    return metric.name if metric.source is None else f"{metric.name} ({metric.source})"
 
 
 def resolve_limit(limit: LimitRecord, original: float) -> LimitRecord:
@@ -104,6 +109,8 @@ def why_nothing(limit: LimitRecord) -> str:
 
 
 def _where(limit: LimitRecord) -> str:
+    if limit.source is not None:
+        return f" on {limit.source}"
     count = sum(each.num_windows for each in limit.windows)
     return f" on {count} window{'s' if count > 1 else ''} kept apart" if count else ""
 

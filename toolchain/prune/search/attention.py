@@ -8,8 +8,10 @@ import torch
 
 from toolchain.architecture.parts import SubBlock
 from toolchain.errors import SenteiError
-from toolchain.metrics.function import FunctionMetric
-from toolchain.metrics.token_metrics import Metric, StateMetric, TokenMetric, finite, measure
+from toolchain.metrics.accuracy import ChoicesMetric
+from toolchain.metrics.model_metric import ModelMetric
+from toolchain.metrics.token_metrics import Metric, PerplexityMetric, StateMetric, TokenMetric, finite, measure
+from toolchain.metrics.written import WrittenMetric
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.plan.document import Dropped
 from toolchain.prune.search.candidates import EnteringStates, embedded_states
@@ -26,11 +28,13 @@ class Tried:
         removed: Layer.
         candidates: Metric by layer.
         dropped: Those that lost a race before they were measured on everything.
+        ties: The perplexity, by layer, of those that had the best metric together; empty where one alone had.
     """
 
     removed: int
     candidates: dict[int, float]
     dropped: dict[int, Dropped] = field(default_factory=dict)
+    ties: dict[int, float] = field(default_factory=dict)
 
 
 def removals(
@@ -40,10 +44,14 @@ def removals(
     removed: Collection[int] = (),
     protected: Collection[int] = (),
     race: bool = False,
+    tie_breaker: PerplexityMetric | None = None,
     ranks: Ranks = ALONE,
     on_candidate: Callable[[], None] = lambda: None,
 ) -> Iterator[Tried]:
-    """Removes attentions greedily (arXiv 2501.17771, section 3.2), one a ``next()``; ties go to the lower layer.
+    """Removes attentions greedily (arXiv 2501.17771, section 3.2), one a ``next()``.
+
+    A metric that counts has few values, and candidates share them: of those with the best one, the tie breaker decides,
+    and if that is the same too, the lower layer goes.
 
     Args:
         walk: Over the model with its FFNs already narrowed. Each removal is made in it before it is yielded.
@@ -51,6 +59,7 @@ def removals(
         removed: Layers that have lost their attention already.
         protected: Layers whose attention is never tried.
         race: Drop candidates that fall behind early (:mod:`toolchain.prune.search.racing`), not measuring all of them.
+        tie_breaker: Decides among candidates with the same metric, unless the metric is one like it.
         ranks: Who shares the candidates; all of them make the same removals.
         on_candidate: Called after each candidate, for progress.
 
@@ -58,13 +67,14 @@ def removals(
         The removal made, with the candidates' metrics, until none is left.
 
     Raises:
-        SenteiError: The metric is NaN or Inf or the same for every candidate, or memory does not suffice for one.
+        SenteiError: The metric is NaN or Inf, or the same for every candidate though it does not count questions; or
+            memory does not suffice for one candidate.
     """
     remaining = [layer for layer in range(len(walk.layers)) if layer not in removed and layer not in protected]
     states: EnteringStates | None = None
     while remaining:
         dropped: dict[int, Dropped] = {}
-        if isinstance(metric, FunctionMetric):
+        if isinstance(metric, ModelMetric):
             scores = scores_of_models(walk, metric, remaining, on_candidate, ranks)
         else:
             states = states or embedded_states(walk, metric.ids)
@@ -74,32 +84,38 @@ def removals(
             scores = candidate_scores(walk, metric, finalists, states, on_candidate, ranks)
             for _ in dropped:
                 on_candidate()
-        best = _best(metric, scores)
+        tied = _best(metric, scores)
+        ties = {}
+        if len(tied) > 1 and tie_breaker is not None and not isinstance(metric, PerplexityMetric):
+            ties = candidate_scores(walk, tie_breaker, tied, embedded_states(walk, tie_breaker.ids), ranks=ranks)
+        best = min(tied, key=lambda layer: (ties.get(layer, 0.0), layer))
         walk.layers.remove_attention(best)
         if states is not None:
             states.forget_above(best)
         remaining.remove(best)
-        yield Tried(removed=best, candidates=scores, dropped=dropped)
+        yield Tried(removed=best, candidates=scores, dropped=dropped, ties=ties)
 
 
-def _best(metric: Metric, scores: dict[int, float]) -> int:
-    if len(scores) > 1 and len(set(scores.values())) == 1:
+def _best(metric: Metric, scores: dict[int, float]) -> list[int]:
+    """The layers with the best value, ascending."""
+    counts = isinstance(metric, ChoicesMetric | WrittenMetric)
+    if len(scores) > 1 and len(set(scores.values())) == 1 and not counts:
         raise SenteiError(
             f"The {metric.name} is {next(iter(scores.values())):g} for every candidate: it cannot tell them apart.",
             "Use a finer metric or more text.",
         )
-    sign = -1 if metric.higher_is_better else 1
-    return min(scores, key=lambda layer: (sign * scores[layer], layer))
+    best = (max if metric.higher_is_better else min)(scores.values())
+    return sorted(layer for layer, value in scores.items() if value == best)
 
 
 def scores_of_models(
     walk: LayerWalk,
-    metric: FunctionMetric,
+    metric: ModelMetric,
     candidates: list[int],
     on_candidate: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> dict[int, float]:
-    """The metric of each candidate's removal, by a function that runs the model itself."""
+    """The metric of each candidate's removal, by a metric that runs the model itself."""
     scores = torch.zeros(len(candidates), dtype=torch.float64)
     own = ranks.share(len(candidates))
     for number in own:

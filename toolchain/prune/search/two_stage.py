@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toolchain.metrics.token_metrics import Metric, measure
+from toolchain.metrics.token_metrics import Metric, PerplexityMetric, measure
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.model.slicing import KeptNeurons
 from toolchain.plan.document import PlanDocument, Removal, Rung
@@ -41,6 +41,7 @@ class Search:
         metric: Decides what is removed.
         allocation: The split of the sparsity between attentions and FFNs; ``None`` where a target chose the shape.
         limit_metric: What the plan's limit looks at, if that is not ``metric``.
+        tie_breaker: Decides among attentions whose removal leaves the same metric.
         ranks: Who shares the work; all of them come to the same plan.
         share: How the sums of a stage are divided among the ranks, and where they are kept; by the stage's name.
         save: Told of the plan after each step.
@@ -53,6 +54,7 @@ class Search:
     metric: Metric
     allocation: Allocation | None = None
     limit_metric: Metric | None = None
+    tie_breaker: PerplexityMetric | None = None
     ranks: Ranks = ALONE
     share: Callable[[str], Shared] = lambda stage: UNSHARED
     save: Callable[[PruningPlan], None] = lambda plan: None
@@ -237,6 +239,7 @@ class Search:
                 removed=done,
                 protected=protected,
                 race=document.search == "racing",
+                tie_breaker=self.tie_breaker,
                 ranks=self.ranks,
                 on_candidate=advance,
             )
@@ -258,6 +261,7 @@ class Search:
             metric=metric,
             candidates=tried.candidates,
             dropped=tried.dropped or None,
+            ties=tried.ties or None,
             num_block_parameters=plan.steps[-1].num_block_parameters - self.sizes.attention - self.sizes.attention_norm,
             limit_metric=None if limit_metric is None else self._measured(limit_metric),
         )
