@@ -33,7 +33,7 @@ test-newest:
 
 # The long ones; those that measure time come last, with nothing beside them.
 acceptance: $(VENV)/.test quantize-env
-	$(PIP_INSTALL) -e '.[llama-cpp,deploy-validators]'
+	$(PIP_INSTALL) -e '.[llama-cpp,deploy-validators,report-validators]'
 	$(TWO_AT_A_TIME)
 	$(TWO_AT_A_TIME) -m 'acceptance and not alone'
 	$(BIN)/pytest -m alone

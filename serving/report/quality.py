@@ -123,7 +123,8 @@ def _generation(found: GenerationComparison, say: Say) -> list[tuple[str, str]]:
         before, after = 100 * found.repetition_original, 100 * found.repetition_pruned
         judged = _change(found.repetition_change, 100, "+.1f", say)
         verdict = say(str(judged["verdict"]))
-        rows.append((say("4-grams that repeat"), f"{before:.1f} % → {after:.1f} % (p {judged['p_value']}: {verdict})"))
+        p_value = f"p {judged['p_value']}: " if judged["p_value"] else ""
+        rows.append((say("4-grams that repeat"), f"{before:.1f} % → {after:.1f} % ({p_value}{verdict})"))
     for size in (1, 2):
         before, after = getattr(found, f"distinct_{size}_original"), getattr(found, f"distinct_{size}_pruned")
         if before is not None and after is not None:

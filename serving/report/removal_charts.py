@@ -38,10 +38,16 @@ def layers_chart(layout: Sequence[LayerLayout], intermediate_size: int, say: Say
         )  # fmt: skip
     figure.update_layout(barmode="stack", bargap=0.18)
     figure.update_yaxes(
-        range=[0, 122], tickvals=[0, 25, 50, 75, 100, 112], title=say("FFN neurons kept"),
+        range=[0, 122], tickvals=[0, 25, 50, 75, 100, 112], title={"text": say("FFN neurons kept"), "standoff": 16},
         ticktext=["0 %", "25 %", "50 %", "75 %", "100 %", say("attention")],
     )  # fmt: skip
-    figure.update_xaxes(title=say("decoder layer"), range=[-0.7, len(layout) - 0.3], showgrid=False)
+    # Left alone, the axis of a few layers counts halves of them.
+    figure.update_xaxes(
+        title=say("decoder layer"),
+        range=[-0.7, len(layout) - 0.3],
+        showgrid=False,
+        dtick=1 if len(layout) < 8 else None,
+    )
     return fragment(figure, "layers", height=330)
 
 
@@ -57,7 +63,6 @@ def perplexity_chart(values: Sequence[tuple[str, float, float | None]], say: Say
             text=[f"{value:.4g}" for _, value, _ in values],
             textposition="inside",
             insidetextanchor="start",
-            textfont_color="white",
             orientation="h",
             hoverinfo="skip",
         )
@@ -79,7 +84,7 @@ def trace_chart(steps: Sequence[tuple[str, float]], metric: str, say: Say) -> st
         )
     )  # fmt: skip
     figure.update_xaxes(tickvals=list(range(len(steps))), ticktext=[label for label, _ in steps], title=say("step"))
-    figure.update_yaxes(title=say("%(metric)s, calibration window", metric=metric))
+    figure.update_yaxes(title=metric)
     return fragment(figure, "trace", height=300)
 
 

@@ -207,9 +207,9 @@ def _metric_row(name: str, metric: Mapping[str, Any], expected: Mapping[str, Any
     }
 
 
-def _curves(measurements: Sequence[Mapping[str, Any]], name: str, say: Say) -> list[str]:
+def _curves(measurements: Sequence[Mapping[str, Any]], name: str, say: Say) -> list[dict[str, str]]:
     """Latency against throughput, where several loads of one kind were measured and none failed."""
-    fragments = []
+    drawn = []
     for kind in ("concurrency", "request_rate"):
         swept = [each for each in measurements if each["workload"][kind] and not any(each["failed_requests"].values())]
         if len(swept) < 2:
@@ -221,8 +221,8 @@ def _curves(measurements: Sequence[Mapping[str, Any]], name: str, say: Say) -> l
                 if all(each["metrics"][metric][side]["median"] for each in swept)
             }
             if points:
-                fragments.append(charts.load_chart(f"curve-{name}-{kind}-{metric}", points, label, say))
-    return fragments
+                drawn.append(charts.load_chart(f"curve-{name}-{kind}-{metric}", points, label, say))
+    return drawn
 
 
 def _point(measurement: Mapping[str, Any], side: str, metric: str, say: Say) -> dict[str, Any]:
@@ -236,14 +236,14 @@ def _point(measurement: Mapping[str, Any], side: str, metric: str, say: Say) -> 
     }
 
 
-def _distributions(percentiles: Mapping[str, Any], name: str, say: Say) -> list[str]:
+def _distributions(percentiles: Mapping[str, Any], name: str, say: Say) -> list[dict[str, str]]:
     """The distributions that spread at all: requests of one batch share their times."""
-    fragments = []
+    drawn = []
     for time, label in _TIMES.items():
         sides = {side: values for side, values in percentiles.get(time, {}).items() if values}
         if any(max(values.values()) > min(values.values()) for values in sides.values()):
-            fragments.append(charts.percentile_chart(f"distribution-{name}-{time}", sides, label, say))
-    return fragments
+            drawn.append(charts.percentile_chart(f"distribution-{name}-{time}", sides, label, say))
+    return drawn
 
 
 def _costs(measurements: Sequence[Mapping[str, Any]], say: Say) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ def _ratio_ticks(low: float, high: float) -> list[float]:
     return [float(base) ** power for power in powers]
 
 
-def load_chart(name: str, points: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, say: Say) -> str:
+def load_chart(name: str, points: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, say: Say) -> dict[str, str]:
     """Latency against throughput, a line a model, a point a load.
 
     Args:
@@ -71,8 +71,15 @@ def load_chart(name: str, points: Mapping[str, Sequence[Mapping[str, Any]]], met
             ms).
         metric: What the milliseconds are.
         say: The page's language.
+
+    Returns:
+        ``chart``, Plotly's fragment, and ``text``, which says the same for those who do not see it.
     """
     figure = new_figure()
+    said = {
+        side: [f"{point['load']}: {point['throughput']:.4g} {say('tokens/s')}, {point['ms']:.4g} ms" for point in each]
+        for side, each in points.items()
+    }
     for side, each in points.items():
         figure.add_scatter(
             x=[point["throughput"] for point in each],
@@ -89,17 +96,18 @@ def load_chart(name: str, points: Mapping[str, Sequence[Mapping[str, Any]]], met
                 "array": [point["spread"][1] - point["ms"] for point in each],
                 "arrayminus": [point["ms"] - point["spread"][0] for point in each],
             },
-            hovertext=[
-                f"{point['load']}: {point['throughput']:.4g} {say('tokens/s')}, {point['ms']:.4g} ms" for point in each
-            ],
+            hovertext=said[side],
             hoverinfo="text",
         )  # fmt: skip
     figure.update_xaxes(title=say("output throughput, tokens/s"), rangemode="tozero")
     figure.update_yaxes(title=f"{metric}, ms", rangemode="tozero")
-    return fragment(figure, name, height=300)
+    text = _in_words(say("%(metric)s at each load.", metric=metric), said, say)
+    return {"chart": fragment(figure, name, height=300), "text": text}
 
 
-def percentile_chart(name: str, percentiles: Mapping[str, Mapping[str, float]], metric: str, say: Say) -> str:
+def percentile_chart(
+    name: str, percentiles: Mapping[str, Mapping[str, float]], metric: str, say: Say
+) -> dict[str, str]:
     """A distribution as its percentiles, a line a model.
 
     Args:
@@ -107,6 +115,9 @@ def percentile_chart(name: str, percentiles: Mapping[str, Mapping[str, float]], 
         percentiles: By side: percentile to ms, in ascending order.
         metric: What the milliseconds are.
         say: The page's language.
+
+    Returns:
+        As :func:`load_chart`.
     """
     figure = new_figure()
     for side, values in percentiles.items():
@@ -117,10 +128,16 @@ def percentile_chart(name: str, percentiles: Mapping[str, Mapping[str, float]], 
         )  # fmt: skip
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(title=f"{metric}, ms", rangemode="tozero")
-    return fragment(figure, name, height=260)
+    said = {
+        side: [f"p{percent}: {ms:.4g} ms" for percent, ms in values.items()] for side, values in percentiles.items()
+    }
+    text = _in_words(say("Percentiles of %(metric)s.", metric=metric), said, say)
+    return {"chart": fragment(figure, name, height=260), "text": text}
 
 
-def attainment_chart(name: str, tried: Mapping[str, Sequence[Mapping[str, float]]], attainment: float, say: Say) -> str:
+def attainment_chart(
+    name: str, tried: Mapping[str, Sequence[Mapping[str, float]]], attainment: float, say: Say
+) -> dict[str, str]:
     """The share of requests that met every limit at each request rate tried, in all repeats.
 
     Args:
@@ -128,16 +145,30 @@ def attainment_chart(name: str, tried: Mapping[str, Sequence[Mapping[str, float]
         tried: By side: ``request_rate`` and ``met``, from 0 to 1.
         attainment: The share that must meet them.
         say: The page's language.
+
+    Returns:
+        As :func:`load_chart`.
     """
     figure = new_figure()
+    said = {}
     for side, each in tried.items():
         ordered = sorted(each, key=lambda point: point["request_rate"])
+        said[side] = [
+            say("%(rate)s requests/s", rate=f"{point['request_rate']:.3g}") + f": {100 * point['met']:.0f} %"
+            for point in ordered
+        ]
         figure.add_scatter(
             x=[point["request_rate"] for point in ordered], y=[100 * point["met"] for point in ordered],
             mode="markers", name=say(side), marker={"size": 9, "color": _COLORS[side], "opacity": 0.75},
-            hovertemplate=say("%(rate)s requests/s", rate="%{x:.3g}") + ": %{y:.0f} %<extra></extra>",
+            hovertext=said[side], hoverinfo="text",
         )  # fmt: skip
     figure.add_hline(y=100 * attainment, line_width=1.5, line_dash="dot", line_color=REMOVED)
     figure.update_xaxes(title=say("requests/s"), type="log")
     figure.update_yaxes(title=say("requests within the limits, %"), range=[-3, 104])
-    return fragment(figure, name, height=300)
+    text = _in_words(say("Requests within the limits at each rate tried."), said, say)
+    return {"chart": fragment(figure, name, height=300), "text": text}
+
+
+def _in_words(subject: str, said: Mapping[str, Sequence[str]], say: Say) -> str:
+    """Every point, for those who do not see the chart."""
+    return " ".join([subject, *(f"{say(side)}: {'; '.join(points)}." for side, points in said.items())])

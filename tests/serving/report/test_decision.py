@@ -56,7 +56,7 @@ def test_the_verdict_comes_first_and_every_light_is_a_word(language, first, tmp_
     assert page.count('<th scope="row">25 %') == 3
     # All of the first candidate's lights are green, with what was measured.
     row = page[page.index('<th scope="row">25 %') :].split("</tr>")[0]
-    assert row.count("tag good") == 4 and "tag open" not in row and "95.0 % (93.1–96.9)" in row
+    assert row.count("tag good") == 4 and "tag open" not in row and "95.0 % (93.1–96.9)" in text_of(row)
     assert "●" in page and "■" in page
 
 

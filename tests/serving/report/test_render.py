@@ -273,6 +273,13 @@ def test_a_sweep_shows_its_curves_its_distributions_and_the_highest_load(tmp_pat
     assert "Highest load in vLLM with TTFT ≤ 500 ms, TPOT ≤ 50 ms" in text
     assert "1.50x" in text
     assert "The load generator used 1.2 processor cores" in text
+    # Who does not see the charts is told what they show.
+    for words in (
+        "Percentiles of TTFT. original: p5: 10 ms; p50: 20 ms; p99: 90 ms. pruned: p5",
+        "TPOT at each load. original: 1 at a time: 101 tokens/s, 101 ms; 4 at a time: 101 tokens/s, 101 ms. pruned",
+        "pruned: 2 requests/s: 95 %; 2 requests/s: 95 %; 2 requests/s: 95 %; 4 requests/s: 40 %",
+    ):
+        assert re.search(f'role="img" aria-label="[^"]*{re.escape(words)}', text), words
 
 
 def test_a_load_with_failed_requests_is_not_compared(tmp_path):
@@ -314,6 +321,9 @@ def test_the_japanese_report_has_no_english_sentence(everything, tmp_path, monke
     assert '<html lang="ja">' in page
     assert "元モデル比 1.21 倍" in page
     assert "リクエストの 90 % 以上がすべての SLO を満たした" in page
+    # Nor what shows under the mouse.
+    hovers = re.findall(r'"hover(?:text|template)":(\[.*?\]|".*?")', page)
+    assert len(hovers) > 20 and not [each for each in hovers if re.search(r"[A-Za-z]{3,} [a-z]{3,}", each)]
     # What the files of this test hold in words of their own.
     assert Heard.unknown == {"counted", "bytes", "paired"}
 
