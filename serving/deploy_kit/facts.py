@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,8 @@ class Side:
         tag: Of its image: other files, another tag.
         weight_bytes: Stored weights.
         size_on_disk_bytes: All files.
-        kv_bytes_per_token: Of one sequence.
+        kv_bytes_per_token: Of one sequence, where no layer has a sliding window.
+        kv_bytes: Of one sequence, by its tokens.
         context: Tokens that it reads at most.
     """
 
@@ -48,6 +49,7 @@ class Side:
     weight_bytes: int
     size_on_disk_bytes: int
     kv_bytes_per_token: int
+    kv_bytes: Callable[[int], int]
     context: int
 
 
@@ -86,7 +88,7 @@ class Kit:
 
     def least_memory_gib(self, side: Side) -> int:
         """Weights and one request of the longest kind, rounded up: less can never do."""
-        return -(-(side.weight_bytes + side.kv_bytes_per_token * self.max_model_len) // _GIB)
+        return -(-(side.weight_bytes + side.kv_bytes(self.max_model_len)) // _GIB)
 
     @property
     def has_shell_name(self) -> bool:
@@ -156,6 +158,7 @@ def _side(directory: Path, role: str) -> Side:
         weight_bytes=facts.weight_bytes,
         size_on_disk_bytes=facts.size_on_disk_bytes,
         kv_bytes_per_token=facts.kv_bytes_per_token,
+        kv_bytes=facts.kv_bytes,
         context=facts.max_len,
     )
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def structures(text: str) -> list[Any]:
 def containers(out: Path) -> list[dict[str, Any]]:
     found = structures((out / "kubernetes/servers.yaml").read_text())
     return [each["spec"]["template"]["spec"]["containers"][0] for each in found if each["kind"] == "Deployment"]
+
+
+def test_sliding_layers_ask_for_their_window_alone():
+    small = replace(kit("model"), max_model_len=131_072)
+    side = replace(small.sides[0], kv_bytes=lambda tokens: 2**20 * min(tokens, 512))
+    assert small.least_memory_gib(small.sides[0]) == 4  # 0.25 + 2.8
+    assert small.least_memory_gib(side) == 1
 
 
 def test_hadolint_finds_nothing(tmp_path):
