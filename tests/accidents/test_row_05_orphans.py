@@ -64,6 +64,7 @@ def test_the_plugin_ties_only_engines_that_sentei_started(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
     monkeypatch.setattr(vllm_plugin, "end_with_multiprocessing_parent", lambda: called.append(1))
     monkeypatch.setattr(vllm_plugin, "FAMILIES", {})
+    monkeypatch.setattr(vllm_plugin, "ask_with_each_width", lambda: None)
     vllm_plugin.register()
     assert not called
     monkeypatch.setenv(vllm_plugin.ENGINE_VARIABLE, "1")
