@@ -25,13 +25,10 @@ from toolchain.architecture.layout import LayerLayout, check_dimensions, read_la
 from toolchain.checkpoint.directory import Checkpoint, opened
 from toolchain.errors import SenteiError, is_out_of_memory, reason_of
 from toolchain.json_files import read_json_object
+from toolchain.model.tokenizer_files import check_tokenizer_files
 
 # Read by AutoTokenizer beside tokenizer.json, each an object.
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
-# Twice the largest known, Gemma 3's.
-_MOST_TOKENIZER_BYTES = 64_000_000
-# What else a tokenizer reads, and reads whole.
-_TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "merges.txt", "*chat_template*", "additional_chat_templates/*")
 _GENERATION_SETTINGS = "generation_config.json"
 _TOKEN_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MOST_TOKEN_ID = 2**31
@@ -169,10 +166,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     settings = {name: read_json_object(directory / name) for name in _TOKENIZER_SETTINGS if (directory / name).exists()}
     # Transformers makes a model's config of it, as large as it says, before it looks at the tokenizer.
     check_dimensions(settings.get("config.json", {}))
-    for path in (path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)):
-        is_folder = path.is_dir() and "chat_template" in path.name
-        if not is_folder and (not path.is_file() or path.stat().st_size > _MOST_TOKENIZER_BYTES):
-            raise SenteiError(f"{path} is not a file, or larger than {_MOST_TOKENIZER_BYTES:,} bytes.")
+    check_tokenizer_files(directory)
     with said_in_a_sentence(f"{directory} has no usable tokenizer"):
         try:
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
