@@ -6,14 +6,14 @@ metrics are standardised within each layer's attention and FFN; a head has the m
 in one ranking over all layers. Compensation: what removed inputs contribute on average becomes a bias behind the
 projection. Nothing is computed again after a removal.
 
-The paper leaves one thing open: its code squares the metric of attention before it is standardised, the paper has no
-square. Its models have no grouped queries, see :class:`baseline_units.HeadUnit`.
+Two things are open: the published code squares the metric of attention before it is standardised, and the models of the
+paper have no grouped queries (see :data:`baseline_units.HeadUnit`).
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,10 +31,13 @@ class Flap:
     Attributes:
         unit: What is ranked beside neurons.
         squared: The metric of attention is squared, as in the paper's code.
+        structure: ``AL-AM``, which the paper recommends, or ``UL-UM`` of its ablation: the same share of each layer's
+            heads and neurons goes.
     """
 
     unit: HeadUnit
-    squared: bool
+    squared: bool = False
+    structure: Literal["AL-AM", "UL-UM"] = "AL-AM"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,9 @@ def flap_scores(walk: LayerWalk, shape: Shape, statistics: Statistics, flap: Fla
     ffn = statistics.ffn_variance * _squared_norms(walk, walk.family.ffn_output)
     attention = _standardised(attention**2 if flap.squared else attention)
     num_units = shape.num_heads if flap.unit == "head" else shape.num_groups
-    return Scores(heads=attention.reshape(shape.num_layers, num_units, -1).mean(2), neurons=_standardised(ffn))
+    scores = attention.reshape(shape.num_layers, num_units, -1).mean(2), _standardised(ffn)
+    heads, neurons = scores if flap.structure == "AL-AM" else map(_quantiles, scores)
+    return Scores(heads=heads, neurons=neurons)
 
 
 def flap_biases(walk: LayerWalk, shape: Shape, statistics: Statistics, kept: Kept) -> Biases:
@@ -129,6 +134,11 @@ def flap_biases(walk: LayerWalk, shape: Shape, statistics: Statistics, kept: Kep
 def _standardised(metric: NDArray[np.float64]) -> NDArray[np.float64]:
     """Within each layer, over its inputs."""
     return (metric - metric.mean(1, keepdims=True)) / metric.std(1, ddof=1, keepdims=True)
+
+
+def _quantiles(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The share of each layer's units that goes before half of this one has gone."""
+    return (scores.argsort(1).argsort(1) + 0.5) / scores.shape[1]
 
 
 def _squared_norms(walk: LayerWalk, name: str) -> NDArray[np.float64]:

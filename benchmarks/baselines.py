@@ -48,9 +48,10 @@ from toolchain.parts_cache import digest_of
 from toolchain.text.windows import load_windows
 
 VARIANTS: Mapping[str, Flap | Gisp] = {
-    "flap head": Flap(unit="head", squared=False),
+    "flap head": Flap(unit="head"),
     "flap head squared": Flap(unit="head", squared=True),
-    "flap group": Flap(unit="group", squared=False),
+    "flap head UL-UM": Flap(unit="head", structure="UL-UM"),
+    "flap group": Flap(unit="group"),
     "flap group squared": Flap(unit="group", squared=True),
     "gisp head": Gisp(unit="head", divisor="published"),
     "gisp head weights": Gisp(unit="head", divisor="weights"),

@@ -236,6 +236,23 @@ def test_flap_scores_and_biases_are_its_definition(bench: SimpleNamespace, unit:
         np.testing.assert_allclose(biases.attention[layer], expected + np.zeros(HIDDEN), atol=1e-5)
 
 
+def test_flap_without_its_structure_takes_the_same_share_of_every_layer(bench: SimpleNamespace):
+    walk, ids = tiny("llama"), windows()
+    shape, statistics = bench.units.read_shape(walk), bench.flap.measure(walk, ids)
+    adaptive, even = (
+        bench.flap.flap_scores(walk, shape, statistics, bench.flap.Flap(unit="head", structure=each))
+        for each in ("AL-AM", "UL-UM")
+    )
+    whole = bench.units.num_parameters(shape, shape.everything, with_biases=True)
+    kept = bench.units.remove_lowest(shape, shape.everything, even, at_most=round(whole * 0.6), with_biases=True)
+    assert np.ptp(kept.neurons.sum(1)) <= 1 and np.ptp(kept.heads.sum(1)) <= 1 and not kept.heads.all()
+    # Within a layer the order is the same.
+    for left, scores in ((kept.heads, adaptive.heads), (kept.neurons, adaptive.neurons)):
+        assert all(
+            row[stays].min() > row[~stays].max() for stays, row in zip(left, scores, strict=True) if not stays.all()
+        )
+
+
 def test_what_does_not_fluctuate_costs_nothing_with_its_bias(bench: SimpleNamespace):
     """A neuron whose activation is constant has the lowest score of all, and its bias replaces it exactly."""
     walk, ids = tiny("llama"), windows(seq_len=6)
