@@ -358,7 +358,7 @@ def test_gisp_scores_again_each_round_and_leaves_the_last_layer_alone(bench: Sim
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in walk.model.parameters())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_the_lowest_go_until_the_budget_is_met_and_what_is_gone_stays_gone(data):
     import sys
