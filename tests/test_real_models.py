@@ -36,6 +36,14 @@ print(json.dumps({{
 PATH_OF_ONE = ["evaluate", "export onnx", "export vllm", "verify"]
 
 
+def write_texts(directory):
+    (directory / "wikitext2_test.txt").write_text("The gardener prunes the trees in winter. " * 300)
+    documents = [
+        json.dumps({"text": f"Document {number} is about trees and their fruit. " * 4}) for number in range(700)
+    ]
+    (directory / "c4_sample_1000docs.jsonl").write_text("\n".join(documents) + "\n")
+
+
 @pytest.fixture
 def bench(monkeypatch, tmp_path, pico_model):
     """Runs the benchmark on two texts with a stand-in for the product; returns what was asked of it in this call."""
@@ -43,11 +51,7 @@ def bench(monkeypatch, tmp_path, pico_model):
     import measured_command
     import real_models
 
-    (tmp_path / "wikitext2_test.txt").write_text("The gardener prunes the trees in winter. " * 300)
-    documents = [
-        json.dumps({"text": f"Document {number} is about trees and their fruit. " * 4}) for number in range(700)
-    ]
-    (tmp_path / "c4_sample_1000docs.jsonl").write_text("\n".join(documents) + "\n")
+    write_texts(tmp_path)
     monkeypatch.setattr(measured_command, "SENTEI", STAND_IN.format(place=str(tmp_path)))
     asked = tmp_path / "asked"
 
@@ -166,11 +170,11 @@ def test_the_product_itself_is_measured(bench, monkeypatch):
 
 @pytest.mark.acceptance
 def test_the_whole_path_of_a_pico_model(tmp_path, wide_model):
-    data = Path(os.environ.get("SENTEI_DATA", BENCHMARKS.parents[1] / "shared" / "data"))
+    write_texts(tmp_path)
     command = [
         sys.executable, str(BENCHMARKS / "real_models.py"), str(wide_model), "-o", str(tmp_path / "r.json"),
-        "--data", str(data), "--work", str(tmp_path / "work"), "--samples", "2", "--seq-len", "64", "--windows", "1",
-        "--cells", "*/default 0.25/*",
+        "--data", str(tmp_path), "--work", str(tmp_path / "work"), "--samples", "2", "--seq-len", "64",
+        "--windows", "1", "--cells", "*/default 0.25/*",
     ]  # fmt: skip
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)})
     cells = json.loads((tmp_path / "r.json").read_text())["models"]["wide"]["default 0.25"]
