@@ -70,7 +70,7 @@ def _announcement(out: Path, *, has_vllm: bool) -> str:
         "  4. export both, and verify the exports against their checkpoints\n"
         f"  5. benchmark original against pruned: {engines}\n"
         "  6. report.html\n"
-        f"About {'12' if has_vllm else '6'} minutes on 2 CPU cores."
+        f"About {'12' if has_vllm else '7'} minutes on 2 CPU cores."
     )
 
 
