@@ -20,7 +20,7 @@ from toolchain.errors import SenteiError
 # A list of empty lists takes 28 times its file's size in memory, 180 MB at most, and a second of time.
 MAX_BYTES = 6 * 1024 * 1024
 _MAX_DEPTH = 64
-# What a long line may have of the marks that begin or end something: a text's own quotes and commas are among them.
+# The marks that begin or end something, and how many of them a long line may have; a text's own are among them.
 _PARTS, _MOST_PARTS = (b"[", b"{", b",", b'"'), 4_000_000
 # Sums, squares and products of two such numbers are still floats.
 _MAX_NUMBER = 1e150
@@ -81,12 +81,17 @@ def read_json_lines(path: Path, *, hint: str = "", max_bytes: int = MAX_BYTES) -
                 where = f"{path} line {number}"
                 if len(line) > max_bytes:
                     raise SenteiError(f"{where} is longer than {max_bytes:,} bytes.", "Split it into several.")
-                if len(line) > MAX_BYTES and sum(map(line.count, _PARTS)) > _MOST_PARTS:
+                if len(line) > MAX_BYTES and num_parts(line) > _MOST_PARTS:
                     raise SenteiError(f"{where} is longer than {MAX_BYTES:,} bytes and is not one long text.", hint)
                 if line.strip():
                     yield where, parse_json(line, where, hint=hint)
     except OSError as error:
         raise SenteiError(f"{path} cannot be read ({error.strerror}).", hint) from error
+
+
+def num_parts(content: bytes) -> int:
+    """How many marks of JSON there are; it bounds the memory that the parsed values take."""
+    return sum(map(content.count, _PARTS))
 
 
 def read_bytes(path: Path, *, hint: str = "", max_bytes: int = MAX_BYTES) -> bytes:

@@ -29,9 +29,15 @@ from toolchain.lifetime import end_with_parent
 from toolchain.metrics.accuracy import encode_choices
 from toolchain.metrics.question_metrics import QuestionMetric
 from toolchain.metrics.questions import Question, load_questions, picked
-from toolchain.metrics.written import encode_prompts, end_tokens, until_end
+from toolchain.metrics.written import encode_prompts, until_end
 from toolchain.model.context_length import context_length
-from toolchain.model.loading import bos_of, load_tokenizer, read_generation_config, read_transformers_config
+from toolchain.model.loading import (
+    bos_of,
+    end_tokens,
+    load_tokenizer,
+    read_generation_config,
+    read_transformers_config,
+)
 from toolchain.outputs import new_directory, write_text
 from toolchain.text.sources import parse_text
 from toolchain.text.windows import load_windows
@@ -84,7 +90,7 @@ def run(job: Job) -> None:
     """
     tokenizer = load_tokenizer(Path(job.model))
     checkpoint = open_checkpoint(Path(job.model))
-    bos = None if job.chat_template else bos_of(checkpoint.family, tokenizer)
+    bos = bos_of(checkpoint.family, tokenizer)
     asked = parse_metrics(job.metrics)
     original = read_document(Path(job.original) / EVALUATION_FILE, EvaluationDocument)
     longest = context_length(checkpoint.config).stated
@@ -95,12 +101,14 @@ def run(job: Job) -> None:
             each.text: interval_of(
                 perplexity_ratio(
                     kept_losses(Path(job.original), "original", each.text_sha256),
-                    _losses(engine, text, each, tokenizer, bos_of(checkpoint.family, tokenizer)),
+                    _losses(engine, text, each, tokenizer, bos),
                 )
             )
             for text, each in zip(job.texts, original.evaluations, strict=True)
         }
-        reads = Reads(tokenizer=tokenizer, longest=longest, bos=bos, chat_template=job.chat_template)
+        # A chat template writes it itself.
+        begins = None if job.chat_template else bos
+        reads = Reads(tokenizer=tokenizer, longest=longest, bos=begins, chat_template=job.chat_template)
         questions = {Path(file).name: _answers(engine, Path(file), reads) for file in job.questions}
         metrics = {each.label: _metric(engine, each, reads, end_tokens(generation)) for each in asked}
     finally:

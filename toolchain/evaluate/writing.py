@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from toolchain.model.loading import end_tokens
+
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 _REPEATED_NGRAM = 4
 # Token ids: int64 [num_prompts, prompt_tokens]; or, of several lengths, [prompt_tokens] each.
@@ -65,8 +67,7 @@ def continue_greedily(model: PreTrainedModel, prompts: Prompts) -> list[list[int
         # One by one: what a prompt is padded with would change what follows it in the last digits.
         return [row for prompt in prompts for row in continue_greedily(model, prompt[None])]
     inputs = prompts.to(model.device)
-    config = model.generation_config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = end_tokens(model.generation_config)
     written = model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
@@ -78,7 +79,7 @@ def continue_greedily(model: PreTrainedModel, prompts: Prompts) -> list[list[int
         top_p=None,
         top_k=None,
         repetition_penalty=1.0,
-        pad_token_id=next((end for end in ends if end is not None), 0),
+        pad_token_id=ends[0] if ends else 0,
     )[:, prompts.shape[1] :].tolist()
     return [_until_end(row, ends) for row in written]
 
@@ -148,7 +149,7 @@ def _ngrams(tokens: Sequence[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)]
 
 
-def _until_end(tokens: list[int], ends: Sequence[int | None]) -> list[int]:
+def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
     for place, token in enumerate(tokens):
         if token in ends:
             return tokens[: place + 1]

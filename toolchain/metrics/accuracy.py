@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from toolchain.errors import SenteiError
-from toolchain.metrics.question_metrics import Outcome, QuestionMetric, questions_sha256
+from toolchain.metrics.question_metrics import CountingMetric, Outcome, QuestionMetric
 from toolchain.metrics.questions import Question, picked
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.text.chats import as_chats
@@ -16,7 +16,7 @@ from toolchain.text.chats import as_chats
 _FIRST_WITHOUT_SPACES = "\u2e80"
 
 
-class ChoicesMetric:
+class ChoicesMetric(CountingMetric):
     """A metric of the choices that a model takes: accuracy, or F1 of one of them.
 
     It takes the one with the highest log-likelihood of the choice's tokens after the prompt, divided by the choice's
@@ -46,10 +46,8 @@ class ChoicesMetric:
         Raises:
             SenteiError: A choice alone is longer than ``seq_len``, or there is no chat template.
         """
-        self.name: str = asked.kind
-        self.higher_is_better: bool = asked.higher_is_better
-        self.source: str | None = asked.source(chat_template=chat_template)
-        self.source_sha256: str | None = questions_sha256(questions)
+        super().__init__(asked, questions, chat_template=chat_template)
+        self._questions = questions
         encoded = encode_choices(
             questions, tokenizer, source=asked.file.name, seq_len=seq_len, bos=bos, chat_template=chat_template
         )
@@ -59,8 +57,6 @@ class ChoicesMetric:
             for row, each in enumerate(encoded)
             for place in range(each.start, len(each.ids))
         ]
-        self.num_questions = len(questions)
-        self._asked, self._questions = asked, questions
         longest = max(map(len, rows))
         # What follows a sequence cannot change what a causal model made of it.
         self.ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])

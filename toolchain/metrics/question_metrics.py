@@ -164,6 +164,33 @@ class QuestionMetric:
         return 2 * share / (1 + share) if self.kind == "f1" else share
 
 
+class CountingMetric:
+    """What searches and limits know of a metric of a person's own questions; it counts, so many models share a value.
+
+    Attributes:
+        name: As in the plan.
+        source: What it is measured on.
+        source_sha256: Of the questions, as they were read.
+        higher_is_better: See :class:`QuestionMetric`.
+        num_questions: How many are asked.
+    """
+
+    def __init__(
+        self,
+        asked: QuestionMetric,
+        questions: Sequence[Question] | Sequence[OpenQuestion],
+        *,
+        chat_template: bool,
+    ) -> None:
+        """``asked`` is what is counted."""
+        self.name: str = asked.kind
+        self.source: str | None = asked.source(chat_template=chat_template)
+        self.source_sha256: str | None = questions_sha256(questions)
+        self.higher_is_better: bool = asked.higher_is_better
+        self.num_questions = len(questions)
+        self._asked = asked
+
+
 def parse_question_metric(asked: str) -> QuestionMetric | None:
     """Reads ``KIND:FILE#NAME=VALUE,…``; ``None`` for metrics of other kinds. No file is opened.
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolchain.errors import SenteiError
 from toolchain.metrics.model_metric import ModelMetric
-from toolchain.metrics.question_metrics import ANSWERS_AT_A_TIME, Outcome, QuestionMetric, questions_sha256
+from toolchain.metrics.question_metrics import ANSWERS_AT_A_TIME, CountingMetric, Outcome, QuestionMetric
 from toolchain.metrics.questions import OpenQuestion
-from toolchain.model.loading import CACHE_ARGUMENT
+from toolchain.model.loading import CACHE_ARGUMENT, end_tokens
 from toolchain.model.not_finite import not_finite
 from toolchain.text.chats import as_chats
 
@@ -17,7 +17,7 @@ from toolchain.text.chats import as_chats
 _MOST_TOKENS = 16384
 
 
-class WrittenMetric(ModelMetric):
+class WrittenMetric(CountingMetric, ModelMetric):
     """Lets the model write an answer to every question, greedily, so that the same model writes the same again."""
 
     def __init__(
@@ -43,12 +43,8 @@ class WrittenMetric(ModelMetric):
         Raises:
             SenteiError: A prompt leaves no room for an answer, or there is no chat template.
         """
-        self.name = asked.kind
-        self.higher_is_better = asked.higher_is_better
-        self.source = asked.source(chat_template=chat_template)
-        self.source_sha256 = questions_sha256(questions)
-        self.num_questions = len(questions)
-        self._asked, self._questions, self._tokenizer = asked, questions, tokenizer
+        super().__init__(asked, questions, chat_template=chat_template)
+        self._questions, self._tokenizer = questions, tokenizer
         self.prompts = encode_prompts(
             questions, tokenizer, asked=asked, longest=longest, bos=bos, chat_template=chat_template
         )
@@ -147,12 +143,6 @@ def _together(lengths: Sequence[int]) -> list[list[int]]:
             batches.append([])
         batches[-1].append(number)
     return batches
-
-
-def end_tokens(config: GenerationConfig | None) -> list[int]:
-    """The model's end-of-sequence tokens."""
-    asked = None if config is None else config.eos_token_id
-    return [each for each in (asked if isinstance(asked, list) else [asked]) if each is not None]
 
 
 def until_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:

@@ -228,6 +228,11 @@ def read_generation_config(directory: Path, config: PreTrainedConfig) -> Generat
         return GenerationConfig(**tokens, **sampling)
 
 
+def end_tokens(config: GenerationConfig | None) -> list[int]:
+    """The end-of-sequence tokens of a model."""
+    return [each for each in _as_list(config.eos_token_id if config else None) if each is not None]
+
+
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 

@@ -1,12 +1,12 @@
 """What is checked of a tokenizer's files before a library reads them whole, and makes of them what they say."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import SenteiError
+from toolchain.json_files import num_parts, parse_json
 
 # Twice the largest known, Gemma 3's.
 _MOST_BYTES = 64_000_000
@@ -14,6 +14,8 @@ _MOST_BYTES = 64_000_000
 _FILES = ("tokenizer.*", "vocab.*", "merges.txt", "*chat_template*", "additional_chat_templates/*")
 # The library counts from 0 to the highest id: 9 s and 4 GB for one of 10^9. The largest vocabularies have 262 thousand.
 _MOST_TOKENS = 10_000_000
+# 262 thousand tokens with 600 thousand merges, each a pair, have 5 million.
+_MOST_PARTS = 6_000_000
 # A whole number of so many digits where a value may stand.
 _LARGE_NUMBER = re.compile(rb"[:,\[]\s*\d{8}")
 
@@ -37,11 +39,9 @@ def _check_ids(path: Path) -> None:
     content = path.read_bytes()
     if _LARGE_NUMBER.search(content) is None:
         return  # without parsing megabytes
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return  # the library says what is wrong
-    largest = max(_ids(found), default=0)
+    if num_parts(content) > _MOST_PARTS:
+        raise SenteiError(f"{path} has more parts than any model's tokenizer.", "Download or copy it again.")
+    largest = max(_ids(parse_json(content, str(path))), default=0)
     if largest >= _MOST_TOKENS:
         raise SenteiError(
             f"{path} gives a token the id {str(largest)[:20]}, and no vocabulary has {_MOST_TOKENS:,} tokens.",

@@ -151,6 +151,6 @@ def _seen(number: int, step: Removal, layer: int) -> dict[str, Any] | None:
     # Best first, whichever way the metric goes: the candidate that was removed is the best.
     distance = {each: abs(value - step.metric) for each, value in step.candidates.items()}
     rank = 1 + sum(value < distance[layer] for value in distance.values())
-    own = (step.ties or {}).get(layer)
-    tie = None if own is None or step.ties is None else {"perplexity": own, "best": step.ties[step.removed]}
+    ties = step.ties or {}
+    tie = {"perplexity": ties[layer], "best": ties[step.removed]} if layer in ties else None
     return {**common, "metric": step.candidates[layer], "num_tokens": None, "rank": rank, "tie": tie}

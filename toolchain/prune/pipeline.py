@@ -14,9 +14,9 @@ from toolchain.checkpoint.directory import Checkpoint, dtype_name, opened
 from toolchain.checkpoint.tensor_parallel import width_unit
 from toolchain.documents import read_document
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.metrics.accuracy import ChoicesMetric
 from toolchain.metrics.choose import TOKEN_METRICS, choose_metric
 from toolchain.metrics.model_metric import ModelMetric
+from toolchain.metrics.question_metrics import CountingMetric
 from toolchain.metrics.token_metrics import Metric, PerplexityMetric
 from toolchain.metrics.written import WrittenMetric
 from toolchain.model.context_length import check_window, context_length
@@ -354,7 +354,7 @@ def _check_combination(settings: PruneSettings, *metrics: Metric | None) -> None
     if settings.offload and (whole := next((each for each in metrics if isinstance(each, ModelMetric)), None)):
         what = "a metric of written answers" if isinstance(whole, WrittenMetric) else "a metric function"
         raise SenteiError(f"--offload keeps one layer in memory, and {what} needs the whole model.")
-    if settings.chat_template and not any(isinstance(each, ChoicesMetric | WrittenMetric) for each in metrics):
+    if settings.chat_template and not any(isinstance(each, CountingMetric) for each in metrics):
         raise SenteiError(
             "--chat-template is for the questions of --metric, such as accuracy:FILE, and there are none.",
             "Leave it out: chats in a text (field messages) go through the chat template by themselves.",

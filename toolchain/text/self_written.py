@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.model.context_length import context_length
-from toolchain.model.loading import bos_of, load_model, load_tokenizer
+from toolchain.model.loading import bos_of, end_tokens, load_model, load_tokenizer
 from toolchain.parts_cache import Parts
 from toolchain.progress import Progress, no_progress
 
@@ -111,7 +111,7 @@ def _write_batch(
     # Each batch has a seed of its own, so that one that goes on after an interruption is what it would have been.
     torch.manual_seed((settings.seed * 1_000_003 + batch) % 2**63)
     inputs = torch.full((settings.batch_size, 1), start, device=model.device)
-    ends = model.generation_config.eos_token_id
+    ends = end_tokens(model.generation_config)
     written = model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
@@ -122,7 +122,7 @@ def _write_batch(
         top_k=0,
         top_p=1.0,
         repetition_penalty=1.0,
-        pad_token_id=ends[0] if isinstance(ends, list) else start if ends is None else ends,
+        pad_token_id=ends[0] if ends else start,
     )
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     return [text for each in texts if (text := each.strip())]

@@ -111,15 +111,8 @@ def running_server(
 ) -> Iterator[str]:
     """Runs :func:`serve` in a process of its own; see :func:`serving.server.vllm.server.running_server`."""
     port = port or free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "serving.server.onnx.server",
-        str(directory.resolve()),
-        *options,
-        "--port",
-        str(port),
-    ]
+    program = [sys.executable, "-m", "serving.server.onnx.server"]
+    command = [*program, str(directory.resolve()), *options, "--port", str(port)]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     with running_process("ONNX", command, environment, port=port, log=log, timeout_s=timeout_s) as base_url:
         yield base_url

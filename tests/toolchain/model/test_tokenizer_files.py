@@ -1,6 +1,7 @@
 """A kilobyte of tokenizer.json must not cost gigabytes."""
 
 import json
+import resource
 import time
 
 import pytest
@@ -48,3 +49,13 @@ def test_large_numbers_elsewhere_are_left_alone(tmp_path):
         "direction": "Right", "max_length": 2_000_000_000, "strategy": "LongestFirst", "stride": 0,
     }))  # fmt: skip
     assert load_tokenizer(tmp_path)("a").input_ids
+
+
+def test_what_would_fill_the_memory_is_not_parsed_for_its_ids(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"a": 123456789, "b": [' + "[]," * 20_000_000 + "0]}")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(SenteiError, match="more parts than any model's tokenizer"):
+        load_tokenizer(tmp_path)
+    # 28 times the file otherwise; in KiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000

@@ -8,10 +8,9 @@ import torch
 
 from toolchain.architecture.parts import SubBlock
 from toolchain.errors import SenteiError
-from toolchain.metrics.accuracy import ChoicesMetric
 from toolchain.metrics.model_metric import ModelMetric
+from toolchain.metrics.question_metrics import CountingMetric
 from toolchain.metrics.token_metrics import Metric, PerplexityMetric, StateMetric, TokenMetric, finite, measure
-from toolchain.metrics.written import WrittenMetric
 from toolchain.model.layer_walk import LayerWalk
 from toolchain.plan.document import Dropped
 from toolchain.prune.search.candidates import EnteringStates, embedded_states
@@ -98,8 +97,7 @@ def removals(
 
 def _best(metric: Metric, scores: dict[int, float]) -> list[int]:
     """The layers with the best value, ascending."""
-    counts = isinstance(metric, ChoicesMetric | WrittenMetric)
-    if len(scores) > 1 and len(set(scores.values())) == 1 and not counts:
+    if len(scores) > 1 and len(set(scores.values())) == 1 and not isinstance(metric, CountingMetric):
         raise SenteiError(
             f"The {metric.name} is {next(iter(scores.values())):g} for every candidate: it cannot tell them apart.",
             "Use a finer metric or more text.",
