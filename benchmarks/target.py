@@ -279,7 +279,11 @@ def _document(asked: Asked, cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "kind": "target_benchmark",
         "model": asked.model.name,
         "target": asked.target,
-        "settings": _settings(asked),
+        "settings": {
+            **_settings(asked),
+            "model": asked.model.name,
+            "calibration": [Path(each.rpartition(":")[2]).name for each in asked.calibration],
+        },
         "goals": _goals(asked, cells),
         "cells": cells,
         "costs": [each.content() for each in costs],
