@@ -50,13 +50,13 @@ def test_a_pair(models, tmp_path):
     assert f"{original.kv_bytes_per_token} bytes" in (tmp_path / "kit/runbook.en.md").read_text()
 
 
-@pytest.mark.parametrize("force", [(), ("--force",)], ids=["", "force"])
-def test_the_exports_are_never_replaced(models, tmp_path, force):
+def test_the_exports_are_never_replaced(models, tmp_path):
     export = tmp_path / "exports" / "candidate"
     shutil.copytree(models[1], export)
     before = sorted(path.name for path in export.iterdir())
     for out in (export, export.parent):
-        refused(sentei("deploy-kit", export, "-o", out, *force), "would replace the input")
+        refused(sentei("deploy-kit", export, "-o", out), "is not empty")
+        refused(sentei("deploy-kit", export, "-o", out, "--force"), "would replace the input")
     assert sorted(path.name for path in export.iterdir()) == before
 
 

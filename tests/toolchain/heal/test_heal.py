@@ -58,6 +58,11 @@ def test_it_comes_closer_and_keeps_its_form(
     assert plan.layout == load_plan(pruned_pico).layout
     assert "## Healed" in (out / "README.md").read_text()
     assert "healed: 10 steps towards pico" in sentei("plan", "show", out).stdout
+    assert sentei("export", "vllm", out, "-o", tmp_path / "deploy", "--quiet").returncode == 0
+    # The plan itself says what was removed; applied again, it gives the model before it was healed.
+    assert sentei("apply", out, pico_model, "-o", tmp_path / "again", "--quiet").returncode == 0
+    assert open_checkpoint(tmp_path / "again").fingerprint == before.fingerprint
+    assert load_plan(tmp_path / "again").document.healing == []
 
 
 def test_a_models_own_sampling_is_kept_and_does_not_stop_it(pico_model, pruned_pico, text, tmp_path):
@@ -69,11 +74,6 @@ def test_a_models_own_sampling_is_kept_and_does_not_stop_it(pico_model, pruned_p
     done = healed(source, pico_model, out := tmp_path / "out", text, "--full", "--learning-rate", 0.001)
     assert done.returncode == 0, done.stderr
     assert (out / "generation_config.json").read_text() == said
-    assert sentei("export", "vllm", out, "-o", tmp_path / "deploy", "--quiet").returncode == 0
-    # The plan itself says what was removed; applied again, it gives the model before it was healed.
-    assert sentei("apply", out, pico_model, "-o", tmp_path / "again", "--quiet").returncode == 0
-    assert open_checkpoint(tmp_path / "again").fingerprint == before.fingerprint
-    assert load_plan(tmp_path / "again").document.healing == []
 
 
 class _Stop(KeyboardInterrupt):
