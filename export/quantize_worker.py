@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from toolchain.lifetime import end_with_parent
 from toolchain.model.loading import load_model
@@ -29,6 +30,8 @@ def main(job_file: Path) -> None:
         # "sequential" has each layer calibrated by what the rounded layers before it give.
         calibration = {"dataset": _batches(load_file(job["windows"])["ids"]), "pipeline": "sequential"}
     _quantize(model, _recipe(job["scheme"], job["group_size"]), calibration)
+    # A model's own temperature and the like are refused in what is saved without sampling; its file is carried over.
+    model.generation_config = GenerationConfig()
     model.save_pretrained(job["out"], save_compressed=True, max_shard_size=_MAX_SHARD)
     versions = {name: version(name) for name in ("llmcompressor", "compressed-tensors", "torch", "transformers")}
     job_file.with_suffix(".done").write_text(json.dumps(versions), encoding="utf-8")

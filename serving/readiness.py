@@ -30,8 +30,10 @@ from toolchain.model.decilm import ARCHITECTURE, CONFIG_CLASS_FILE, is_nemotron_
 _PLUGIN = "serving.vllm_plugin.registration:register"
 # Below this a server is of no use: one prompt and answer of moderate length.
 _KV_TOKENS = 2048
-# vLLM's default --gpu-memory-utilization.
-_GPU_SHARE = 0.9
+# vLLM's default --gpu-memory-utilization: what it takes of a GPU, and wants to find free when it starts.
+_GPU_SHARE = 0.92
+# Of GPUs that share a model, as far as nothing is known of its shape.
+_USUAL_RANKS = (1, 2, 4, 8)
 
 
 def examine_directory(directory: Path, options: Sequence[str] = ()) -> dict[str, Any]:
@@ -88,11 +90,14 @@ def _examine_nemotron_nas(directory: Path, findings: dict[str, Any]) -> None:
     )
     _examine_vllm(findings, needs_plugin=False)
     weight_bytes = sum(info.nbytes for info in read_headers(directory).values())
-    free = sum(_free_bytes(findings["vllm"]))
-    if weight_bytes > free:
+    free = _free_bytes(findings["vllm"])
+    fitting = [each for each in _USUAL_RANKS if each <= len(free) and weight_bytes / each <= free[each - 1]]
+    if not fitting:
         findings["problems"].append(
-            f"The weights take {_gb(weight_bytes)}, and {_gb(free)} of memory are free. Free some, or prune further."
+            f"The weights take {_gb(weight_bytes)}, and {_gb(free[0])} of memory are free. Free some, or prune further."
         )
+    elif fitting[0] > 1:
+        findings["notes"].append(_several_gpus(fitting[0]))
 
 
 def _examine_vllm(findings: dict[str, Any], *, needs_plugin: bool) -> None:
@@ -154,7 +159,9 @@ def _examine_memory(
         )
         return
     if ranks > 1:
-        findings["notes"].append(f"The model needs {ranks} of the GPUs: serve it with --tensor-parallel-size {ranks}.")
+        findings["notes"].append(_several_gpus(ranks))
+    if not on_cpu and (taken := _taken_by_others(ranks)):
+        findings["problems"].append(taken)
     left = int(free[ranks - 1] * ranks - facts.weight_bytes)
     if not asked.max_model_len and left < facts.kv_bytes(facts.max_len):
         findings["notes"].append(
@@ -189,7 +196,8 @@ def _examine_onnx(directory: Path, findings: dict[str, Any]) -> None:
     device = settings.device
     kv_values_per_token = 2 * settings.num_key_value_heads * settings.head_size * attending
     kv_bytes_per_token = kv_values_per_token * (4 if device == "cpu" else 2)
-    if importlib.util.find_spec("onnxruntime") and (missing := missing_provider(device)):
+    missing = missing_provider(device) if importlib.util.find_spec("onnxruntime") else None
+    if missing:
         problems.append(str(missing))
     changed = [name for name, size in sizes.items() if _size_of(directory, name) != size]
     problems += [
@@ -198,16 +206,19 @@ def _examine_onnx(directory: Path, findings: dict[str, Any]) -> None:
     if not changed:
         check_graph(directory)
     needed = weight_bytes + kv_bytes_per_token * min(_KV_TOKENS, settings.context_length)
-    free = available_bytes(torch.device("cpu"))
+    # ONNX Runtime takes the first GPU.
+    on_gpu = device == "cuda" and not missing and torch.cuda.is_available()
+    free = _memory_of(0)[0] if on_gpu else available_bytes(torch.device("cpu"))
     findings["memory"] = {
-        "device": "cpu",
+        "device": "cuda" if on_gpu else "cpu",
         "weight_bytes": weight_bytes,
         "kv_bytes_per_token": kv_bytes_per_token,
         "needed_bytes": needed,
         "usable_bytes": [free],
     }
     if needed > free:
-        problems.append(f"Weights and KV cache take {_gb(needed)}, and {_gb(free)} of memory are free. Free some.")
+        where = "are free on GPU 0" if on_gpu else "of memory are free"
+        problems.append(f"Weights and KV cache take {_gb(needed)}, and {_gb(free)} {where}. Free some.")
 
 
 def _size_of(directory: Path, name: str) -> int | None:
@@ -244,8 +255,30 @@ def _gpus() -> range:
 
 
 def _usable_bytes(gpu: int) -> int:
-    free, total = torch.cuda.mem_get_info(gpu)
+    free, total = _memory_of(gpu)
     return min(free, int(_GPU_SHARE * total))
+
+
+def _memory_of(gpu: int) -> tuple[int, int]:
+    """Bytes of a GPU that are free, and all of them."""
+    return torch.cuda.mem_get_info(gpu)
+
+
+def _taken_by_others(ranks: int) -> str | None:
+    """Why vLLM does not start on the first ``ranks`` GPUs unless told to take less; ``None`` if it does."""
+    free, total, gpu = min((*_memory_of(gpu), gpu) for gpu in range(ranks))
+    if free >= _GPU_SHARE * total:
+        return None
+    # As it counts, and a little less for what the process itself takes.
+    share = max(1, int(100 * free / total) - 1) / 100
+    return (
+        f"Others use GPU {gpu}: {_gb(free)} of its {_gb(total)} are free, and vLLM does not start unless it finds "
+        f"{_GPU_SHARE:.0%}. Serve it with --gpu-memory-utilization {share:g}, or free the GPU."
+    )
+
+
+def _several_gpus(ranks: int) -> str:
+    return f"The model needs {ranks} of the GPUs: serve it with --tensor-parallel-size {ranks}."
 
 
 def _gb(size: float) -> str:

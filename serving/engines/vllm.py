@@ -22,6 +22,8 @@ _OPTIONS: Mapping[str, Any] = {
     "enable_prefix_caching": False,
     "kv_cache_memory_bytes": 2**30,
     "max_num_seqs": 8,
+    # What must be free on a GPU when it starts, whatever its cache is told to take: others may be using it.
+    "gpu_memory_utilization": 0.01,
 }
 _ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -32,6 +34,10 @@ _ENVIRONMENT = {
     # vLLM looks at model classes in a fresh interpreter, where a directory `serving` in the working directory must not
     # be taken for ours.
     "PYTHONSAFEPATH": "1",
+    # It would fork unless CUDA is in use here, and to have asked whether there is a GPU is enough to spoil a fork.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # Triton multiplies float32 with ten bits of mantissa otherwise.
+    "TRITON_F32_DEFAULT": "ieee",
     ENGINE_VARIABLE: "1",
 }
 

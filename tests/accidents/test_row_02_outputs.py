@@ -28,6 +28,7 @@ DIRECTORIES = [
     ("import", "none.gguf"),
     ("benchmark", "none", "none", "--engine", "transformers"),
     ("compare-methods", "none", "--text", "none.txt"),
+    ("deploy-kit", "none"),
     ("demo",),
 ]
 FILES = [

@@ -1,6 +1,7 @@
 """Quantising: what is refused, what is checked of llm-compressor's work, and, in acceptance, llm-compressor itself."""
 
 import json
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from export import quantize as module
+from export import quantize_worker
 from export.quantize import PYTHON_VARIABLE, pick_group_size, quantize
 from serving.verify.verify import verify
 from tests.command_line import refused, sentei
@@ -46,6 +48,21 @@ def stand_in(tmp_path, monkeypatch):
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv(PYTHON_VARIABLE, str(program))
     return monkeypatch
+
+
+def test_a_models_own_sampling_does_not_stop_the_worker(pruned_wide, tmp_path, monkeypatch):
+    """Most chat models say how they are to be sampled; hours of rounding would be lost as they are written."""
+    source, job = tmp_path / "source", tmp_path / "job.json"
+    shutil.copytree(pruned_wide, source)
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    (source / "generation_config.json").write_text(json.dumps(sampling))
+    asked = {"source": str(source), "out": str(tmp_path / "out"), "scheme": "fp8", "group_size": None, "windows": None}
+    job.write_text(json.dumps(asked))
+    monkeypatch.setattr(quantize_worker, "_recipe", lambda scheme, group_size: None)
+    monkeypatch.setattr(quantize_worker, "_quantize", lambda model, recipe, calibration: None)
+    monkeypatch.setattr(quantize_worker, "version", lambda name: "1")
+    quantize_worker.main(job)
+    assert open_checkpoint(tmp_path / "out").tensors.keys() == open_checkpoint(source).tensors.keys()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

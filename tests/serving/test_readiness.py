@@ -17,7 +17,7 @@ from tests.command_line import refused, sentei
 from tests.conftest import make_pico, prune_by_hand
 from tests.families import make_family_pico
 from tests.quantized import SCHEMES, write_quantized
-from toolchain.checkpoint.directory import copy_companions, open_checkpoint
+from toolchain.checkpoint.directory import copy_companions, open_checkpoint, read_headers
 
 
 @pytest.fixture
@@ -48,6 +48,7 @@ def good_machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(readiness, "plugin_registered", lambda: machine.get("plugin", True))
     monkeypatch.setattr(readiness, "_gpus", lambda: range(len(machine["gpus"])))
     monkeypatch.setattr(readiness, "_usable_bytes", lambda gpu: machine["gpus"][gpu])
+    monkeypatch.setattr(readiness, "_memory_of", lambda gpu: machine.get("memory", (10**10, 10**10)))
     monkeypatch.setattr("torch.cuda.is_available", lambda: "gpus" in machine)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     return machine
@@ -123,6 +124,17 @@ def test_as_many_gpus_as_it_takes(pruned_pico: Path, good_machine: dict[str, Any
     assert "on the emptiest of 3 GPUs" in examine_directory(pruned_pico)["problems"][0]
 
 
+def test_a_gpu_that_others_use(pruned_pico: Path, good_machine: dict[str, Any]):
+    """vLLM would load for a minute, and then not start, however small the model is."""
+    good_machine.update({"vllm": "0.32.0", "gpus": [40 * 10**9], "memory": (40 * 10**9, 80 * 10**9)})
+    [problem] = examine_directory(pruned_pico)["problems"]
+    assert "Others use GPU 0: 40.00 GB of its 80.00 GB are free" in problem
+    assert "--gpu-memory-utilization 0.49" in problem
+    assert examine_directory(pruned_pico, ["--gpu-memory-utilization", "0.49"])["servable"]
+    good_machine["memory"] = (79 * 10**9, 80 * 10**9)
+    assert examine_directory(pruned_pico)["servable"]
+
+
 def test_a_long_context_fits_where_layers_slide(tmp_path: Path, good_machine: dict[str, Any]):
     """Two layers of four keep 6 tokens each: what all four would take is nearly twice as much."""
     directory = tmp_path / "gemma"
@@ -150,7 +162,9 @@ def test_a_damaged_checkpoint(pruned_pico: Path):
     assert "corrupt or truncated" in examine_directory(pruned_pico)["problems"][0]
 
 
-def test_an_onnx_export(demo_model: Path, tmp_path: Path, good_machine: dict[str, Any]):
+def test_an_onnx_export(
+    demo_model: Path, tmp_path: Path, good_machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
     pytest.importorskip("onnxruntime_genai")
     from export.onnx_graph import export_onnx
 
@@ -163,6 +177,14 @@ def test_an_onnx_export(demo_model: Path, tmp_path: Path, good_machine: dict[str
     export_onnx(tmp_path / "model", tmp_path / "cuda", precision="fp16", device="cuda")
     (lacking,) = examine_directory(tmp_path / "cuda")["problems"]
     assert "no CUDAExecutionProvider" in lacking
+    # With a GPU, what counts is its memory, and not the machine's.
+    good_machine.update({"gpus": [10**3], "memory": (10**3, 10**10)})
+    with monkeypatch.context() as there:
+        there.setattr(readiness, "missing_provider", lambda device: None)
+        found = examine_directory(tmp_path / "cuda")
+    assert (found["memory"]["device"], found["memory"]["usable_bytes"]) == ("cuda", [10**3])
+    assert "0.00 GB are free on GPU 0" in found["problems"][0]
+    del good_machine["gpus"]
     good_machine.update({"absent": ("onnxruntime_genai",), "free": 0})
     (tmp_path / "onnx" / "model.onnx.data").unlink()
     absent, missing, memory = examine_directory(tmp_path / "onnx")["problems"]
@@ -198,6 +220,18 @@ def test_a_nemotron_nas_export_needs_trust(pico_model: Path, tmp_path: Path, goo
     assert shown.returncode == 0, shown.stderr
     assert "can be served with vllm" in shown.stdout
     good_machine["free"] = 10**5
+    assert "The weights take" in examine_directory(tmp_path / "out")["problems"][0]
+
+
+def test_a_nemotron_nas_export_on_several_gpus(pico_model: Path, tmp_path: Path, good_machine: dict[str, Any]):
+    """Two GPUs that hold it together are no use to a server on one."""
+    export_nemotron_nas(pico_model, tmp_path / "out")
+    weight_bytes = sum(info.nbytes for info in read_headers(tmp_path / "out").values())
+    good_machine.update({"vllm": "0.32.0", "gpus": [weight_bytes * 2 // 3] * 2})
+    found = examine_directory(tmp_path / "out")
+    assert found["servable"]
+    assert "--tensor-parallel-size 2" in found["notes"][-1]
+    good_machine["gpus"] = [weight_bytes // 3] * 3
     assert "The weights take" in examine_directory(tmp_path / "out")["problems"][0]
 
 

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from toolchain.checkpoint.directory import Checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
@@ -201,6 +208,8 @@ def _student_of(source: Checkpoint, training: Training) -> Any:
     """The model that is trained: with adapters, or with all weights in float32."""
     frozen = training.dtype if training.lora_rank else torch.float32
     student: Any = load_model(source, dtype=frozen)
+    # A model's own temperature and the like are refused in a checkpoint without sampling, and say nothing here.
+    student.generation_config = GenerationConfig()
     if training.lora_rank:
         config = LoraConfig(r=training.lora_rank, lora_alpha=2 * training.lora_rank, target_modules="all-linear")
         student = get_peft_model(student, config)

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from scipy.linalg import lapack
 
+from toolchain.prune.lapack import factor_in_place, solve_in_place
 from toolchain.ranks.ranks import ALONE, Ranks
 
 # Ridges that are tried, relative to each input's own energy; held-out windows choose.
@@ -89,10 +89,8 @@ class Moments:
                 torch.linalg.cholesky(self.gram.mT, out=self.gram.mT)
                 yield self.gram.mT
                 return
-            factor, failed = lapack.dpotrf(self.gram.numpy().T, lower=1, clean=0, overwrite_a=1)
-            if failed:
-                raise torch.linalg.LinAlgError("The matrix of a fit is not positive definite.")
-            yield torch.from_numpy(factor)
+            factor_in_place(self.gram)
+            yield self.gram.mT
         finally:
             if on_host is not None:
                 self.gram.copy_(on_host)
@@ -121,8 +119,7 @@ def _solved(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if factor.is_cuda:
         halfway = torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False)
         return torch.linalg.solve_triangular(factor, halfway, upper=False, left=False)
-    solution, _ = lapack.dpotrs(factor.numpy(), right.numpy().T, lower=1, overwrite_b=1)
-    return torch.from_numpy(solution.T)
+    return solve_in_place(factor.mT, right)
 
 
 def ridge_fits(

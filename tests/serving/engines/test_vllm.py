@@ -290,3 +290,22 @@ def test_the_engine_leaves_the_environment_alone(pruned_answers):
     """Servers started later would otherwise log only warnings, and the benchmark reads their log."""
     assert pruned_answers
     assert "VLLM_LOGGING_LEVEL" not in os.environ
+
+
+def test_on_a_gpu_it_starts_beside_others_in_a_new_process_and_multiplies_in_full(
+    pico_model, monkeypatch: pytest.MonkeyPatch
+):
+    """What only a GPU would show: vLLM forks, rounds float32 to ten bits, and wants the GPU for itself by default."""
+    seen: dict[str, object] = {}
+
+    def start(**arguments: object) -> None:
+        seen.update(arguments, environment=dict(os.environ))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("serving.engines.vllm._import_vllm", lambda: SimpleNamespace(LLM=start))
+    with pytest.raises(SenteiError, match="enough"):
+        VllmEngine(pico_model)
+    environment = seen["environment"]
+    assert environment["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert environment["TRITON_F32_DEFAULT"] == "ieee"
+    assert seen["gpu_memory_utilization"] < 0.1

@@ -50,6 +50,16 @@ def test_a_pair(models, tmp_path):
     assert f"{original.kv_bytes_per_token} bytes" in (tmp_path / "kit/runbook.en.md").read_text()
 
 
+def test_the_exports_are_never_replaced(models, tmp_path):
+    export = tmp_path / "exports" / "candidate"
+    shutil.copytree(models[1], export)
+    before = sorted(path.name for path in export.iterdir())
+    for out in (export, export.parent):
+        refused(sentei("deploy-kit", export, "-o", out), "is not empty")
+        refused(sentei("deploy-kit", export, "-o", out, "--force"), "would replace the input")
+    assert sorted(path.name for path in export.iterdir()) == before
+
+
 def test_one_with_a_name_of_its_own(models, tmp_path):
     done = sentei(
         "deploy-kit", models[1], "-o", tmp_path / "kit", "--served-model-name", "org/m", "--max-model-len", "128", "-q"

@@ -65,6 +65,17 @@ def test_it_comes_closer_and_keeps_its_form(
     assert load_plan(tmp_path / "again").document.healing == []
 
 
+def test_a_models_own_sampling_is_kept_and_does_not_stop_it(pico_model, pruned_pico, text, tmp_path):
+    """Most chat models say how they are to be sampled; all weights are saved on the way."""
+    source = tmp_path / "source"
+    shutil.copytree(pruned_pico, source)
+    said = json.dumps({"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "eos_token_id": 2})
+    (source / "generation_config.json").write_text(said)
+    done = healed(source, pico_model, out := tmp_path / "out", text, "--full", "--learning-rate", 0.001)
+    assert done.returncode == 0, done.stderr
+    assert (out / "generation_config.json").read_text() == said
+
+
 class _Stop(KeyboardInterrupt):
     """Ctrl-C."""
 

@@ -9,8 +9,10 @@ from rich.console import Console
 
 from toolchain.cli.console import Output
 from toolchain.cli.options import ForceOption, JsonOption, OutOption, QuietOption
+from toolchain.outputs import check_output_directory, writes_directory
 
 
+@writes_directory
 def deploy_kit(
     directories: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="One export, or the original and then the candidate.")
@@ -36,6 +38,7 @@ def deploy_kit(
     from serving.deploy_kit.facts import gather
     from serving.deploy_kit.render import has_kserve, write_kit
 
+    check_output_directory(out, force=force, inputs=directories)
     kit = gather(
         directories, model_name=served_model_name, max_model_len=max_model_len, registry=registry,
         version=version("sentei"),
