@@ -125,7 +125,7 @@ def test_as_many_gpus_as_it_takes(pruned_pico: Path, good_machine: dict[str, Any
 
 
 def test_a_gpu_that_others_use(pruned_pico: Path, good_machine: dict[str, Any]):
-    """vLLM would load for a minute, and then not start, however small the model is."""
+    """It would load for a minute, and then not start, however small the model is."""
     good_machine.update({"vllm": "0.32.0", "gpus": [40 * 10**9], "memory": (40 * 10**9, 80 * 10**9)})
     [problem] = examine_directory(pruned_pico)["problems"]
     assert "Others use GPU 0: 40.00 GB of its 80.00 GB are free" in problem

@@ -110,7 +110,9 @@ def export_onnx(
     device: Annotated[
         OnnxDevice, typer.Option(help="Device that the export is for; cuda needs no GPU here.")
     ] = OnnxDevice.cpu,
-    offload: Annotated[bool, offload_option("No effect: the export holds the whole model, and its verification one layer at a time.")] = False,
+    offload: Annotated[
+        bool, offload_option("No effect: the export holds the whole model, and its verification one layer at a time.")
+    ] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
