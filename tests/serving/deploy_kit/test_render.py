@@ -109,13 +109,12 @@ def test_every_server_asks_for_the_key(written):
     made, out = written
     services = yaml.safe_load((out / "compose/compose.yaml").read_text())["services"]
     assert all("VLLM_API_KEY" in services[side.role]["environment"] for side in made.sides)
-    pods = [each["spec"]["template"] for each in structures((out / "kubernetes/servers.yaml").read_text())[::2]]
-    servers = [each["spec"]["containers"] for each in pods]
+    servers = containers(out)
     if (out / "kubernetes/kserve.yaml").exists():
         found = structures((out / "kubernetes/kserve.yaml").read_text())
-        servers += [each["spec"]["template"]["containers"] for each in found]
-        assert len(servers) == 2 * len(made.sides)
-    for (server,) in servers:
+        servers += [each["spec"]["template"]["containers"][0] for each in found]
+    assert len(servers) == len(made.sides) * (2 if render.has_kserve(made) else 1)
+    for server in servers:
         (key,) = [each["valueFrom"]["secretKeyRef"] for each in server["env"] if each["name"] == "VLLM_API_KEY"]
         assert key == {"name": "small-api-key", "key": "key"}
     for language in ("en", "ja"):
