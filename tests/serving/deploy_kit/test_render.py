@@ -95,8 +95,8 @@ def test_original_and_candidate_do_not_share_a_gpu_unless_told_to(tmp_path, engi
     def gpus(**environment: str) -> list[list[str]]:
         services = yaml.safe_load(as_compose_reads(text, **environment))["services"]
         found = [services[role]["deploy"]["resources"]["reservations"]["devices"] for role in PAIR]
-        assert not any("count" in each for each, in found)
-        return [each["device_ids"] for each, in found]
+        assert not any("count" in each for (each,) in found)
+        return [each["device_ids"] for (each,) in found]
 
     assert gpus() == [["0"], ["1"]]
     assert gpus(ORIGINAL_GPU="2", CANDIDATE_GPU="2") == [["2"], ["2"]]

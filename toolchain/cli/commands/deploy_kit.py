@@ -46,8 +46,8 @@ def deploy_kit(
             output.note(f"{directory} has no verification.json: it was never compared with another model.")
     if kit.max_model_len > (verified := min(side.context for side in kit.sides)):
         output.note(
-            f"Above {verified} tokens, vLLM uses the long rotary factors for every prompt, also for short ones: that is "
-            "not what was verified."
+            f"Above {verified} tokens, vLLM uses the long rotary factors for every prompt, also for short ones: "
+            "that is not what was verified."
         )
     if kit.sides[0].engine == "vllm" and not has_kserve(kit):
         output.note("There is no file for KServe, whose shell would read the model's name as a command.")
