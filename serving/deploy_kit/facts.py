@@ -37,7 +37,7 @@ class Side:
         kv_bytes_per_token: Of one sequence, where no layer has a sliding window.
         kv_bytes: Of one sequence, by its tokens.
         context: Tokens of a request that its server takes where it is told nothing else, and for which it was verified.
-        most: Tokens that its server takes if told so: more with Phi-3's LongRoPE in vLLM alone.
+        most: Tokens that its server takes at most: more than ``context`` with LongRoPE in vLLM alone.
     """
 
     role: str
