@@ -163,10 +163,10 @@ def _examine_memory(
     if not on_cpu and (taken := _taken_by_others(ranks)):
         findings["problems"].append(taken)
     left = int(free[ranks - 1] * ranks - facts.weight_bytes)
-    if not asked.max_model_len and left < facts.kv_bytes(facts.max_len):
+    if not asked.max_model_len and left < facts.kv_bytes(facts.served_len):
         findings["notes"].append(
             f"What is free holds {facts.kv_tokens(left):,} tokens of KV cache, less than the model's "
-            f"context of {facts.max_len:,}: serve it with a --max-model-len that fits."
+            f"context of {facts.served_len:,}: serve it with a --max-model-len that fits."
         )
 
 
@@ -175,7 +175,7 @@ def _kv_cache(checkpoint: Checkpoint | QuantizedCheckpoint, facts: ModelFacts, a
     if asked.bytes_per_rank is not None:
         return asked.bytes_per_rank, f"the KV cache of {_gb(asked.bytes_per_rank)} that is asked for"
     if asked.max_model_len is None or asked.stored_otherwise:
-        tokens = min(_KV_TOKENS, facts.max_len)
+        tokens = min(_KV_TOKENS, facts.served_len)
         return facts.kv_bytes(tokens), f"a KV cache of {tokens} tokens"
     # vLLM runs float32 in 16 bits unless it is told not to.
     dtype = asked.dtype or ("bfloat16" if checkpoint.dtype == torch.float32 else None)

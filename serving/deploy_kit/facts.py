@@ -13,7 +13,6 @@ from serving.signing.signed_files import SIGNATURE_FILE
 from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
 from toolchain.documents import read_document
 from toolchain.errors import CheckFailedError, SenteiError
-from toolchain.json_files import MAX_BYTES
 from toolchain.model.decilm import is_nemotron_nas
 
 Engine = Literal["vllm", "onnx"]
@@ -32,12 +31,13 @@ class Side:
         on_gpu: Whether it needs one.
         is_signed: Whether it has a signature, which its server then asks for.
         was_verified: Whether it says that it passed.
-        tag: Of its image: other files, another tag.
+        tag: Of its image: another byte in a file, another tag.
         weight_bytes: Stored weights.
         size_on_disk_bytes: All files.
         kv_bytes_per_token: Of one sequence, where no layer has a sliding window.
         kv_bytes: Of one sequence, by its tokens.
-        context: Tokens that it reads at most.
+        context: Tokens of a request that its server takes where it is told nothing else, and for which it was verified.
+        most: Tokens that its server takes at most: more than ``context`` with LongRoPE in vLLM alone.
     """
 
     role: str
@@ -51,6 +51,7 @@ class Side:
     kv_bytes_per_token: int
     kv_bytes: Callable[[int], int]
     context: int
+    most: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def gather(
     Args:
         directories: The original first.
         model_name: By default the first directory's name.
-        max_model_len: By default as many tokens as both read.
+        max_model_len: By default as many tokens as both were verified for.
         registry: Host and path of a registry.
         version: Of sentei.
 
@@ -121,9 +122,9 @@ def gather(
             "One directory is for another engine or device than the other: what differs would not be the pruning.",
             "Export both in the same way.",
         )
-    most = min(each.context for each in sides)
+    most = min(each.most for each in sides)
     if max_model_len is not None and max_model_len > most:
-        raise SenteiError(f"--max-model-len {max_model_len} is more than the {most} tokens that the model reads.")
+        raise SenteiError(f"--max-model-len {max_model_len} is more than the {most} tokens that its server takes.")
     name = directories[0].resolve().name if model_name is None else model_name
     if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable() or name != name.strip():
         raise SenteiError(
@@ -134,7 +135,8 @@ def gather(
             f"--registry {registry!r} is no place of images.", "Write it as in registry.example:5000/llm."
         )
     return Kit(
-        sides=sides, model_name=name, name=_object_name(name), registry=registry, max_model_len=max_model_len or most,
+        sides=sides, model_name=name, name=_object_name(name), registry=registry,
+        max_model_len=max_model_len or min(each.context for each in sides),
         sentei_version=re.sub(r"[^\w.-]", "-", version),
     )  # fmt: skip
 
@@ -159,7 +161,8 @@ def _side(directory: Path, role: str) -> Side:
         size_on_disk_bytes=facts.size_on_disk_bytes,
         kv_bytes_per_token=facts.kv_bytes_per_token,
         kv_bytes=facts.kv_bytes,
-        context=facts.max_len,
+        context=facts.served_len,
+        most=facts.served_len if is_onnx else facts.max_len,
     )
 
 
@@ -173,13 +176,12 @@ def _was_verified(directory: Path) -> bool:
 
 
 def _tag(directory: Path) -> str:
-    """From names, sizes and what small files hold, among them hashes of large ones; large ones are not read."""
+    """From the names and bytes of all files: a node keeps the image that it has for a tag."""
     digest = hashlib.sha256()
     for path in sorted(each for each in directory.rglob("*") if each.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(directory).as_posix()}\0{size}\0".encode("utf-8", "surrogateescape"))
-        if size <= MAX_BYTES:
-            digest.update(path.read_bytes())
+        digest.update(f"{path.relative_to(directory).as_posix()}\0".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
 
 

@@ -18,6 +18,9 @@ VLLM_VERSION = "0.32.0"
 ENVOY_VERSION = "1.40.0"
 PROMETHEUS_VERSION = "3.5.0"
 GRAFANA_VERSION = "12.0.0"
+# Of what sentei needs, what vLLM does not bring; and its extra "sign". Tests hold both against pyproject.toml.
+_NOT_IN_VLLM = ("rich>=13", "scipy>=1.11", "typer>=0.15")
+_SIGN = ("cyclonedx-python-lib>=11", "model-signing>=1.1", "packaging", "pyopenssl")
 # Shares of the traffic that the candidate gets, in %.
 STEPS = (0, 10, 50, 100)
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -59,8 +62,9 @@ def _rendered(kit: Kit) -> Iterator[tuple[str, str]]:
     common = {
         "kit": kit, "sides": kit.sides, "steps": STEPS, "engine": kit.sides[0].engine,
         "on_gpu": kit.sides[0].on_gpu, "args": lambda side, place="/model": serve_args(kit, side, place),
-        "vllm_version": VLLM_VERSION, "envoy_version": ENVOY_VERSION, "prometheus_version": PROMETHEUS_VERSION,
-        "grafana_version": GRAFANA_VERSION, "signed": any(side.is_signed for side in kit.sides),
+        "base_image": _base_image(kit), "requirement": f"sentei{_extras(kit)}=={kit.sentei_version}",
+        "collected": _collected(kit), "envoy_version": ENVOY_VERSION, "prometheus_version": PROMETHEUS_VERSION,
+        "grafana_version": GRAFANA_VERSION, "signed": _is_signed(kit),
         "jobs": f'job=~"{"|".join(kit.object_name(side) for side in kit.sides)}"', "has_kserve": has_kserve(kit),
     }  # fmt: skip
 
@@ -81,6 +85,33 @@ def _rendered(kit: Kit) -> Iterator[tuple[str, str]]:
             yield f"kubernetes/route-{step}.yaml", render("kubernetes/route.yaml", weights=[100 - step, step])
     if has_kserve(kit):
         yield "kubernetes/kserve.yaml", render("kubernetes/kserve.yaml", weights=[100, 0][: len(kit.sides)])
+
+
+def _base_image(kit: Kit) -> str:
+    if kit.sides[0].engine == "vllm":
+        return f"vllm/vllm-openai:v{VLLM_VERSION}"
+    return "python:3.12-slim"
+
+
+def _extras(kit: Kit) -> str:
+    side = kit.sides[0]
+    engine = [] if side.engine == "vllm" else ["onnx-gpu" if side.on_gpu else "onnx"]
+    names = [*engine, *(["sign"] if _is_signed(kit) else [])]
+    return f"[{','.join(names)}]" if names else ""
+
+
+def _collected(kit: Kit) -> list[str]:
+    """What pip is to collect for the image of the server beside sentei's own wheel, without a second torch for vLLM's.
+
+    The wheel is named by its file: the index may have another package of that name.
+    """
+    if kit.sides[0].engine == "vllm":
+        return [*_NOT_IN_VLLM, *(_SIGN if _is_signed(kit) else ())]
+    return [f"/wheels/sentei-{kit.sentei_version}-py3-none-any.whl{_extras(kit)}"]
+
+
+def _is_signed(kit: Kit) -> bool:
+    return any(side.is_signed for side in kit.sides)
 
 
 def has_kserve(kit: Kit) -> bool:
@@ -116,6 +147,7 @@ def _environment() -> Any:
         "compose": lambda value: _json(_each(value, lambda text: text.replace("$", "$$"))),
         "kubernetes": lambda value: _json(_each(value, lambda text: text.replace("$(", "$$("))),
         "shell": lambda value: _Safe(shlex.quote(str(value))),
+        "words": lambda values: _Safe(shlex.join(values)),
         "code": _markdown_code,
         "cell": lambda value: _Safe(_markdown_code(value).replace("|", "\\|")),
         "gib": lambda value: _Safe(f"{value / 2**30:.2f}"),

@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 
 from serving.engines.kv_pages import KvPages
 from serving.engines.transformers import top_of
-from serving.onnx_export.files import check_files, damaged, first_line, read_settings
+from serving.onnx_export.files import check_files, damaged, first_line, original_context, read_settings
 from toolchain.errors import SenteiError
 from toolchain.onnx_libraries import import_onnx_library
 
 _CACHE_INPUT = re.compile(r"past_key_values\.\d+\.(key|value)")
-_DECIMAL = re.compile(r"[1-9][0-9]{0,9}")
 _PRESENT = ("past_key_values", "present")  # what the outputs are called
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _BATCH, _DECODED = 4, 8  # of comparisons: prompts at once, and tokens of each that are given one by one
@@ -100,12 +99,8 @@ class OnnxEngine:
 
         Phi-3's long rotary factors are for the whole batch, from the row on that exceeds the original context.
         """
-        original = self._session.get_modelmeta().custom_metadata_map.get("sentei.original_context_length")
-        if original is None:
-            return self.settings.context_length
-        if not _DECIMAL.fullmatch(original):
-            raise SenteiError(f"{self._directory}: the graph's original context is {original[:20]!r}.", "Export again.")
-        return min(self.settings.context_length, int(original))
+        original = original_context(self._directory, self._session.get_modelmeta().custom_metadata_map)
+        return min(self.settings.context_length, original or self.settings.context_length)
 
     @property
     def device(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from serving.onnx_export.files import OnnxSettings, damaged, read_settings
+from serving.onnx_export.files import OnnxSettings, damaged, original_context, read_settings
 from serving.onnx_export.graph_check import load_graph
 from toolchain.architecture.layout import positive
 from toolchain.checkpoint.directory import Checkpoint, dtype_name
@@ -64,7 +64,7 @@ class ModelFacts:
         size_on_disk_bytes: The whole directory.
         kv_bytes_per_token: Of one sequence, in all attending layers.
         vocab_size: Token ids go from 0 to one less.
-        max_len: Longest sequence, in tokens.
+        max_len: Longest sequence, in tokens, that the engine takes.
         decode_weight_bytes: Weights read by one decode step, in the dtype that is computed in.
         block_matrix_parameters: Parameters of the matrix products that see every token.
         head_parameters: Parameters of the product that gives logits.
@@ -72,6 +72,7 @@ class ModelFacts:
         attention_width: Query heads x head_dim, summed over attending layers.
         window: Tokens that layers with a sliding window attend to at most.
         sliding_share: Of the attending layers, those with a sliding window.
+        original_len: With LongRoPE, the longest sequence with its short factors; 0 without.
     """
 
     precision: str
@@ -88,6 +89,12 @@ class ModelFacts:
     attention_width: int
     window: int = 0
     sliding_share: Fraction = Fraction(0)
+    original_len: int = 0
+
+    @property
+    def served_len(self) -> int:
+        """Tokens of a request that a server takes where it is told nothing else, and for which it was verified."""
+        return min(self.max_len, self.original_len or self.max_len)
 
     def prefill_flops(self, input_len: int) -> int:
         """Floating-point operations of one prompt; see :data:`PREFILL_FORMULA`."""
@@ -139,6 +146,7 @@ def facts_of(checkpoint: Checkpoint | QuantizedCheckpoint, dtype: str | None, *,
     query_width, kv_width = _attention_widths(checkpoint.config)
     attending = [layer.attention for layer in checkpoint.layout]
     num_attending, sliding = sum(attending), sliding_window(checkpoint.config)
+    context = context_length(checkpoint.config)
     num_sliding = sum(map(operator.and_, attending, sliding.layers)) if sliding else 0
     return ModelFacts(
         precision=quantised.scheme.name if quantised else dtype_name(computed_in),
@@ -147,7 +155,7 @@ def facts_of(checkpoint: Checkpoint | QuantizedCheckpoint, dtype: str | None, *,
         size_on_disk_bytes=size_on_disk_bytes,
         kv_bytes_per_token=2 * kv_width * itemsize * num_attending,
         vocab_size=positive(checkpoint.config, "vocab_size"),
-        max_len=context_length(checkpoint.config).extended,
+        max_len=context.servable,
         decode_weight_bytes=sum(
             info.nbytes if name in as_stored else itemsize * math.prod(info.shape)
             for name, info in checkpoint.tensors.items()
@@ -159,6 +167,7 @@ def facts_of(checkpoint: Checkpoint | QuantizedCheckpoint, dtype: str | None, *,
         attention_width=query_width * num_attending,
         window=sliding.tokens if sliding and num_sliding else 0,
         sliding_share=Fraction(num_sliding, num_attending or 1),
+        original_len=context.original,
     )
 
 
@@ -188,7 +197,8 @@ def onnx_facts(directory: Path) -> ModelFacts:
 
 def facts_of_export(directory: Path, settings: OnnxSettings) -> ModelFacts:
     """Facts of an ONNX export whose settings were read; see :func:`onnx_facts`."""
-    graph = load_graph(directory, settings.filename).graph
+    model = load_graph(directory, settings.filename)
+    graph = model.graph
     try:
         counts = _OnnxCounts(import_onnx_library("onnx"), graph)
         caches = [value for value in graph.input if value.name.startswith("past_key_values.")]
@@ -209,6 +219,7 @@ def facts_of_export(directory: Path, settings: OnnxSettings) -> ModelFacts:
         head_parameters=counts.head_parameters,
         head_every_position=counts.head_every_position,
         attention_width=settings.num_attention_heads * settings.head_size * num_attending,
+        original_len=original_context(directory, {each.key: each.value for each in model.metadata_props}),
     )
 
 

@@ -1,6 +1,8 @@
 """What an ONNX export's files say of themselves, and whether they are still what was written."""
 
 import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ _MAX_SETTINGS_BYTES = 256 * 1024
 # Where it is, onnxruntime-genai takes the directory for a package and reads its settings elsewhere.
 _PACKAGE_FILE = "manifest.json"
 _AGAIN = "Export the model again."
+_ORIGINAL_CONTEXT = "sentei.original_context_length"
+_DECIMAL = re.compile(r"[1-9][0-9]{0,9}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +142,19 @@ def listed_files(directory: Path) -> dict[str, tuple[int, str]]:
         return {}
     record = read_document(path, ExportRecord, hint=_AGAIN)
     return {name: (file.bytes, file.sha256) for name, file in record.files.items()}
+
+
+def original_context(directory: Path, metadata: Mapping[str, str]) -> int:
+    """Tokens within which the short factors of Phi-3's LongRoPE hold, from a graph's metadata; 0 without LongRoPE.
+
+    Raises:
+        SenteiError: It is no number of tokens.
+    """
+    if (original := metadata.get(_ORIGINAL_CONTEXT)) is None:
+        return 0
+    if not _DECIMAL.fullmatch(original):
+        raise SenteiError(f"{directory}: the graph's original context is {original[:20]!r}.", _AGAIN)
+    return int(original)
 
 
 def damaged(directory: Path, error: Exception) -> SenteiError:

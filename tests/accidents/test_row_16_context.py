@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.command_line import PLAIN, refused, sentei
-from toolchain.model.context_length import context_length
+from toolchain.model.context_length import ContextLength, context_length
 
 CONTEXT = 256  # of the pico model
 PICO = "reads at most 256 tokens"
@@ -63,20 +63,34 @@ def test_where_rope_scaling_makes_room_it_is_said(pico_model: Path, long_text: P
 
 
 @pytest.mark.parametrize(
-    ("rope", "extended"),
+    ("rope", "extended", "servable", "original"),
     [
-        (None, 4096),
-        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}, 4096),
-        ({"rope_type": "longrope", "factor": 32.0, "original_max_position_embeddings": 512}, 4096),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
-        ({"type": "linear", "factor": 4.0}, 16384),
-        ({"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {}}, 8192),
+        (None, 4096, 4096, 0),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}, 4096, 4096, 0),
+        ({"rope_type": "longrope", "short_factor": [1.0], "original_max_position_embeddings": 512}, 4096, 4096, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384, 4096, 0),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096, 4096, 0),
+        ({"type": "linear", "factor": 4.0}, 16384, 16384, 0),
+        ({"rope_type": "dynamic", "factor": 2.0}, 8192, 8192, 0),
+        ({"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {}}, 8192, 8192, 0),
     ],
 )
-def test_what_each_scaling_means(rope: dict[str, Any] | None, extended: int):
+def test_what_each_scaling_means(rope: dict[str, Any] | None, extended: int, servable: int, original: int):
     length = context_length({"model_type": "llama", "max_position_embeddings": 4096, "rope_scaling": rope})
-    assert (length.stated, length.extended) == (4096, extended)
+    assert length == ContextLength(stated=4096, extended=extended, servable=servable, original=original)
+
+
+def test_gemma_3_states_its_context_after_scaling():
+    rope = {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {"rope_type": "default"}}
+    config = {"model_type": "gemma3_text", "max_position_embeddings": 4096, "rope_parameters": rope}
+    assert context_length(config) == ContextLength(stated=4096, extended=4096, servable=4096)
+
+
+@pytest.mark.parametrize(("own", "original"), [({"original_max_position_embeddings": 512}, 512), ({}, 4096)])
+def test_where_the_short_factors_of_phi_3_end(own: dict[str, int], original: int):
+    rope = {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}
+    config = {"model_type": "phi3", "max_position_embeddings": 131072, "rope_scaling": rope, **own}
+    assert context_length(config) == ContextLength(131072, extended=131072, servable=131072, original=original)
 
 
 def test_a_config_without_a_length_has_the_one_of_its_family():

@@ -114,6 +114,16 @@ def test_what_is_good_to_know(pruned_pico: Path, good_machine: dict[str, Any]):
     )
 
 
+def test_the_context_is_the_one_that_vllm_takes_unasked(tmp_path: Path, good_machine: dict[str, Any]):
+    """Of Phi-3 with LongRoPE vLLM takes the original context, so no more memory is needed for its KV cache."""
+    make_family_pico(tmp_path / "model", "phi3", "longrope", original_max_position_embeddings=32)
+    memory = examine_directory(tmp_path / "model")["memory"]
+    assert memory["needed_bytes"] == memory["weight_bytes"] + 32 * memory["kv_bytes_per_token"]
+    good_machine["free"] = memory["needed_bytes"]
+    found = examine_directory(tmp_path / "model")
+    assert (found["servable"], found["notes"]) == (True, [])
+
+
 def test_as_many_gpus_as_it_takes(pruned_pico: Path, good_machine: dict[str, Any]):
     needed = examine_directory(pruned_pico)["memory"]["needed_bytes"]
     good_machine.update({"vllm": "0.32.0", "gpus": [needed // 2 + 10, 10, needed // 2 + 20]})

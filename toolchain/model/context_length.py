@@ -1,6 +1,6 @@
 """How many tokens a model reads at once, and what is longer: refused, or told of where the config extends it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ from transformers import AutoConfig
 from toolchain.architecture.layout import positive
 from toolchain.errors import SenteiError
 
-# Rope scalings whose max_position_embeddings may be the length before scaling; vLLM multiplies it by the factor too.
-# With "llama3" and "longrope" it is always the length after scaling.
+# Rope scalings whose max_position_embeddings may be the length before scaling. With "llama3" and "longrope", and in
+# Gemma 3 with any scaling, it is always the length after scaling.
 _MOST_TOKENS = 2**31
 _EXTENDED_BY_FACTOR = ("dynamic", "linear", "yarn")
+# vLLM (0.32, vllm/config/model.py) multiplies it by the factor with these alone: it takes YaRN's for the one after.
+_MULTIPLIED_BY_VLLM = ("dynamic", "linear")
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,15 @@ class ContextLength:
     Attributes:
         stated: ``max_position_embeddings``, or the family's default in Transformers where the config has none.
         extended: The most that its rope scaling may reach; ``stated`` without one.
+        servable: The most that vLLM takes.
+        original: With LongRoPE, ``original_max_position_embeddings``: the most with its short factors. A vLLM that may
+            take more uses the long factors for every prompt, however short. 0 without LongRoPE.
     """
 
     stated: int
     extended: int
+    servable: int
+    original: int = 0
 
 
 def context_length(config: Mapping[str, Any]) -> ContextLength:
@@ -39,8 +46,14 @@ def context_length(config: Mapping[str, Any]) -> ContextLength:
         stated = AutoConfig.for_model(config["model_type"]).max_position_embeddings
     else:
         stated = positive(config, "max_position_embeddings", at_most=_MOST_TOKENS)
-    reached = [stated, *(_reached(rope, stated) for rope in _rope_settings(config))]
-    return ContextLength(stated, max(reached))
+    ropes = _rope_settings(config)
+    scaled = [] if str(config.get("model_type")).startswith("gemma3") else ropes
+    return ContextLength(
+        stated,
+        extended=max([stated, *(_reached(rope, stated) for rope in scaled)]),
+        servable=max([stated, *(_reached(rope, stated) for rope in scaled if _kind(rope) in _MULTIPLIED_BY_VLLM)]),
+        original=_original(config, ropes),
+    )
 
 
 def check_context(
@@ -92,10 +105,23 @@ def _rope_settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return nested or [found]
 
 
+def _kind(rope: Mapping[str, Any]) -> object:
+    return rope.get("rope_type", rope.get("type"))
+
+
 def _reached(rope: Mapping[str, Any], stated: int) -> int:
     factor = rope.get("factor")
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind not in _EXTENDED_BY_FACTOR or not isinstance(factor, int | float):
+    if _kind(rope) not in _EXTENDED_BY_FACTOR or not isinstance(factor, int | float):
         return stated
     before = rope.get("original_max_position_embeddings")
     return int(min((before if isinstance(before, int) and before > 0 else stated) * factor, _MOST_TOKENS))
+
+
+def _original(config: Mapping[str, Any], ropes: Sequence[Mapping[str, Any]]) -> int:
+    if not any("short_factor" in rope for rope in ropes):
+        return 0
+    name = "original_max_position_embeddings"
+    # Transformers and vLLM take the config's own, then the family's default, then what the rope settings say.
+    default = {name: getattr(AutoConfig.for_model(config["model_type"]), name, None)}
+    found = next((each for each in (config, default, *ropes) if each.get(name) is not None), None)
+    return positive(found, name, at_most=_MOST_TOKENS) if found else 0

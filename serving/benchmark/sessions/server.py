@@ -163,7 +163,7 @@ class ServerSession:
         # No row more than the load can fill. A search for the highest rate has more requests in flight than a workload.
         width = max(settings.widest.width, DEFAULT_MAX_NUM_SEQS if settings.slo else 1)
         longest = max(workload.longest for workload in settings.workloads)
-        context = min(each.facts.max_len for each in self._sides)
+        context = min(each.facts.served_len for each in self._sides)
         fair = {"--max-num-seqs": width, "--max-model-len": min(longest + 16, context)}
         if settings.slo:
             fair["--max-num-queued-reqs"] = _MOST_QUEUED

@@ -18,7 +18,7 @@ def ask_benchmark(original, pruned, *, engine, **asked):
     return benchmark(original, pruned, BenchmarkSettings(engine=engine, workloads=workloads, **asked), **run)
 
 
-def sides_of(directory, *, vocab_size=100, max_len=256, **known):
+def sides_of(directory, *, vocab_size=100, max_len=256, served_len=None, **known):
     """Both models in one directory."""
-    facts = SimpleNamespace(vocab_size=vocab_size, max_len=max_len)
+    facts = SimpleNamespace(vocab_size=vocab_size, max_len=max_len, served_len=served_len or max_len)
     return {name: Side(name=name, directory=directory, facts=facts, **known) for name in ("original", "pruned")}

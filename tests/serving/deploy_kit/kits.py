@@ -17,7 +17,7 @@ def kit(
         Side(
             role=role, engine=engine, on_gpu=on_gpu, is_signed=is_signed, was_verified=True, tag=f"{number:012x}",
             weight_bytes=270_000_000 - 50_000_000 * number, size_on_disk_bytes=280_000_000, kv_bytes_per_token=23_040,
-            kv_bytes=lambda tokens: 23_040 * tokens, context=2048,
+            kv_bytes=lambda tokens: 23_040 * tokens, context=2048, most=2048,
         )  # type: ignore[arg-type]
         for number, role in enumerate(roles)
     )  # fmt: skip

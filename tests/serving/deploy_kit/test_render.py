@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import replace
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from serving.deploy_kit import render
 from serving.deploy_kit.facts import Kit
@@ -51,6 +54,12 @@ def containers(out: Path) -> list[dict[str, Any]]:
     return [each["spec"]["template"]["spec"]["containers"][0] for each in found if each["kind"] == "Deployment"]
 
 
+def as_compose_reads(text: str, **environment: str) -> str:
+    """With variables put in, which Compose does before it looks at the file."""
+    filled = re.sub(r"\$\{\w+:\?[^}]+\}", "/value", text)
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: environment.get(found[1], found[2]), filled)
+
+
 def test_sliding_layers_ask_for_their_window_alone():
     small = replace(kit("model"), max_model_len=131_072)
     side = replace(small.sides[0], kv_bytes=lambda tokens: 2**20 * min(tokens, 512))
@@ -70,12 +79,80 @@ def test_hadolint_finds_nothing(tmp_path):
 def test_compose_is_compose(written):
     made, out = written
     text = (out / "compose/compose.yaml").read_text()
-    # Compose itself puts variables in before it looks at the file.
-    found = compose_spec.PyCompose.from_yaml(re.sub(r"\$\{\w+:\?[^}]+\}", "/value", text))
+    found = compose_spec.PyCompose.from_yaml(as_compose_reads(text))
     assert set(found.service_names()) == {*(side.role for side in made.sides), "router", "prometheus", "grafana"}
     # What others can reach is loopback's alone.
     for service in yaml.safe_load(text)["services"].values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "onnx"])
+def test_original_and_candidate_do_not_share_a_gpu_unless_told_to(tmp_path, engine):
+    """With a count, Compose gives the first GPU to both, and the second server finds no memory."""
+    write_kit(kit(*PAIR, engine=engine), tmp_path / "kit")
+    text = (tmp_path / "kit/compose/compose.yaml").read_text()
+
+    def gpus(**environment: str) -> list[list[str]]:
+        services = yaml.safe_load(as_compose_reads(text, **environment))["services"]
+        found = [services[role]["deploy"]["resources"]["reservations"]["devices"] for role in PAIR]
+        assert not any("count" in each for (each,) in found)
+        return [each["device_ids"] for (each,) in found]
+
+    assert gpus() == [["0"], ["1"]]
+    assert gpus(ORIGINAL_GPU="2", CANDIDATE_GPU="2") == [["2"], ["2"]]
+    for language in ("en", "ja"):
+        runbook = (tmp_path / f"kit/runbook.{language}.md").read_text(encoding="utf-8")
+        assert "ORIGINAL_GPU" in runbook and ("--gpu-memory-utilization" in runbook) == (engine == "vllm")
+
+
+def test_every_server_asks_for_the_key(written):
+    made, out = written
+    services = yaml.safe_load((out / "compose/compose.yaml").read_text())["services"]
+    assert all("VLLM_API_KEY" in services[side.role]["environment"] for side in made.sides)
+    servers = containers(out)
+    if (out / "kubernetes/kserve.yaml").exists():
+        found = structures((out / "kubernetes/kserve.yaml").read_text())
+        servers += [each["spec"]["template"]["containers"][0] for each in found]
+    assert len(servers) == len(made.sides) * (2 if render.has_kserve(made) else 1)
+    for server in servers:
+        (key,) = [each["valueFrom"]["secretKeyRef"] for each in server["env"] if each["name"] == "VLLM_API_KEY"]
+        assert key == {"name": "small-api-key", "key": "key"}
+    for language in ("en", "ja"):
+        runbook = (out / f"runbook.{language}.md").read_text(encoding="utf-8")
+        assert f"kubectl create secret generic {key['name']} --from-file={key['key']}=" in runbook
+
+
+def brought_by_vllm() -> set[str]:
+    """What pip installs because of vLLM without extras; not what that needs in turn."""
+    found = map(Requirement, requires(packages_distributions()["vllm"][0]) or ())
+    return {canonicalize_name(each.name) for each in found if not each.marker or each.marker.evaluate({"extra": ""})}
+
+
+def test_the_runbooks_collect_what_the_server_s_image_installs(written, request):
+    """The build has no index: what is missing among the wheels ends it, and what is too much must not be a torch."""
+    made, out = written
+    build = (out / "images/server.Containerfile").read_text()
+    (base,) = re.findall(r"^FROM (.*)", build, re.M)
+    (installed,) = re.findall(r"--find-links /wheels (\S+) ", build)
+    asked = Requirement(*shlex.split(installed))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [each for extra in asked.extras for each in project["optional-dependencies"][extra]]
+    for language in ("en", "ja"):
+        runbook = (out / f"runbook.{language}.md").read_text(encoding="utf-8")
+        (command,) = re.findall(r"^ +podman run (.* pip wheel .*)$", runbook, re.M)
+        words = shlex.split(command)
+        assert words[words.index("-m") - 1] == base
+        collected = words[words.index("/wheels") + 1 :]
+        if made.sides[0].engine == "onnx":
+            (wheel,) = collected
+            assert wheel.startswith(f"/wheels/sentei-{made.sentei_version}-py3-none-any.whl[")
+            assert set(wheel.partition("[")[2].rstrip("]").split(",")) == asked.extras
+        else:
+            request.getfixturevalue("vllm")
+            present, needed = brought_by_vllm(), [*project["dependencies"], *extras]
+            missing = {each for each in needed if canonicalize_name(Requirement(each).name) not in present}
+            assert missing and missing <= set(collected)
+            assert not {"torch", "vllm", "transformers"} & {Requirement(each).name for each in collected}
 
 
 def test_all_files_are_of_one_mind(written):
@@ -107,7 +184,7 @@ def test_all_files_are_of_one_mind(written):
     assert (out / "kubernetes/kserve.yaml").exists() == (made.sides[0].engine == "vllm")
     build = (out / "images/server.Containerfile").read_text()
     assert ("FROM vllm/vllm-openai:v" in build) == (made.sides[0].engine == "vllm")
-    assert ("sign" in re.search(r"'sentei(.*?)=='?", build)[1]) == made.sides[0].is_signed
+    assert ("sign" in re.search(r"/wheels '?sentei(.*?)==", build)[1]) == made.sides[0].is_signed
 
 
 def test_weights_are_what_the_file_is_called(tmp_path):

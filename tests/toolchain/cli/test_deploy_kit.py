@@ -3,18 +3,23 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from export.finish import write_verification
-from serving.deploy_kit.facts import _object_name, gather
+from export.onnx_graph import export_onnx
+from serving.deploy_kit.facts import Kit, _object_name, gather
+from serving.engines.onnxruntime import OnnxEngine
 from tests.command_line import refused, sentei
 from tests.conftest import make_pico, prune_by_hand
+from tests.families import make_family_pico
 from tests.readers.files import write_tokenizer
 from tests.serving.server.in_process import write_pico_onnx
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
+from toolchain.json_files import MAX_BYTES
 
 FAILED = {"num_tensors": 1, "checks": {"differing_tensors": {"passed": False, "value": 1, "limit": 0}}}
 
@@ -32,6 +37,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return original, candidate
 
 
+def kit_of(*directories: Path, max_model_len: int | None = None) -> Kit:
+    return gather(directories, model_name=None, max_model_len=max_model_len, registry="localhost", version="1")
+
+
 def test_a_pair(models, tmp_path):
     done = sentei("deploy-kit", *models, "-o", tmp_path / "kit", "--registry", "registry.example:5000/llm", "--json")
     assert done.returncode == 0, done.stderr
@@ -41,7 +50,7 @@ def test_a_pair(models, tmp_path):
     assert {"gate.yaml", "envoy/routes/10.yaml", "runbook.ja.md"} <= set(found["files"])
     assert "There is no file for KServe" in done.stderr  # for the space in the name
     assert "never compared" in done.stderr
-    kit = gather(models, model_name=None, max_model_len=None, registry="localhost", version="1")
+    kit = kit_of(*models)
     original, candidate = kit.sides
     assert candidate.weight_bytes < original.weight_bytes
     assert 2 * candidate.kv_bytes_per_token == original.kv_bytes_per_token
@@ -74,14 +83,100 @@ def test_one_with_a_name_of_its_own(models, tmp_path):
 def test_another_model_has_another_tag_and_the_same_has_the_same(models, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(models[0], copy)
-
-    def tag() -> str:
-        return gather([copy], model_name=None, max_model_len=None, registry="localhost", version="1").sides[0].tag
-
-    before = tag()
-    assert before == gather([models[0]], model_name=None, max_model_len=None, registry="x", version="1").sides[0].tag
+    before = kit_of(models[0]).sides[0].tag
+    assert kit_of(copy).sides[0].tag == before
     (copy / "generation_config.json").write_text('{"eos_token_id": 3}')
-    assert tag() != before
+    assert kit_of(copy).sides[0].tag != before
+
+
+def test_other_weights_have_another_tag(tmp_path):
+    """Nodes keep the image that they have for a tag; nothing but the weights' own file tells these two apart."""
+    make_pico(tmp_path / "model")
+    before = kit_of(tmp_path / "model").sides[0].tag
+    weights = tmp_path / "model/model.safetensors"
+    assert weights.stat().st_size > MAX_BYTES
+    with weights.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    assert kit_of(tmp_path / "model").sides[0].tag != before
+
+
+def yarn(factor: float, original: int) -> dict[str, Any]:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor, "original_max_position_embeddings": original}
+    return {"rope_parameters": rope}
+
+
+GEMMA_LINEAR = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("qwen3", "grouped", yarn(4.0, 256), 256, 256),
+        ("qwen3", "grouped", yarn(4.0, 64), 256, 256),
+        ("gemma3_text", "alternating", GEMMA_LINEAR, 256, 256),
+        ("llama", "linear", {}, 1024, 1024),
+        ("llama", "dynamic", {}, 512, 512),
+        ("llama", "llama3", {}, 256, 256),
+        ("phi3", "longrope", {"original_max_position_embeddings": 32}, 32, 256),
+    ],
+    ids=lambda each: "-".join(each[:2]),
+)
+def scaled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
+    """A model whose context is 256 tokens as its config states it; what its server takes unasked, and at most."""
+    family, variant, changes, unasked, most = request.param
+    model = tmp_path_factory.mktemp("scaled") / "model"
+    make_family_pico(model, family, variant, **changes)
+    return model, unasked, most
+
+
+def test_servers_are_asked_for_the_context_that_was_verified(scaled):
+    model, unasked, most = scaled
+    assert kit_of(model).max_model_len == unasked
+    assert kit_of(model, max_model_len=most).max_model_len == most
+    with pytest.raises(SenteiError, match=f"--max-model-len {most + 1} is more than the {most} tokens"):
+        kit_of(model, max_model_len=most + 1)
+
+
+@pytest.mark.acceptance
+def test_vllm_takes_the_context_that_it_is_asked_for(scaled, vllm):
+    """And no token more, but for what Phi-3 reads with its long factors."""
+    from vllm.config import ModelConfig
+
+    model, unasked, most = scaled
+    for asked in (unasked, most):
+        assert ModelConfig(model=str(model), max_model_len=asked).max_model_len == asked
+    assert ModelConfig(model=str(model)).max_model_len == unasked
+    with pytest.raises(ValueError, match="max_model_len"):
+        ModelConfig(model=str(model), max_model_len=most + 1)
+
+
+def test_the_context_of_an_onnx_export_with_two_rotary_tables(tmp_path):
+    """Its server answers in batches, whose rows share a table: it starts with no more than the short one holds."""
+    model, export = tmp_path / "model", tmp_path / "export"
+    wide = {"hidden_size": 64, "original_max_position_embeddings": 32}  # heads of 16, which ONNX Runtime needs
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    make_family_pico(model, "phi3", "longrope", **wide, rope_parameters=rope)
+    write_tokenizer(model)
+    export_onnx(model, export)
+    assert kit_of(export).max_model_len == 32 == OnnxEngine(export).batch_context_length
+    with pytest.raises(SenteiError, match="more than the 32 tokens"):
+        kit_of(export, max_model_len=33)
+
+
+def test_more_than_the_short_factors_hold_is_said(tmp_path):
+    make_family_pico(tmp_path / "model", "phi3", "longrope", original_max_position_embeddings=32)
+    done = sentei("deploy-kit", tmp_path / "model", "-o", tmp_path / "kit", "--max-model-len", "33")
+    assert done.returncode == 0, done.stderr
+    assert "Above 32 tokens, vLLM uses the long rotary factors for every prompt" in done.stderr.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +228,7 @@ def test_sides_of_different_kinds_do_not_fit(models, monkeypatch):
         lambda directory, role: replace(real(directory, role), engine={"original": "onnx"}.get(role, "vllm")),
     )
     with pytest.raises(SenteiError, match="another engine or device"):
-        gather(models, model_name=None, max_model_len=None, registry="localhost", version="1")
+        kit_of(*models)
 
 
 @pytest.mark.acceptance

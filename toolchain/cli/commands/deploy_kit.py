@@ -39,6 +39,7 @@ def deploy_kit(
     from serving.deploy_kit.render import has_kserve, write_kit
 
     check_output_directory(out, force=force, inputs=directories)
+    output.note("Reading all files for the tags of their images ...")
     kit = gather(
         directories, model_name=served_model_name, max_model_len=max_model_len, registry=registry,
         version=version("sentei"),
@@ -46,6 +47,11 @@ def deploy_kit(
     for side, directory in zip(kit.sides, directories, strict=True):
         if not side.was_verified:
             output.note(f"{directory} has no verification.json: it was never compared with another model.")
+    if kit.max_model_len > (verified := min(side.context for side in kit.sides)):
+        output.note(
+            f"Above {verified} tokens, vLLM uses the long rotary factors for every prompt, also for short ones: "
+            "that is not what was verified."
+        )
     if kit.sides[0].engine == "vllm" and not has_kserve(kit):
         output.note("There is no file for KServe, whose shell would read the model's name as a command.")
     files = write_kit(kit, out, force=force)

@@ -419,6 +419,19 @@ def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path,
     assert asked["servers"][-1][1] == ["--max-num-seqs", "8", "--max-model-len", "46", *queued]
 
 
+def test_onnx_servers_are_asked_for_no_more_than_one_rotary_table_holds(pico_model, tmp_path):
+    """Phi-3's long factors begin at 32 tokens here: a server that were to take 46 would not start."""
+    workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10, concurrency=[1])
+    sides = sides_of(pico_model, max_len=256, served_len=32, export_device="cpu")
+    settings = BenchmarkSettings(engine="onnx-server", workloads=workloads)
+    session = bench_server.ServerSession(sides, settings, tmp_path)
+    try:
+        options, _ = session._server(sides["pruned"])
+    finally:
+        session.close()
+    assert options == ["--max-num-seqs", "1", "--max-model-len", "32"]
+
+
 def test_lengths_may_vary(pico_model, asked, tmp_path):
     lengths = {"input_len": 100, "output_len": 20, "range_ratio": 0.5}
     assert make_workloads(engine="vllm", **lengths)[0].longest == 180
