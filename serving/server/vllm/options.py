@@ -21,6 +21,7 @@ from serving.server.api_keys import api_keys, warn_if_open
 from toolchain.errors import SenteiError
 
 _PLUGIN_FILES = ("tool_parser_plugin", "reasoning_parser_plugin")
+_KEY_GUARD = "serving.server.vllm.key_guard.KeyGuard"  # as vLLM takes it; it needs Starlette
 
 
 def refused_remote_code(option: str) -> SenteiError:
@@ -38,6 +39,7 @@ def check_when_parsed() -> None:
         parsed = parse_args(self, args, namespace)
         try:
             check_parsed(parsed)
+            _complete(parsed)
         except SenteiError as error:
             print(f"Error: {error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
@@ -50,7 +52,7 @@ def check_parsed(parsed: Namespace) -> None:
     """Checks vLLM's options after vLLM has parsed them; warns of a server that is open to everybody.
 
     Raises:
-        SenteiError: They would run code from the checkpoint, or a key is empty.
+        SenteiError: They would run code from the checkpoint, a key is empty, or nobody would ask for it.
     """
     options = vars(parsed)
     for name, value in options.items():
@@ -62,6 +64,8 @@ def check_parsed(parsed: Namespace) -> None:
             raise refused_remote_code(f"--{name.replace('_', '-')} {plugin}")
     if options.get("subparser") == "serve":
         keys = api_keys(options.get("api_key"))
+        if keys and options.get("grpc"):
+            raise SenteiError("vLLM's gRPC server asks for no key.", "Leave out --grpc, or the key.")
         if not options.get("uds"):
             warn_if_open(options.get("host"), keys)
 
@@ -79,3 +83,16 @@ def _trusts(value: Any) -> bool:
 
 def _is_inside(file: str, directory: str) -> bool:
     return Path(file).resolve().is_relative_to(Path(directory).resolve())
+
+
+def _complete(parsed: Namespace) -> None:
+    """Names a server's model after its directory, and guards all of its paths if it has a key."""
+    options = vars(parsed)
+    if options.get("subparser") != "serve":
+        return
+    model = Path(options.get("model_tag") or parsed.model)
+    if parsed.served_model_name is None and model.is_dir():
+        parsed.served_model_name = [model.resolve().name]
+    if api_keys(parsed.api_key):
+        # Inside the user's own, which may make our header of another one.
+        parsed.middleware = [_KEY_GUARD, *parsed.middleware]

@@ -27,6 +27,7 @@ from serving.deploy_kit import render
 from serving.deploy_kit.facts import Kit
 from serving.deploy_kit.render import STEPS, VLLM_VERSION, write_kit
 from serving.gate.document import GateDocument
+from serving.server.vllm.key_guard import KeyGuard
 from serving.vllm_plugin.versions import NEWEST_VLLM, OLDEST_VLLM
 from tests.serving.deploy_kit.kits import PAIR, all_kinds, kit
 from tests.test_form import ROOT
@@ -276,6 +277,14 @@ def test_kserve_gets_no_name_that_its_shell_would_run():
     assert not render.has_kserve(kit("model", model_name="a$(touch x)"))
     assert not render.has_kserve(kit("model", model_name='a"b'))
     assert render.has_kserve(kit("model", model_name="org/Model-1.5_b"))
+
+
+def test_kserve_asks_for_the_key_where_sentei_serve_does():
+    for service in structures(dict(render._rendered(kit(*PAIR)))["kubernetes/kserve.yaml"]):
+        (container,) = service["spec"]["template"]["containers"]
+        (options,) = [each["value"] for each in container["env"] if each["name"] == "VLLM_ADDITIONAL_ARGS"]
+        words = options.split()
+        assert words[words.index("--middleware") + 1] == f"{KeyGuard.__module__}.{KeyGuard.__name__}"
 
 
 def test_a_template_that_forgets_a_filter_is_stopped():

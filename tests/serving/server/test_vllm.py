@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
-from serving.benchmark.sessions.vllm_client import bench_serve
+from serving.benchmark.sessions.vllm_client import bench_serve, served_model_name
 from serving.server.vllm import launcher as vllm_launcher
 from serving.server.vllm import server as vllm_server
 from serving.server.vllm.server import running_server
@@ -44,16 +45,23 @@ def processes_with(text):
     return found
 
 
-def test_serves_a_pruned_checkpoint_is_measured_and_leaves_nothing_when_killed(pruned_demo, tmp_path):
+def complete(url, model, *, key=None):
+    body = {"model": model, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as response:
+        return json.load(response)
+
+
+def test_serves_a_pruned_checkpoint_is_measured_and_leaves_nothing_when_killed(pruned_demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
     log = tmp_path / "server.log"
     with running_server(pruned_demo, options=OPTIONS, log=log) as base_url:
         assert base_url.startswith("http://127.0.0.1:")
-        body = {"model": str(pruned_demo), "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
-        request = urllib.request.Request(
-            f"{base_url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as response:
-            assert json.load(response)["usage"]["completion_tokens"] == 4
+        assert served_model_name(base_url) == pruned_demo.name
+        for path in ("/v1/completions", "/invocations"):
+            assert complete(f"{base_url}{path}", pruned_demo.name, key="sesame")["usage"]["completion_tokens"] == 4
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                complete(f"{base_url}{path}", pruned_demo.name)
         result = bench_serve(base_url, pruned_demo, options=LOAD, result_file=tmp_path / "result.json")
         command_line = f"--port\0{base_url.rpartition(':')[2]}"
         launcher = int(processes_with(command_line)[0])
