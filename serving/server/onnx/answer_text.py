@@ -82,8 +82,8 @@ class AnswerText:
 class _Continuation:
     """Decodes tokens one by one, as what follows a prompt.
 
-    A tokenizer with byte fallback decodes each run of byte tokens as a whole. One byte that belongs to no character turns
-    all of the run into replacement characters, even the part whose text was given before. ``DecodeStream`` of
+    A tokenizer with byte fallback decodes each run of byte tokens as a whole. One byte that belongs to no character
+    turns all of the run into replacement characters, even the part whose text was given before. ``DecodeStream`` of
     tokenizers then raises an error; and if a prompt ends with a replacement character, it returns text of the prompt.
     """
 
