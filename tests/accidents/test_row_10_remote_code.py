@@ -70,18 +70,18 @@ def test_every_spelling_is_refused_and_nothing_else(pico_model: Path, tmp_path: 
     ]
     empty = [["serve", model, "--api-key", ""]]
     warned = [["serve", model, "--host", "0.0.0.0"], served("--config", str(public))]
-    fine = {
-        "127.0.0.1": [
-            ["serve", model],
-            ["serve", model, "--host", "127.0.0.1", "--no-trust-remote-code", "--max-model-len", "64"],
-            ["serve", model, "--tool-parser-plugin", str(own), "--middleware", "mine.Middleware"],
-            served("--config", str(harmless)),
-            served("--config", str(public), "--host", "127.0.0.1"),
-        ],
-        "0.0.0.0": [served("--config", str(public), "--api-key", "secret")],
-        None: [["bench", "latency", "--model", model], served("--uds", "/tmp/socket")],
-    }
-    (tmp_path / "commands.json").write_text(json.dumps(refused + empty + warned + sum(fine.values(), [])))
+    fine: list[tuple[str | None, list[str]]] = [
+        ("127.0.0.1", ["serve", model]),
+        ("127.0.0.1", ["serve", model, "--host", "127.0.0.1", "--no-trust-remote-code", "--max-model-len", "64"]),
+        ("127.0.0.1", ["serve", model, "--tool-parser-plugin", str(own), "--middleware", "mine.Middleware"]),
+        ("127.0.0.1", served("--config", str(harmless))),
+        ("127.0.0.1", served("--config", str(public), "--host", "127.0.0.1")),
+        ("0.0.0.0", served("--config", str(public), "--api-key", "secret")),
+        (None, served("--uds", "/tmp/socket")),
+        (None, ["bench", "latency", "--model", model]),
+    ]
+    commands = [*refused, *empty, *warned, *(command for _, command in fine)]
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     environment.pop("VLLM_API_KEY", None)
     done = subprocess.run(
@@ -97,10 +97,9 @@ def test_every_spelling_is_refused_and_nothing_else(pico_model: Path, tmp_path: 
     for _ in warned:
         code, said, host = next(answers)
         assert (code, host) == (0, "0.0.0.0") and "WARNING" in said and "asks for no key" in said
-    for expected, commands in fine.items():
-        for command in commands:
-            code, said, host = next(answers)
-            assert (code, host) == (0, expected) and "WARNING: the server" not in said, (command, said)
+    for expected, command in fine:
+        code, said, host = next(answers)
+        assert (code, host) == (0, expected) and "WARNING: the server" not in said, (command, said)
 
 
 def test_the_launcher_checks(monkeypatch: pytest.MonkeyPatch):

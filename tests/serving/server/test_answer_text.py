@@ -64,7 +64,9 @@ def test_a_byte_that_is_no_character_ends_no_answer(tokenizer: Tokenizer):
 
 
 @tokenizers
-@pytest.mark.parametrize("end", ["剪定木", "a剪定木", "🌳🌳🌳", "é剪定木", "剪定木剪定木", "剪\N{REPLACEMENT CHARACTER}", "\n"])
+@pytest.mark.parametrize(
+    "end", ["剪定木", "a剪定木", "🌳🌳🌳", "é剪定木", "剪定木剪定木", "剪\N{REPLACEMENT CHARACTER}", "\n"]
+)
 def test_an_answer_does_not_begin_with_the_prompt(tokenizer: Tokenizer, end: str):
     assert said(tokenizer, [BOS, *in_bytes(end)], [ORDINARY["a"], ORDINARY[" b"]]) == "a b"
     assert said(tokenizer, in_bytes(end), [*in_bytes("木"), ORDINARY["a"]]) == "木a"
@@ -96,17 +98,13 @@ def tokens_of(text: str, choices: list[bool]) -> list[int]:
         token
         for index, character in enumerate(text)
         for token in (
-            [ORDINARY[character]]
-            if character in ORDINARY and choices[index % len(choices)]
-            else in_bytes(character)
+            [ORDINARY[character]] if character in ORDINARY and choices[index % len(choices)] else in_bytes(character)
         )
     ]
 
 
 @given(st.sampled_from(TOKENIZERS), characters, characters, choices)
-def test_whole_characters_come_as_they_are_decoded(
-    tokenizer: Tokenizer, prompt: str, answer: str, choices: list[bool]
-):
+def test_whole_characters_come_as_they_are_decoded(tokenizer: Tokenizer, prompt: str, answer: str, choices: list[bool]):
     before, after = [BOS, *tokens_of(prompt, choices)], tokens_of(answer, choices)
     whole = tokenizer.decode([*before, *after]).removeprefix(tokenizer.decode(before))
     assert said(tokenizer, before, after) == whole
