@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
@@ -103,6 +103,7 @@ def tokens_of(text: str, choices: list[bool]) -> list[int]:
     ]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(TOKENIZERS), characters, characters, choices)
 def test_whole_characters_come_as_they_are_decoded(tokenizer: Tokenizer, prompt: str, answer: str, choices: list[bool]):
     before, after = [BOS, *tokens_of(prompt, choices)], tokens_of(answer, choices)
@@ -118,6 +119,7 @@ any_tokens = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(st.sampled_from(TOKENIZERS), any_tokens, any_tokens)
 def test_whatever_the_bytes_are_all_else_is_said_once(tokenizer: Tokenizer, prompt: list[int], answer: list[int]):
     text = said(tokenizer, [BOS, ORDINARY["a"], *prompt], answer)
@@ -127,6 +129,7 @@ def test_whatever_the_bytes_are_all_else_is_said_once(tokenizer: Tokenizer, prom
     assert len(text) <= sum(len(plain.get(token, "x")) for token in answer)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(TOKENIZERS),
     characters,
