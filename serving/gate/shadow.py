@@ -98,7 +98,7 @@ def compare(asked: ShadowLimits, prompts: Sequence[_Prompt]) -> Shadow:
         prompts: What.
 
     Raises:
-        SenteiError: A side cannot be asked, or the original refuses a prompt.
+        SenteiError: A side cannot be asked, or the original refuses a prompt, or answers one without text.
     """
     original, candidate = (
         _Server(side, url) for side, url in (("original", asked.original), ("candidate", asked.candidate))
@@ -143,15 +143,11 @@ class _Server:
             raise SenteiError(f"{self._url} does not say what models it has.", _IS_IT)
         return found
 
-    def answer(self, prompt: _Prompt, max_tokens: int, *, may_refuse: bool = False) -> str | None:
-        """The greedy answer; ``None`` where the server refuses, or answers with something else."""
+    def answer(self, prompt: _Prompt, max_tokens: int, *, may_refuse: bool = False) -> tuple[str, str] | None:
+        """The greedy answer, reasoning first; ``None`` where the server refuses, or answers with something else."""
         body = {**prompt.body, "model": self._model, "max_tokens": max_tokens, "temperature": 0}
         try:
-            choice = self._object(prompt.path, json.dumps(body).encode())["choices"][0]
-            text = choice["message"]["content"] if "message" in choice else choice["text"]
-            if not isinstance(text, str | None):
-                raise TypeError(type(text))
-            return text or ""
+            texts = _texts(self._object(prompt.path, json.dumps(body).encode())["choices"][0])
         except RefusedError as error:
             if may_refuse:
                 return None
@@ -160,6 +156,12 @@ class _Server:
             if may_refuse:
                 return None
             raise SenteiError(f"{self._url} does not answer as an OpenAI server does.", _IS_IT) from error
+        if not any(texts) and not may_refuse:
+            raise SenteiError(
+                f"The {self._side} at {self._url} answers {prompt.where} without text: there is nothing to compare.",
+                "Raise max_tokens of shadow, or leave this prompt out.",
+            )
+        return texts
 
     def _object(self, path: str, body: bytes | None) -> Any:
         try:
@@ -176,3 +178,21 @@ class _Server:
         hint = f"Set {_KEY_VARIABLE} to the servers' key." if error.status == 401 else _IS_IT
         said = shown(error.content.decode("utf-8", "replace")) or error
         return SenteiError(f"The {self._side} at {self._url} answers {error.status}{what} ({said}).", hint)
+
+
+def _texts(choice: Any) -> tuple[str, str]:
+    """Reasoning, which servers with a reasoning parser keep apart, and the answer proper; either may be empty.
+
+    Raises:
+        KeyError, TypeError: This is no answer of an OpenAI server.
+    """
+    if "message" not in choice:
+        found = None, choice["text"]
+    elif isinstance(message := choice["message"], dict):
+        # vLLM's name, and the one that it and others had before.
+        found = message.get("reasoning") or message.get("reasoning_content"), message.get("content")
+    else:
+        raise TypeError(type(message))
+    if not all(isinstance(text, str | None) for text in found):
+        raise TypeError(found)
+    return found[0] or "", found[1] or ""

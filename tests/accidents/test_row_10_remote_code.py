@@ -1,4 +1,4 @@
-"""Row 10: in no spelling that vLLM takes do its options run code from the checkpoint."""
+"""Row 10: in no spelling that vLLM takes do its options run code from the checkpoint, or open a server unsaid."""
 
 import importlib.util
 import json
@@ -23,8 +23,9 @@ check_when_parsed()
 import vllm.entrypoints.cli.main as cli
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 checked = FlexibleArgumentParser.parse_args
+hosts = []
 def parse_only(self, *arguments):
-    checked(self, *arguments)
+    hosts.append(vars(checked(self, *arguments)).get("host"))
     sys.exit(0)
 FlexibleArgumentParser.parse_args = parse_only
 found = []
@@ -35,19 +36,24 @@ for command in json.load(open(sys.argv[1])):
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             cli.main()
     except SystemExit as end:
-        found.append([end.code, said.getvalue()])
+        found.append([end.code, said.getvalue(), hosts.pop() if hosts else None])
 print(json.dumps(found))
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_every_spelling_is_refused_and_nothing_else(pico_model: Path, tmp_path: Path):
-    config, harmless = tmp_path / "config.yaml", tmp_path / "harmless.yaml"
+    config, harmless, public = (tmp_path / name for name in ("config.yaml", "harmless.yaml", "public.yaml"))
     config.write_text("port: 9123\ntrust_remote_code: true\n")
     harmless.write_text("port: 9123\ntrust-remote-code: false\n")
+    public.write_text("host: 0.0.0.0\n")
     plugin, own = pico_model / "parser.py", tmp_path / "parser.py"
     draft = json.dumps({"model": "draft", "num_speculative_tokens": 1, "trust_remote_code": True})
     model = str(pico_model)
+
+    def served(*options: str) -> list[str]:
+        return ["serve", model, *vllm_server._serve_options(options)]
+
     refused = [
         ["serve", model, "--trust-remote-code"],
         ["serve", model, "--trust_remote_code"],
@@ -63,15 +69,19 @@ def test_every_spelling_is_refused_and_nothing_else(pico_model: Path, tmp_path: 
         ["bench", "latency", "--model", model, "--trust_remote_code"],
     ]
     empty = [["serve", model, "--api-key", ""]]
-    warned = [["serve", model, "--host", "0.0.0.0"], ["serve", model]]
-    fine = [
-        ["serve", model, "--host", "127.0.0.1", "--no-trust-remote-code", "--max-model-len", "64"],
-        ["serve", model, "--host", "127.0.0.1", "--config", str(harmless)],
-        ["serve", model, "--host", "127.0.0.1", "--tool-parser-plugin", str(own), "--middleware", "mine.Middleware"],
-        ["serve", model, "--host", "0.0.0.0", "--api-key", "secret"],
-        ["bench", "latency", "--model", model],
+    warned = [["serve", model, "--host", "0.0.0.0"], served("--config", str(public))]
+    fine: list[tuple[str | None, list[str]]] = [
+        ("127.0.0.1", ["serve", model]),
+        ("127.0.0.1", ["serve", model, "--host", "127.0.0.1", "--no-trust-remote-code", "--max-model-len", "64"]),
+        ("127.0.0.1", ["serve", model, "--tool-parser-plugin", str(own), "--middleware", "mine.Middleware"]),
+        ("127.0.0.1", served("--config", str(harmless))),
+        ("127.0.0.1", served("--config", str(public), "--host", "127.0.0.1")),
+        ("0.0.0.0", served("--config", str(public), "--api-key", "secret")),
+        (None, served("--uds", "/tmp/socket")),
+        (None, ["bench", "latency", "--model", model]),
     ]
-    (tmp_path / "commands.json").write_text(json.dumps(refused + empty + warned + fine))
+    commands = [*refused, *empty, *warned, *(command for _, command in fine)]
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     environment.pop("VLLM_API_KEY", None)
     done = subprocess.run(
@@ -81,15 +91,15 @@ def test_every_spelling_is_refused_and_nothing_else(pico_model: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     answers = iter(json.loads(done.stdout.splitlines()[-1]))
     for command in refused:
-        code, said = next(answers)
+        code, said, _ = next(answers)
         assert code == 2 and "would run code from the checkpoint" in said, (command, said)
     assert "--api-key is empty" in next(answers)[1]
     for _ in warned:
-        code, said = next(answers)
-        assert code == 0 and "WARNING" in said and "asks for no key" in said
-    for command in fine:
-        code, said = next(answers)
-        assert code == 0 and "WARNING: the server" not in said, (command, said)
+        code, said, host = next(answers)
+        assert (code, host) == (0, "0.0.0.0") and "WARNING" in said and "asks for no key" in said
+    for expected, command in fine:
+        code, said, host = next(answers)
+        assert (code, host) == (0, expected) and "WARNING: the server" not in said, (command, said)
 
 
 def test_the_launcher_checks(monkeypatch: pytest.MonkeyPatch):

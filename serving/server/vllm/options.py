@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.server.api_keys import api_keys, warn_if_open
+from serving.server.process import HOST
 from toolchain.errors import SenteiError
 
 _PLUGIN_FILES = ("tool_parser_plugin", "reasoning_parser_plugin")
@@ -30,13 +31,18 @@ def refused_remote_code(option: str) -> SenteiError:
 
 
 def check_when_parsed() -> None:
-    """Lets vLLM's parser end the program with exit code 2 if its result would run code from the checkpoint."""
+    """Lets vLLM's parser end the program with exit code 2 if its result would run code from the checkpoint.
+
+    A server whose options, those of a file included, name no host listens on loopback; vLLM's default is everywhere.
+    """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parse_args = FlexibleArgumentParser.parse_args
 
     def parse_and_check(self: Any, args: list[str] | None = None, namespace: Namespace | None = None) -> Namespace:
         parsed = parse_args(self, args, namespace)
+        if _is_server(parsed) and not parsed.uds and parsed.host is None:
+            parsed.host = HOST
         try:
             check_parsed(parsed)
             _complete(parsed)
@@ -62,12 +68,16 @@ def check_parsed(parsed: Namespace) -> None:
     for name in _PLUGIN_FILES:
         if (plugin := options.get(name)) and model and _is_inside(plugin, model):
             raise refused_remote_code(f"--{name.replace('_', '-')} {plugin}")
-    if options.get("subparser") == "serve":
+    if _is_server(parsed):
         keys = api_keys(options.get("api_key"))
         if keys and options.get("grpc"):
             raise SenteiError("vLLM's gRPC server asks for no key.", "Leave out --grpc, or the key.")
         if not options.get("uds"):
             warn_if_open(options.get("host"), keys)
+
+
+def _is_server(parsed: Namespace) -> bool:
+    return vars(parsed).get("subparser") == "serve"
 
 
 def _trusts(value: Any) -> bool:

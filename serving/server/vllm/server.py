@@ -23,7 +23,7 @@ def serve(directory: Path, options: Sequence[str]) -> NoReturn:
 
     Args:
         directory: A checkpoint, pruned or not.
-        options: vLLM's own. Without ``--host`` the server listens on loopback alone.
+        options: vLLM's own. Without a host, there or in the file of ``--config``, the server listens on loopback alone.
 
     Raises:
         SenteiError: An option that would run code from the checkpoint, a LoRA adapter that does not fit it, or
@@ -91,9 +91,12 @@ def launcher_environment() -> dict[str, str]:
 
 
 def _serve_options(options: Sequence[str]) -> list[str]:
-    """A server's options: loopback unless the user says otherwise."""
+    """A server's options: loopback unless the user says otherwise.
+
+    An option would win over a file's host, so with a file the launcher sees to it (:mod:`serving.server.vllm.options`).
+    """
     checked = checked_options(options)
-    return checked if _names(options) & {"--host", "--uds"} else ["--host", HOST, *checked]
+    return checked if _names(options) & {"--host", "--uds", "--config"} else ["--host", HOST, *checked]
 
 
 def checked_options(options: Sequence[str]) -> list[str]:

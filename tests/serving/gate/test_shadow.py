@@ -194,6 +194,36 @@ def test_other_servers_end_in_a_sentence(tmp_path):
         assert "does not say what models it has" in sentence_of(tmp_path, lambda body: says("a"), models=models)
 
 
+def replies(**message: str | None) -> Answer:
+    return lambda body: (200, {"choices": [{"message": message}]})
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_that_a_server_keeps_apart_is_compared(tmp_path, name):
+    prompts = read_prompts(written(tmp_path, *({"messages": [{"role": "user", "content": text}]} for text in "abcd")))
+    original = replies(content=None, reasoning="yes")
+    # The same text is another answer where the model has done its thinking.
+    for candidate, differing in (
+        (replies(content=None, **{name: "no"}), 4),
+        (replies(content="yes"), 4),
+        (replies(content=None, **{name: "yes"}), 0),
+    ):
+        with pair_of(original, candidate) as (*_, limits):
+            assert compare(limits, prompts) == Shadow(prompts=4, original_differs=0, candidate_differs=differing)
+
+
+@pytest.mark.parametrize(
+    "nothing", [replies(content=None, reasoning=None), replies(content=""), replies(), lambda body: says("")]
+)
+def test_where_nobody_says_anything_nothing_is_compared(tmp_path, nothing):
+    """All answers would be alike, and any candidate fine."""
+    said = sentence_of(tmp_path, nothing, nothing)
+    assert "line 1 without text: there is nothing to compare" in said and "Raise max_tokens" in said
+    prompts = read_prompts(written(tmp_path, {"prompt": "a"}))
+    with pair_of(lambda body: says("a"), nothing) as (*_, limits):
+        assert compare(limits, prompts) == Shadow(prompts=1, original_differs=0, candidate_differs=1)
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [

@@ -156,6 +156,7 @@ def test_progress_bars_are_not_disabled(monkeypatch):
         (["--host", "0.0.0.0"], ["--host", "0.0.0.0"]),
         (["--host=::1"], ["--host=::1"]),
         (["--uds", "/tmp/socket"], ["--uds", "/tmp/socket"]),
+        (["--config", "server.yaml"], ["--config", "server.yaml"]),  # whose host an option would override
     ],
 )
 def test_loopback_unless_asked(monkeypatch, options, expected):
