@@ -162,7 +162,8 @@ class CapacityInputs(Record):
 class CapacityRow(Record):
     """One model in the capacity sheet; see :mod:`serving.decision.capacity` for the formulas.
 
-    ``gpus`` and ``cost`` (per million output tokens at the peak load) have the ends of the rate's interval as theirs.
+    ``gpus`` and ``cost`` (per million output tokens at the peak load) have the ends of the rate's interval as theirs. They
+    are null where the rate was not searched for within limits.
     """
 
     name: str

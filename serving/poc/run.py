@@ -23,7 +23,8 @@ CAPACITY_FILE = "capacity.csv"
 _MARK = "steps"
 _RATE_WORDS = {
     True: "highest rate within the limits (goodput), per server",
-    False: "rate at the measured concurrency, per server",
+    False: "rate at the measured concurrency, per server, which may take more: GPUs and cost need limits, below "
+    "workload in poc.yaml",
 }
 
 
