@@ -55,7 +55,7 @@ def _run(prepared: Prepared, out: Path, tell: Callable[[str], None]) -> VerdictD
     write_text(out / POC_FILE, prepared.path.read_text(encoding="utf-8-sig"))
     amounts = amounts_of(prepared)
     runner = StepRunner(
-        directory=out.resolve(), runs_in=prepared.path.resolve().parent, inputs=prepared.inputs,
+        directory=out.resolve(), runs_in=prepared.path.resolve().parent, inputs=prepared.inputs_of,
         estimate=lambda step: seconds_of(step, prepared.poc, amounts), tell=tell,
         upcoming=lambda: expected_steps(steps, prepared.siblings, walk.possible),
     )  # fmt: skip
