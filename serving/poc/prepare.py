@@ -58,7 +58,7 @@ class Prepared:
         return Steps(poc=self.poc, model=self.checkpoint.directory.resolve(), directory=out.resolve())
 
     def inputs_of(self, step: Step) -> Mapping[str, Any]:
-        """What a step depends on beside its command and other steps: no question changes what a model is or how fast."""
+        """What a step depends on beside its command. No question changes what a model is, or how fast."""
         files = self.evaluation_files if step.work == "evaluate" else self.calibration_files
         return {**self.models, "files": files}
 
