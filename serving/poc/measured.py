@@ -15,7 +15,9 @@ from toolchain.significance import compare_means
 
 GOODPUT, THROUGHPUT = "max_request_rate", "output_throughput"
 _RATE = "request_throughput"
-_NO_MEMORY = "ONNX Runtime's memory is measured on CPUs alone. On a GPU, leave out most_memory_gb and look at nvidia-smi."
+_NO_MEMORY = (
+    "ONNX Runtime's memory is measured on CPUs alone. On a GPU, leave out most_memory_gb and look at nvidia-smi."
+)
 
 
 def with_quality(

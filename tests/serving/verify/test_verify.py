@@ -78,9 +78,10 @@ def test_a_right_export_passes(pruned_demo, tmp_path, dtype):
     assert verdict == json.loads((tmp_path / "out/verification.json").read_text())
     assert verdict["num_prompts"] == 12
     # Who reads "passed" must not think that the server's engine ran it.
-    assert "Transformers ran the export, not vLLM" in verdict["not_run"] and verdict["not_run"] in (
-        tmp_path / "out/README.md"
-    ).read_text()
+    assert (
+        "Transformers ran the export, not vLLM" in verdict["not_run"]
+        and verdict["not_run"] in (tmp_path / "out/README.md").read_text()
+    )
     assert 0 <= verdict["kl_divergence"] < verdict["mean_difference"] + 1e-6
     card = (tmp_path / "out/README.md").read_text()
     assert card.count("## Verification\n\nPassed.") == 1
