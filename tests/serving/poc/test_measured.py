@@ -5,8 +5,7 @@ import json
 import pytest
 
 from serving.benchmark.results_document import ResultsDocument
-from serving.decision.document import CandidateRecord, GuardRails
-from serving.decision.lights import lights_of
+from serving.decision.document import CandidateRecord
 from serving.poc.answers import Quality
 from serving.poc.measured import gain_metric, original_record, with_speed
 from tests.serving.poc.world import WRITTEN
@@ -50,17 +49,6 @@ def test_without_limits_throughput_decides_and_memory_is_the_measured_peak():
     assert measured.gain.value == found.measurements[0].metrics["output_throughput"].gain.value
     assert measured.memory_bytes == found.sizes["peak_memory_bytes"].pruned
     assert not measured.load.goodput
-
-
-def test_memory_that_was_not_measured_is_no_green_light():
-    """ONNX Runtime on a GPU takes more than weights and KV cache, and nobody knows how much."""
-    content = results("benchmark-onnx").content()
-    content["sizes"]["peak_memory_bytes"] |= {"original": None, "pruned": None}
-    for engine in ("onnx", "onnx-server"):
-        measured = with_speed(BLANK, ResultsDocument.model_validate(content | {"engine": engine}))
-        lights = lights_of(measured, GuardRails(most_perplexity=1.2, most_memory_gb=1000))
-        assert {each.rail: each.status for each in lights}["memory"] == "cannot be told"
-        assert measured.memory_bytes is None and "nvidia-smi" in measured.not_measured
 
 
 def test_where_requests_failed_there_is_no_gain_and_no_load():

@@ -15,8 +15,8 @@ from serving.benchmark import results as bench_results
 from serving.benchmark import run as benchmark_module
 from serving.benchmark.comparison.runs import compare_results
 from serving.benchmark.metrics import PERCENTILES
+from serving.benchmark.sessions import process_memory
 from serving.benchmark.sessions import server as bench_server
-from serving.benchmark.sessions.process_memory import peak_resident_bytes
 from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.workload import Slo, make_workloads, read_prompts
@@ -128,6 +128,38 @@ def test_on_a_gpu_each_measurement_has_its_server(pico_model, asked, tmp_path, m
     )
     assert len(asked["servers"]) == 6
     assert asked["servers"][0][1] == ["--enforce-eager", "--dtype", "bfloat16", "--no-enable-prefix-caching"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_onnx_server_s_memory_is_that_of_its_process(device, pico_model, asked, tmp_path, monkeypatch):
+    start = bench_server.running_server
+
+    @contextmanager
+    def running_server(directory, *, log, **given):
+        with start(directory, log=log, **given) as url:
+            with log.open("a") as lines:
+                lines.write(f"INFO:     Started server process [{os.getpid()}]\n")
+            yield url
+
+    stand_in = SimpleNamespace(running_server=running_server, DEFAULT_MAX_NUM_SEQS=8)
+    monkeypatch.setitem(sys.modules, "serving.server.onnx.server", stand_in)
+    workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10)
+    sides = sides_of(pico_model, export_device=device)
+    settings = BenchmarkSettings(engine="onnx-server", workloads=workloads, slo=Slo(ttft=500))
+    session = bench_server.ServerSession(sides, settings, tmp_path)
+    before = process_memory.peak_resident_bytes()
+    try:
+        session.measure(sides["pruned"], 0, workloads[0], name="pruned-0")
+    finally:
+        session.close()
+    used = sides["pruned"].engine_report.get("peak_memory_bytes")
+    assert used is None if device == "cuda" else before <= used <= process_memory.peak_resident_bytes()
+
+
+def test_of_a_process_that_is_gone_no_memory_is_known():
+    with subprocess.Popen(["true"]) as process:
+        pass
+    assert process_memory.peak_resident_bytes(process.pid) is None
 
 
 def test_failed_requests_are_counted_and_nothing_is_compared(pico_model, asked, tmp_path):
@@ -420,38 +452,6 @@ def test_onnx_servers_have_room_for_the_widest_load(pico_model, asked, tmp_path,
         session.close()
     queued = ["--max-num-queued-reqs", "100000"]  # whoever waits is not turned away
     assert asked["servers"][-1][1] == ["--max-num-seqs", "8", "--max-model-len", "46", *queued]
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_an_onnx_server_s_memory_is_that_of_its_process(device, pico_model, asked, tmp_path, monkeypatch):
-    start = bench_server.running_server
-
-    @contextmanager
-    def running_server(directory, *, log, **given):
-        with start(directory, log=log, **given) as url:
-            with log.open("a") as lines:
-                lines.write(f"INFO:     Started server process [{os.getpid()}]\n")
-            yield url
-
-    stand_in = SimpleNamespace(running_server=running_server, DEFAULT_MAX_NUM_SEQS=8)
-    monkeypatch.setitem(sys.modules, "serving.server.onnx.server", stand_in)
-    workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10)
-    sides = sides_of(pico_model, export_device=device)
-    settings = BenchmarkSettings(engine="onnx-server", workloads=workloads, slo=Slo(ttft=500))
-    session = bench_server.ServerSession(sides, settings, tmp_path)
-    before = peak_resident_bytes()
-    try:
-        session.measure(sides["pruned"], 0, workloads[0], name="pruned-0")
-    finally:
-        session.close()
-    used = sides["pruned"].engine_report.get("peak_memory_bytes")
-    assert used is None if device == "cuda" else before <= used <= peak_resident_bytes()
-
-
-def test_of_a_process_that_is_gone_no_memory_is_known():
-    with subprocess.Popen(["true"]) as process:
-        pass
-    assert peak_resident_bytes(process.pid) is None
 
 
 def test_lengths_may_vary(pico_model, asked, tmp_path):
