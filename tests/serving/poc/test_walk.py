@@ -106,15 +106,6 @@ def test_what_was_not_measured_is_no_green_light(tmp_path):
     assert f"{SAFE} was not measured" in found.reasons[1].text
 
 
-def test_memory_that_was_not_measured_is_no_green_light(tmp_path):
-    """ONNX Runtime on a GPU takes more than weights and KV cache, and nobody knows how much."""
-    rails = {"most_perplexity": 1.2, "least_gain": 1.1, "most_memory_gb": 1000}
-    world = World(truths={"25 %": Truth(memory_bytes=None)})
-    found = concluded(tmp_path, world, guard_rails=rails, candidates={"sparsities": [0.25]})
-    assert (found.decision, found.candidate) == ("do not prune", None)
-    assert "25 %: the memory was not measured. ONNX Runtime's memory is measured on CPUs" in found.reasons[1].text
-
-
 def test_the_steps_ask_for_what_the_guard_rails_judge(tmp_path):
     steps = steps_of(tmp_path, guard_rails={"most_perplexity": 1.2, "metrics": {SAFE: 0.95, HELPFUL: 0.05}})
     words = steps.evaluated_original.arguments
@@ -129,6 +120,15 @@ def test_a_rounded_original_that_beats_the_pruned_models_is_said_to(tmp_path):
     assert (found.decision, found.candidate) == ("do not prune", "int8")
     by_name = {each.name: each for each in found.candidates}
     assert by_name["25 %"].better == ["int8"] and by_name["int8"].better == []
+
+
+def test_memory_that_was_not_measured_is_no_green_light(tmp_path):
+    """ONNX Runtime on a GPU takes more than weights and KV cache, and nobody knows how much."""
+    rails = {"most_perplexity": 1.2, "least_gain": 1.1, "most_memory_gb": 1000}
+    world = World(truths={"25 %": Truth(memory_bytes=None)})
+    found = concluded(tmp_path, world, guard_rails=rails, candidates={"sparsities": [0.25]})
+    assert (found.decision, found.candidate) == ("do not prune", None)
+    assert "25 %: the memory was not measured. ONNX Runtime's memory is measured on CPUs" in found.reasons[1].text
 
 
 def test_the_furthest_that_holds_is_the_one_that_is_rounded_too(tmp_path):
