@@ -14,7 +14,7 @@ import torch
 from serving.benchmark.goodput import AskedRequest
 from serving.benchmark.gpu_watch import MemoryBefore, energy, watched_gpus
 from serving.benchmark.metrics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
-from serving.benchmark.sessions.process_memory import peak_resident_bytes
+from serving.benchmark.process_memory import peak_resident_bytes
 from serving.benchmark.sessions.sides import SideProcesses, free_log
 from serving.benchmark.sessions.vllm_client import bench_serve, served_model_name
 from serving.benchmark.sessions.vllm_client_process import Client

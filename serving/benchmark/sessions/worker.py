@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.benchmark.sessions.process_memory import peak_resident_bytes, resident_bytes
+from serving.benchmark.process_memory import peak_resident_bytes, resident_bytes
 from serving.engines.spec import ENGINES
 from serving.onnx_export.files import check_files, check_graph, read_settings
 from toolchain.checkpoint.directory import dtype_name

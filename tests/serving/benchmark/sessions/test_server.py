@@ -10,12 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.benchmark import gpu_watch
+from serving.benchmark import gpu_watch, process_memory
 from serving.benchmark import results as bench_results
 from serving.benchmark import run as benchmark_module
 from serving.benchmark.comparison.runs import compare_results
 from serving.benchmark.metrics import PERCENTILES
-from serving.benchmark.sessions import process_memory
 from serving.benchmark.sessions import server as bench_server
 from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.benchmark.settings import BenchmarkSettings
