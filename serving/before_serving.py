@@ -13,10 +13,12 @@ from serving.onnx_export.files import is_onnx_export
 from serving.readiness import examine_directory
 from toolchain.checkpoint.export_document import EXPORT_FILE
 from toolchain.checkpoint.quantized import is_quantized
-from toolchain.checkpoint.verification_document import VERIFICATION_FILE, VerificationDocument
+from toolchain.checkpoint.verification_document import VERIFICATION_FILE, ExportVerification, VerificationDocument
 from toolchain.documents import read_document
 from toolchain.errors import SenteiError
 from toolchain.plan.plan import PLAN_FILE
+
+_NO_PROMPT = "Its tensors were compared, and no prompt was run: run sentei verify on this machine."
 
 
 def check_before_serving(directory: Path, options: Sequence[str], *, force: bool) -> None:
@@ -58,10 +60,11 @@ def _failed_verification(directory: Path) -> str | None:
         document = read_document(file, VerificationDocument)
     except SenteiError as error:
         return f"{error.message} So nobody knows whether {directory} was verified."
-    if not document.root.passed:
+    found = document.root
+    if not found.passed:
         failed = ", ".join(document.failed_checks) or "no check is named"
         return f"{directory} failed its verification ({failed}). Export the model again."
-    if left_out := getattr(document.root, "not_run", ""):
+    if left_out := _NO_PROMPT if isinstance(found, ExportVerification) else found.not_run:
         _tell(f"Its verification passed, but: {left_out}")
     return None
 

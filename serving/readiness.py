@@ -114,7 +114,7 @@ def _examine_vllm(findings: dict[str, Any], *, needs_plugin: bool) -> None:
     if number > NEWEST_VLLM and needs_plugin:
         notes.append(f"vLLM {found} is newer than {newest}, the newest the plugin was compared with.")
     if needs_plugin and not plugin_registered():
-        problems.append("The vLLM plugin is not registered in this environment. Install it with: pip install sentei")
+        problems.append("The vLLM plugin is not registered in this environment. Install sentei's wheel there.")
     chosen = os.environ.get("VLLM_PLUGINS")
     if needs_plugin and chosen is not None and "sentei" not in chosen.split(","):
         problems.append(f"VLLM_PLUGINS={chosen} keeps vLLM from loading the plugin. Add sentei to it, or unset it.")

@@ -3,7 +3,8 @@
 - ``requests_per_s``: of one server, as measured; see :class:`serving.decision.document.LoadRecord`. That of a candidate
   is the original's times the candidate's gain, so that all rows rest on one measurement of the original and a candidate
   differs from it by no more than was shown.
-- ``gpus``: the peak load divided by that, rounded up.
+- ``gpus``: the peak load divided by that, rounded up, if that is the highest rate within limits. Without limits it is
+  the rate at the concurrency that was measured. A server may take many times that, so there are no GPUs and no cost.
 - ``cost_per_million_tokens``: gpus x price per hour / (peak requests per second x 3600 x output tokens per request)
   x 1,000,000: what a million output tokens cost while the peak load is served, with whole GPUs.
 - ``conversations``: KV-cache tokens / tokens of a conversation, rounded down. KV-cache tokens are the server's own
@@ -37,11 +38,13 @@ def capacity_rows(
         inputs: Prices, load and memory.
         output_len: Tokens of an answer.
     """
-    rate = None if original.load is None else original.load.requests_per_s
-    rows = [_row(_ORIGINAL, original, rate, inputs, output_len)]
+    load = original.load
+    rate = None if load is None else load.requests_per_s
+    asked = inputs if load and load.goodput else inputs.model_copy(update={"peak_requests_per_s": None})
+    rows = [_row(_ORIGINAL, original, rate, asked, output_len)]
     for each in candidates:
         if each.gain is not None and rate is not None:
-            rows.append(_row(each.name, each, _times(rate.value, each.gain), inputs, output_len))
+            rows.append(_row(each.name, each, _times(rate.value, each.gain), asked, output_len))
     return rows
 
 

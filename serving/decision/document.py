@@ -97,8 +97,8 @@ class CandidateRecord(Record):
         load: What one server of it takes.
         original_load: What one server of the original took in the same measurement.
         weight_bytes: Of the weights as exported.
-        memory_bytes: The highest memory of the process that ran it alone; where the engine does not tell, its weights
-            and the KV cache of the measured load.
+        memory_bytes: The highest memory of the process that ran it alone; of vLLM, which reserves what it is given, its
+            weights and the KV cache of the measured load; null where nobody tells.
         kv_bytes_per_token: Of the KV cache.
         kv_cache_tokens: Tokens that the server's KV cache held, from its log; null where it does not say so.
         not_measured: Why something is missing; empty where nothing is.
@@ -163,6 +163,7 @@ class CapacityRow(Record):
     """One model in the capacity sheet; see :mod:`serving.decision.capacity` for the formulas.
 
     ``gpus`` and ``cost`` (per million output tokens at the peak load) have the ends of the rate's interval as theirs.
+    They are null where the rate was not searched for within limits.
     """
 
     name: str

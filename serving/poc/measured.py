@@ -15,6 +15,9 @@ from toolchain.significance import compare_means
 
 GOODPUT, THROUGHPUT = "max_request_rate", "output_throughput"
 _RATE = "request_throughput"
+_NO_MEMORY = (
+    "ONNX Runtime's memory is measured on CPUs alone. On a GPU, leave out most_memory_gb and look at nvidia-smi."
+)
 
 
 def with_quality(
@@ -43,14 +46,15 @@ def read_results(directory: Path) -> ResultsDocument:
 
 def with_speed(candidate: CandidateRecord, results: ResultsDocument) -> CandidateRecord:
     """Adds what the benchmark says."""
-    gain = _deciding(results).gain
+    gain, sizes = _deciding(results).gain, _sizes(results, "pruned")
+    unknown_memory = _NO_MEMORY if sizes["memory_bytes"] is None else candidate.not_measured
     return candidate.model_copy(
         update={
             "gain": None if gain is None else interval_of(gain),
             "load": _load([results], "pruned"),
             "original_load": _load([results], "original"),
-            "not_measured": _why_no_gain(results) if gain is None else candidate.not_measured,
-            **_sizes(results, "pruned"),
+            "not_measured": _why_no_gain(results) if gain is None else unknown_memory,
+            **sizes,
         }
     )
 
@@ -112,7 +116,7 @@ def _sizes(results: ResultsDocument, side: Any) -> dict[str, Any]:
 
     load = results.measurements[0].workload
     weights, per_token, used = size("weight_bytes"), size("kv_bytes_per_token"), size("peak_memory_bytes")
-    if used is None and weights is not None and per_token is not None:
+    if used is None and results.engine == "vllm" and weights is not None and per_token is not None:
         # vLLM takes what it is given; this is what it needs.
         used = weights + per_token * (load.concurrency or 1) * (load.input_len + load.output_len)
     return {

@@ -8,7 +8,7 @@ from typing import Any
 
 from serving.forecast.device_probe import probe_device
 from serving.poc.document import PocDocument
-from serving.poc.plan_of_steps import ORIGINAL, Steps, file_name, percent
+from serving.poc.plan_of_steps import ORIGINAL, Step, Steps, file_name, percent
 from serving.poc.read import read_poc
 from serving.poc.time_needed import Amounts, text_tokens
 from toolchain.checkpoint.directory import Checkpoint, model_name, open_checkpoint, resolve_model
@@ -34,7 +34,9 @@ class Prepared:
         path: Of the file.
         checkpoint: The original.
         siblings: Directories of smaller models, by name.
-        inputs: Everything that the steps depend on, as JSON.
+        models: What all steps depend on, as JSON.
+        calibration_files: What making a candidate depends on, too.
+        evaluation_files: What evaluating one depends on, the questions of guard rails among them.
         question_chars: Of one's own questions, each prompt once for each of its choices.
         written_tokens: That a model writes in answers at most, for metrics of them.
         text_bytes: Of each evaluation text; ``None`` where that is not known.
@@ -44,7 +46,9 @@ class Prepared:
     path: Path
     checkpoint: Checkpoint
     siblings: dict[str, Path]
-    inputs: Mapping[str, Any]
+    models: Mapping[str, Any]
+    calibration_files: Sequence[Any]
+    evaluation_files: Sequence[Any]
     question_chars: int
     written_tokens: int
     text_bytes: Sequence[int | None]
@@ -52,6 +56,11 @@ class Prepared:
     def steps(self, out: Path) -> Steps:
         """The steps, writing into a directory."""
         return Steps(poc=self.poc, model=self.checkpoint.directory.resolve(), directory=out.resolve())
+
+    def inputs_of(self, step: Step) -> Mapping[str, Any]:
+        """What a step depends on beside its command. No question changes what a model is, or how fast."""
+        files = self.evaluation_files if step.work == "evaluate" else self.calibration_files
+        return {**self.models, "files": files}
 
 
 def prepare(path: Path) -> Prepared:
@@ -77,15 +86,15 @@ def prepare(path: Path) -> Prepared:
         for number, each in enumerate(poc.evaluation.tasks)
         if (task := parse_task(each)).file is not None
     ]
-    texts = [each for each in [*files, *evaluated] if each]
-    everything = [*texts, *questions, *tasks, *dict.fromkeys(each.file for each in metrics)]
+    read = [*evaluated, *questions, *tasks, *dict.fromkeys(each.file for each in metrics)]
     return Prepared(
         poc=poc, path=path, checkpoint=checkpoint, siblings=siblings,
-        inputs={
+        models={
             "model": _identity_of(checkpoint),
             "siblings": {name: _identity_of(open_checkpoint(each)) for name, each in siblings.items()},
-            "files": [stamp for file in everything for stamp in _stamps(file)],
         },
+        calibration_files=_stamps_of(files),
+        evaluation_files=_stamps_of(read),
         question_chars=sum(len(each.prompt) + len(choice) for each in asked for choice in each.choices)
         + sum(each.num_chars for each in metrics),
         written_tokens=sum(each.tokens * each.num_questions for each in written),
@@ -199,6 +208,11 @@ def _identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Weights count by name, size and time: hashing them takes long."""
     files = sorted(checkpoint.directory.glob("*.safetensors"))
     return {"config": config_sha256(checkpoint.config), "weights": [stamp for file in files for stamp in _stamps(file)]}
+
+
+def _stamps_of(files: Sequence[Path | None]) -> list[list[Any]]:
+    """What tells that files changed; ``None`` is a data set of the hub, which its name in the command stands for."""
+    return [stamp for file in files if file for stamp in _stamps(file)]
 
 
 def _stamps(path: Path) -> list[list[Any]]:

@@ -23,7 +23,8 @@ CAPACITY_FILE = "capacity.csv"
 _MARK = "steps"
 _RATE_WORDS = {
     True: "highest rate within the limits (goodput), per server",
-    False: "rate at the measured concurrency, per server",
+    False: "rate at the measured concurrency, per server, which may take more: GPUs and cost need limits, below "
+    "workload in poc.yaml",
 }
 
 
@@ -54,7 +55,7 @@ def _run(prepared: Prepared, out: Path, tell: Callable[[str], None]) -> VerdictD
     write_text(out / POC_FILE, prepared.path.read_text(encoding="utf-8-sig"))
     amounts = amounts_of(prepared)
     runner = StepRunner(
-        directory=out.resolve(), runs_in=prepared.path.resolve().parent, inputs=prepared.inputs,
+        directory=out.resolve(), runs_in=prepared.path.resolve().parent, inputs=prepared.inputs_of,
         estimate=lambda step: seconds_of(step, prepared.poc, amounts), tell=tell,
         upcoming=lambda: expected_steps(steps, prepared.siblings, walk.possible),
     )  # fmt: skip

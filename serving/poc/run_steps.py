@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
@@ -56,7 +56,7 @@ class StepRunner:
     Attributes:
         directory: Where everything goes.
         runs_in: Where the commands run: paths in ``poc.yaml`` are relative to it.
-        inputs: What every step depends on: weights, texts, questions.
+        inputs: What a step depends on beside its command: weights, texts, questions.
         estimate: Seconds of a step.
         upcoming: Steps that are still expected, for the remaining time.
         tell: Told one line at a time.
@@ -64,7 +64,7 @@ class StepRunner:
 
     directory: Path
     runs_in: Path
-    inputs: Mapping[str, Any]
+    inputs: Callable[[Step], Any]
     estimate: Callable[[Step], float]
     upcoming: Callable[[], list[Step]]
     tell: Callable[[str], None]
@@ -105,7 +105,7 @@ class StepRunner:
         """Names everything that a step depends on."""
         words = [word.replace(str(self.directory), "{out}") for word in (*step.program, *step.arguments)]
         needs = [self.key_of(each) for each in step.needs]
-        return digest_of({"words": words, "needs": needs, "inputs": self.inputs, "sentei": version("sentei")})
+        return digest_of({"words": words, "needs": needs, "inputs": self.inputs(step), "sentei": version("sentei")})
 
     def remaining_s(self) -> float:
         """About how long the steps that are still expected take."""

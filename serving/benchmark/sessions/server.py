@@ -14,6 +14,7 @@ import torch
 from serving.benchmark.goodput import AskedRequest
 from serving.benchmark.gpu_watch import MemoryBefore, energy, watched_gpus
 from serving.benchmark.metrics import BETWEEN_TOKENS, DISTRIBUTED, METRICS, PERCENTILES
+from serving.benchmark.process_memory import peak_resident_bytes
 from serving.benchmark.sessions.sides import SideProcesses, free_log
 from serving.benchmark.sessions.vllm_client import bench_serve, served_model_name
 from serving.benchmark.sessions.vllm_client_process import Client
@@ -35,6 +36,8 @@ _LONGEST_GAP = 20
 _MOST_QUEUED = 100_000
 # What --save-detailed adds.
 _DETAILS = frozenset({"input_lens", "output_lens", "start_times", "ttfts", "itls", "generated_texts", "errors"})
+# What uvicorn writes, in whose process the ONNX server computes.
+_PROCESS = re.compile(r"Started server process \[(\d+)\]")
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _WEIGHTS_GIB = re.compile(r"[Mm]odel loading took ([\d.]+) Gi?B")
 # Without what stands before a message in vLLM's log: process, level, time, file and line.
@@ -106,6 +109,8 @@ class ServerSession:
         with watched_gpus(side.engine_report["device"]) as gpus:
             result = self._bench(side, base_url, options, file, _longest_gap_s(workload))
         seen = gpus.last(result["duration"])
+        if (used := self._peak_memory_bytes(side)) is not None:
+            side.engine_report["peak_memory_bytes"] = used
         asked = {"requests": asked_requests(result, slo)} if slo else {}
         if slo:
             _drop_details(file)
@@ -170,6 +175,13 @@ class ServerSession:
         given = {option.split("=")[0] for option in settings.engine_options}
         added = [text for name, value in fair.items() if name not in given for text in (name, str(value))]
         return [*settings.engine_options, *added], running_onnx_server
+
+    def _peak_memory_bytes(self, side: Side) -> int | None:
+        """Of an ONNX server on a CPU; of vLLM, which reserves what it is told to, and of a GPU, nothing is known."""
+        if not self._settings.spec.reads_onnx or side.engine_report["device"] != "cpu":
+            return None
+        found = _PROCESS.search(self._logs[side].read_text(encoding="utf-8", errors="replace"))
+        return peak_resident_bytes(int(found[1])) if found else None
 
     def _bench(self, side: Side, base_url: str, options: list[str], file: Path, idle_s: float = 0.0) -> dict[str, Any]:
         try:

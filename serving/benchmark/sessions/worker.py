@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.benchmark.process_memory import peak_resident_bytes, resident_bytes
 from serving.engines.spec import ENGINES
 from serving.onnx_export.files import check_files, check_graph, read_settings
 from toolchain.checkpoint.directory import dtype_name
@@ -142,25 +143,11 @@ def measure(
 def peak_memory_bytes(device: str) -> int | None:
     """This process's peak: resident memory on a CPU, memory allocated by torch on a GPU; ``None`` if unknown."""
     if device == "cpu":
-        return _status_bytes("VmHWM")
+        return peak_resident_bytes()
     torch = sys.modules.get("torch")
     if torch is None or not device.startswith("cuda") or not torch.cuda.is_initialized():
         return None
     return int(torch.cuda.max_memory_allocated(device))
-
-
-def resident_bytes() -> int | None:
-    """What this process holds before it loads a model: runtime and libraries."""
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(field: str) -> int | None:
-    # Not getrusage: its maximum survives exec, and would be the parent's where that is larger.
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
-    return int(lines[field].split()[0]) * 1024 if field in lines else None
 
 
 class _Session:

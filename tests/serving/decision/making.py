@@ -19,6 +19,10 @@ RAILS = GuardRails(most_perplexity=1.2, least_gain=1.1)
 ORIGINAL = OriginalRecord(
     load=LoadRecord(requests_per_s=Interval(value=2.1, low=2.0, high=2.2), goodput=True), memory_bytes=10**9
 )
+# Asked one request at a time, with no limit on how long an answer takes.
+WITHOUT_LIMITS = OriginalRecord(
+    load=LoadRecord(requests_per_s=Interval(value=0.14, low=0.13, high=0.15), goodput=False), memory_bytes=10**9
+)
 INPUTS = CapacityInputs(price_per_hour=2.0, peak_requests_per_s=10)
 
 
@@ -36,10 +40,13 @@ def candidate(name: str = "25 %", **measured: Any) -> CandidateRecord:
 
 
 def judged(
-    *candidates: CandidateRecord, rails: GuardRails = RAILS, inputs: CapacityInputs = INPUTS
+    *candidates: CandidateRecord,
+    rails: GuardRails = RAILS,
+    inputs: CapacityInputs = INPUTS,
+    original: OriginalRecord = ORIGINAL,
 ) -> tuple[str, str | None, list[ReasonRecord]]:
     lit = [each.model_copy(update={"lights": lights_of(each, rails)}) for each in candidates]
-    return decide(lit, capacity_rows(ORIGINAL, lit, inputs, output_len=100))
+    return decide(lit, capacity_rows(original, lit, inputs, output_len=100))
 
 
 def said(reasons: list[ReasonRecord]) -> str:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from serving.decision.capacity import as_csv, capacity_rows, gpus_saved
 from serving.decision.document import CapacityInputs, Interval, LoadRecord, OriginalRecord
-from tests.serving.decision.making import INPUTS, ORIGINAL, candidate, interval
+from tests.serving.decision.making import INPUTS, ORIGINAL, WITHOUT_LIMITS, candidate, interval
 
 
 def test_the_numbers_of_a_sheet_made_by_hand():
@@ -60,6 +60,13 @@ def test_what_is_not_known_stays_empty():
     assert gpus_saved(rows, "x") is None
     [alone] = capacity_rows(OriginalRecord(), [candidate()], INPUTS, output_len=1)
     assert alone.requests_per_s is alone.gpus is None
+
+
+def test_a_rate_that_a_server_may_exceed_counts_no_gpus_and_no_cost():
+    rows = capacity_rows(WITHOUT_LIMITS, [candidate()], INPUTS, output_len=100)
+    assert [row.name for row in rows] == ["original", "25 %"]
+    assert all(row.requests_per_s and row.gpus is row.cost_per_million_tokens is None for row in rows)
+    assert gpus_saved(rows, "25 %") is None
 
 
 def test_the_csv_holds_rows_and_inputs_and_no_formula_of_a_stranger():

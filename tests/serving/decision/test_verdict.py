@@ -10,7 +10,7 @@ from serving.decision.document import CandidateRecord, GuardRails, Interval
 from serving.decision.lights import lights_of
 from serving.decision.sparsities import next_sparsity
 from serving.decision.verdict import decide
-from tests.serving.decision.making import RAILS, candidate, interval, judged, said
+from tests.serving.decision.making import RAILS, WITHOUT_LIMITS, candidate, interval, judged, said
 from toolchain.significance import ratio_interval
 
 DEPLOY, DO_NOT = "deploy", "do not prune"
@@ -142,6 +142,13 @@ def test_gpus_that_may_not_be_saved_are_not_promised():
     # 2.1 x 1.2 = 2.52 requests/s: 4 of 5 GPUs will do; at the lower end, 2.1 x 1.05, 5 are needed.
     _, _, reasons = judged(candidate(gain=interval(1.2, 0.125)), rails=GuardRails(most_perplexity=1.2))
     assert "saves 1 of 5 GPUs (95 % interval 0–1)" in said(reasons)
+
+
+def test_no_gpus_are_saved_of_which_nobody_knows_how_many_there_are():
+    """One request at a time shows a fraction of what a server takes: one may do where 72 would be counted."""
+    decision, _, reasons = judged(candidate(), original=WITHOUT_LIMITS)
+    assert decision == DEPLOY
+    assert "GPU" not in said(reasons)
 
 
 def test_the_same_model_twice_is_hardly_ever_deployed():

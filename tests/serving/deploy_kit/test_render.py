@@ -202,6 +202,52 @@ def test_weights_are_what_the_file_is_called(tmp_path):
             assert backends == {"small-original": 100 - share, "small-candidate": share}
 
 
+def runbooks(out: Path, made: Kit) -> list[str]:
+    write_kit(made, out)
+    return [(out / f"runbook.{language}.md").read_text(encoding="utf-8") for language in ("en", "ja")]
+
+
+def section(runbook: str, number: int) -> str:
+    (found,) = re.findall(rf"^## {number}\. .*?(?=^## )", runbook, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def test_under_kserve_all_traffic_goes_back_to_the_original(tmp_path):
+    """Its services do not read HTTPRoutes: a roll-back by one would be believed and change nothing."""
+    for runbook in runbooks(tmp_path / "kit", kit(*PAIR)):
+        weights = {}
+        for line in re.findall(r"^kubectl patch .*$", section(runbook, 4), re.MULTILINE):
+            kind, name, *options = shlex.split(line)[2:]
+            assert (kind, options[:3]) == ("llminferenceservice", ["--type", "merge", "-p"])
+            weights[name] = json.loads(options[3])
+        services = structures((tmp_path / "kit/kubernetes/kserve.yaml").read_text())
+        for service, weight in zip(services, (100, 0), strict=True):
+            assert weights[service["metadata"]["name"]] == {"spec": {"router": {"route": {"weight": weight}}}}
+            assert "weight" in service["spec"]["router"]["route"]
+    for runbook in runbooks(tmp_path / "onnx", kit(*PAIR, engine="onnx")):
+        assert "kubectl patch" not in runbook and "KServe" not in section(runbook, 4)
+
+
+def test_the_runbooks_say_how_much_traffic_the_gate_takes(tmp_path):
+    """As simulated; with the 1,000 that it takes to be asked at all, nearly every look says wait."""
+    simulated = (ROOT / "docs/decisions/gate.md").read_text(encoding="utf-8")
+    for runbook in runbooks(tmp_path / "kit", kit(*PAIR)):
+        canary = section(runbook, 2)
+        for count in ("4,000", "16,000"):
+            assert count in canary and f"\n| {count.replace(',', '')} | " in simulated
+        assert {"window", "min_requests"} <= set(re.findall(r"`(\w+)`", canary))
+        assert not re.search("change `gate.yaml` if you have less|少ない場合は `gate.yaml` を変更", canary)
+
+
+@pytest.mark.parametrize("is_signed", [True, False])
+@pytest.mark.parametrize("engine", ["vllm", "onnx"])
+def test_what_is_signed_is_verified_on_a_copy(tmp_path, engine, is_signed):
+    """`sentei verify` refuses a signed directory, which its verdict would change."""
+    for runbook in runbooks(tmp_path / "kit", kit(*PAIR, engine=engine, is_signed=is_signed)):
+        assert ("`model.sig`" in section(runbook, 5)) == is_signed
+    assert "`model.sig`" in (ROOT / "docs/guides/upgrade.md").read_text(encoding="utf-8")
+
+
 def test_the_gate_s_file_is_one_and_names_the_jobs(tmp_path):
     write_kit(kit(*PAIR), tmp_path / "kit")
     found = read_yaml_document(tmp_path / "kit/gate.yaml", GateDocument, hint="")

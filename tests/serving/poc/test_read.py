@@ -1,14 +1,17 @@
 """Every mistake that a person makes in ``poc.yaml`` gives the line and the fix."""
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.poc.document import PocDocument
+from serving.decision.document import GuardRails
+from serving.poc.document import EvaluationSettings, PocDocument
 from serving.poc.read import read_poc
 from serving.poc.template import template
+from tests.test_form import ROOT
 from toolchain.errors import SenteiError
 from toolchain.yaml_lines import read_yaml
 
@@ -179,3 +182,15 @@ def test_any_text_is_read_or_refused_in_one_sentence(tmp_path_factory, text):
 
 def test_the_schema_for_editors_knows_every_key():
     assert set(PocDocument.model_json_schema()["properties"]) == set(PocDocument.model_fields)
+
+
+def test_the_japanese_guide_names_every_key_that_the_english_one_names():
+    """Who reads one of them alone would leave out, say, the chat template, and measure refusals of raw text."""
+    keys = {*EvaluationSettings.model_fields, *GuardRails.model_fields}
+    english, japanese = (keys & words_in_code(ROOT / "docs" / folder / "poc.md") for folder in ("guides", "ja"))
+    assert {"chat_template", "tasks", "metrics", "most_memory_gb"} <= english <= japanese
+
+
+def words_in_code(page: Path) -> set[str]:
+    spans = re.findall(r"```.*?```|`[^`\n]+`", page.read_text(encoding="utf-8"), re.DOTALL)
+    return {word for span in spans for word in re.findall(r"\w+", span)}

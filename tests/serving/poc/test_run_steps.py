@@ -30,7 +30,7 @@ sys.exit(1 if what == "differ" else 0)
 
 def runner_in(directory: Path, inputs: object = 1) -> StepRunner:
     return StepRunner(
-        directory=directory, runs_in=directory, inputs={"inputs": inputs}, estimate=lambda step: 10.0,
+        directory=directory, runs_in=directory, inputs=lambda step: inputs, estimate=lambda step: 10.0,
         upcoming=list, tell=lambda line: None,
     )  # fmt: skip
 

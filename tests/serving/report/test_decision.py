@@ -10,16 +10,16 @@ from serving.poc.run import decided
 from serving.report.decision import verdict_text
 from serving.report.render import render_report
 from serving.report.translate import Say
-from tests.serving.decision.making import ORIGINAL, candidate, interval
+from tests.serving.decision.making import ORIGINAL, WITHOUT_LIMITS, candidate, interval
 from tests.serving.poc.world import steps_of
 from toolchain.errors import SenteiError
 
 HOSTILE = "<script>alert(1)</script>|[x](http://x)"
 
 
-def written(directory, *candidates, **changed):
+def written(directory, *candidates, original=ORIGINAL, **changed):
     poc = steps_of(directory, **changed).poc
-    document = decided(poc, "own", ORIGINAL, candidates, "output_throughput")
+    document = decided(poc, "own", original, candidates, "output_throughput")
     (directory / VERDICT_FILE).write_text(document.to_json(), encoding="utf-8")
     return document
 
@@ -67,6 +67,24 @@ def test_in_japanese_nothing_of_the_decision_is_left_in_english(tmp_path):
     part = page[: page.index(Say("ja")("The candidate in detail"))]
     # Names and units stay; a sentence would have several words in a row.
     assert re.findall(r"[A-Za-z']{2,} [a-z']{2,} [a-z']{2,}", part) == []
+
+
+@pytest.mark.parametrize("suffix", ["html", "md"])
+@pytest.mark.parametrize(
+    ("language", "told", "gpus"),
+    [
+        ("en", "So GPUs and cost are not computed: they need limits, below workload in poc.yaml.", "saves"),
+        ("ja", "poc.yaml の workload に応答時間の上限（limits）を書くと", "台"),
+    ],
+)
+def test_without_limits_the_sheet_says_why_it_counts_no_gpus(language, told, gpus, suffix, tmp_path):
+    peak = {"peak_requests_per_s": 10, "price_per_hour": 2}
+    document = written(tmp_path, candidate(), original=WITHOUT_LIMITS, capacity=peak)
+    out = tmp_path / f"report.{suffix}"
+    render_report([tmp_path], out, language=language)
+    page = out.read_text(encoding="utf-8")
+    assert told in (text_of(page) if suffix == "html" else page)
+    assert gpus not in verdict_text(document, Say(language))
 
 
 def test_do_not_prune_is_not_painted_green(tmp_path):

@@ -200,6 +200,9 @@ def test_the_benchmark_starts_it_and_vllms_load_generator_drives_it(demo_onnx: P
     kept = json.loads((tmp_path / "vllm" / "original-0.json").read_text())
     assert (kept["total_output_tokens"], kept["output_throughput"]) == (16, measured["output_throughput"])
     assert sides["original"].engine_report["server_options"] == ["--max-num-seqs", "2", "--max-model-len", "36"]
+    # The weights are in memory, and more.
+    used = sides["original"].engine_report["peak_memory_bytes"]
+    assert sides["original"].facts.weight_bytes < used < 4e9
 
 
 def test_what_cannot_be_served_is_told_before_it_starts(demo_onnx: Path, pico_model: Path, tmp_path: Path) -> None:

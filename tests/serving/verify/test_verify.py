@@ -77,6 +77,11 @@ def test_a_right_export_passes(pruned_demo, tmp_path, dtype):
     assert verdict["dtype"] == str(dtype).removeprefix("torch.")
     assert verdict == json.loads((tmp_path / "out/verification.json").read_text())
     assert verdict["num_prompts"] == 12
+    # Who reads "passed" must not think that the server's engine ran it.
+    assert (
+        "Transformers ran the export, not vLLM" in verdict["not_run"]
+        and verdict["not_run"] in (tmp_path / "out/README.md").read_text()
+    )
     assert 0 <= verdict["kl_divergence"] < verdict["mean_difference"] + 1e-6
     card = (tmp_path / "out/README.md").read_text()
     assert card.count("## Verification\n\nPassed.") == 1
@@ -277,7 +282,7 @@ def test_layer_by_layer_is_the_same(pico_model, tmp_path):
     assert whole["passed"] and layered["passed"], failed(whole) | failed(layered)
     assert layered["mean_difference"] == pytest.approx(whole["mean_difference"], rel=1e-3)
     assert layered["noise"]["mean_difference"] == pytest.approx(whole["noise"]["mean_difference"], rel=1e-3)
-    assert "no greedy tokens were compared" in layered["not_run"]
+    assert "no greedy tokens were compared" in layered["not_run"] and "not vLLM" in layered["not_run"]
     assert "greedy_margin" in whole["checks"] and "greedy_margin" not in layered["checks"]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from serving.forecast.device_probe import DevicePeaks
 from serving.poc import prepare, run
+from serving.poc.run_steps import StepRunner
+from serving.poc.walk import expected_steps
 from tests.command_line import refused, sentei
 from tests.serving.poc.world import Truth, World
 
@@ -87,6 +89,34 @@ def test_what_is_there_is_gone_on_with_only_if_asked(poc, tmp_path, monkeypatch)
     (other / "thesis.txt").write_text("mine")
     refused(sentei("poc", "run", poc, "-o", other, "--resume"), "no proof of concept")
     assert [each.name for each in other.iterdir()] == ["thesis.txt"]
+
+
+def keys_of_steps(poc: Path) -> dict[str, str]:
+    prepared, out = prepare.prepare(poc), poc.with_name("out")
+    runner = StepRunner(
+        directory=out, runs_in=poc.parent, inputs=prepared.inputs_of, estimate=lambda step: 1.0, upcoming=list,
+        tell=lambda line: None,
+    )  # fmt: skip
+    return {each.name: runner.key_of(each) for each in expected_steps(prepared.steps(out), {}, [0.25])}
+
+
+def test_a_new_guard_rail_of_metrics_is_measured_and_nothing_else_again(poc, tmp_path):
+    """Pruning, exports and benchmarks take hours or days, and no question changes them."""
+    before = keys_of_steps(poc)
+    evaluations = {"evaluate original", "evaluate 25 %", "evaluate int8"}
+    assert evaluations < set(before) and {"plans", "prune 25 %", "export int8", "benchmark 25 %"} < set(before)
+    (tmp_path / "safe.jsonl").write_text(QUESTION)
+    text = poc.read_text(encoding="utf-8")
+    assert "  # metrics: " in text
+    poc.write_text(text.replace("  # metrics: ", "  metrics: {accuracy:safe.jsonl: 0.5} # "), encoding="utf-8")
+    railed = keys_of_steps(poc)
+    assert {name for name in before if railed[name] != before[name]} == evaluations
+    (tmp_path / "safe.jsonl").write_text(2 * QUESTION)
+    assert {name for name, key in keys_of_steps(poc).items() if key != railed[name]} == evaluations
+    # What a model is made with changes all that is made with it.
+    (tmp_path / "calibration.txt").write_text("Pruned in spring. " * 200)
+    remade = keys_of_steps(poc)
+    assert {"plans", "prune 25 %", "evaluate 25 %", "benchmark 25 %"} < {n for n in before if remade[n] != railed[n]}
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def _show(console: Console, findings: dict[str, Any]) -> None:
         "CUDA devices": ", ".join(devices) or "none",
         "C++ compiler": "found" if findings["cxx_compiler"] else "none: vLLM on a CPU runs with --enforce-eager",
         "vLLM": findings["packages"]["vllm"] or "not installed",
-        "vLLM plugin": "registered" if findings["vllm_plugin_registered"] else "not registered: pip install sentei",
+        "vLLM plugin": "registered" if findings["vllm_plugin_registered"] else "not registered: install sentei's wheel",
         "ONNX Runtime": findings["packages"]["onnxruntime"] or "not installed",
         "  providers": ", ".join(findings["onnxruntime_providers"]) or "none",
         "  genai": findings["packages"]["onnxruntime_genai"] or "not installed",

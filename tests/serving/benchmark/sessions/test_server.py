@@ -2,13 +2,15 @@
 
 import csv
 import json
+import os
+import subprocess
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 
-from serving.benchmark import gpu_watch
+from serving.benchmark import gpu_watch, process_memory
 from serving.benchmark import results as bench_results
 from serving.benchmark import run as benchmark_module
 from serving.benchmark.comparison.runs import compare_results
@@ -125,6 +127,38 @@ def test_on_a_gpu_each_measurement_has_its_server(pico_model, asked, tmp_path, m
     )
     assert len(asked["servers"]) == 6
     assert asked["servers"][0][1] == ["--enforce-eager", "--dtype", "bfloat16", "--no-enable-prefix-caching"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_onnx_server_s_memory_is_that_of_its_process(device, pico_model, asked, tmp_path, monkeypatch):
+    start = bench_server.running_server
+
+    @contextmanager
+    def running_server(directory, *, log, **given):
+        with start(directory, log=log, **given) as url:
+            with log.open("a") as lines:
+                lines.write(f"INFO:     Started server process [{os.getpid()}]\n")
+            yield url
+
+    stand_in = SimpleNamespace(running_server=running_server, DEFAULT_MAX_NUM_SEQS=8)
+    monkeypatch.setitem(sys.modules, "serving.server.onnx.server", stand_in)
+    workloads = make_workloads(engine="onnx-server", input_len=20, output_len=10)
+    sides = sides_of(pico_model, export_device=device)
+    settings = BenchmarkSettings(engine="onnx-server", workloads=workloads, slo=Slo(ttft=500))
+    session = bench_server.ServerSession(sides, settings, tmp_path)
+    before = process_memory.peak_resident_bytes()
+    try:
+        session.measure(sides["pruned"], 0, workloads[0], name="pruned-0")
+    finally:
+        session.close()
+    used = sides["pruned"].engine_report.get("peak_memory_bytes")
+    assert used is None if device == "cuda" else before <= used <= process_memory.peak_resident_bytes()
+
+
+def test_of_a_process_that_is_gone_no_memory_is_known():
+    with subprocess.Popen(["true"]) as process:
+        pass
+    assert process_memory.peak_resident_bytes(process.pid) is None
 
 
 def test_failed_requests_are_counted_and_nothing_is_compared(pico_model, asked, tmp_path):
