@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -137,8 +138,8 @@ class StepRunner:
         work = PARTS.directory(step.out)
         partial = work.with_name(f"{work.name}.partial")
         partial.mkdir(parents=True, exist_ok=True)
-        for part in source.glob("*.json"):
-            write_text(partial / part.name, part.read_text(encoding="utf-8"))
+        for part in source.iterdir():
+            shutil.copyfile(part, partial / part.name)
         replace_directory(partial, work)
 
     def _run(self, step: Step, arguments: list[str]) -> int:

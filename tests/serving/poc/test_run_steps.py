@@ -105,10 +105,12 @@ def test_a_check_that_failed_fails_once(tmp_path):
 def test_parts_of_the_original_are_where_the_step_finds_them(tmp_path):
     seeds = tmp_path / "original" / "parts"
     seeds.mkdir(parents=True)
-    (seeds / "original-text-0123456789abcdef.json").write_text("{}")
+    names = {f"original-text-0123456789abcdef.{each}" for each in ("json", "safetensors")}
+    for name in names:
+        (seeds / name).write_bytes(b"\xff")
     runner_in(tmp_path)(step_in(tmp_path, seeded_from=seeds))
     assert runs(tmp_path) == ["--force --resume"]
-    assert [each.name for each in (tmp_path / "out.parts").iterdir()] == ["original-text-0123456789abcdef.json"]
+    assert {each.name: each.read_bytes() for each in (tmp_path / "out.parts").iterdir()} == dict.fromkeys(names, b"\xff")
 
 
 def test_the_record_says_what_was_run(tmp_path):
