@@ -381,6 +381,6 @@ READERS: dict[str, Reader] = {
     "costs": Reader(make=_costs, file="costs.json", read=_predict),
     "part of an evaluation": Reader(make=_part, file="part.json", read=_read_part),
     "losses of an evaluation": Reader(
-        make=_losses, file="part.safetensors", read=lambda d: read_losses(d / "part.json", (2, 3)), spoiled=spoiled_bytes
+        make=_losses, file="part.safetensors", spoiled=spoiled_bytes, read=lambda d: read_losses(d / "part.json", (2, 3))
     ),
 }  # fmt: skip

@@ -145,6 +145,7 @@ def test_the_same_model_twice_is_not_deployed(tmp_path):
         ("export 25 %", Outcome(error="It differs.", check_failed=True), "does not give its checkpoint's answers"),
         ("export 25 %", Outcome(error="Disk full."), "25 %: the speed was not measured. Disk full."),
         ("benchmark 25 %", Outcome(error="It hung."), "25 %: the speed was not measured. It hung."),
+        ("benchmark 25 %", Outcome(error="It died.", check_failed=True), "25 %: the speed was not measured. It died."),
     ],
 )
 def test_a_candidate_whose_step_failed_is_not_deployed_and_says_why(step, outcome, told, tmp_path):

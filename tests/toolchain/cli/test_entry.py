@@ -1,6 +1,7 @@
 """How the program begins and how it is interrupted."""
 
 import builtins
+import os
 import signal
 import subprocess
 import sys
@@ -72,3 +73,28 @@ def test_under_nohup_a_job_outlives_its_terminal():
         process.send_signal(signal.SIGHUP)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
+
+
+FAULT = """
+from unittest import mock
+from toolchain.cli import app
+
+with mock.patch.object(app, "app", mock.Mock(side_effect=KeyError("no such luck"))):
+    app.main()
+"""
+
+
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_a_fault_of_sentei_is_no_failed_check(asked: str, tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "SENTEI_TRACEBACK": asked}
+    done = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 70
+    assert "Error: sentei itself failed (KeyError: 'no such luck')" in done.stderr
+    assert ("Traceback" in done.stderr) == bool(asked)
+
+
+def test_a_library_that_cannot_be_imported_is_no_failed_check(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "toolchain.cli.app", None)
+    with pytest.raises(SystemExit) as end:
+        entry.main()
+    assert end.value.code == 70 and "ModuleNotFoundError" in capsys.readouterr().err
