@@ -48,6 +48,7 @@ class Quality:
 
     Attributes:
         perplexity: Over the original's, by text.
+        seen: Share of each text that was read while the model was made.
         questions: All that were asked, in the order of the files.
         metrics: Of one's own questions, by label.
     """
@@ -55,6 +56,7 @@ class Quality:
     perplexity: Mapping[str, Interval]
     questions: Sequence[AskedQuestion]
     metrics: Mapping[str, Interval] = field(default_factory=dict)
+    seen: Mapping[str, float] = field(default_factory=dict)
 
 
 def quality_of(directory: Path, question_files: Sequence[str]) -> Quality:
@@ -82,6 +84,8 @@ def quality_of(directory: Path, question_files: Sequence[str]) -> Quality:
         perplexity={each.text: interval_of(each.perplexity_ratio) for each in document.text_comparisons},
         questions=[each for name in question_files for each in kept_questions(directory, side, name)],
         metrics={each.metric: interval_of(each.score) for each in document.metrics if each.model == side},
+        # Of calibration and healing, the one that has read more.
+        seen={each.text: each.share for each in sorted(document.text_overlaps, key=lambda each: each.share)},
     )
 
 
