@@ -123,6 +123,9 @@ def main() -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:  # Typer ends silently on Ctrl-C
             _end("Interrupted.", INTERRUPTED)
+        # With its 1 Typer ends a command that found a pipe or a file cut off, which is no failed check.
+        if isinstance(end.__context__, OSError | typer.Abort):
+            end.code = ITSELF_FAILED
         if several():
             _end("", end.code if isinstance(end.code, int) else 1)
         raise

@@ -76,20 +76,37 @@ def test_under_nohup_a_job_outlives_its_terminal():
 
 
 FAULT = """
+import sys, typer
 from unittest import mock
 from toolchain.cli import app
 
-with mock.patch.object(app, "app", mock.Mock(side_effect=KeyError("no such luck"))):
+commands = typer.Typer(pretty_exceptions_enable=False)
+fault = eval(sys.argv.pop())
+
+@commands.command()
+def work() -> None:
+    raise fault
+
+with mock.patch.object(app, "app", commands):
     app.main()
 """
 
 
-@pytest.mark.parametrize("asked", ["", "1"])
-def test_a_fault_of_sentei_is_no_failed_check(asked: str, tmp_path):
+@pytest.mark.parametrize(
+    ("fault", "asked", "said"),
+    [
+        ("ValueError('no such luck')", "", "Error: sentei itself failed (ValueError: no such luck)"),
+        ("ValueError('no such luck')", "1", "Error: sentei itself failed (ValueError: no such luck)"),
+        ("EOFError()", "", ""),
+        ("BrokenPipeError(32, 'Broken pipe')", "", ""),
+    ],
+)
+def test_a_fault_of_sentei_is_no_failed_check(fault: str, asked: str, said: str, tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path), "SENTEI_TRACEBACK": asked}
-    done = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, env=environment, timeout=60)
+    command = [sys.executable, "-c", FAULT, fault]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 70
-    assert "Error: sentei itself failed (KeyError: 'no such luck')" in done.stderr
+    assert said in done.stderr
     assert ("Traceback" in done.stderr) == bool(asked)
 
 
