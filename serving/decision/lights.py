@@ -1,8 +1,8 @@
 """The traffic lights: does a candidate hold each guard rail, break it, or can that not be told?
 
 Green and red need the whole interval on one side of the limit: who deploys on a green light relies on it. Where the
-interval crosses the limit, or nothing was measured, it cannot be told. Nor can perplexity be told to be good enough on a
-text that the candidate was made with.
+interval crosses the limit, or nothing was measured, it cannot be told. Nor can perplexity be told to be good enough on
+a text that the candidate was made with.
 """
 
 from serving.decision.document import CandidateRecord, GuardRails, Interval, LightRecord, Rail, Status

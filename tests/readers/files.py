@@ -381,6 +381,7 @@ READERS: dict[str, Reader] = {
     "costs": Reader(make=_costs, file="costs.json", read=_predict),
     "part of an evaluation": Reader(make=_part, file="part.json", read=_read_part),
     "losses of an evaluation": Reader(
-        make=_losses, file="part.safetensors", spoiled=spoiled_bytes, read=lambda d: read_losses(d / "part.json", (2, 3))
+        make=_losses, file="part.safetensors", spoiled=spoiled_bytes,
+        read=lambda d: read_losses(d / "part.json", (2, 3)),
     ),
 }  # fmt: skip
