@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -186,3 +187,16 @@ def test_losses_of_more_tokens_than_json_may_hold_are_taken_up_again(
     # The same windows, and in them the same tokens.
     assert found == compared(Parts(None))
     assert found[0].worst_passages and alone.evaluations[0].num_tokens == 8 * 31
+
+
+def test_losses_that_are_gone_are_computed_again_and_damaged_ones_are_refused(tmp_path):
+    def ask(losses, shape=(1, 2)):
+        return Parts(tmp_path).get_with_losses("text", {}, lambda: ({}, np.array([losses], np.float32)), shape)[1]
+
+    assert ask([1, 2]).tolist() == ask([3, 4]).tolist() == [[1, 2]]
+    with pytest.raises(SenteiError, match=r"must hold float32 \[2, 2\]"):
+        ask([1, 2], (2, 2))
+    next(tmp_path.glob("*.safetensors")).unlink()
+    assert ask([5, np.nan])[0, 0] == 5
+    with pytest.raises(SenteiError, match="holds NaN or Inf"):
+        ask([1, 2])
