@@ -6,6 +6,8 @@ plugin raises these inside somebody else's server.
 
 # The exit code of a command that Ctrl-C ended, as shells have it: 128 and the signal's number.
 INTERRUPTED = 130
+# The exit code of a command in which sentei itself failed (EX_SOFTWARE of sysexits.h): what was asked is not answered.
+ITSELF_FAILED = 70
 # Signals that come within these seconds of each other are one wish to stop.
 SAME_WISH_S = 2.0
 _LONGEST_LINE = 1000
@@ -51,14 +53,17 @@ class CheckFailedError(SenteiError):
     exit_code = 1
 
 
-# How libraries say that an allocation failed: torch on a CPU, safetensors' mmap, C++, threads without a stack, and
-# the loader of shared libraries.
+# How libraries say that an allocation failed: torch on a CPU, safetensors' mmap, C++, threads without a stack, the
+# loader of shared libraries, CUDA, cuBLAS and its like, and ONNX Runtime.
 _ALLOCATION_FAILURES = (
     "can't allocate memory",
     "Cannot allocate memory",
     "bad_alloc",
     "can't start new thread",
     "failed to map segment",
+    "CUDA error: out of memory",
+    "STATUS_ALLOC_FAILED",
+    "Failed to allocate memory",
 )
 
 

@@ -89,6 +89,7 @@ class CandidateRecord(Record):
         precision: Of its weights; null for the export's own.
         verified: Whether its export gives its checkpoint's answers; null where there is no export.
         perplexity: Over the original's, by text.
+        seen: Share of each text that was read while the candidate was made, where perplexity looks too good.
         accuracy: Share of one's own questions that it answers rightly.
         accuracy_change: That minus the original's, by the same questions.
         groups: As ``accuracy``, for each ``subject`` of the questions.
@@ -112,6 +113,7 @@ class CandidateRecord(Record):
     precision: str | None = None
     verified: bool | None = None
     perplexity: dict[str, Interval] = Field(default_factory=dict)
+    seen: dict[str, float] = Field(default_factory=dict)
     accuracy: Interval | None = None
     accuracy_change: Interval | None = None
     groups: dict[str, Interval] = Field(default_factory=dict)

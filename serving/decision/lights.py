@@ -1,7 +1,8 @@
 """The traffic lights: does a candidate hold each guard rail, break it, or can that not be told?
 
 Green and red need the whole interval on one side of the limit: who deploys on a green light relies on it. Where the
-interval crosses the limit, or nothing was measured, it cannot be told.
+interval crosses the limit, or nothing was measured, it cannot be told. Nor can perplexity be told to be good enough on
+a text that the candidate was made with.
 """
 
 from serving.decision.document import CandidateRecord, GuardRails, Interval, LightRecord, Rail, Status
@@ -10,11 +11,13 @@ from toolchain.metrics.question_metrics import parse_question_metric
 # What pruning further makes worse, and never better.
 DAMAGE: tuple[Rail, ...] = ("perplexity", "accuracy", "group", "least_metric", "most_metric")
 GB = 10**9
+# Of a text's passages of 32 tokens: texts on the same subject may share a sentence.
+MOST_SEEN = 0.01
 
 
 def lights_of(candidate: CandidateRecord, rails: GuardRails) -> list[LightRecord]:
     """Judges a candidate by every guard rail that is set, and always by its speed and its verification."""
-    lights = [_light("perplexity", each, rails.most_perplexity, text) for text, each in candidate.perplexity.items()]
+    lights = [_of_text(candidate, text, rails.most_perplexity) for text in candidate.perplexity]
     if not candidate.perplexity:
         lights.append(_light("perplexity", None, rails.most_perplexity))
     if rails.least_accuracy is not None:
@@ -46,6 +49,19 @@ def damage_is_green(lights: list[LightRecord]) -> bool:
     """Whether the quality of a candidate is shown to be within the guard rails."""
     damage = [light for light in lights if light.rail in DAMAGE]
     return bool(damage) and all(light.status == "green" for light in damage)
+
+
+def was_seen(candidate: CandidateRecord, text: str | None) -> bool:
+    """Whether so much of a text was read while the candidate was made that its perplexity there looks too good."""
+    return candidate.seen.get(text or "", 0) > MOST_SEEN
+
+
+def _of_text(candidate: CandidateRecord, text: str, limit: float) -> LightRecord:
+    light = _light("perplexity", candidate.perplexity[text], limit, text)
+    # What is too bad although it looks too good stays red.
+    if light.status == "green" and was_seen(candidate, text):
+        return light.model_copy(update={"status": "cannot be told"})
+    return light
 
 
 def _light(rail: Rail, measured: Interval | None, limit: float, subject: str | None = None) -> LightRecord:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from serving.decision.capacity import gpus_saved
 from serving.decision.document import CandidateRecord, CapacityRow, Interval, LightRecord, Rail, ReasonRecord
-from serving.decision.lights import GB, all_green
+from serving.decision.lights import GB, all_green, was_seen
 from serving.decision.pareto import worst_loss
 
 DEPLOY = "Deploy %(candidate)s: it runs at %(gain)s times the original's speed (95 %% interval %(interval)s)."
@@ -56,6 +56,11 @@ OPEN = {
     "gain": "%(candidate)s: more than %(limit)s times the original's speed is not shown: %(value)s times (95 %% "
     "interval %(interval)s).",
 }
+SEEN = (
+    "%(candidate)s: whether perplexity on %(subject)s is within %(limit)s times the original's cannot be told: "
+    "%(share)s %% of that text was read in calibration or healing, where the model looks too good. Evaluate on text "
+    "that shares nothing with the calibration text, not even a system prompt."
+)
 NOT_MEASURED = {
     "perplexity": "%(candidate)s: perplexity was not measured. %(why)s",
     "accuracy": "%(candidate)s: your questions were not asked. %(why)s",
@@ -67,7 +72,7 @@ NOT_MEASURED = {
     "verified": "%(candidate)s: the export was not verified. %(why)s",
 }
 MESSAGES = (
-    DEPLOY, INSTEAD, DO_NOT, NO_CANDIDATE, SAVED, KEPT, BEATEN,
+    DEPLOY, INSTEAD, DO_NOT, NO_CANDIDATE, SAVED, KEPT, BEATEN, SEEN,
     *BROKEN.values(), *OPEN.values(), *NOT_MEASURED.values(),
 )  # fmt: skip
 # Measured as shares, and said in percent.
@@ -159,6 +164,8 @@ def _obstacle(candidate: CandidateRecord, light: LightRecord) -> ReasonRecord:
     values = {
         "subject": light.subject or "", "limit": f"{light.limit * scale:.6g}", **_measured(light.measured, scale),
     }  # fmt: skip
+    if light.rail == "perplexity" and light.status != "red" and was_seen(candidate, light.subject):
+        message, values["share"] = SEEN, f"{100 * candidate.seen[values['subject']]:.3g}"
     return _said(message, values, candidate, light=light)
 
 

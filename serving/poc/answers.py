@@ -3,19 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from serving.decision.document import Interval
 from toolchain.documents import Document, Record, read_document
 from toolchain.errors import SenteiError
 from toolchain.evaluate.comparison import share
-from toolchain.evaluate.document import EVALUATION_FILE, Change, EvaluationDocument, Share, Side
+from toolchain.evaluate.document import EVALUATION_FILE, Change, EvaluationDocument, Share, Side, TextResult
 from toolchain.evaluate.metric_record import IntervalRecord
 from toolchain.json_files import read_json_object
-from toolchain.parts_cache import MOST_BYTES
+from toolchain.parts_cache import MOST_BYTES, read_losses
 from toolchain.significance import Difference, compare_means, compare_shares
 
 QUALITY_FILE = "engine_quality.json"
@@ -48,6 +48,7 @@ class Quality:
 
     Attributes:
         perplexity: Over the original's, by text.
+        seen: Share of each text that was read while the model was made.
         questions: All that were asked, in the order of the files.
         metrics: Of one's own questions, by label.
     """
@@ -55,6 +56,7 @@ class Quality:
     perplexity: Mapping[str, Interval]
     questions: Sequence[AskedQuestion]
     metrics: Mapping[str, Interval] = field(default_factory=dict)
+    seen: Mapping[str, float] = field(default_factory=dict)
 
 
 def quality_of(directory: Path, question_files: Sequence[str]) -> Quality:
@@ -82,6 +84,8 @@ def quality_of(directory: Path, question_files: Sequence[str]) -> Quality:
         perplexity={each.text: interval_of(each.perplexity_ratio) for each in document.text_comparisons},
         questions=[each for name in question_files for each in kept_questions(directory, side, name)],
         metrics={each.metric: interval_of(each.score) for each in document.metrics if each.model == side},
+        # Of calibration and healing, the one that has read more.
+        seen={each.text: each.share for each in sorted(document.text_overlaps, key=lambda each: each.share)},
     )
 
 
@@ -125,28 +129,30 @@ def kept_questions(evaluation: Path, side: Side, file: str) -> list[AskedQuestio
     Raises:
         SenteiError: The evaluation does not hold them.
     """
-    result = _kept(evaluation, side, lambda identity: identity.get("task") == file, file)
+    _, result = _kept(evaluation, side, lambda identity: identity.get("task") == file, file)
     metric = result["metric"]
     return [AskedQuestion(subject=each["subject"], score=each["scores"][metric]) for each in result["questions"]]
 
 
-def kept_losses(evaluation: Path, side: Side, text_sha256: str) -> list[float]:
-    """The mean loss of each window of a text, in nats per token.
+def kept_losses(evaluation: Path, text: TextResult) -> list[float]:
+    """The mean loss of each window of a text that a model was evaluated on, in nats per token.
 
     Raises:
         SenteiError: The evaluation does not hold them.
     """
-    result = _kept(evaluation, side, lambda identity: identity.get("text_sha256") == text_sha256, "a text")
-    return [fmean(window) for window in result["losses"]]
+    path, _ = _kept(evaluation, text.model, lambda identity: identity.get("text_sha256") == text.text_sha256, text.text)
+    losses = read_losses(path, (text.num_windows, text.seq_len - 1))
+    means: list[float] = losses.mean(axis=1, dtype=np.float64).tolist()
+    return means
 
 
-def _kept(evaluation: Path, side: Side, belongs: Any, what: str) -> dict[str, Any]:
-    """The result of the part whose identity belongs to what is asked for."""
+def _kept(evaluation: Path, side: Side, belongs: Any, what: str) -> tuple[Path, dict[str, Any]]:
+    """The part whose identity belongs to what is asked for: its file and its result."""
     for path in sorted((evaluation / "parts").glob(f"{side}-*.json")):
         part = read_json_object(path, max_bytes=MOST_BYTES)
         if belongs(part.get("identity", {})):
             try:
-                return dict(part["result"])
+                return path, dict(part["result"])
             except (KeyError, TypeError, ValueError) as error:
                 raise SenteiError(f"{path} does not have the fields it should (result).") from error
     raise SenteiError(f"{evaluation} does not hold the answers of the {side} model to {what}.", "Evaluate anew.")

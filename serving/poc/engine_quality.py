@@ -100,7 +100,7 @@ def run(job: Job) -> None:
         ratios = {
             each.text: interval_of(
                 perplexity_ratio(
-                    kept_losses(Path(job.original), "original", each.text_sha256),
+                    kept_losses(Path(job.original), each),
                     _losses(engine, text, each, tokenizer, bos),
                 )
             )

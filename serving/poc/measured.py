@@ -27,6 +27,7 @@ def with_quality(
     return candidate.model_copy(
         update={
             "perplexity": dict(quality.perplexity),
+            "seen": {**candidate.seen, **quality.seen},
             "accuracy": accuracy_of(quality.questions),
             "accuracy_change": accuracy_change(original, quality.questions),
             "groups": groups_of(quality.questions),

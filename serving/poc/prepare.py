@@ -18,7 +18,7 @@ from toolchain.evaluate.task_requests import parse_task
 from toolchain.metrics.question_metrics import QuestionMetric, parse_question_metric
 from toolchain.metrics.questions import load_questions
 from toolchain.model.context_length import context_length
-from toolchain.text.sources import parse_sources, parse_text
+from toolchain.text.sources import Text, parse_sources, parse_text
 from toolchain.yaml_lines import Place, read_yaml
 
 _SEQ_LEN = 2048
@@ -79,6 +79,7 @@ def prepare(path: Path) -> Prepared:
     questions = [place.file(each, ("evaluation", "questions", n)) for n, each in enumerate(poc.evaluation.questions)]
     asked = [question for file in questions for question in load_questions(file)]
     _check_groups(poc, {each.subject for each in asked}, place)
+    _check_apart(poc, place)
     metrics = _metrics(poc, place)
     written = [each for each in metrics if each.tokens]
     tasks = [
@@ -156,6 +157,26 @@ def _metrics(poc: PocDocument, place: "_Places") -> list[QuestionMetric]:
     return found
 
 
+def _check_apart(poc: PocDocument, place: "_Places") -> None:
+    """Refuses text that pruning is decided with and quality is measured on: there it would look better than it is."""
+    read = [place.resolved(each.text) for each in parse_sources(poc.calibration.text)]
+    for number, given in enumerate(poc.evaluation.text):
+        text = place.resolved(parse_text(given))
+        if any(_same_text(text, each) for each in read):
+            raise place.error(
+                ("evaluation", "text", number),
+                f"{given} is calibration text too, on which a pruned model looks better than it is",
+                "Divide it into two files.",
+            )
+
+
+def _same_text(one: Text, other: Text) -> bool:
+    """Whether one is the other, or lies in it."""
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.is_relative_to(other) or other.is_relative_to(one)
+    return one == other
+
+
 def _check_groups(poc: PocDocument, subjects: set[str | None], place: "_Places") -> None:
     for group in poc.guard_rails.groups:
         if group not in subjects:
@@ -193,6 +214,10 @@ class _Places:
             self.file(str(each), (*where, number)) if isinstance(each, Path) else None
             for number, each in enumerate(texts)
         ]
+
+    def resolved(self, text: Text) -> Text:
+        """A text; a file or directory as the one that it is, by whatever way."""
+        return (self.base / text).resolve() if isinstance(text, Path) else text
 
     def model(self, given: str, where: Place) -> Path:
         found = self.base / given

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -118,8 +119,9 @@ class StepRunner:
         return f"{step.name} ... (about {left} left; log: {self._log(step)})"
 
     def _is_final(self, record: StepRecord, step: Step) -> bool:
-        """Whether it need not be run again: a check that failed fails again, anything else may go well now."""
-        return record.exit_code in (0, _CHECK_FAILED) and step.out.exists()
+        """Whether it need not be run again: a failed check of an export fails again, anything else may go well now."""
+        final = (0, _CHECK_FAILED) if step.work in ("export", "verify") else (0,)
+        return record.exit_code in final and step.out.exists()
 
     def _how_to_begin(self, step: Step, *, begun: bool) -> list[str]:
         if step.arguments[0] == "verify" or step.program[0] != "-c":
@@ -137,8 +139,8 @@ class StepRunner:
         work = PARTS.directory(step.out)
         partial = work.with_name(f"{work.name}.partial")
         partial.mkdir(parents=True, exist_ok=True)
-        for part in source.glob("*.json"):
-            write_text(partial / part.name, part.read_text(encoding="utf-8"))
+        for part in source.iterdir():
+            shutil.copyfile(part, partial / part.name)
         replace_directory(partial, work)
 
     def _run(self, step: Step, arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from serving.benchmark.journal import RESULTS_FILE
 from serving.benchmark.results_document import ResultsDocument
 from serving.decision.document import CandidateRecord, OriginalRecord
 from serving.decision.lights import damage_is_green, lights_of
@@ -30,6 +31,7 @@ class Walk:
         do: Runs a step, unless it is finished already.
         results: The benchmarks so far.
         held: The sparsities that were tried, and whether their damage was within the guard rails.
+        seen: What was read of each text in calibration; see :attr:`CandidateRecord.seen`.
     """
 
     steps: Steps
@@ -37,6 +39,7 @@ class Walk:
     do: Callable[[Step], Outcome]
     results: list[ResultsDocument] = field(default_factory=list)
     held: dict[float, bool] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)
     _original: Quality = field(default_factory=lambda: Quality(perplexity={}, questions=[]))
 
     def candidates(self) -> list[CandidateRecord]:
@@ -86,6 +89,7 @@ class Walk:
         if error := self.do(made).error:
             return _without(candidate, error)
         candidate = self._evaluated(candidate, self.steps.evaluated(candidate.name, made.out, made))
+        self.seen |= candidate.seen
         if candidate.not_measured:
             return candidate
         if not damage_is_green(lights_of(candidate, self.steps.poc.guard_rails)):
@@ -105,6 +109,9 @@ class Walk:
             )  # fmt: skip
             made = steps.pruned(sparsity)
             exported = steps.exported(candidate.name, made.out, made, precision)
+        # Its own evaluation is of an export, which does not tell.
+        if sparsity is not None or "--calibration" in exported[0].arguments:
+            candidate = candidate.model_copy(update={"seen": dict(self.seen)})
         candidate = self._exported(candidate, exported)
         if candidate.not_measured:
             return candidate
@@ -143,7 +150,7 @@ class Walk:
         step = self.steps.measured(candidate.name, original, export, candidate.precision)
         outcome = self.do(step)
         # Where requests failed the results are there, and say so.
-        if outcome.error and not outcome.check_failed:
+        if outcome.error and not (outcome.check_failed and (step.out / RESULTS_FILE).is_file()):
             return _without(candidate, outcome.error)
         results = read_results(step.out)
         self.results.append(results)

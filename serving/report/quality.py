@@ -31,16 +31,19 @@ def evaluation_view(sources: Sequence[Source], say: Say) -> list[dict[str, Any]]
 
 
 def _view(document: EvaluationDocument, say: Say) -> dict[str, Any]:
+    tasks = [
+        *(_task(document, each, say) for each in document.task_comparisons),
+        *(_metric(document, each, say) for each in document.metric_comparisons),
+    ]
+    mean = _mean(document, say)
     return {
         "texts": [
             {"text": each.text, **_change(each.perplexity_ratio, 1, ".3g", say), "worst": each.worst_passages}
             for each in document.text_comparisons
         ],
-        "tasks": [
-            *(_task(document, each, say) for each in document.task_comparisons),
-            *(_metric(document, each, say) for each in document.metric_comparisons),
-        ],
-        "mean": _mean(document, say),
+        "tasks": tasks,
+        "tests": ", ".join(dict.fromkeys(say(each["test"]) for each in (*tasks, *([mean] if mean else [])))),
+        "mean": mean,
         "generation": _generation(document.generation, say) if document.generation else None,
         "samples": document.generation.samples if document.generation else [],
         "subjects": [(task.task, each) for task in document.task_comparisons for each in task.worst_subjects],

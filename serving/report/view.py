@@ -34,6 +34,7 @@ def build_view(inputs: ReportInputs, say: Say) -> dict[str, Any]:
         "decision": decision_view(inputs.verdict, say) if inputs.verdict else None,
         "size": _size(inputs),
         "quality": quality,
+        "evaluated": bool(inputs.evaluations),
         "evaluation": evaluation_view(inputs.evaluations, say),
         "layers": _layers(inputs, say) if inputs.plan else None,
         "bought": _bought(document.target, say) if document and document.target else None,

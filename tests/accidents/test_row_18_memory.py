@@ -80,3 +80,17 @@ def test_a_library_that_does_not_fit_is_not_called_missing(monkeypatch: pytest.M
         onnx_libraries.import_onnx_library("onnxruntime")
     sentence, exit_code = _told(missing.value)
     assert sentence.startswith("Memory ran out") and exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : BFCArena::AllocateRawInternal Failed to allocate memory for "
+        "requested buffer of size 4294967296",
+    ],
+)
+def test_a_gpu_without_memory_is_no_fault_of_sentei(said: str):
+    sentence, exit_code = _told(RuntimeError(said))
+    assert sentence.startswith("Memory ran out") and exit_code == 2

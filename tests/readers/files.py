@@ -52,7 +52,7 @@ from toolchain.model.decilm import is_nemotron_nas
 from toolchain.model.gguf_header import read_gguf_header
 from toolchain.model.loading import load_model, load_tokenizer
 from toolchain.outputs import HEALING, Unfinished
-from toolchain.parts_cache import Parts
+from toolchain.parts_cache import Parts, losses_file, read_losses
 from toolchain.plan.plan import load_plan, load_sweep
 from toolchain.plan.sweep_document import SweepDocument, SweptPlan
 from toolchain.plan.views import difference, reasons
@@ -215,6 +215,12 @@ def _read_part(directory: Path) -> object:
         path.replace(directory / "part.json")
 
 
+def _losses(directory: Path) -> None:
+    losses = np.linspace(0, 9, 6, dtype=np.float32).reshape(2, 3)
+    Parts(directory).get_with_losses("text", {}, lambda: ({}, losses), losses.shape)
+    next(directory.glob("*.safetensors")).rename(losses_file(directory / "part"))
+
+
 def _views(directory: Path) -> list[object]:
     plan = load_plan(directory)
     cut = [plan.cut(step).summary() for step in range(len(plan.steps))]
@@ -374,4 +380,8 @@ READERS: dict[str, Reader] = {
     "state of a training": Reader(make=_training, file="out.heal/checkpoint-1/trainer_state.json", read=_go_on),
     "costs": Reader(make=_costs, file="costs.json", read=_predict),
     "part of an evaluation": Reader(make=_part, file="part.json", read=_read_part),
+    "losses of an evaluation": Reader(
+        make=_losses, file="part.safetensors", spoiled=spoiled_bytes,
+        read=lambda d: read_losses(d / "part.json", (2, 3)),
+    ),
 }  # fmt: skip

@@ -40,7 +40,7 @@ from toolchain.cli.commands import (
     sign,
 )
 from toolchain.cli.terminal import prepare_streams, printable
-from toolchain.errors import INTERRUPTED, SAME_WISH_S, SenteiError, is_out_of_memory, is_panic
+from toolchain.errors import INTERRUPTED, ITSELF_FAILED, SAME_WISH_S, SenteiError, is_out_of_memory, is_panic
 from toolchain.ranks.launch import several
 
 _ENDS_A_COMMAND = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -97,7 +97,7 @@ app.command("demo")(demo.demo)
 def main() -> None:
     """Runs the command line.
 
-    Exit code 0, 1 (a check failed, or a fault of sentei's own), 2 (bad input), 3 (only of gate: wait) or 130 (Ctrl-C,
+    Exit code 0, 1 (a check failed), 2 (bad input), 3 (only of gate: wait), 70 (a fault of sentei's own) or 130 (Ctrl-C,
     or SIGTERM or a terminal that closes, which end a command in the same way).
     """
     prepare_streams()
@@ -123,6 +123,9 @@ def main() -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:  # Typer ends silently on Ctrl-C
             _end("Interrupted.", INTERRUPTED)
+        # With its 1 Typer ends a command that found a pipe or a file cut off, which is no failed check.
+        if isinstance(end.__context__, OSError | typer.Abort):
+            end.code = ITSELF_FAILED
         if several():
             _end("", end.code if isinstance(end.code, int) else 1)
         raise
@@ -134,10 +137,7 @@ def main() -> None:
         if interrupted or isinstance(error, KeyboardInterrupt):
             _end("Interrupted.", INTERRUPTED)
         if os.environ.get("SENTEI_TRACEBACK"):
-            if several():
-                traceback.print_exception(error)
-                _end(*_told(error))
-            raise
+            traceback.print_exception(error)
         _end(*_told(error))
     finally:
         for number, handler in before.items():
@@ -189,7 +189,7 @@ def _told(error: BaseException) -> tuple[str, int]:
     if is_panic(error):
         return f"The model's tokenizer failed on a text ({_shortened(reason)}). Download or copy the model again.", 2
     what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-    return f"sentei itself failed ({_shortened(what)}). {_trace_kept(error)}Please report this.", 1
+    return f"sentei itself failed ({_shortened(what)}). {_trace_kept(error)}Please report this.", ITSELF_FAILED
 
 
 def _is_library_without_memory(cause: BaseException | None) -> bool:

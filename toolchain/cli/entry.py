@@ -5,9 +5,10 @@ import mmap
 import os
 import resource
 import sys
+import traceback
 from contextlib import suppress
 
-from toolchain.errors import INTERRUPTED
+from toolchain.errors import INTERRUPTED, ITSELF_FAILED
 
 # Twice what NumPy and SciPy take up with their libraries, in a process with one thread.
 _BLAS_BYTES = 512 * 1024 * 1024
@@ -23,6 +24,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(INTERRUPTED)
+    except Exception:
+        # Python would end with 1, which says that a check failed.
+        traceback.print_exc()
+        sys.exit(ITSELF_FAILED)
     run()
 
 

@@ -77,11 +77,14 @@ class ServedHFLM(HFLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if not self._template or not context.endswith("\n"):
-            return super()._encode_pair(context, continuation)
-        # lm-eval would count the line break, with which the template ends, to each choice.
+            asked, choice = super()._encode_pair(context, continuation)
+            if choice:
+                return asked, choice
+        # lm-eval would count the line break, with which the template ends, to each choice; and of a choice that merges
+        # with the end of its prompt into one token it would leave nothing.
         whole, num_asked = self.tok_encode(context + continuation), len(self.tok_encode(context))
         num_asked = min(num_asked, len(whole) - 1)
-        return whole[:num_asked], whole[num_asked:]
+        return whole[:num_asked] or [self.prefix_token_id], whole[num_asked:]
 
     def tok_batch_encode(
         self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, **_: Any

@@ -13,7 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from toolchain.checkpoint.directory import Checkpoint, dtype_name, model_name, opened
@@ -67,6 +69,8 @@ from toolchain.text.sources import Text, local_paths, text_name
 from toolchain.text.windows import TokenWindows, begin_with, load_windows
 
 _NUM_SAMPLES = 4
+# What was measured on a text, and the loss of each token, float32 [num_windows, seq_len - 1].
+_Reading = tuple[dict[str, Any], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +172,11 @@ def evaluate(
     _check_same_reading(models, chats=settings.chat_template or any(text.windows.holds_chats for text in texts))
     read_before = text_hashes(models[-1].checkpoint.directory)
     generation = _Generation(texts[0], models, settings, parts) if settings.num_generations else None
-    losses: list[list[dict[str, Any]]] = []
+    readings: list[list[_Reading]] = []
     answers: list[list[dict[str, Any]]] = []
     outcomes: list[list[dict[str, Any]]] = []
     for side, own in zip(models, metrics, strict=True):
-        losses.append([_read_text(side, text.windows, parts, progress) for text in texts])
+        readings.append([_read_text(side, text.windows, parts, progress) for text in texts])
         answers.append([_ask(side, task, settings, parts, progress) for task in tasks])
         outcomes.append([_ask_metric(side, each, parts, progress) for each in own])
         if generation is not None:
@@ -180,10 +184,10 @@ def evaluate(
         side.unload()
     compared = against is not None
     return EvaluationDocument(
-        evaluations=_text_results(models, texts, losses),
+        evaluations=_text_results(models, texts, readings),
         tasks=_task_results(models, settings, answers),
         metrics=_metric_results(models, metrics, outcomes),
-        text_comparisons=_compare_texts(texts, losses, tokenizer) if compared else [],
+        text_comparisons=_compare_texts(texts, readings, tokenizer) if compared else [],
         text_overlaps=[
             found
             for text in texts
@@ -300,16 +304,17 @@ def _check(settings: EvaluationSettings, against: Path | Checkpoint | None) -> N
         check_statistics("eval")
 
 
-def _read_text(model: _Model, windows: TokenWindows, parts: Parts, progress: Progress) -> dict[str, Any]:
-    def compute() -> dict[str, Any]:
+def _read_text(model: _Model, windows: TokenWindows, parts: Parts, progress: Progress) -> _Reading:
+    def compute() -> _Reading:
         started = time.monotonic()
         with progress(f"{windows.source}, {model.side}", len(windows.ids)) as advance:
             losses = token_losses(model.walk, windows.ids, on_window=advance)
         measured = asdict(summarise_losses(losses, model.walk))
-        return {**measured, "duration_s": round(time.monotonic() - started, 1), "losses": losses.tolist()}
+        return {**measured, "duration_s": round(time.monotonic() - started, 1)}, losses.numpy()
 
-    identity = {**model.identity, "text_sha256": windows.sha256, "shape": list(windows.ids.shape)}
-    return parts.get(f"{model.side}-{windows.source}", identity, compute)
+    num_windows, seq_len = windows.ids.shape
+    identity = {**model.identity, "text_sha256": windows.sha256, "shape": [num_windows, seq_len]}
+    return parts.get_with_losses(f"{model.side}-{windows.source}", identity, compute, (num_windows, seq_len - 1))
 
 
 def _ask(
@@ -441,13 +446,13 @@ def _prompts(text: _Text, models: Sequence[_Model], count: int) -> damage.Prompt
 
 
 def _text_results(
-    models: Sequence[_Model], texts: Sequence[_Text], losses: Sequence[Sequence[dict[str, Any]]]
+    models: Sequence[_Model], texts: Sequence[_Text], readings: Sequence[Sequence[_Reading]]
 ) -> list[TextResult]:
-    """One for each model and text; ``losses`` are :func:`_read_text`'s results by model, then by text."""
+    """One for each model and text; ``readings`` are :func:`_read_text`'s results by model, then by text."""
     return [
-        _text_result(model, text.windows, result)
-        for model, results in zip(models, losses, strict=True)
-        for text, result in zip(texts, results, strict=True)
+        _text_result(model, text.windows, measured)
+        for model, results in zip(models, readings, strict=True)
+        for text, (measured, _) in zip(texts, results, strict=True)
     ]
 
 
@@ -482,8 +487,7 @@ def _compare_metrics(
     ]
 
 
-def _text_result(model: _Model, windows: TokenWindows, result: dict[str, Any]) -> TextResult:
-    measured = {name: value for name, value in result.items() if name != "losses"}
+def _text_result(model: _Model, windows: TokenWindows, measured: dict[str, Any]) -> TextResult:
     return TextResult(
         model=model.side, directory=model.name, text=windows.source, text_sha256=windows.sha256, bos=windows.bos,
         chat_template=windows.holds_chats, **measured,
@@ -515,13 +519,13 @@ def _task_result(model: _Model, request: TaskRequest, result: dict[str, Any], *,
 
 
 def _compare_texts(
-    texts: Sequence[_Text], losses: Sequence[Sequence[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
+    texts: Sequence[_Text], readings: Sequence[Sequence[_Reading]], tokenizer: PreTrainedTokenizerBase
 ) -> list[TextComparison]:
-    return [_compare_text(text, pair, tokenizer) for text, pair in zip(texts, zip(*losses, strict=True), strict=True)]
+    return [_compare_text(text, pair, tokenizer) for text, pair in zip(texts, zip(*readings, strict=True), strict=True)]
 
 
-def _compare_text(text: _Text, pair: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> TextComparison:
-    original, pruned = (torch.tensor(result["losses"]) for result in pair)
+def _compare_text(text: _Text, pair: Sequence[_Reading], tokenizer: PreTrainedTokenizerBase) -> TextComparison:
+    original, pruned = (torch.tensor(losses) for _, losses in pair)
     text_ids = text.windows.text_ids
     unit, numbers = number_passages(text.source, tokenizer, text_ids)
     worst = worst_passages(unit, numbers, text_ids, (original, pruned), tokenizer, count=NUM_WORST)

@@ -34,7 +34,11 @@ SEARCH = Kind(
     identity_file="inputs.json",
 )
 HEALING = Kind(suffix="heal", noun="healing", signs=("inputs.json*",), identity_file="inputs.json")
-PARTS = Kind(suffix="parts", noun="run", signs=("*-????????????????.json*", "models", "plans"))
+PARTS = Kind(
+    suffix="parts",
+    noun="run",
+    signs=("*-????????????????.json*", "*-????????????????.safetensors*", "models", "plans"),
+)
 BENCHMARK = Kind(
     suffix="unfinished",
     noun="benchmark",

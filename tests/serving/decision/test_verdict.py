@@ -49,6 +49,19 @@ def test_one_broken_guard_rail_is_enough(broken, sentence):
     assert [each.rail for each in reasons[1:]] == [reasons[1].rail]
 
 
+def test_perplexity_counts_on_text_that_the_candidate_was_not_made_with():
+    assert judged(candidate(seen={"own.txt": 0.005, "other.txt": 1.0}))[0] == DEPLOY
+    decision, name, reasons = judged(candidate(seen={"own.txt": 0.5}))
+    assert (decision, name) == (DO_NOT, None)
+    assert "own.txt is within 1.2 times the original's cannot be told: 50 % of that text was read" in said(reasons)
+    # More windows of it would not help.
+    crossing = candidate(seen={"own.txt": 0.5}, perplexity={"own.txt": interval(1.19, 0.05)})
+    assert "50 % of that text was read" in said(judged(crossing)[2])
+    # It looks too good, and is too bad all the same.
+    bad = candidate(seen={"own.txt": 0.5}, perplexity={"own.txt": interval(1.5)})
+    assert "perplexity is 1.5 times the original's" in said(judged(bad)[2])
+
+
 @pytest.mark.parametrize(
     "missing",
     [

@@ -95,20 +95,24 @@ def test_a_killed_step_names_the_signal(tmp_path):
     )
 
 
-def test_a_check_that_failed_fails_once(tmp_path):
+@pytest.mark.parametrize(("work", "times"), [("export", 1), ("verify", 1), ("benchmark", 2), ("evaluate", 2)])
+def test_an_export_that_failed_its_check_fails_once_and_anything_else_is_tried_again(work, times, tmp_path):
     for _ in range(2):
-        found = runner_in(tmp_path)(step_in(tmp_path, "differ"))
+        found = runner_in(tmp_path)(step_in(tmp_path, "differ", work=work))
         assert found.error and found.check_failed
-    assert len(runs(tmp_path)) == 1
+    assert len(runs(tmp_path)) == times
 
 
 def test_parts_of_the_original_are_where_the_step_finds_them(tmp_path):
     seeds = tmp_path / "original" / "parts"
     seeds.mkdir(parents=True)
-    (seeds / "original-text-0123456789abcdef.json").write_text("{}")
+    names = {f"original-text-0123456789abcdef.{each}" for each in ("json", "safetensors")}
+    for name in names:
+        (seeds / name).write_bytes(b"\xff")
     runner_in(tmp_path)(step_in(tmp_path, seeded_from=seeds))
     assert runs(tmp_path) == ["--force --resume"]
-    assert [each.name for each in (tmp_path / "out.parts").iterdir()] == ["original-text-0123456789abcdef.json"]
+    taken = {each.name: each.read_bytes() for each in (tmp_path / "out.parts").iterdir()}
+    assert taken == dict.fromkeys(names, b"\xff")
 
 
 def test_the_record_says_what_was_run(tmp_path):

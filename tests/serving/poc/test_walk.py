@@ -9,7 +9,7 @@ from serving.poc.measured import gain_metric
 from serving.poc.run import decided
 from serving.poc.run_steps import Outcome
 from serving.poc.walk import TOO_DAMAGED, Walk, expected_steps
-from tests.serving.poc.world import ORIGINAL, Truth, World, steps_of
+from tests.serving.poc.world import ORIGINAL, TEXT, Truth, World, steps_of
 from toolchain.errors import SenteiError
 
 
@@ -106,6 +106,31 @@ def test_what_was_not_measured_is_no_green_light(tmp_path):
     assert f"{SAFE} was not measured" in found.reasons[1].text
 
 
+def test_a_candidate_is_not_deployed_for_what_it_has_read_before(tmp_path):
+    world = World(truths={"25 %": Truth(loss=1.02, seen=1.0)})
+    found = concluded(tmp_path, world, candidates={"sparsities": [0.25]})
+    assert (found.decision, found.candidate) == ("do not prune", None)
+    assert "100 % of that text was read in calibration" in found.reasons[1].text
+    assert not any(each.startswith(("export", "benchmark")) for each in world.done)
+
+
+def test_what_was_rounded_with_the_calibration_text_has_read_it_too(tmp_path):
+    truths = {"25 %": Truth(seen=0.5), "int4": Truth(loss=1.01, gain=1.9), "int8": Truth(loss=1.01, gain=1.6)}
+    found = concluded(
+        tmp_path, World(truths=truths), engine="vllm", candidates={"sparsities": [0.25]},
+        alternatives={"quantised": ["int4", "int8"]},
+    )  # fmt: skip
+    assert (found.decision, found.candidate) == ("do not prune", "int8")
+    assert {each.name: each.seen for each in found.candidates} == {"25 %": {TEXT: 0.5}, "int4": {TEXT: 0.5}, "int8": {}}
+
+
+def test_what_was_rounded_after_pruning_has_read_what_its_checkpoint_has(tmp_path):
+    world = World(truths={"25 %": Truth(loss=1.08, seen=0.004)})
+    rounded = {"pruned_and_quantised": ["int8"]}
+    found = concluded(tmp_path, world, alternatives=rounded, candidates={"sparsities": [0.25]})
+    assert [each.seen for each in found.candidates] == [{TEXT: 0.004}, {TEXT: 0.004}]
+
+
 def test_the_steps_ask_for_what_the_guard_rails_judge(tmp_path):
     steps = steps_of(tmp_path, guard_rails={"most_perplexity": 1.2, "metrics": {SAFE: 0.95, HELPFUL: 0.05}})
     words = steps.evaluated_original.arguments
@@ -154,6 +179,7 @@ def test_the_same_model_twice_is_not_deployed(tmp_path):
         ("export 25 %", Outcome(error="It differs.", check_failed=True), "does not give its checkpoint's answers"),
         ("export 25 %", Outcome(error="Disk full."), "25 %: the speed was not measured. Disk full."),
         ("benchmark 25 %", Outcome(error="It hung."), "25 %: the speed was not measured. It hung."),
+        ("benchmark 25 %", Outcome(error="It died.", check_failed=True), "25 %: the speed was not measured. It died."),
     ],
 )
 def test_a_candidate_whose_step_failed_is_not_deployed_and_says_why(step, outcome, told, tmp_path):

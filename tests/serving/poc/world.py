@@ -32,6 +32,7 @@ class Truth:
         right: Share of right answers, by subject.
         metrics: Of one's own questions, by label; each was measured to within 0.02.
         memory_bytes: At most.
+        seen: Share of the text that was read in calibration.
     """
 
     loss: float = 1.05
@@ -39,6 +40,7 @@ class Truth:
     right: Mapping[str, float] = field(default_factory=lambda: {"law": 0.8, "safety": 0.9})
     metrics: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: int = 500_000_000
+    seen: float = 0.0
 
 
 ORIGINAL = Truth(loss=1, gain=1, memory_bytes=700_000_000)
@@ -96,6 +98,7 @@ def write_evaluation(out: Path, name: str, truth: Truth) -> None:
     else:
         ratio = {"value": truth.loss, "low": truth.loss * 0.99, "high": truth.loss * 1.01}
         document["text_comparisons"][0]["perplexity_ratio"] |= ratio
+        document["text_overlaps"][0]["share"] = truth.seen
     document["metrics"] = [
         {
             "model": side, "directory": name, "metric": label, "source": "q.jsonl", "questions_sha256": "0",

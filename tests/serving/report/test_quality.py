@@ -3,7 +3,7 @@
 import pytest
 
 from serving.report.render import render_report
-from tests.serving.report.test_render import page_text, write, write_summary
+from tests.serving.report.test_render import page_text, write, write_plan, write_summary
 from toolchain.errors import SenteiError
 from toolchain.evaluate.comparison import compare_task, mean_score, perplexity_ratio, share
 from toolchain.evaluate.document import (
@@ -156,3 +156,41 @@ def test_perplexities_of_other_windows_are_not_compared(tmp_path, read):
     text = page_text(tmp_path / "alike.html")
     assert "20 → 30, on t.txt." in text
     assert "in different ways" not in text
+
+
+@pytest.mark.parametrize(
+    ("language", "said"), [("en", "No text was evaluated with both models"), ("ja", "両モデルで評価したテキスト")]
+)
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+@pytest.mark.parametrize("planned", [False, True])
+def test_questions_are_reported_without_a_text_too(tmp_path, language, said, name, planned):
+    (tmp_path / "evaluation").mkdir()
+    alone = document().model_copy(update={"evaluations": [], "text_comparisons": [], "generation": None})
+    alone.save(tmp_path / "evaluation")
+    if planned:
+        write_plan(tmp_path)
+    render_report([tmp_path], tmp_path / name, language=language)
+    text = page_text(tmp_path / name)
+    assert "25.0 (" in text and "−75.0" in text
+    assert said in text and "evaluation.json" not in text
+
+
+def test_each_test_that_a_row_was_judged_by_is_named(tmp_path):
+    (asked,) = parse_metrics(["f1:own.jsonl#class=a"])
+    outcomes = {"original": [True] * 20, "pruned": [True] * 9 + [False] * 11}
+    metrics = [
+        MetricResult(model=side, directory="d", metric=asked.label, source="own.jsonl", questions_sha256="0",
+                     higher_is_better=True, num_questions=20, num_counted=20, max_new_tokens=None, bos=None,
+                     chat_template=False, duration_s=1.0, score=share([float(each) for each in outcomes[side]]))
+        for side in ("original", "pruned")
+    ]  # fmt: skip
+    document().model_copy(
+        update={"metrics": metrics, "metric_comparisons": [compare(asked, outcomes["original"], outcomes["pruned"])]}
+    ).save(tmp_path)
+    named = {
+        "en": "(exact McNemar test, paired t-test of jackknife values of the questions, normal test of",
+        "ja": "（正確マクネマー検定, 問題ごとのジャックナイフ値の対応のある t 検定, タスクごとの",
+    }
+    for language, tests in named.items():
+        render_report([tmp_path], tmp_path / f"{language}.html", language=language)
+        assert tests in page_text(tmp_path / f"{language}.html")

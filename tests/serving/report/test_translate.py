@@ -41,6 +41,7 @@ SAID_OF_DATA = {
     *roofline.PHASES, "prefill and decode", "compute", "memory",
     *get_args(Verdict), "document", "window", "exact McNemar test", "paired t-test of the questions' scores",
     "paired t-test of jackknife values of the questions",
+    "normal test of the mean of the tasks' paired differences",
     "tokens/s", "requests/s", "ms", "original", "pruned", "after stage 1", "perplexity", "kl", "accuracy", "metric",
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """How the program begins and how it is interrupted."""
 
 import builtins
+import os
 import signal
 import subprocess
 import sys
@@ -72,3 +73,45 @@ def test_under_nohup_a_job_outlives_its_terminal():
         process.send_signal(signal.SIGHUP)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
+
+
+FAULT = """
+import sys, typer
+from unittest import mock
+from toolchain.cli import app
+
+commands = typer.Typer(pretty_exceptions_enable=False)
+fault = eval(sys.argv.pop())
+
+@commands.command()
+def work() -> None:
+    raise fault
+
+with mock.patch.object(app, "app", commands):
+    app.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "asked", "said"),
+    [
+        ("ValueError('no such luck')", "", "Error: sentei itself failed (ValueError: no such luck)"),
+        ("ValueError('no such luck')", "1", "Error: sentei itself failed (ValueError: no such luck)"),
+        ("EOFError()", "", ""),
+        ("BrokenPipeError(32, 'Broken pipe')", "", ""),
+    ],
+)
+def test_a_fault_of_sentei_is_no_failed_check(fault: str, asked: str, said: str, tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "SENTEI_TRACEBACK": asked}
+    command = [sys.executable, "-c", FAULT, fault]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 70
+    assert said in done.stderr
+    assert ("Traceback" in done.stderr) == bool(asked)
+
+
+def test_a_library_that_cannot_be_imported_is_no_failed_check(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "toolchain.cli.app", None)
+    with pytest.raises(SystemExit) as end:
+        entry.main()
+    assert end.value.code == 70 and "ModuleNotFoundError" in capsys.readouterr().err

@@ -26,8 +26,10 @@ def poc(pico_model, tmp_path, monkeypatch) -> Path:
     text = path.read_text(encoding="utf-8").replace("model: CHANGE_ME", f"model: {pico_model}")
     text = text.replace("CHANGE_ME/calibration.txt", "calibration.txt").replace("CHANGE_ME/evaluation.txt", "held.txt")
     path.write_text(text.replace("questions: []", "questions: [own.jsonl]"), encoding="utf-8")
-    (tmp_path / "calibration.txt").write_text("Trees are pruned in winter. " * 200)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "calibration.txt").write_text("Trees are pruned in winter. " * 200)
     (tmp_path / "held.txt").write_text("In summer they bear fruit. " * 200)
+    (tmp_path / "calibration.txt").symlink_to(tmp_path / "texts" / "calibration.txt")
     (tmp_path / "own.jsonl").write_text(QUESTION)
     return path
 
@@ -124,6 +126,8 @@ def test_a_new_guard_rail_of_metrics_is_measured_and_nothing_else_again(poc, tmp
     [
         ("text: [held.txt]", "text: [gone.txt]", "gone.txt does not exist"),
         ("text: [calibration.txt]", "text: [0.5:calibration.txt, held.txt]", "held.txt has no weight"),
+        ("text: [held.txt]", "text: [held.txt, ./calibration.txt]", "calibration.txt is calibration text too"),
+        ("text: [held.txt]", "text: [texts]", "texts is calibration text too"),
         ("questions: [own.jsonl]", "questions: [gone.jsonl]", "gone.jsonl does not exist"),
         ("  # groups: ", "  groups: {law: 0.9} # ", "no question has the subject law"),
         ("  # metrics: ", "  metrics: {valid_json:gone.jsonl: 0.9} # ", "gone.jsonl does not exist"),

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from toolchain.errors import SenteiError
+from toolchain.evaluate import run
 from toolchain.evaluate import writing as damage
 from toolchain.evaluate.comparison import compare_task, mean_score, mean_within, perplexity_ratio, share
 from toolchain.parts_cache import Parts, unfinished_parts
@@ -159,3 +161,42 @@ def test_parts_are_taken_up_again_only_for_the_same_question(tmp_path):
     ):
         pass
     assert Parts(None).get("a/part", {}, lambda: {"value": 0}) == {"value": 0}
+
+
+def test_no_part_is_written_that_is_too_large_to_be_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("toolchain.parts_cache.MOST_BYTES", 1000)
+    for _ in range(2):
+        assert Parts(tmp_path).get("large", {}, lambda: {"value": "木" * 400}) == {"value": "木" * 400}
+    assert not list(tmp_path.iterdir())
+
+
+def test_losses_of_more_tokens_than_json_may_hold_are_taken_up_again(
+    wide_model, pruned_wide, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("toolchain.parts_cache.MOST_BYTES", 2000)
+    read, read_now = [], run.token_losses
+    monkeypatch.setattr(run, "token_losses", lambda *args, **more: read.append(1) or read_now(*args, **more))
+    settings = run.EvaluationSettings(texts=(text,), num_windows=8, seq_len=32, device="cpu", dtype=torch.float32)
+
+    def compared(parts):
+        return run.evaluate(pruned_wide, wide_model, settings, parts).text_comparisons
+
+    alone = run.evaluate(wide_model, None, settings, Parts(tmp_path))
+    found = compared(Parts(tmp_path))
+    assert len(read) == 2
+    # The same windows, and in them the same tokens.
+    assert found == compared(Parts(None))
+    assert found[0].worst_passages and alone.evaluations[0].num_tokens == 8 * 31
+
+
+def test_losses_that_are_gone_are_computed_again_and_damaged_ones_are_refused(tmp_path):
+    def ask(losses, shape=(1, 2)):
+        return Parts(tmp_path).get_with_losses("text", {}, lambda: ({}, np.array([losses], np.float32)), shape)[1]
+
+    assert ask([1, 2]).tolist() == ask([3, 4]).tolist() == [[1, 2]]
+    with pytest.raises(SenteiError, match=r"must hold float32 \[2, 2\]"):
+        ask([1, 2], (2, 2))
+    next(tmp_path.glob("*.safetensors")).unlink()
+    assert ask([5, np.nan])[0, 0] == 5
+    with pytest.raises(SenteiError, match="holds NaN or Inf"):
+        ask([1, 2])

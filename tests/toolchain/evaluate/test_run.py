@@ -255,12 +255,14 @@ def test_a_persons_own_questions_score_as_the_search_scores_them(demo_model: Pat
         {"prompt": "Two and two make", "choices": [" four", "five"], "answer": 0},
         {"prompt": "日本の首都は", "choices": ["東京", "大阪です"], "answer": 1},
         {"prompt": "A separatorANYwithin:", "choices": ["yes", "no"], "answer": 1},
+        # One token with the end of its prompt.
+        {"prompt": "我有一", "choices": ["个", "。"], "answer": 0},
     ]
     file = write_lines(tmp_path / "mine.jsonl", rows)
     questions = load_questions(file)
     result = run_task(*demo, load_task(TaskRequest(name="questions", file=file)), limit=None)
     assert result["metric"] == "acc_norm"
-    assert [each["subject"] for each in result["questions"]] == [None, "nature", None, None, None]
+    assert [each["subject"] for each in result["questions"]] == [None, "nature", None, None, None, None]
     walk = LayerWalk(demo[0], open_checkpoint(demo_model).family)
     for question, answered in zip(questions, result["questions"], strict=True):
         metric = ChoicesMetric(
@@ -310,8 +312,8 @@ def test_evaluation_against_the_original(demo_model: Path, pruned_demo: Path, fi
     generation = document["generation"]
     assert generation["kl_divergence"]["value"] > 0
     assert generation["num_prompts"] == len(generation["samples"]) == 2
-    parts = sorted((tmp_path / "out" / "parts").glob("*.json"))
-    assert len(parts) == 7
+    parts = sorted((tmp_path / "out" / "parts").iterdir())
+    assert len(parts) == 9  # and two with losses
 
     # The same evaluation interrupted after some of its parts computes only the others.
     (tmp_path / "out.parts").mkdir()
