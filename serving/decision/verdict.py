@@ -58,8 +58,8 @@ OPEN = {
 }
 SEEN = (
     "%(candidate)s: whether perplexity on %(subject)s is within %(limit)s times the original's cannot be told: "
-    "%(share)s %% of that text was read in calibration or healing, where the model looks too good. Evaluate on text "
-    "that shares nothing with the calibration text, not even a system prompt."
+    "%(share)s %% of that text was read in calibration or healing, where the model looks too good. Evaluate on "
+    "other text than the calibration text."
 )
 NOT_MEASURED = {
     "perplexity": "%(candidate)s: perplexity was not measured. %(why)s",

@@ -22,7 +22,8 @@ class Overlap:
     """What is known again in a text, by the token where a passage begins.
 
     Attributes:
-        looked_at: bool ``[num_tokens - 31]``: passages that would be in the sample, had they been read.
+        looked_at: bool ``[num_tokens - 31]``: passages that would be in the sample, had they been read; each where it
+            comes first, since what all chats of a text share, such as a system prompt, is a small part of what it says.
         found: Of the same shape: those that were.
     """
 
@@ -53,7 +54,9 @@ def find_passages(ids: NDArray[np.int64], hashes: NDArray[np.uint64]) -> Overlap
     """
     own = _hashes(ids)
     highest = hashes[-1] if len(hashes) == MOST_HASHES else np.iinfo(np.uint64).max
-    looked_at = own <= highest
+    comes_first = np.zeros(len(own), dtype=np.bool_)
+    comes_first[np.unique(own, return_index=True)[1]] = True
+    looked_at = comes_first & (own <= highest)
     return Overlap(looked_at=looked_at, found=looked_at & np.isin(own, hashes))
 
 

@@ -56,3 +56,15 @@ def test_hashes_of_two_texts_are_those_of_both_together(seed: int, first: int, s
 def test_a_text_shorter_than_a_passage_says_nothing():
     assert hash_passages(random_tokens(0, PASSAGE_TOKENS - 1)).size == 0
     assert find_passages(random_tokens(0, 8), hash_passages(random_tokens(0, 64))).found.shape == (0,)
+
+
+def test_a_system_prompt_that_all_chats_share_is_a_small_part_of_them():
+    """Calibration and evaluation from one log of chats: other chats, and the same instructions in front of each."""
+    prompt = random_tokens(0, 100)
+    chats = [np.concatenate([prompt, random_tokens(seed, 400)]) for seed in range(1, 101)]
+    read, other = np.concatenate(chats[:50]), np.concatenate(chats[50:])
+    overlap = find_passages(other, hash_passages(read))
+    assert 0 < overlap.found.sum() / overlap.looked_at.sum() < 0.01
+    # One chat of fifty that was read is known again.
+    overlap = find_passages(np.concatenate([*chats[50:99], chats[0]]), hash_passages(read))
+    assert 0.015 < overlap.found.sum() / overlap.looked_at.sum() < 0.025
