@@ -19,8 +19,8 @@ from toolchain.text.fingerprints import hash_passages, merge_hashes
 from toolchain.text.sources import Chat, Text, TextSource, read_joined, text_name
 
 _FIRST_GUESS_CHARS_PER_TOKEN = 6
-# Where a text is cut, the last tokens may be others than in the whole text: those of a word that is cut in two, and, of a
-# tokenizer that knows no words, a few before.
+# Where a text is cut, the last tokens may differ from those of the whole text: of a word that is cut in two and, for a
+# tokenizer that knows no words, a few before it.
 _CUT_TOKENS = 256
 # So many windows of calibration ask for one that is kept apart.
 _ONE_APART_FOR = 8
