@@ -114,6 +114,40 @@ def test_what_scales_nothing_is_imported(tmp_path: Path, written: Any):
     assert open_checkpoint(tmp_path / "out").config["num_hidden_layers"] == 1
 
 
+_LAYER = ("attn_norm", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
+_APART = (*_LAYER, "attn_q", "attn_k", "attn_v", "ffn_gate")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer"),
+    [
+        ("llama", [f"{name}.weight" for name in _APART]),
+        ("qwen2", [*(f"{name}.weight" for name in _APART), "attn_q.bias", "attn_k.bias", "attn_v.bias"]),
+        ("qwen3", [f"{name}.weight" for name in (*_APART, "attn_q_norm", "attn_k_norm")]),
+        ("phi3", [f"{name}.weight" for name in (*_LAYER, "attn_qkv")]),
+        (
+            "gemma3",
+            [
+                f"{name}.weight"
+                for name in (*_APART, "attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm")
+            ],
+        ),
+    ],
+)
+def test_what_llama_cpp_writes_of_each_family_has_its_place(tmp_path: Path, architecture: str, layer: list[str]):
+    names = ["token_embd.weight", "output_norm.weight", *(f"blk.0.{name}" for name in layer)]
+    shapes = dict.fromkeys(names, (64, 64)) | {"token_embd.weight": (32064, 32)}
+    _write_tiny_llama(tmp_path / "tiny.gguf", architecture=architecture, tensors=shapes, add=_as_its_class_has_it)
+    gguf_import._model_class(tmp_path / "tiny.gguf", read_gguf_header(tmp_path / "tiny.gguf"))
+
+
+def _as_its_class_has_it(writer: gguf.GGUFWriter) -> None:
+    if writer.arch == "gemma3":
+        writer.add_key_length(256)
+    if writer.arch == "phi3":  # whose padding token is the 32000th
+        writer.add_vocab_size(32064)
+
+
 NAMES = st.text(string.ascii_lowercase + "._", min_size=1, max_size=30)
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "uint8": st.integers(0, 2**8 - 1), "int8": st.integers(-(2**7), 2**7 - 1), "uint16": st.integers(0, 2**16 - 1),
@@ -150,6 +184,7 @@ def _write_tiny_llama(
     *,
     architecture: str = "llama",
     more: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    tensors: Mapping[str, tuple[int, ...]] | None = None,
     without: str = "",
     add: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
 ) -> None:
@@ -172,11 +207,11 @@ def _write_tiny_llama(
     writer.add_eos_token_id(1)
     shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
     shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
-    tensors = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
-    tensors |= {"token_embd.weight": (len(words), 32), "output.weight": (len(words), 32), "output_norm.weight": (32,)}
-    tensors |= more
-    tensors.pop(without, None)
-    for name, shape in tensors.items():
+    written = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
+    written |= {"token_embd.weight": (len(words), 32), "output.weight": (len(words), 32), "output_norm.weight": (32,)}
+    written = dict(written if tensors is None else tensors) | more
+    written.pop(without, None)
+    for name, shape in written.items():
         writer.add_tensor(name, np.ones(shape, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
