@@ -56,10 +56,12 @@ class CompleteWeights(nn.Module):
         Raises:
             SenteiError: A tensor is missing, left over, or of another width than the config says.
         """
+        # Before loading: vLLM's online quantisation gives a layer new parameters once its weights are there.
+        wanted = self._wanted() if not self._complete else set()
         seen: set[str] = set()
         loaded = super().load_weights(self._observe(weights, seen))  # type: ignore[misc]
         if not self._complete:
-            self._check_complete(seen)
+            self._check_complete(wanted, seen)
             self._complete = True
         return loaded
 
@@ -103,7 +105,8 @@ class CompleteWeights(nn.Module):
             parts.pop("weight_shape", None)
             yield parts
 
-    def _check_complete(self, seen: set[str]) -> None:
+    def _wanted(self) -> set[str]:
+        """The checkpoint's tensors that the model's parameters are made of."""
         packed: dict[str, list[str]] = self.packed_modules_mapping  # type: ignore[assignment]
         wanted: set[str] = set()
         for name, _ in self.named_parameters():
@@ -111,6 +114,9 @@ class CompleteWeights(nn.Module):
             parent, _, last = module.rpartition(".")
             if leaf in (*WEIGHT_PARTS, "bias"):
                 wanted |= {f"{parent}.{part}.{leaf}".lstrip(".") for part in packed.get(last, [last])}
+        return wanted
+
+    def _check_complete(self, wanted: set[str], seen: set[str]) -> None:
         if missing := sorted(wanted - seen):
             raise SenteiError(f"The checkpoint has no tensor {missing[0]} ({len(missing)} missing).")
         # Other tensors without a place vLLM refuses itself. Biases of another pipeline stage have no weight here.

@@ -150,8 +150,11 @@ def _gguf(directory: Path) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(4)
     writer.add_token_list(["a", "b", "c", "d"])
-    writer.add_tensor("token_embd.weight", np.zeros((4, 8), np.float32))
-    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((64, 64), np.float32))
+    layer = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    for name in ("token_embd", *(f"blk.0.{each}" for each in layer)):
+        writer.add_tensor(f"{name}.weight", np.zeros((4 if name == "token_embd" else 8, 8), np.float32))
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.zeros(8, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -37,6 +37,7 @@ from toolchain.prune.apply import apply_plan
 from toolchain.prune.methods import METHODS
 from toolchain.prune.pipeline import PruneSettings, prune
 from toolchain.text import self_written
+from toolchain.text.chat_template import ChatTemplate
 from toolchain.text.embedded import documents
 from toolchain.text.passages import number_passages
 from toolchain.text.sources import TextSource
@@ -434,6 +435,20 @@ def test_what_a_template_refuses_is_one_sentence(models: dict[str, Path], chats:
     change_tokenizer(tmp_path / "model", None, None)
     with pytest.raises(SenteiError, match=r"chats.jsonl holds chats, which need the model's chat template"):
         load_windows(chats, load_tokenizer(tmp_path / "model"), num_samples=1, seq_len=24)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_windows_tomorrow(
+    models: dict[str, Path], chats: Path, tmp_path: Path
+):
+    shutil.copytree(models["bos"], tmp_path / "model")
+    now = "{{ strftime_now('%Y %H:%M:%S.%f') }}"
+    change_tokenizer(tmp_path / "model", None, now + "{% for message in messages %}{{ message.content }}{% endfor %}")
+    tokenizer = load_tokenizer(tmp_path / "model")
+    one, other = (load_windows(chats, tokenizer, num_samples=2, seq_len=16).sha256 for _ in range(2))
+    assert one == other
+    # A server says what the clock says.
+    with ChatTemplate(tokenizer) as template:
+        assert template.render([{"role": "user", "content": ""}])[:4] > "2024"
 
 
 def test_tables_of_chats_read_as_lines_do(tokenizer: PreTrainedTokenizerBase, chats: Path, tmp_path: Path):

@@ -153,11 +153,11 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # Beside the weights, some models have them once more in their makers' own form.
+        # Beside the weights, some models have them once more in their makers' own form. The card says the licence.
         return Path(
             snapshot_download(
                 model,
-                allow_patterns=["*.json", "*.safetensors", *_COMPANIONS],
+                allow_patterns=["*.json", "*.safetensors", *_COMPANIONS, "README.md"],
                 ignore_patterns=["consolidated*.safetensors"],
             )
         )

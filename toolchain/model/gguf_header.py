@@ -6,6 +6,7 @@ tensor's name, shape, type and place (https://github.com/ggml-org/ggml/blob/mast
 
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,10 +15,14 @@ from toolchain.errors import SenteiError
 
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
-# Bytes of a value, by its type.
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# Of a number, by its type.
+_FORMATS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
 # Far above every model's: 262144 words, 126 layers of a dozen tensors.
 _MOST_ENTRIES, _MOST_ELEMENTS, _MOST_TENSORS, _MOST_DIMENSIONS = 10_000, 2**20, 20_000, 4
+# Of keys by the format; names of tensors and what settings say are shorter.
+_LONGEST = 2**16 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +30,19 @@ class GgufHeader:
     """What a header says.
 
     Attributes:
+        values: Numbers and strings by key, such as ``llama.block_count``; a string's beginning where it is long. Arrays
+            are left out.
+        tensor_names: Such as ``blk.0.attn_q.weight``.
         num_elements: Of all tensors together.
     """
 
+    values: Mapping[str, str | float]
+    tensor_names: frozenset[str]
     num_elements: int
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Walks through a header; values are skipped, and each must lie within the file.
+    """Walks through a header; arrays are skipped, and each value must lie within the file.
 
     Raises:
         SenteiError: It is no GGUF file, or its header is damaged.
@@ -51,57 +61,64 @@ class _Walk:
     """A place in a file, moved forward; what does not fit raises ``ValueError``."""
 
     def __init__(self, content: mmap.mmap) -> None:
-        self._content, self._place, self._num_strings = content, 4, 0
+        self._content, self._place = content, 4
 
     def header(self) -> GgufHeader:
         if (version := self._number("<I")) not in _VERSIONS:
             raise ValueError(f"version {version} is not one of {_VERSIONS}")
         num_tensors, num_entries = self._count("<Q", _MOST_TENSORS), self._count("<Q", _MOST_ENTRIES)
+        values: dict[str, str | float] = {}
         for _ in range(num_entries):
-            self._string()
-            self._value(self._number("<I"))
-        return GgufHeader(num_elements=sum(self._tensor() for _ in range(num_tensors)))
-
-    def _value(self, kind: int) -> None:
-        if kind == _STRING:
-            self._string()
-        elif kind == _ARRAY:
-            element, count = self._number("<I"), self._count("<Q", _MOST_ELEMENTS)
-            if element == _STRING:
-                for _ in range(count):
-                    self._string()
+            key, kind = self._string(), int(self._number("<I"))
+            if kind == _ARRAY:
+                self._skip_array()
             else:
-                self._skip(count * self._size(element))
-        else:
-            self._skip(self._size(kind))
+                values[key] = self._string() if kind == _STRING else self._number(self._format(kind))
+        tensors = [self._tensor() for _ in range(num_tensors)]
+        return GgufHeader(
+            values=values,
+            tensor_names=frozenset(name for name, _ in tensors),
+            num_elements=sum(elements for _, elements in tensors),
+        )
 
-    def _tensor(self) -> int:
-        self._string()
-        shape = [self._number("<Q") for _ in range(self._count("<I", _MOST_DIMENSIONS))]
+    def _skip_array(self) -> None:
+        element, count = int(self._number("<I")), self._count("<Q", _MOST_ELEMENTS)
+        if element == _STRING:
+            for _ in range(count):
+                self._skip(int(self._number("<Q")))
+        else:
+            self._skip(count * struct.calcsize(self._format(element)))
+
+    def _tensor(self) -> tuple[str, int]:
+        name = self._string()
+        shape = [int(self._number("<Q")) for _ in range(self._count("<I", _MOST_DIMENSIONS))]
         self._number("<I")
         offset, elements = self._number("<Q"), prod(shape)
         # The smallest types have less than two bits for an element.
         if offset > len(self._content) or elements > 8 * len(self._content):
             raise ValueError(f"a tensor of shape {shape} lies outside the file")
-        return elements
+        return name, elements
 
-    def _size(self, kind: int) -> int:
-        if kind not in _SIZES:
+    def _format(self, kind: int) -> str:
+        if kind not in _FORMATS:
             raise ValueError(f"{kind} is no type of a value, or of one in an array")
-        return _SIZES[kind]
+        return _FORMATS[kind]
 
-    def _string(self) -> None:
-        self._skip(self._number("<Q"))
+    def _string(self) -> str:
+        length = int(self._number("<Q"))
+        self._skip(length)
+        start = self._place - length
+        return self._content[start : start + min(length, _LONGEST)].decode(errors="replace")
 
     def _count(self, form: str, most: int) -> int:
-        if (count := self._number(form)) > most:
+        if (count := int(self._number(form))) > most:
             raise ValueError(f"it counts {count:,} of what is {most:,} at most")
         return count
 
-    def _number(self, form: str) -> int:
+    def _number(self, form: str) -> float:
         (number,) = struct.unpack_from(form, self._content, self._place)
         self._place += struct.calcsize(form)
-        return int(number)
+        return number
 
     def _skip(self, num_bytes: int) -> None:
         self._place += num_bytes

@@ -1,5 +1,6 @@
 """The main job: measure → plan → checkpoint."""
 
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -184,11 +185,12 @@ def _choose_shape(job: Job, aim: Aim, state: SearchState, progress: Progress) ->
     settings, sizes = job.settings, block_parameters(job.checkpoint)
     walk = job.computing.open(job.checkpoint)
     transformers.set_seed(settings.seed)
-    search = replace(job.search(walk, state, progress), share=state.share)
+    search = replace(job.search(walk, state, progress), share=lambda stage: state.share(job.blank, stage))
     plan = plan or search.begin(job.blank)
     removals = most_removals(sizes.num_hidden_layers, settings.protected)
     damages = predict_damages(search, plan, widths_to_choose(aim, settings.align), removals)
     del walk, search
+    gc.collect()  # the hooks of a model that is spread over several GPUs hold it in circles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the engine that measures needs what the model had
     record = find_shape(aim, damages, state.directory / "target", progress)
@@ -457,6 +459,6 @@ def run_search(
         SenteiError: A metric is NaN or Inf, or cannot tell candidates apart.
     """
     transformers.set_seed(job.settings.seed)
-    running = replace(job.search(walk, state, progress), ranks=ranks, share=state.share)
+    running = replace(job.search(walk, state, progress), ranks=ranks, share=lambda stage: state.share(job.blank, stage))
     plan = replace(plan or running.begin(job.blank), text_hashes={"calibration": job.windows.passage_hashes})
     return remove_blocks(running, plan) if job.settings.of_method.removes_blocks else running.finish(plan)

@@ -8,6 +8,7 @@ import torch
 
 from toolchain.errors import SenteiError
 from toolchain.outputs import SEARCH, Unfinished, begin_with, identity_on_disk
+from toolchain.parts_cache import digest_of
 from toolchain.plan.document import PlanDocument, document_to_json
 from toolchain.plan.plan import PLAN_FILE, SCORES_FILE, PruningPlan, load_plan
 from toolchain.prune.stage_files import StageFiles
@@ -67,13 +68,19 @@ class SearchState:
         found = self._work is not None and (self.directory / PLAN_FILE).exists()
         return plan_of_first(load_plan(self.directory) if found else None, self._ranks)
 
-    def share(self, stage: str) -> Shared:
+    def share(self, blank: PlanDocument, stage: str) -> Shared:
         """How the sums of a stage are divided, and what is there of them.
 
+        Args:
+            blank: The plan that the search begins with. Searches of a sweep, whose plans differ in the sparsity alone,
+                have the same sums; those of another text, model or precision count as not there.
+            stage: Its name.
+
         Raises:
-            SenteiError: That is damaged.
+            SenteiError: What is there is damaged.
         """
-        files, work = StageFiles(self._sums, stage), self._work
+        identity = {key: value for key, value in identity_of(blank).items() if key != "target_sparsity"}
+        files, work = StageFiles(self._sums, f"{stage} {digest_of(identity)}"), self._work
         found = files.load(stage) if work is not None else None
         said, tensors = self._ranks.from_first(*(reversed(found) if found else ()))
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any
 
@@ -36,12 +37,15 @@ class ChatTemplate:
     Threads may share it; one chat is rendered at a time.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_chars: int = MAX_CHARS) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, max_chars: int = MAX_CHARS, now: datetime | None = None
+    ) -> None:
         """Starts the process.
 
         Args:
             tokenizer: The model's own.
             max_chars: Of the rendered text.
+            now: What a template that writes the date takes for it; the clock says it where there is none.
 
         Raises:
             SenteiError: There is no template, or several and no default, or the template is no text or too long.
@@ -53,7 +57,10 @@ class ChatTemplate:
         if not isinstance(template, str) or len(template) > _LONGEST_TEMPLATE:
             raise SenteiError(f"The chat template is not a text of at most {_LONGEST_TEMPLATE:,} characters.")
         special_tokens = dict(tokenizer.special_tokens_map)
-        self._chat = {"template": template, "special_tokens": special_tokens, "max_chars": max_chars}
+        self._chat = {
+            "template": template, "special_tokens": special_tokens, "max_chars": max_chars,
+            "now": now and now.isoformat(),
+        }  # fmt: skip
         self._turn = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = _started()
         self._is_ready = False

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ def main() -> None:
 
 
 def _answer(render: Callable[..., Any], chat: dict[str, Any]) -> dict[str, str]:
+    # In place of Transformers' own, which asks the clock.
+    date = {"strftime_now": datetime.fromisoformat(chat["now"]).strftime} if chat["now"] else {}
     try:
         rendered, _ = render(
             [chat["messages"]], chat_template=chat["template"], tools=chat["tools"], **chat["ending"],
-            **chat["special_tokens"],
+            **chat["special_tokens"], **date,
         )  # fmt: skip
         if len(text := rendered[0]) > chat["max_chars"]:
             return {"error": f"it makes more than {chat['max_chars']:,} characters of them"}

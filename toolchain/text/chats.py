@@ -6,6 +6,7 @@ before each window, as it stands once before each prompt, and not again within o
 """
 
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from toolchain.errors import SenteiError
 from toolchain.text.chat_template import ANSWER_BEGINS, WHOLE, ChatTemplate, Ending
 from toolchain.text.sources import Chat, Text, read_documents, text_name
+
+# On which every text is read: a template that writes the date would make another text of the same chats tomorrow. It is
+# the date that Llama 3.2's template falls back to.
+READ_ON = datetime(2024, 7, 26)
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
@@ -35,13 +40,13 @@ def check_template(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
 def tokenize_chats(
     chats: Iterable[Chat], tokenizer: PreTrainedTokenizerBase, name: str, *, ending: Ending = WHOLE
 ) -> Iterator[list[int]]:
-    """Yields each chat's tokens, exactly as a server makes them.
+    """Yields each chat's tokens, exactly as a server makes them, on one fixed date.
 
     Raises:
         SenteiError: There is no chat template, or it refuses a chat; the chats are called ``name``.
     """
     check_template(tokenizer, f"{name} holds chats, which need")
-    with ChatTemplate(tokenizer) as template:
+    with ChatTemplate(tokenizer, now=READ_ON) as template:
         for number, chat in enumerate(chats, 1):
             try:
                 text = template.render(chat.messages, tools=chat.tools, ending=ending)
@@ -51,13 +56,13 @@ def tokenize_chats(
 
 
 def as_chats(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> list[str]:
-    """What a server makes of each prompt as a user's turn, up to where the answer begins.
+    """What a server makes of each prompt as a user's turn, up to where the answer begins, on one fixed date.
 
     Raises:
         SenteiError: There is no chat template, or it refuses a prompt.
     """
     check_template(tokenizer, "--chat-template takes")
-    with ChatTemplate(tokenizer) as template:
+    with ChatTemplate(tokenizer, now=READ_ON) as template:
         return [template.render([{"role": "user", "content": each.rstrip()}]) for each in prompts]
 
 

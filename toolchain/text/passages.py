@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from toolchain.text.chats import tokenize_chats
-from toolchain.text.sources import Chat, Text, read_documents, text_name
-from toolchain.text.windows import DOCUMENT_SEPARATOR
+from toolchain.text.sources import DOCUMENT_SEPARATOR, Chat, Text, read_documents, text_name
+from toolchain.text.windows import tokenize
 
 # A mean over fewer tokens says little about a document.
 _FEWEST_TOKENS = 16
@@ -68,7 +68,7 @@ def number_passages(
         joined += DOCUMENT_SEPARATOR if joined else ""
         starts.append(len(joined))
         joined += document
-        num_tokens += len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        num_tokens += len(tokenize(iter([document]), tokenizer, windows.numel()))
         if num_tokens >= windows.numel():
             break
     if len(starts) < 2:

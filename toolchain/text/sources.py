@@ -16,6 +16,9 @@ _HUB = "hub:"
 # With or without the mark that some editors put in front.
 _ROW_HINT = 'Each line must be a JSON object with a field "text" or "messages".'
 _PARQUET_ROWS = 1000
+# What is read of a plain text file at a time.
+_PIECE_CHARS = 2**16
+DOCUMENT_SEPARATOR = "\n\n"
 # A row may be a whole book, or all of a company's minutes.
 _LONGEST_ROW = 64 * 1024 * 1024
 UTF8 = "utf-8-sig"
@@ -147,6 +150,33 @@ def read_documents(text: Text) -> Iterator[str | Chat]:
     return (document for file in files for document in _READERS[file.suffix.lower()](file))
 
 
+def read_joined(text: Text) -> Iterator[str | Chat]:
+    """Yields chats one by one, or pieces that make up the text's documents, joined by two newlines.
+
+    No more of a plain text file is read than is asked for: it may hold a whole corpus.
+
+    Raises:
+        SenteiError: See :func:`read_documents`.
+    """
+    is_empty = True
+    for document in _documents_in_pieces(text):
+        begins = True
+        for piece in document:
+            if isinstance(piece, str):
+                if begins and not is_empty:
+                    yield DOCUMENT_SEPARATOR
+                begins, is_empty = False, is_empty and not piece
+            yield piece
+
+
+def _documents_in_pieces(text: Text) -> Iterator[Iterable[str | Chat]]:
+    for file in text_files(text) if isinstance(text, Path) else [None]:
+        if file is not None and _READERS[file.suffix.lower()] is _read_txt:
+            yield _txt_pieces(file)
+        else:
+            yield from ([document] for document in read_documents(file or text))
+
+
 def text_files(path: Path) -> list[Path]:
     """The file itself, or the text files in a directory and below, by name.
 
@@ -187,8 +217,15 @@ def utf8_expected(path: Path) -> Iterator[None]:
 
 
 def _read_txt(path: Path) -> Iterator[str | Chat]:
-    with utf8_expected(path):
-        yield path.read_text(encoding=UTF8)
+    yield "".join(_txt_pieces(path))
+
+
+def _txt_pieces(path: Path) -> Iterator[str]:
+    """A plain text file from its beginning; one empty piece of an empty one."""
+    with utf8_expected(path), path.open(encoding=UTF8) as file:
+        yield file.read(_PIECE_CHARS)
+        while piece := file.read(_PIECE_CHARS):
+            yield piece
 
 
 def _read_jsonl(path: Path) -> Iterator[str | Chat]:

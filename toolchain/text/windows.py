@@ -16,10 +16,12 @@ from toolchain.errors import SenteiError
 from toolchain.plan.document import TextSourceRecord
 from toolchain.text.chats import tokenize_chats
 from toolchain.text.fingerprints import hash_passages, merge_hashes
-from toolchain.text.sources import Chat, Text, TextSource, read_documents, text_name
+from toolchain.text.sources import Chat, Text, TextSource, read_joined, text_name
 
-DOCUMENT_SEPARATOR = "\n\n"
 _FIRST_GUESS_CHARS_PER_TOKEN = 6
+# Where a text is cut, the last tokens may differ from those of the whole text: of a word that is cut in two and, for a
+# tokenizer that knows no words, a few before it.
+_CUT_TOKENS = 256
 # So many windows of calibration ask for one that is kept apart.
 _ONE_APART_FOR = 8
 _Kind = TypeVar("_Kind", str, Chat)
@@ -76,7 +78,7 @@ def load_windows(
     Only as much of it is read and tokenised as the windows need.
 
     Args:
-        text: See :func:`toolchain.text.sources.read_documents`; documents are joined by two newlines, and chats follow
+        text: See :func:`toolchain.text.sources.read_joined`; documents are joined by two newlines, and chats follow
             one another as their template ends and begins them.
         tokenizer: The model's own.
         num_samples: How many windows; ``None`` for all there are.
@@ -231,19 +233,19 @@ def _cut(
     fewest: int,
 ) -> _Stretches:
     """Up to ``num_samples`` windows of ``seq_len`` tokens with BOS, ``None`` for all; at least ``fewest``."""
-    documents = read_documents(text)
-    first = next(documents, "")
-    together = chain([first], documents)
+    pieces = read_joined(text)
+    first = next(pieces, "")
+    together = chain([first], pieces)
     if holds_chats := isinstance(first, Chat):
-        pieces = tokenize_chats(_of_one_kind(together, Chat, text), tokenizer, text_name(text))
-        begin = next(pieces)
+        chats = tokenize_chats(_of_one_kind(together, Chat, text), tokenizer, text_name(text))
+        begin = next(chats)
         bos = bos if begin[:1] == [bos] else None
     length = _text_len(seq_len, bos)
     needed = None if num_samples is None else num_samples * length
     if holds_chats:
-        ids = _join_chats(chain([begin], pieces), bos, needed)
+        ids = _join_chats(chain([begin], chats), bos, needed)
     else:
-        ids = _tokenize(_of_one_kind(together, str, text), tokenizer, needed)
+        ids = tokenize(_of_one_kind(together, str, text), tokenizer, needed)
     if len(ids) < fewest * length:
         wanted = f"{fewest} windows of {length} tokens need {fewest * length}"
         raise SenteiError(
@@ -255,15 +257,15 @@ def _cut(
     return _Stretches(ids=stretches, bos=bos, holds_chats=holds_chats)
 
 
-def _of_one_kind(documents: Iterable[str | Chat], kind: type[_Kind], text: Text) -> Iterator[_Kind]:
-    """The documents, all of them texts or all of them chats."""
-    for document in documents:
-        if not isinstance(document, kind):
+def _of_one_kind(pieces: Iterable[str | Chat], kind: type[_Kind], text: Text) -> Iterator[_Kind]:
+    """The pieces, all of them text or all of them chats."""
+    for piece in pieces:
+        if not isinstance(piece, kind):
             raise SenteiError(
                 f"{text_name(text)} holds both texts and chats.",
                 "Give them as two texts: one does not read as the other.",
             )
-        yield document
+        yield piece
 
 
 def _join_chats(chats: Iterable[list[int]], bos: int | None, needed: int | None) -> list[int]:
@@ -311,19 +313,28 @@ def _sha256(ids: torch.Tensor) -> str:
     return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _tokenize(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
-    """Token ids of the joined documents, at least ``needed`` of them if the text has as many."""
-    text, limit = "", None if needed is None else needed * _FIRST_GUESS_CHARS_PER_TOKEN
+def tokenize(pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
+    """The first tokens of a text, and no more of it is read and tokenised than they need.
+
+    Args:
+        pieces: Of the text, one after the other.
+        tokenizer: The model's own.
+        needed: How many tokens; ``None`` for all.
+
+    Returns:
+        At least ``needed`` token ids if the text has as many; the first ``needed`` are those of the whole text.
+    """
+    if needed is None:
+        return _encode(tokenizer, "".join(pieces))
+    text, limit = "", (needed + _CUT_TOKENS) * _FIRST_GUESS_CHARS_PER_TOKEN
     while True:
-        exhausted = True
-        for document in documents:
-            text += DOCUMENT_SEPARATOR + document if text else document
-            if limit is not None and len(text) >= limit:
-                exhausted = False
-                break
-        # A cut at the end of a document leaves all tokens before it as they would be in the whole text.
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if exhausted or (needed is not None and len(ids) > needed + 16):
+        while len(text) <= limit and (piece := next(pieces, None)) is not None:
+            text += piece
+        ids = _encode(tokenizer, text[:limit])
+        if len(text) <= limit or len(ids) >= needed + _CUT_TOKENS:
             return ids
-        assert limit is not None
         limit *= 2
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -250,6 +250,24 @@ def test_a_missing_part_of_a_fused_matrix_fails(loading):
         model.load_weights(weights.items())
 
 
+def test_scales_that_vllm_makes_while_it_loads_are_not_missed(loading, monkeypatch):
+    """As with --quantization fp8: a layer is quantised, and given a scale, as soon as its weights are there."""
+    model, weights = loading
+    del weights["model.layers.0.mlp.down_proj.weight"]
+
+    def load_and_quantize(self, weights):
+        loaded = {name for name, _ in weights}
+        self.model.layers[0].mlp.gate_up_proj.weight_scale = nn.Parameter(torch.ones(1))
+        return loaded
+
+    monkeypatch.setattr(Loaded, "load_weights", load_and_quantize)
+    with pytest.raises(SenteiError, match=r"has no tensor model\.layers\.0\.mlp\.down_proj\.weight \(1 missing\)"):
+        model.load_weights(weights.items())
+    del model.model.layers[0].mlp.gate_up_proj.weight_scale
+    weights["model.layers.0.mlp.down_proj.weight"] = torch.zeros(4, 6)
+    assert model.load_weights(weights.items()) == set(weights)
+
+
 def test_a_left_over_bias_fails(loading):
     model, weights = loading
     weights["model.layers.0.mlp.down_proj.bias"] = torch.zeros(4)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from toolchain.checkpoint.directory import model_name, open_checkpoint, resolve_model
+from toolchain.checkpoint.directory import companion_files, model_name, open_checkpoint, resolve_model
+from toolchain.checkpoint.licences import stated_licences
 from toolchain.errors import SenteiError
 from toolchain.model.loading import load_model, load_tokenizer
 
@@ -30,6 +31,23 @@ def test_weights_in_their_makers_own_form_are_not_fetched(tmp_path: Path, monkey
     fetched = list(filter_repo_objects(files, **asked))
     assert "consolidated.safetensors" not in fetched
     assert set(files[:2]) <= set(fetched)
+
+
+def test_a_model_of_the_hub_states_its_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub, snapshot = tmp_path / "hub", tmp_path / "snapshot"
+    hub.mkdir()
+    (hub / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+
+    def download(_model: str, **options: Any) -> str:
+        snapshot.mkdir()
+        for name in filter_repo_objects([each.name for each in hub.iterdir()], **options):
+            shutil.copyfile(hub / name, snapshot / name)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert [each.name for each in stated_licences(resolve_model("org/name"))] == ["apache-2.0"]
+    # What is made of the model has a card of its own.
+    assert not companion_files(snapshot)
 
 
 def test_a_model_of_the_hub_is_called_by_its_id(tmp_path: Path):

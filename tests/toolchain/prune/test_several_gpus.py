@@ -1,5 +1,6 @@
 """A model whose layers are on two GPUs is pruned as on one. The GPUs are those of ``tests.several_devices``."""
 
+import gc
 import re
 import weakref
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from tests.command_line import refused, sentei
 from tests.counting import calls_of
 from tests.several_devices import OnGpu, gpus
+from tests.toolchain.costs.made import make_costs
 from toolchain.architecture.parts import SubBlock
 from toolchain.checkpoint.directory import Checkpoint, open_checkpoint
 from toolchain.errors import SenteiError
@@ -27,10 +29,11 @@ from toolchain.model.loading import load_tokenizer
 from toolchain.model.several_gpus import device_map_for
 from toolchain.prune import pipeline
 from toolchain.prune.block_methods import blockpruner, evopress, shortgpt, sliding_window
+from toolchain.prune.budget.target import Measured, parse_targets
 from toolchain.prune.memory_needed import device_map_within, memory_needed
 from toolchain.prune.methods import DEFAULT, METHODS
 from toolchain.prune.pipeline import prepare, prune
-from toolchain.prune.settings import PruneSettings
+from toolchain.prune.settings import Aim, PruneSettings
 from toolchain.ranks.ranks import ALONE, Ranks
 from toolchain.text.sources import parse_sources
 
@@ -118,6 +121,35 @@ def test_published_method_with_another_metric_and_race_and_one_model_at_a_time(
         prune(pico_model, tmp_path / "two", published, model_name="pico")
     assert len(models) == 2 and min(used[0], used[1]) > 100
     assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_the_engine_of_a_target_finds_the_gpus_empty(
+    pico_model: Path, settings: PruneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What hooks hold in circles goes when Python next looks for circles, which may be after the engine has failed."""
+    models: list[weakref.ref[torch.nn.Module]] = []
+    load = disk_layers.load_model
+
+    def watched(*arguments: object, **options: object) -> torch.nn.Module:
+        models.append(weakref.ref(model := load(*arguments, **options)))
+        return model
+
+    def measure_nothing(*_: object) -> dict[str, Measured]:
+        assert models and not any(each() for each in models), "a model is still in memory"
+        raise Interrupted
+
+    monkeypatch.setattr(disk_layers, "load_model", watched)
+    costs = make_costs(open_checkpoint(pico_model).config)
+    aim = Aim(targets=parse_targets(["speedup=1.25"]), costs=costs, measure=measure_nothing)
+    to_a_target = replace(settings, sparsity=0.0, attention_removals=None, aim=aim)
+    gc.collect()
+    gc.disable()
+    try:
+        with gpus(*half(open_checkpoint(pico_model))) as used, pytest.raises(Interrupted):
+            prune(pico_model, tmp_path / "out", to_a_target, model_name="pico")
+    finally:
+        gc.enable()
+    assert min(used[0], used[1]) > 100
 
 
 def test_block_methods_and_other_metrics_say_the_same(pico_model: Path, tmp_path: Path):

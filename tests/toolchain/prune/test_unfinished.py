@@ -4,6 +4,8 @@ resumed search has the inputs it had. What was measured stays, whatever ends the
 import json
 import random
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,3 +210,26 @@ def test_a_search_of_the_version_that_kept_the_plan_alone_goes_on(tiny: Path, tm
                 run(tiny, place.with_suffix(""), other, resume=True)
         run(tiny, place.with_suffix(""), KILLED, resume=True)
         assert (place.with_suffix("") / "plan.json").read_bytes() == (tmp_path / "killed" / "plan.json").read_bytes()
+
+
+def test_a_resumed_sweep_takes_no_sums_of_another_text(tiny: Path, tmp_path: Path):
+    """A sweep of other sparsities has no plan of its own yet that would say what it was begun with."""
+    words = (tiny / "text.txt").read_text().split()
+    (other := tmp_path / "other.txt").write_text(" ".join(reversed(words)))
+    one, another = (
+        replace(SETTINGS, num_samples=4, calibration=[TextSource(text)]) for text in (tiny / "text.txt", other)
+    )
+
+    @contextmanager
+    def until_importance_is_known(title: str, total: int) -> Iterator[Callable[[], None]]:
+        if title == "Widths of FFNs":
+            raise KeyboardInterrupt
+        yield lambda: None
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tiny, tmp_path / "out", one, [0.2], model_name="tiny", progress=until_importance_is_known)
+    assert list((tmp_path / "out.search" / "sums").iterdir())
+    sweep(tiny, tmp_path / "out", another, [0.3], model_name="tiny", resume=True)
+    sweep(tiny, tmp_path / "whole", another, [0.3], model_name="tiny")
+    found, whole = ((tmp_path / name / "0.3" / "plan.safetensors").read_bytes() for name in ("out", "whole"))
+    assert found == whole
