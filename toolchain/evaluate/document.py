@@ -143,8 +143,8 @@ class SeenPassage(Record):
 class TextOverlap(Record):
     """How much of a text the checkpoint was made with, in calibration or healing: on that it looks better than it is.
 
-    ``share`` is of the text's different passages of 32 tokens, estimated on a sample where much was read. If it is above
-    0, ``num_seen`` of ``num_passages`` documents or windows hold some of them, and those that hold most are listed.
+    ``share`` is of the text's different passages of 32 tokens, estimated on a sample where much was read. If it is
+    above 0, ``num_seen`` of ``num_passages`` documents or windows hold some, and those that hold most are listed.
     """
 
     text: str
