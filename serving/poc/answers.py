@@ -130,14 +130,20 @@ def kept_questions(evaluation: Path, side: Side, file: str) -> list[AskedQuestio
     return [AskedQuestion(subject=each["subject"], score=each["scores"][metric]) for each in result["questions"]]
 
 
-def kept_losses(evaluation: Path, side: Side, text_sha256: str) -> list[float]:
+def kept_losses(evaluation: Path, side: Side, text_sha256: str, *, num_tokens: int | None = None) -> list[float]:
     """The mean loss of each window of a text, in nats per token.
+
+    Args:
+        evaluation: Its directory.
+        side: The model.
+        text_sha256: Of the text.
+        num_tokens: How many of each window's tokens count, from the first that has a loss; ``None`` for all.
 
     Raises:
         SenteiError: The evaluation does not hold them.
     """
     result = _kept(evaluation, side, lambda identity: identity.get("text_sha256") == text_sha256, "a text")
-    return [fmean(window) for window in result["losses"]]
+    return [fmean(window[:num_tokens]) for window in result["losses"]]
 
 
 def _kept(evaluation: Path, side: Side, belongs: Any, what: str) -> dict[str, Any]:
