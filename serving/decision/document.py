@@ -33,9 +33,7 @@ class Interval(Record):
 
     value: float
     low: float | None = None
-    window: WindowRecord | None = None
     high: float | None = None
-    window: WindowRecord | None = None
 
 
 class GuardRails(Record):
@@ -53,12 +51,10 @@ class GuardRails(Record):
 
     most_perplexity: Annotated[Number, Field(ge=1)]
     least_accuracy: Share | None = None
-    window: WindowRecord | None = None
     groups: dict[str, Share] = Field(default_factory=dict)
     metrics: Annotated[dict[str, Share], AfterValidator(_named_metrics)] = Field(default_factory=dict)
     least_gain: Annotated[Number, Field(ge=1)] = 1
     most_memory_gb: Positive | None = None
-    window: WindowRecord | None = None
 
 
 class LightRecord(Record):
@@ -106,8 +102,8 @@ class CandidateRecord(Record):
             and the KV cache of the measured load.
         kv_bytes_per_token: Of the KV cache.
         window: Of layers that do not hold all tokens; null where there are none.
-        kv_cache_tokens: Tokens that the server's KV cache held, from its log; null where it does not say so, and where a
-            window makes that depend on how long conversations are.
+        kv_cache_tokens: Tokens that the server's KV cache held, from its log; null where it does not say so, and where
+            a window makes that depend on how long conversations are.
         not_measured: Why something is missing; empty where nothing is.
         lights: See :mod:`serving.decision.lights`.
         better: Names of candidates that are better in every respect; who is named there leaves no reason to pick this.
@@ -116,33 +112,21 @@ class CandidateRecord(Record):
     name: str
     kind: Kind
     sparsity: float | None = None
-    window: WindowRecord | None = None
     precision: str | None = None
-    window: WindowRecord | None = None
     verified: bool | None = None
-    window: WindowRecord | None = None
     perplexity: dict[str, Interval] = Field(default_factory=dict)
     accuracy: Interval | None = None
-    window: WindowRecord | None = None
     accuracy_change: Interval | None = None
-    window: WindowRecord | None = None
     groups: dict[str, Interval] = Field(default_factory=dict)
     metrics: dict[str, Interval] = Field(default_factory=dict)
     gain: Interval | None = None
-    window: WindowRecord | None = None
     load: LoadRecord | None = None
-    window: WindowRecord | None = None
     original_load: LoadRecord | None = None
-    window: WindowRecord | None = None
     weight_bytes: int | None = None
-    window: WindowRecord | None = None
     memory_bytes: int | None = None
-    window: WindowRecord | None = None
-    kv_bytes_per_token: Number     window: WindowRecord | None = None
-| None = None
+    kv_bytes_per_token: Number | None = None
     window: WindowRecord | None = None
     kv_cache_tokens: Number | None = None
-    window: WindowRecord | None = None
     not_measured: str = ""
     lights: list[LightRecord] = Field(default_factory=list)
     better: list[str] = Field(default_factory=list)
@@ -152,20 +136,14 @@ class OriginalRecord(Record):
     """What was measured of the original alone."""
 
     accuracy: Interval | None = None
-    window: WindowRecord | None = None
     groups: dict[str, Interval] = Field(default_factory=dict)
     metrics: dict[str, Interval] = Field(default_factory=dict)
     load: LoadRecord | None = None
-    window: WindowRecord | None = None
     weight_bytes: int | None = None
-    window: WindowRecord | None = None
     memory_bytes: int | None = None
-    window: WindowRecord | None = None
-    kv_bytes_per_token: Number     window: WindowRecord | None = None
-| None = None
+    kv_bytes_per_token: Number | None = None
     window: WindowRecord | None = None
     kv_cache_tokens: Number | None = None
-    window: WindowRecord | None = None
 
 
 class CapacityInputs(Record):
@@ -180,14 +158,10 @@ class CapacityInputs(Record):
     """
 
     price_per_hour: Positive | None = None
-    window: WindowRecord | None = None
     currency: Annotated[str, Field(min_length=1, max_length=12)] = "USD"
     peak_requests_per_s: Positive | None = None
-    window: WindowRecord | None = None
     conversation_tokens: Annotated[int, Field(ge=1)] | None = None
-    window: WindowRecord | None = None
     memory_gb: Positive | None = None
-    window: WindowRecord | None = None
 
 
 class CapacityRow(Record):
@@ -212,11 +186,8 @@ class ReasonRecord(Record):
     message: str
     values: dict[str, str]
     candidate: str | None = None
-    window: WindowRecord | None = None
     rail: Rail | None = None
-    window: WindowRecord | None = None
     measured: Interval | None = None
-    window: WindowRecord | None = None
 
     @property
     def text(self) -> str:

@@ -101,7 +101,7 @@ def run(job: Job) -> None:
     windows = [
         _windows(text, each, reads, bos, most=reads.num_compared if job.engine == "vllm" else None)
         for text, each in zip(job.texts, original.evaluations, strict=True)
-    ]  # fmt: skip
+    ]
     questions = {Path(file).name: _choices(load_questions(Path(file)), Path(file).name, reads) for file in job.questions}
     metrics = [(each, _asked_of(each, reads)) for each in asked]
     parts = [*windows, *questions.values(), *(part for _, part in metrics)]
@@ -199,8 +199,7 @@ def _reads(job: Job, tokenizer: PreTrainedTokenizerBase, stated: int, bos: int |
 
 
 def _windows(text: str, read: TextResult, reads: Reads, bos: int | None, *, most: int | None) -> Windows:
-    """The windows that the original read, each without what is beyond ``most`` tokens."""| None) -> Windows:
-    """The windows that the original read, without their ends where the engine takes no more."""
+    """The windows that the original read, each without what is beyond ``most`` tokens."""
     windows = load_windows(
         parse_text(text), reads.tokenizer, num_samples=read.num_windows, seq_len=read.seq_len, bos=bos
     )  # fmt: skip
