@@ -11,7 +11,7 @@ from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.workload import make_workloads
 
 
-def sizes_of(tmp_path, monkeypatch, *, device, options=(), facts=SimpleNamespace(sliding_share=0)):  # noqa: B008
+def sizes_of(tmp_path, monkeypatch, *, device, options=(), **facts):
     """Sizes of a benchmark whose first starts took 60 s and whose later ones took 10 and 8."""
     monkeypatch.setattr(bench_results, "compare_sizes", lambda *facts: {})
     journal = Journal(tmp_path)
@@ -20,8 +20,9 @@ def sizes_of(tmp_path, monkeypatch, *, device, options=(), facts=SimpleNamespace
             report = {"startup_s": warm_s + (repeat == 0) * (60.0 - warm_s), "kv_cache_tokens": 1000, "device": device}
             for load in range(2):
                 journal.record((repeat, load, side), {}, report)
+    known = SimpleNamespace(**({"sliding_share": 0} | facts))
     sides = {
-        side: SimpleNamespace(facts=SimpleNamespace(**{"sliding_share": 0} | facts), engine_report=journal.engine_report(side))
+        side: SimpleNamespace(facts=known, engine_report=journal.engine_report(side))
         for side in ("original", "pruned")
     }
     settings = BenchmarkSettings(engine="vllm", workloads=make_workloads(engine="vllm"), engine_options=options)
