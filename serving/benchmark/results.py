@@ -96,7 +96,7 @@ def _model(side: Side, settings: BenchmarkSettings) -> dict[str, Any]:
         "directory": str(side.directory),
         "weights_sha256": side.files_sha256,
         "precision": side.facts.precision,
-        "window": _window(side, settings),
+        **({"window": window} if (window := _window(side, settings)) else {}),
         **side.engine_report,
     }
 

@@ -23,7 +23,7 @@ from toolchain.evaluate.metric_record import MetricRecord
 class ModelRecord(Record):
     """One model: which one it was, and beside that what its engine told of itself.
 
-    ``window`` is null where the KV cache holds all tokens in all layers, and missing in files from before it was.
+    ``window`` is missing where the KV cache holds all tokens in all layers, and in files from before it was written.
     """
 
     model_config = ConfigDict(extra="allow")
