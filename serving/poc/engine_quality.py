@@ -102,7 +102,8 @@ def run(job: Job) -> None:
         _windows(text, each, reads, bos, most=reads.num_compared if job.engine == "vllm" else None)
         for text, each in zip(job.texts, original.evaluations, strict=True)
     ]
-    questions = {Path(file).name: _choices(load_questions(Path(file)), Path(file).name, reads) for file in job.questions}
+    files = [Path(file) for file in job.questions]
+    questions = {file.name: _choices(load_questions(file), file.name, reads) for file in files}
     metrics = [(each, _asked_of(each, reads)) for each in asked]
     parts = [*windows, *questions.values(), *(part for _, part in metrics)]
     engine = _open(job, max((each.longest for each in parts), default=1))

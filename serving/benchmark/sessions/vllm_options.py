@@ -1,4 +1,4 @@
-"""What a benchmark adds to an engine's options: room for the load, and what makes a comparison fair. The user's stay."""
+"""What a benchmark adds to the user's engine options: room for the load, and what makes a comparison fair."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence
