@@ -6,8 +6,8 @@ from importlib import metadata
 from statistics import median
 from typing import Any
 
-from serving.benchmark.environment import describe_environment
 from serving.benchmark.engine_options import given_options
+from serving.benchmark.environment import describe_environment
 from serving.benchmark.goodput import GOODPUT_METRICS
 from serving.benchmark.gpu_watch import NOT_RECORDED, RECORDED
 from serving.benchmark.journal import Journal

@@ -22,8 +22,7 @@ def sizes_of(tmp_path, monkeypatch, *, device, options=(), **facts):
                 journal.record((repeat, load, side), {}, report)
     known = SimpleNamespace(**({"sliding_share": 0} | facts))
     sides = {
-        side: SimpleNamespace(facts=known, engine_report=journal.engine_report(side))
-        for side in ("original", "pruned")
+        side: SimpleNamespace(facts=known, engine_report=journal.engine_report(side)) for side in ("original", "pruned")
     }
     settings = BenchmarkSettings(engine="vllm", workloads=make_workloads(engine="vllm"), engine_options=options)
     return bench_results._sizes(settings, sides, journal)
@@ -46,7 +45,12 @@ def test_the_first_start_and_the_later_ones_are_apart_and_only_these_are_compare
         ("cpu", [], "given the same memory", "weights leave"),
         (None, [], "is not known", "same memory"),
         ("cpu", ["--gpu_memory_utilization=0.5"], "is not known", "same memory"),
-        ("cpu", ["--gpu-memory-utilization=0.5", "--kv-cache-memory-bytes=1G"], "given the same memory", "weights leave"),
+        (
+            "cpu",
+            ["--gpu-memory-utilization=0.5", "--kv-cache-memory-bytes=1G"],
+            "given the same memory",
+            "weights leave",
+        ),
     ],
 )
 def test_a_larger_cache_is_not_called_the_same_memory_where_it_is_not(
@@ -58,7 +62,7 @@ def test_a_larger_cache_is_not_called_the_same_memory_where_it_is_not(
 
 
 def test_tokens_of_a_cache_are_not_told_where_they_depend_on_how_long_conversations_are(tmp_path, monkeypatch):
-    """vLLM counts requests as long as can be, of which layers with a window hold little: a few are not many short ones."""
+    """The server counts requests as long as can be, of which layers with a window hold little."""
     slides = {"sliding_share": Fraction(5, 6), "window": 512, "kv_bytes_per_token": 600}
     for name in ("slides", "all"):
         (tmp_path / name).mkdir()

@@ -141,7 +141,7 @@ def value_of(name, options):
 
 
 def test_servers_have_room_for_the_load_and_not_for_the_whole_context(asked, tmp_path, monkeypatch):
-    """vLLM wants its cache to hold one request as long as the context: most models would not start on a CPU."""
+    """It wants its cache to hold one request as long as the context: most models would not start on a CPU."""
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     for side, context in (("original", 131072), ("pruned", 65536)):
         make_pico(tmp_path / side, vocab_size=64, max_position_embeddings=context, head_dim=64, num_key_value_heads=4)
