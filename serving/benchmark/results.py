@@ -287,7 +287,7 @@ def _sizes(settings: BenchmarkSettings, sides: Mapping[str, Side], journal: Jour
     peaks = [each.get("peak_memory_bytes") for each in reports]
     sizes["peak_memory_bytes"] = size_entry(*peaks, unit="bytes", formula=_PEAK_FORMULA[place])
     if is_vllm:
-        tokens = [each and _kv_cache_tokens(each, settings) for each in (original, pruned)]
+        tokens = [_kv_cache_tokens(each, settings) if each else None for each in (original, pruned)]
         formula = _KV_TOKENS_FORMULA[_kv_memory(settings, device)]
         sizes["kv_cache_tokens"] = size_entry(*tokens, unit="tokens", formula=formula)
     starts = [journal.startups(side) for side in SIDES]
