@@ -65,7 +65,7 @@ def read_vllm_options(options: Sequence[str]) -> EngineShape:
     Raises:
         SenteiError: An option that is not on the list, or a value that is not modelled.
     """
-    given = _pairs(options)
+    given = given_options(options)
     for name in given:
         if name == "--trust-remote-code":
             raise refused_remote_code(name)
@@ -78,8 +78,8 @@ def read_vllm_options(options: Sequence[str]) -> EngineShape:
     return EngineShape(num_gpus=_num_gpus(given), kv_itemsize=_kv_itemsize(given))
 
 
-def _pairs(options: Sequence[str]) -> dict[str, str]:
-    """Each option's value, by its name; the last one counts, as it does for vLLM."""
+def given_options(options: Sequence[str]) -> dict[str, str]:
+    """Each option's value, by its name with dashes, which vLLM takes underscores for; the last one counts there too."""
     pairs: dict[str, str] = {}
     name = ""
     for text in options:

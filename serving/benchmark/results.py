@@ -6,6 +6,7 @@ from importlib import metadata
 from statistics import median
 from typing import Any
 
+from serving.benchmark.engine_options import given_options
 from serving.benchmark.environment import describe_environment
 from serving.benchmark.goodput import GOODPUT_METRICS
 from serving.benchmark.gpu_watch import NOT_RECORDED, RECORDED
@@ -24,7 +25,9 @@ from toolchain.checkpoint.directory import model_name
 from toolchain.errors import SenteiError
 
 SCHEMA_VERSION = 1
-_KV_SIZES = ("--kv-cache-memory-bytes", "--num-gpu-blocks-override")
+_KV_SIZES, _MEMORY_SHARE = {"--kv-cache-memory-bytes", "--num-gpu-blocks-override"}, "--gpu-memory-utilization"
+# With it vLLM holds all tokens in layers with a sliding window, too.
+_NO_WINDOWS = "--disable-hybrid-kv-cache-manager"
 _FLOATS = ("float32", "bfloat16", "float16")
 _PEAK_FORMULA = {
     "cpu": "highest resident memory of the process that ran the model alone, the Python runtime and libraries included",
@@ -76,7 +79,7 @@ def assemble_results(journal: Journal, settings: BenchmarkSettings, sides: Mappi
         "primary_metric": settings.primary,
         "ratio_formula": RATIO_FORMULA,
         "options": settings.options,
-        "models": {name: _model(side) for name, side in sides.items()},
+        "models": {name: _model(side, settings) for name, side in sides.items()},
         "sizes": _sizes(settings, sides, journal),
         "measurements": measurements,
         "goodput": settings.slo and _goodput(journal, settings, settings.slo, tuple(sides)),
@@ -87,14 +90,28 @@ def assemble_results(journal: Journal, settings: BenchmarkSettings, sides: Mappi
     }
 
 
-def _model(side: Side) -> dict[str, Any]:
+def _model(side: Side, settings: BenchmarkSettings) -> dict[str, Any]:
     return {
         "name": model_name(side.directory),
         "directory": str(side.directory),
         "weights_sha256": side.files_sha256,
         "precision": side.facts.precision,
+        **({"window": window} if (window := _window(side, settings)) else {}),
         **side.engine_report,
     }
+
+
+def _window(side: Side, settings: BenchmarkSettings) -> dict[str, Any] | None:
+    """Of the layers whose KV cache drops what is older; see :class:`WindowRecord`."""
+    facts = side.facts
+    if not facts.sliding_share or _NO_WINDOWS in given_options(settings.engine_options):
+        return None
+    return {"tokens": facts.window, "kv_bytes_per_token": int(facts.kv_bytes_per_token * facts.sliding_share)}
+
+
+def _kv_cache_tokens(side: Side, settings: BenchmarkSettings) -> int | None:
+    """What the server said. It means requests as long as can be: with a window, of shorter ones fewer tokens fit."""
+    return None if _window(side, settings) else side.engine_report.get("kv_cache_tokens")
 
 
 def _runs(journal: Journal, load: int, repeats: int, sides: Sequence[str]) -> list[dict[str, Any]]:
@@ -193,7 +210,7 @@ def _against_expectation(
     medians = {name: metric["original"]["median"] for name, metric in measurement["metrics"].items()}
     pruned, concurrency = sides["pruned"], in_flight(workload, medians)
     context = workload.input_len + workload.output_len // 2
-    seen = _observations(measurement, sides)
+    seen = _observations(measurement, sides, settings)
 
     def bounds(facts: ModelFacts) -> dict[str, dict[str, Any]]:
         assert peaks is not None
@@ -222,10 +239,12 @@ def _against_expectation(
     return {"gap": gap, **({"roofline": expected, "why_not_more": limits} if peaks else {})}
 
 
-def _observations(measurement: Mapping[str, Any], sides: Mapping[str, Side]) -> Observations:
+def _observations(
+    measurement: Mapping[str, Any], sides: Mapping[str, Side], settings: BenchmarkSettings
+) -> Observations:
     busy = [run[side].get("client_cpu_cores") for run in measurement["runs"] for side in SIDES]
     return Observations(
-        kv_cache_tokens={name: side.engine_report.get("kv_cache_tokens") for name, side in sides.items()},
+        kv_cache_tokens={name: _kv_cache_tokens(side, settings) for name, side in sides.items()},
         client_cpu_cores=max((each for each in busy if each is not None), default=None),
         throttled=sorted({reason for run in measurement["runs"] for side in SIDES
                           for reason in (run[side]["gpu"] or {}).get("throttled", ())}),
@@ -268,7 +287,7 @@ def _sizes(settings: BenchmarkSettings, sides: Mapping[str, Side], journal: Jour
     peaks = [each.get("peak_memory_bytes") for each in reports]
     sizes["peak_memory_bytes"] = size_entry(*peaks, unit="bytes", formula=_PEAK_FORMULA[place])
     if is_vllm:
-        tokens = [each.get("kv_cache_tokens") for each in reports]
+        tokens = [_kv_cache_tokens(each, settings) if each else None for each in (original, pruned)]
         formula = _KV_TOKENS_FORMULA[_kv_memory(settings, device)]
         sizes["kv_cache_tokens"] = size_entry(*tokens, unit="tokens", formula=formula)
     starts = [journal.startups(side) for side in SIDES]
@@ -283,5 +302,7 @@ def _kv_memory(settings: BenchmarkSettings, device: str | None) -> str:
     """Whose memory the KV cache got: that of an option or of the CPU's default, or what weights left of a GPU's."""
     if device is None:
         return "unknown"
-    given = any(name.partition("=")[0].replace("_", "-") in _KV_SIZES for name in settings.engine_options)
-    return "same" if given or device == "cpu" else "rest"
+    given = given_options(settings.engine_options).keys()
+    if device == "cpu" and _MEMORY_SHARE in given and _KV_SIZES.isdisjoint(given):
+        return "unknown"
+    return "same" if device == "cpu" or not _KV_SIZES.isdisjoint(given) else "rest"

@@ -7,13 +7,24 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from serving.forecast.estimate_document import CauseRecord, DevicePeaksRecord, GapRecord, Phase, RooflineRecord, Side
+from serving.forecast.estimate_document import (
+    CauseRecord,
+    DevicePeaksRecord,
+    GapRecord,
+    Phase,
+    RooflineRecord,
+    Side,
+    WindowRecord,
+)
 from toolchain.documents import Document, Number, Record
 from toolchain.evaluate.metric_record import MetricRecord
 
 
 class ModelRecord(Record):
-    """One model: which one it was, and beside that what its engine told of itself."""
+    """One model: which one it was, and beside that what its engine told of itself.
+
+    ``window`` is missing where the KV cache holds all tokens in all layers, and in files from before it was written.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -21,6 +32,7 @@ class ModelRecord(Record):
     directory: str
     weights_sha256: str
     precision: str
+    window: WindowRecord | None = None
 
 
 class ModelsRecord(Record):

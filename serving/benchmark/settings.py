@@ -10,7 +10,7 @@ from serving.benchmark.engine_options import EngineShape, read_vllm_options
 from serving.benchmark.goodput import ATTAINMENT
 from serving.benchmark.metrics import DEFAULT_PRIMARY, check_primary
 from serving.benchmark.workload import Slo, Workload
-from serving.engines.spec import SERVERS, EngineSpec, engine_spec
+from serving.engines.spec import PANDAS, SERVERS, EngineSpec, engine_spec
 from serving.server.process import HOST, START_TIMEOUT_S
 from toolchain.devices import parse_device
 from toolchain.errors import MissingDependencyError, SenteiError
@@ -128,7 +128,8 @@ def check_settings(settings: BenchmarkSettings, num_models: int) -> None:
         )
     _check_device_and_dtype(settings)
     _check_engine_options(settings)
-    for module, library, extra in spec.libraries:
+    libraries = (*spec.libraries, PANDAS) if settings.widest.prompts else spec.libraries
+    for module, library, extra in libraries:
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(library, extra)
 

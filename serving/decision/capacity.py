@@ -9,7 +9,7 @@
   x 1,000,000: what a million output tokens cost while the peak load is served, with whole GPUs.
 - ``conversations``: KV-cache tokens / tokens of a conversation, rounded down. KV-cache tokens are the server's own
   where its log says them, otherwise (memory - weights) / KV bytes per token: the most that can be, since the engine
-  itself takes memory too.
+  itself takes memory too. Layers with a sliding window hold no more than it of each conversation.
 """
 
 import csv
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 from serving.decision.document import CandidateRecord, CapacityInputs, CapacityRow, Interval, OriginalRecord
 from serving.decision.lights import GB
+from serving.forecast.estimate_document import kv_bytes
 
 _INTERVALS = ("requests per second and GPU", "GPUs at the peak load", "cost per million output tokens")
 COLUMNS = (
@@ -113,7 +114,7 @@ def _conversations(model: OriginalRecord | CandidateRecord, inputs: CapacityInpu
         return int(model.kv_cache_tokens // length)
     if inputs.memory_gb is None or not per_token or model.weight_bytes is None:
         return None
-    return max(0, int((inputs.memory_gb * GB - model.weight_bytes) // (per_token * length)))
+    return max(0, int((inputs.memory_gb * GB - model.weight_bytes) // kv_bytes(per_token, model.window, length)))
 
 
 def _times(rate: float, gain: Interval) -> Interval:

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from serving.forecast.estimate_document import WindowRecord
 from toolchain.documents import Document, Number, Record
 from toolchain.errors import SenteiError
 from toolchain.metrics.question_metrics import check_distinct, parse_question_metric
@@ -101,7 +102,9 @@ class CandidateRecord(Record):
         memory_bytes: The highest memory of the process that ran it alone; of vLLM, which reserves what it is given, its
             weights and the KV cache of the measured load; null where nobody tells.
         kv_bytes_per_token: Of the KV cache.
-        kv_cache_tokens: Tokens that the server's KV cache held, from its log; null where it does not say so.
+        window: Of layers that do not hold all tokens; null where there are none.
+        kv_cache_tokens: Tokens that the server's KV cache held, from its log; null where it does not say so, and where
+            a window makes that depend on how long conversations are.
         not_measured: Why something is missing; empty where nothing is.
         lights: See :mod:`serving.decision.lights`.
         better: Names of candidates that are better in every respect; who is named there leaves no reason to pick this.
@@ -124,6 +127,7 @@ class CandidateRecord(Record):
     weight_bytes: int | None = None
     memory_bytes: int | None = None
     kv_bytes_per_token: Number | None = None
+    window: WindowRecord | None = None
     kv_cache_tokens: Number | None = None
     not_measured: str = ""
     lights: list[LightRecord] = Field(default_factory=list)
@@ -140,6 +144,7 @@ class OriginalRecord(Record):
     weight_bytes: int | None = None
     memory_bytes: int | None = None
     kv_bytes_per_token: Number | None = None
+    window: WindowRecord | None = None
     kv_cache_tokens: Number | None = None
 
 

@@ -8,6 +8,8 @@ from toolchain.errors import SenteiError
 # A module, the library that brings it, and the extra of sentei that asks for it.
 Library = tuple[str, str, str]
 _ONNX, _VLLM = ("onnxruntime_genai", "onnxruntime-genai", "onnx"), ("vllm", "vllm", "vllm")
+# vLLM's client reads files of prompts with it, and asks for it in an extra of its own.
+PANDAS: Library = ("pandas", "pandas", "vllm")
 
 
 @dataclass(frozen=True, kw_only=True)

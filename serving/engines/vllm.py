@@ -16,11 +16,12 @@ from toolchain.checkpoint.quantized import open_servable
 from toolchain.errors import MissingDependencyError, SenteiError
 from toolchain.lifetime import ENGINE_VARIABLE
 
+KV_CACHE_BYTES = 2**30
 # For a few short prompts: starts fast, leaves memory to others, and computes every position afresh.
 _OPTIONS: Mapping[str, Any] = {
     "enforce_eager": True,
     "enable_prefix_caching": False,
-    "kv_cache_memory_bytes": 2**30,
+    "kv_cache_memory_bytes": KV_CACHE_BYTES,
     "max_num_seqs": 8,
     # What must be free on a GPU when it starts, whatever its cache is told to take: others may be using it.
     "gpu_memory_utilization": 0.01,

@@ -1,11 +1,32 @@
 """What ``sentei estimate --json`` prints, and the parts of it that ``results.json`` holds too."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from toolchain.documents import Document, Number, Record
 
 Side = Literal["original", "pruned"]
 Phase = Literal["prefill", "decode"]
+
+
+class WindowRecord(Record):
+    """Layers with a sliding window: ``tokens`` that each holds at most, and bytes of one token in all of them."""
+
+    tokens: Annotated[int, Field(ge=1)]
+    kv_bytes_per_token: Annotated[Number, Field(ge=0)]
+
+
+def kv_bytes(kv_bytes_per_token: float, window: WindowRecord | None, length: int) -> float:
+    """Bytes of the KV cache of a conversation of so many tokens.
+
+    Args:
+        kv_bytes_per_token: In all layers.
+        window: ``None`` where all of them hold all tokens.
+        length: Tokens.
+    """
+    beyond = max(0, length - window.tokens) * window.kv_bytes_per_token if window else 0
+    return kv_bytes_per_token * length - beyond
 
 
 class CauseRecord(Record):

@@ -43,6 +43,8 @@ END_TO_END_FORMULA = (
 # ONNX's numbers for its floating-point types.
 _FLOATS: Mapping[int, str] = {1: "float32", 10: "float16", 16: "bfloat16"}
 _DEFAULT_BITS = 4  # of MatMulNBits
+# Of vLLM's KV cache on CPUs; on GPUs blocks are smaller.
+_BLOCK_TOKENS = 128
 _WEIGHT_FILES = (".safetensors", ".onnx", ".data")
 SIZE_FORMULAS: Mapping[str, tuple[str, str]] = {
     "num_parameters": ("parameters", "all stored parameters; tied embeddings count once"),
@@ -114,6 +116,17 @@ class ModelFacts:
     def attended(self, context: int) -> Fraction:
         """Tokens of ``context`` that an attending layer attends to, on average over the layers."""
         return context - self.sliding_share * max(0, context - self.window)
+
+    def kv_bytes_to_start(self, longest: int) -> int:
+        """Bytes of KV cache with which vLLM starts, for requests of ``longest`` tokens at most: one has to fit.
+
+        In whole blocks, with one more for a window that begins inside of a block. While a prompt is read, layers with a
+        window may hold all of it; and layers of two kinds are divided into groups of one size, which are a third larger
+        at most.
+        """
+        tokens = (-(-longest // _BLOCK_TOKENS) + 1) * _BLOCK_TOKENS
+        num_bytes = tokens * self.kv_bytes_per_token
+        return -(-4 * num_bytes // 3) if self.sliding_share else num_bytes
 
     def kv_tokens(self, num_bytes: int) -> int:
         """Tokens of one sequence whose KV cache fits into so many bytes; not for more than it takes at most."""

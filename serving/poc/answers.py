@@ -134,15 +134,20 @@ def kept_questions(evaluation: Path, side: Side, file: str) -> list[AskedQuestio
     return [AskedQuestion(subject=each["subject"], score=each["scores"][metric]) for each in result["questions"]]
 
 
-def kept_losses(evaluation: Path, text: TextResult) -> list[float]:
+def kept_losses(evaluation: Path, text: TextResult, *, num_tokens: int | None = None) -> list[float]:
     """The mean loss of each window of a text that a model was evaluated on, in nats per token.
+
+    Args:
+        evaluation: Its directory.
+        text: What the evaluation says of the model and the text.
+        num_tokens: How many of each window's tokens count, from the first that has a loss; ``None`` for all.
 
     Raises:
         SenteiError: The evaluation does not hold them.
     """
     path, _ = _kept(evaluation, text.model, lambda identity: identity.get("text_sha256") == text.text_sha256, text.text)
     losses = read_losses(path, (text.num_windows, text.seq_len - 1))
-    means: list[float] = losses.mean(axis=1, dtype=np.float64).tolist()
+    means: list[float] = losses[:, :num_tokens].mean(axis=1, dtype=np.float64).tolist()
     return means
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from serving.benchmark.journal import RESULTS_FILE
 from serving.benchmark.results_document import ResultsDocument
 from serving.decision.document import CandidateRecord, Interval, LoadRecord, OriginalRecord
+from serving.forecast.estimate_document import kv_bytes
 from serving.poc.answers import AskedQuestion, Quality, accuracy_change, accuracy_of, groups_of, interval_of
 from toolchain.documents import read_document
 from toolchain.evaluate.metric_record import MetricRecord
@@ -115,14 +116,17 @@ def _sizes(results: ResultsDocument, side: Any) -> dict[str, Any]:
     def size(name: str) -> Any:
         return getattr(results.sizes[name], side) if name in results.sizes else None
 
-    load = results.measurements[0].workload
+    load, model = results.measurements[0].workload, getattr(results.models, side)
+    window = model and model.window
     weights, per_token, used = size("weight_bytes"), size("kv_bytes_per_token"), size("peak_memory_bytes")
     if used is None and results.engine == "vllm" and weights is not None and per_token is not None:
         # vLLM takes what it is given; this is what it needs.
-        used = weights + per_token * (load.concurrency or 1) * (load.input_len + load.output_len)
+        length = load.input_len + load.output_len
+        used = weights + (load.concurrency or 1) * kv_bytes(per_token, window, length)
     return {
         "weight_bytes": weights,
         "memory_bytes": None if used is None else round(used),
         "kv_bytes_per_token": per_token,
+        "window": window,
         "kv_cache_tokens": size("kv_cache_tokens"),
     }

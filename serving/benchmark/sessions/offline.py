@@ -10,7 +10,8 @@ from typing import Any
 
 from serving.benchmark.gpu_watch import MemoryBefore, energy, watched_gpus
 from serving.benchmark.metrics import DISTRIBUTED, METRICS, PERCENTILES, percentile
-from serving.benchmark.sessions.server import engine_facts, engine_options_for, vllm_device
+from serving.benchmark.sessions.server import engine_facts
+from serving.benchmark.sessions.vllm_options import engine_options_for, room_of, vllm_device
 from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.side import Side
@@ -43,9 +44,9 @@ class OfflineSession:
         Raises:
             SenteiError: An option that would run code from the checkpoint.
         """
-        options = checked_options(settings.engine_options)
         self._out, self._stall_timeout_s = out / "vllm", settings.stall_timeout_s
-        self._options = {side: engine_options_for(side, settings.dtype, options) for side in sides.values()}
+        room = room_of(sides.values(), settings)
+        self._options = {side: checked_options(engine_options_for(side, settings, room)) for side in sides.values()}
         self._device = vllm_device()
         self._memory_before = MemoryBefore(self._device)
         self._out.mkdir(exist_ok=True)

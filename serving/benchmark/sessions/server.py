@@ -1,15 +1,13 @@
 """Servers in the benchmark, vLLM's and ONNX Runtime's, driven by ``vllm bench serve``; its figures are kept."""
 
 import json
-import os
+import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from serving.benchmark.goodput import AskedRequest
 from serving.benchmark.gpu_watch import MemoryBefore, energy, watched_gpus
@@ -18,6 +16,14 @@ from serving.benchmark.process_memory import peak_resident_bytes
 from serving.benchmark.sessions.sides import SideProcesses, free_log
 from serving.benchmark.sessions.vllm_client import bench_serve, served_model_name
 from serving.benchmark.sessions.vllm_client_process import Client
+from serving.benchmark.sessions.vllm_options import (
+    CONTEXT,
+    context_of,
+    engine_options_for,
+    room_of,
+    vllm_device,
+    with_added,
+)
 from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.side import Side
@@ -28,7 +34,6 @@ from toolchain.errors import SenteiError
 from toolchain.outputs import write_text
 
 _PROMPTS_FILE = "prompts.jsonl"
-_CPU_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
 # Of the mean time between arrivals: none of thousands comes later than this after the one before it.
 _LONGEST_GAP = 20
 # A search for the highest rate also tries rates that a server cannot keep up with; who waits then counts, and is not
@@ -74,8 +79,11 @@ class ServerSession:
         (out / "vllm").mkdir(exist_ok=True)
         self._client = Client(out / "vllm" / "client.log")
         self._prompts_file = out.resolve() / _PROMPTS_FILE
+        self._room = room_of(self._sides, settings) if settings.spec.is_vllm and not settings.urls else {}
         if own := settings.widest.prompts:
-            write_text(self._prompts_file, "\n".join(own.lines) + "\n")
+            # Whoever asks for fewer gets the first lines: shuffled, these are a sample of all.
+            lines = random.Random(0).sample(own.lines, len(own.lines))
+            write_text(self._prompts_file, "\n".join(lines) + "\n")
 
     def measure(
         self, side: Side, repeat: int, workload: Workload, *, name: str, slo: Slo | None = None
@@ -161,20 +169,16 @@ class ServerSession:
         """The options of a side's server, and what runs it."""
         settings = self._settings
         if not settings.spec.reads_onnx:
-            return engine_options_for(side, settings.dtype, settings.engine_options), running_server
+            return engine_options_for(side, settings, self._room), running_server
         from serving.server.onnx.server import DEFAULT_MAX_NUM_SEQS
         from serving.server.onnx.server import running_server as running_onnx_server
 
         # No row more than the load can fill. A search for the highest rate has more requests in flight than a workload.
         width = max(settings.widest.width, DEFAULT_MAX_NUM_SEQS if settings.slo else 1)
-        longest = max(workload.longest for workload in settings.workloads)
-        context = min(each.facts.served_len for each in self._sides)
-        fair = {"--max-num-seqs": width, "--max-model-len": min(longest + 16, context)}
+        fair = {"--max-num-seqs": width, CONTEXT: context_of(self._sides, settings)}
         if settings.slo:
             fair["--max-num-queued-reqs"] = _MOST_QUEUED
-        given = {option.split("=")[0] for option in settings.engine_options}
-        added = [text for name, value in fair.items() if name not in given for text in (name, str(value))]
-        return [*settings.engine_options, *added], running_onnx_server
+        return with_added(settings.engine_options, fair), running_onnx_server
 
     def _peak_memory_bytes(self, side: Side) -> int | None:
         """Of an ONNX server on a CPU; of vLLM, which reserves what it is told to, and of a GPU, nothing is known."""
@@ -202,27 +206,6 @@ class ServerSession:
             return ""
         text = self._logs[side].read_text(encoding="utf-8", errors="replace")
         return f" The end of the {side.name} server's log:\n{tail(text)}"
-
-
-def vllm_device() -> str:
-    """What the vLLM that is installed runs on: its build goes with torch's."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def engine_options_for(side: Side, dtype: str | None, engine_options: Sequence[str]) -> list[str]:
-    """The user's options with what makes a comparison fair: one precision, no prefix cache, one size of KV cache."""
-    computed_in = dtype or side.stored_dtype
-    assert computed_in is not None, "vLLM runs checkpoints"
-    # vLLM's "auto" would run a float32 checkpoint in half precision.
-    options = [*engine_options, "--dtype", computed_in]
-    if not any("prefix-caching" in option for option in options):
-        options.append("--no-enable-prefix-caching")
-    if not (
-        vllm_device() == "cuda" or _CPU_KV_SPACE in os.environ or any("kv-cache-memory" in each for each in options)
-    ):
-        # vLLM's CPU default takes much of the machine's memory.
-        options += ["--kv-cache-memory-bytes", "1G"]
-    return options
 
 
 def _longest_gap_s(workload: Workload) -> float:

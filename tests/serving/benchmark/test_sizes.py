@@ -1,5 +1,6 @@
 """Start-up and KV cache: what a buyer would compare must be comparable, or say that it is not."""
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.workload import make_workloads
 
 
-def sizes_of(tmp_path, monkeypatch, *, device, options=()):
+def sizes_of(tmp_path, monkeypatch, *, device, options=(), **facts):
     """Sizes of a benchmark whose first starts took 60 s and whose later ones took 10 and 8."""
     monkeypatch.setattr(bench_results, "compare_sizes", lambda *facts: {})
     journal = Journal(tmp_path)
@@ -19,8 +20,9 @@ def sizes_of(tmp_path, monkeypatch, *, device, options=()):
             report = {"startup_s": warm_s + (repeat == 0) * (60.0 - warm_s), "kv_cache_tokens": 1000, "device": device}
             for load in range(2):
                 journal.record((repeat, load, side), {}, report)
+    known = SimpleNamespace(**({"sliding_share": 0} | facts))
     sides = {
-        side: SimpleNamespace(facts=None, engine_report=journal.engine_report(side)) for side in ("original", "pruned")
+        side: SimpleNamespace(facts=known, engine_report=journal.engine_report(side)) for side in ("original", "pruned")
     }
     settings = BenchmarkSettings(engine="vllm", workloads=make_workloads(engine="vllm"), engine_options=options)
     return bench_results._sizes(settings, sides, journal)
@@ -42,6 +44,13 @@ def test_the_first_start_and_the_later_ones_are_apart_and_only_these_are_compare
         ("cuda", ["--kv-cache-memory-bytes=1G"], "given the same memory", "weights leave"),
         ("cpu", [], "given the same memory", "weights leave"),
         (None, [], "is not known", "same memory"),
+        ("cpu", ["--gpu_memory_utilization=0.5"], "is not known", "same memory"),
+        (
+            "cpu",
+            ["--gpu-memory-utilization=0.5", "--kv-cache-memory-bytes=1G"],
+            "given the same memory",
+            "weights leave",
+        ),
     ],
 )
 def test_a_larger_cache_is_not_called_the_same_memory_where_it_is_not(
@@ -50,3 +59,15 @@ def test_a_larger_cache_is_not_called_the_same_memory_where_it_is_not(
     formula = sizes_of(tmp_path, monkeypatch, device=device, options=options)["kv_cache_tokens"]["formula"]
     assert says in formula
     assert says_not not in formula
+
+
+def test_tokens_of_a_cache_are_not_told_where_they_depend_on_how_long_conversations_are(tmp_path, monkeypatch):
+    """The server counts requests as long as can be, of which layers with a window hold little."""
+    slides = {"sliding_share": Fraction(5, 6), "window": 512, "kv_bytes_per_token": 600}
+    for name in ("slides", "all"):
+        (tmp_path / name).mkdir()
+    sizes = sizes_of(tmp_path / "slides", monkeypatch, device="cuda", **slides)
+    assert sizes["kv_cache_tokens"]["original"] is sizes["kv_cache_tokens"]["pruned"] is None
+    options = ["--disable-hybrid-kv-cache-manager"]
+    sizes = sizes_of(tmp_path / "all", monkeypatch, device="cuda", options=options, **slides)
+    assert sizes["kv_cache_tokens"]["original"] == 1000

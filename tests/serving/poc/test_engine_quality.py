@@ -1,6 +1,10 @@
 """A rounded export is judged by what it answers itself, and by the same questions as the original."""
 
 import json
+import shutil
+import subprocess
+import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ from serving.engines.transformers import TransformersEngine
 from serving.poc.answers import quality_of
 from serving.poc.engine_quality import Job, run
 from tests.command_line import sentei
+from tests.conftest import make_pico
+from toolchain.checkpoint.directory import copy_companions, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.model.loading import load_tokenizer
 
@@ -82,3 +88,85 @@ def test_another_text_than_the_originals_is_refused(wide_model, asked, tmp_path)
     with pytest.raises(SenteiError, match="not what the original was evaluated on"):
         run(job)
     assert not (tmp_path / "out").exists()
+
+
+class FakeVllm(TransformersEngine):
+    """Takes what vLLM takes: a prompt must leave room for one token in the length that the engine was started with."""
+
+    name = "vllm"
+    started: ClassVar[list[tuple[int, int]]] = []
+
+    def __init__(self, directory, *, max_model_len, options):
+        super().__init__(directory, dtype=torch.float32)
+        self.longest = min(max_model_len, open_checkpoint(directory).config["max_position_embeddings"])
+        self.started.append((max_model_len, options["kv_cache_memory_bytes"]))
+
+    def top_log_probabilities(self, prompts, k):
+        assert max(map(len, prompts)) < self.longest
+        return super().top_log_probabilities(prompts, k)
+
+    def generate(self, prompt, max_new_tokens):
+        assert len(prompt) + max_new_tokens <= self.longest
+        return super().generate(prompt, max_new_tokens)
+
+
+def with_context(model, directory, context):
+    """The same model, said to read so many tokens."""
+    shutil.copytree(model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    return directory
+
+
+@pytest.mark.parametrize("context", [32, 2**23])
+def test_vllm_is_started_for_what_is_asked_and_not_for_the_whole_context(
+    wide_model, asked, tmp_path, monkeypatch, context
+):
+    """A cache for the whole context takes gigabytes; and windows of the whole context leave vLLM no room."""
+    monkeypatch.setattr("serving.engines.vllm.VllmEngine", FakeVllm)
+    monkeypatch.setattr(FakeVllm, "started", [])
+    model = with_context(wide_model, tmp_path / "model", context)
+    out = tmp_path / "quality"
+    run(asked.model_copy(update={"engine": "vllm", "model": str(model), "export": str(model), "out": str(out)}))
+    [(longest, cache)] = FakeVllm.started
+    assert longest == min(33, context)
+    assert cache == 2**30
+    found, original = quality_of(out, ["own.jsonl"]), quality_of(tmp_path / asked.original, ["own.jsonl"])
+    # Of a window as long as the context, the last token is compared on neither side.
+    assert found.perplexity["text.txt"].value == pytest.approx(1, abs=1e-4)
+    assert found.questions == original.questions
+    assert found.metrics == original.metrics
+
+
+def test_the_cache_holds_the_longest_question(wide_model, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.engines.vllm.VllmEngine", FakeVllm)
+    monkeypatch.setattr(FakeVllm, "started", [])
+    monkeypatch.setattr("serving.engines.vllm.KV_CACHE_BYTES", 1000)
+    job = asked.model_copy(update={"engine": "vllm", "export": str(wide_model), "out": str(tmp_path / "quality")})
+    run(job)
+    [(longest, cache)] = FakeVllm.started
+    # Keys and values of 2 heads of 32 numbers in 4 layers, and whole blocks.
+    assert longest * 2 * 2 * 32 * 4 * 4 <= cache <= 256 * 2 * 2 * 32 * 4 * 4
+
+
+@pytest.mark.acceptance
+def test_the_real_vllm_starts_where_the_whole_context_takes_gigabytes(vllm, demo_model, asked, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "quality"
+    make_pico(model, max_position_embeddings=131072, num_key_value_heads=4, head_dim=128)  # 16 KiB a token
+    copy_companions(demo_model, model)
+    questions = ["--questions", *asked.questions, *(word for each in asked.metrics for word in ("--metric", each))]
+    done = sentei(
+        "evaluate", model, "--text", *asked.texts, "--windows", 3, "--seq-len", 32, *questions, "-o", tmp_path / "own",
+        "--dtype", "float32",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    job = asked.model_copy(
+        update={"engine": "vllm", "model": str(model), "export": str(model), "original": str(tmp_path / "own"),
+                "out": str(out)}
+    )  # fmt: skip
+    command = [sys.executable, "-m", "serving.poc.engine_quality", job.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = quality_of(out, ["own.jsonl"])
+    assert found.perplexity["text.txt"].value == pytest.approx(1, abs=1e-3)
+    assert found.questions == quality_of(tmp_path / "own", ["own.jsonl"]).questions

@@ -5,9 +5,13 @@ import json
 import pytest
 
 from serving.benchmark.results_document import ResultsDocument
-from serving.decision.document import CandidateRecord
+from serving.decision.capacity import capacity_rows
+from serving.decision.document import CandidateRecord, CapacityInputs
+from serving.forecast.model_facts import checkpoint_facts
 from serving.poc.answers import Quality
 from serving.poc.measured import gain_metric, original_record, with_speed
+from tests.families import make_family_pico
+from tests.serving.decision.making import ORIGINAL
 from tests.serving.poc.world import WRITTEN
 
 BLANK = CandidateRecord(name="25 %", kind="pruned", verified=True)
@@ -66,3 +70,23 @@ def test_the_originals_load_is_that_of_all_benchmarks_together():
     assert both.value == pytest.approx(alone.value)
     assert both.high - both.low < alone.high - alone.low
     assert original_record(Quality(perplexity={}, questions=[]), []).load is None
+
+
+def test_layers_with_a_window_hold_no_more_than_it_of_each_conversation(tmp_path):
+    """By the facts of a Gemma 3: too few conversations, or too much memory, is what counting all tokens would say."""
+    make_family_pico(tmp_path / "gemma", "gemma3_text", "alternating", max_position_embeddings=8192)
+    facts = checkpoint_facts(tmp_path / "gemma", None)
+    content = results().content()
+    load = content["measurements"][0]["workload"]
+    load |= {"input_len": 1000, "output_len": 96, "concurrency": 3}
+    for side in ("original", "pruned"):
+        content["models"][side]["window"] = {"tokens": 6, "kv_bytes_per_token": facts.kv_bytes_per_token // 2}
+        content["sizes"]["kv_bytes_per_token"][side] = facts.kv_bytes_per_token
+        content["sizes"]["weight_bytes"][side] = facts.weight_bytes
+        content["sizes"]["kv_cache_tokens"][side] = None
+    measured = with_speed(BLANK, ResultsDocument.model_validate(content))
+    assert measured.memory_bytes == facts.weight_bytes + 3 * facts.kv_bytes(1096)
+    inputs = CapacityInputs(conversation_tokens=5000, memory_gb=0.1)
+    [_, row] = capacity_rows(ORIGINAL, [measured], inputs, output_len=96)
+    assert row.conversations == (10**8 - facts.weight_bytes) // facts.kv_bytes(5000)
+    assert facts.kv_bytes(5000) < 0.6 * 5000 * facts.kv_bytes_per_token

@@ -321,14 +321,15 @@ def _aim(targets: list[str], costs: Path, checkpoint: "Checkpoint", output: Outp
     """What is asked for, and what measures shapes here as the costs were measured."""
     from serving.profile.measure import bench_as_profiled, measure_models
     from toolchain.costs.document import read_costs
-    from toolchain.prune.budget.target import parse_targets
+    from toolchain.prune.budget.target import as_served, parse_targets
     from toolchain.prune.settings import Aim
 
     parsed, read = parse_targets(targets), read_costs(costs)
     served = read.document.served
     export = onnx_export(served.precision, served.device)
     bench = bench_as_profiled(read.document, checkpoint, export=export, on_progress=output.note)
-    return Aim(targets=parsed, costs=read, measure=partial(measure_models, bench))
+    asked = as_served(parsed, read.document, checkpoint.config)
+    return Aim(targets=asked, costs=read, measure=partial(measure_models, bench))
 
 
 def _sparsities(sparsity: float | None, sweep: str | None, target: list[str] | None) -> list[float]:

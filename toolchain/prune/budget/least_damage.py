@@ -69,16 +69,31 @@ class Damages:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a quantity may come to: that of the whole model is at most ``most``."""
+    """What a quantity may come to: that of the whole model is at most ``most``.
+
+    Attributes:
+        costs: Of each part.
+        most: What they may add up to.
+        spared: By the number of attentions that stay, from none on: how much less these cost together. Empty for
+            nothing.
+    """
 
     costs: PartCosts
     most: float
+    spared: tuple[float, ...] = ()
+
+    def of(self, widths: Sequence[int], num_attentions: int) -> float:
+        """What a model costs."""
+        return self.of_attentions(num_attentions) + float(self.costs.of_widths(widths).sum())
+
+    def of_attentions(self, number: int) -> float:
+        """What so many attentions cost, with what belongs to no layer."""
+        spared = self.spared[number] if self.spared else 0.0
+        return self.costs.outside + number * self.costs.attention - spared
 
     def used(self, choice: "Choice") -> float:
         """The share of it that a shape uses; above 1 it is exceeded."""
-        attentions = len(choice.widths) - choice.num_removals
-        costs = self.costs
-        return float((costs.outside + attentions * costs.attention + costs.of_widths(choice.widths).sum()) / self.most)
+        return self.of(choice.widths, len(choice.widths) - choice.num_removals) / self.most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +150,9 @@ def least_damage(damages: Damages, budgets: Sequence[Budget]) -> Choice | None:
 
 def _row(damages: Damages, budget: Budget) -> NDArray[np.float64]:
     """What each variable uses of a budget: the whole of it is 1."""
-    num_layers, costs = len(damages.scores), budget.costs
-    attentions = [costs.outside + (num_layers - number) * costs.attention for number in range(len(damages.attentions))]
-    ffn = np.tile(costs.of_widths(damages.widths), num_layers)
+    num_layers = len(damages.scores)
+    attentions = [budget.of_attentions(num_layers - number) for number in range(len(damages.attentions))]
+    ffn = np.tile(budget.costs.of_widths(damages.widths), num_layers)
     return np.concatenate([ffn, attentions, [0.0]]) / budget.most
 
 

@@ -3,13 +3,15 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+from typing import Any
 
 from toolchain.architecture.layout import LayerLayout
 from toolchain.costs.document import CostsDocument
 from toolchain.costs.parts import add
 from toolchain.errors import SenteiError
+from toolchain.model.sliding_window import SlidingWindow, sliding_window
 from toolchain.plan.target_record import TargetValue
 from toolchain.prune.budget.least_damage import Budget
 from toolchain.significance import compare_means
@@ -21,6 +23,8 @@ _MEMORY = {"MB": 10**6 / _GIB, "GB": 10**9 / _GIB, "MiB": 2**20 / _GIB, "GiB": 1
 _UNITS: Mapping[str, Mapping[str, float]] = {"tpot": _MS, "ttft": _MS, "throughput": {"tok/s": 1.0}, "memory": _MEMORY}
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?|\.\d+)([a-zA-Z/]*)")
 _CACHED = re.compile(r"(\d{1,6})x(\d{1,8})")
+# With this option vLLM keeps all tokens in layers with a sliding window, too.
+_KEEPS_ALL = "--disable-hybrid-kv-cache-manager"
 _QUANTITY = {
     "speedup": "ms_per_output_token",
     "throughput": "ms_per_output_token",
@@ -41,6 +45,7 @@ class Target:
         value: A factor, milliseconds, tokens per second, or GiB.
         cached_tokens: For memory: tokens in the KV cache, of all conversations together.
         conversation: For memory: tokens of one conversation.
+        window: For memory: of layers whose older tokens leave the cache; see :func:`as_served`.
     """
 
     asked: str
@@ -48,6 +53,7 @@ class Target:
     value: float
     cached_tokens: int = 0
     conversation: int = 0
+    window: SlidingWindow | None = None
 
     @property
     def is_timed(self) -> bool:
@@ -116,6 +122,26 @@ def _parsed(text: str) -> Target:
     return Target(asked=text, name=name, value=value * units[unit], cached_tokens=number * tokens, conversation=tokens)
 
 
+def as_served(targets: Sequence[Target], costs: CostsDocument, config: Mapping[str, Any]) -> tuple[Target, ...]:
+    """The same targets, with the sliding window of a model whose engine holds no more than that in its KV cache.
+
+    An ONNX export's caches hold all tokens.
+
+    Args:
+        targets: What was asked for.
+        costs: Of the model's shape.
+        config: The model's ``config.json``.
+
+    Raises:
+        SenteiError: Transformers cannot read the config.
+    """
+    options = {option.partition("=")[0].replace("_", "-") for option in costs.served.engine_options}
+    if costs.served.engine != "vllm" or _KEEPS_ALL in options:
+        return tuple(targets)
+    window = sliding_window(config)
+    return tuple(replace(target, window=window) for target in targets)
+
+
 def budget_of(target: Target, costs: CostsDocument, *, correction: float = 1.0) -> Budget:
     """What the model may cost for a target.
 
@@ -126,7 +152,8 @@ def budget_of(target: Target, costs: CostsDocument, *, correction: float = 1.0) 
     """
     if target.name == "memory":
         weights, cache = costs.costs["weight_bytes"].parts, costs.costs["kv_bytes_per_token"].parts
-        return Budget(costs=add(weights, cache, target.cached_tokens), most=target.value * _GIB)
+        spared = _spared(target, costs.model.num_hidden_layers, cache.attention)
+        return Budget(costs=add(weights, cache, target.cached_tokens), most=target.value * _GIB, spared=spared)
     parts = costs.costs[target.quantity].parts
     most = {
         "speedup": lambda: parts.of(costs.whole) / target.value,
@@ -135,10 +162,25 @@ def budget_of(target: Target, costs: CostsDocument, *, correction: float = 1.0) 
     return Budget(costs=parts, most=most / correction)
 
 
+def _spared(target: Target, num_layers: int, bytes_per_token: float) -> tuple[float, ...]:
+    """Bytes that sliding windows keep out of the KV cache, by the number of attentions that stay.
+
+    Which ones stay is found out after the shape is. Those without a window count first, so that the target is met
+    whichever they are.
+    """
+    if target.window is None:
+        return ()
+    beyond = max(0, target.conversation - target.window.tokens)
+    dropped = target.cached_tokens // target.conversation * beyond * bytes_per_token
+    number = min(sum(target.window.layers), num_layers)
+    return tuple(accumulate([0.0] * (num_layers - number) + [dropped] * number, initial=0.0))
+
+
 def predicted(target: Target, costs: CostsDocument, layout: Sequence[LayerLayout]) -> TargetValue:
     """What costs say of a shape, in the target's unit, with their 95 % interval."""
     if target.name == "memory":
-        value, low, high = budget_of(target, costs).costs.of(layout) / _GIB, None, None
+        widths, attentions = [layer.intermediate_size for layer in layout], sum(layer.attention for layer in layout)
+        value, low, high = budget_of(target, costs).of(widths, attentions) / _GIB, None, None
     elif target.name == "speedup":
         found = costs.predicted_gain(target.quantity, layout)
         value, low, high = found.value, found.low, found.high
@@ -146,7 +188,9 @@ def predicted(target: Target, costs: CostsDocument, layout: Sequence[LayerLayout
         found = costs.predicted(target.quantity, layout)
         value, low, high = found.value, found.low, found.high
         if target.name == "throughput":
-            value, low, high = 1000 / value, high and 1000 / high, low and 1000 / low
+            # Costs that may be nothing leave the rate open at the top.
+            low, high = (1000 / high, 1000 / low) if low and high else (None, None)
+            value = 1000 / value
     return TargetValue(asked=target.asked, unit=target.unit, predicted=value, predicted_low=low, predicted_high=high)
 
 

@@ -15,7 +15,9 @@ from serving.benchmark.side import open_sides
 from serving.benchmark.workload import make_workloads
 from serving.forecast.device_probe import DevicePeaks
 from serving.server.vllm import server as vllm_server
+from tests.conftest import make_pico
 from tests.serving.benchmark.asking import ask_benchmark
+from toolchain.checkpoint.directory import copy_companions
 from toolchain.errors import SenteiError
 
 LOAD = {"input_len": 16, "output_len": 4, "concurrency": [2]}
@@ -66,6 +68,8 @@ def test_figures_are_vllms_own(pico_model, asked, tmp_path):
     assert results["sizes"]["kv_cache_tokens"]["original"] == 1024
     kept = json.loads((tmp_path / "out" / "vllm" / "pruned-2-throughput.json").read_text())
     assert kept == ANSWERS["throughput"]
+    for command in asked["commands"]:  # for 16 tokens in and 4 out, not for the whole context
+        assert command[command.index("--max-model-len") + 1] == "36"
 
 
 def test_both_are_asked_the_same(pico_model, asked, tmp_path):
@@ -122,3 +126,13 @@ def test_the_real_vllm(pruned_demo, tmp_path):
     assert measured["output_throughput"] == pytest.approx(4 * measured["request_throughput"])
     assert measured["mean_e2el_ms"] > 0
     assert sides["original"].engine_report["kv_cache_tokens"] > 128
+
+
+@pytest.mark.acceptance
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_real_vllm_starts_where_the_whole_context_takes_gigabytes(demo_model, tmp_path):
+    model = tmp_path / "model"
+    make_pico(model, max_position_embeddings=131072, num_key_value_heads=4, head_dim=128)  # 16 KiB a token
+    copy_companions(demo_model, model)
+    running, sides, workload = session(model, tmp_path, engine_options=["--enforce-eager"])
+    assert running.measure(sides["original"], 0, workload, name="original-0")["completed"] == 8

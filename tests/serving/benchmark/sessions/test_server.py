@@ -1,6 +1,7 @@
 """What the benchmark asks of vLLM and takes from it, with a stand-in for the servers; fields as in vLLM 0.32."""
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from serving.benchmark import run as benchmark_module
 from serving.benchmark.comparison.runs import compare_results
 from serving.benchmark.metrics import PERCENTILES
 from serving.benchmark.sessions import server as bench_server
+from serving.benchmark.sessions import vllm_options
 from serving.benchmark.sessions.worker_process import EngineFailedError
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.workload import Slo, make_workloads, read_prompts
@@ -23,8 +25,9 @@ from serving.forecast.device_probe import DevicePeaks
 from serving.report.render import render_report
 from serving.server.process import ServerEndedError
 from tests.conftest import make_pico
+from tests.families import make_family_pico
 from tests.serving.benchmark.asking import ask_benchmark, sides_of
-from toolchain.errors import SenteiError
+from toolchain.errors import MissingDependencyError, SenteiError
 
 PEAKS = DevicePeaks(device="cpu", dtype="float32", flops_per_s=1e11, bytes_per_s=1e10)
 TINY = {"input_len": 8, "output_len": 4, "repeats": 3}
@@ -102,7 +105,10 @@ def test_each_repeat_starts_a_server_for_each_and_gives_them_the_same_load(pico_
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     results = benchmark(pico_model, pico_model, out=tmp_path / "out", concurrency=[2], **TINY)
-    options = ["--dtype", "float32", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", "1G"]
+    options = [
+        "--dtype", "float32", "--no-enable-prefix-caching", "--max-model-len", "28", "--kv-cache-memory-bytes",
+        str(2**30),
+    ]  # fmt: skip
     assert asked["servers"] == [(pico_model, options)] * 6
     assert (asked["up"], asked["most_up"]) == (0, 1)
     warmup, *_ = asked["loads"]
@@ -115,6 +121,7 @@ def test_each_repeat_starts_a_server_for_each_and_gives_them_the_same_load(pico_
     assert results["measurements"][0]["workload"]["num_prompts"] == 8
     assert results["measurements"][0]["metrics"]["output_throughput"]["verdict"] == "no difference shown"
     assert results["sizes"]["kv_cache_tokens"]["original"] == 55808
+    assert "window" not in results["models"]["original"]
     assert results["sizes"]["peak_memory_bytes"]["original"] is None
     assert len(list((tmp_path / "out" / "vllm").iterdir())) == 6
 
@@ -126,7 +133,64 @@ def test_on_a_gpu_each_measurement_has_its_server(pico_model, asked, tmp_path, m
         pico_model, pico_model, out=tmp_path / "out", dtype="bfloat16", engine_options=["--enforce-eager"], **TINY
     )
     assert len(asked["servers"]) == 6
-    assert asked["servers"][0][1] == ["--enforce-eager", "--dtype", "bfloat16", "--no-enable-prefix-caching"]
+    assert asked["servers"][0][1] == [
+        "--enforce-eager", "--dtype", "bfloat16", "--no-enable-prefix-caching", "--max-model-len", "28",
+    ]  # fmt: skip
+
+
+def value_of(name, options):
+    return options[options.index(name) + 1]
+
+
+def test_servers_have_room_for_the_load_and_not_for_the_whole_context(asked, tmp_path, monkeypatch):
+    """It wants its cache to hold one request as long as the context: most models would not start on a CPU."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    for side, context in (("original", 131072), ("pruned", 65536)):
+        make_pico(tmp_path / side, vocab_size=64, max_position_embeddings=context, head_dim=64, num_key_value_heads=4)
+    models = (tmp_path / "original", tmp_path / "pruned")
+    load = {"input_len": 32, "output_len": 32, "repeats": 3}
+    benchmark(*models, out=tmp_path / "short", **load)
+    assert {value_of("--max-model-len", options) for _, options in asked["servers"]} == {"80"}
+    assert {value_of("--kv-cache-memory-bytes", options) for _, options in asked["servers"]} == {str(2**30)}
+    # The cache holds what is in flight together: keys and values of 4 heads of 64 numbers in 4 layers.
+    monkeypatch.setattr(vllm_options, "available_bytes", lambda device: 2**40)
+    load["input_len"] = 60000
+    for concurrency, holds in ((20, 20 * 60048 * 8192), (1, 2**30)):
+        asked["servers"].clear()
+        benchmark(*models, out=tmp_path / f"long-{concurrency}", concurrency=[concurrency], **load)
+        [found] = {int(value_of("--kv-cache-memory-bytes", options)) for _, options in asked["servers"]}
+        assert holds <= found < 1.01 * holds
+    # What is not free cannot be had, but for one request; what the user says of the context counts.
+    monkeypatch.setattr(vllm_options, "available_bytes", lambda device: 2 * 10**9)
+    asked["servers"].clear()
+    benchmark(*models, out=tmp_path / "full", concurrency=[20], **load)
+    assert value_of("--kv-cache-memory-bytes", asked["servers"][0][1]) == str(2**30)
+    own = ["--max_model_len=1M"]
+    benchmark(*models, out=tmp_path / "own", concurrency=[20], engine_options=own, **load)
+    options = asked["servers"][-1][1]
+    assert options[0] == own[0] and "--max-model-len" not in options
+    assert 2**20 * 8192 <= int(value_of("--kv-cache-memory-bytes", options)) < 1.01 * 2**20 * 8192
+
+
+@pytest.mark.parametrize(
+    ("given", "not_added"),
+    [
+        (["--enable_prefix_caching"], "--no-enable-prefix-caching"),
+        (["--no_enable_prefix_caching"], "--no-enable-prefix-caching"),
+        (["--kv_cache_memory_bytes=8G"], "--kv-cache-memory-bytes"),
+        (["--kv-cache-memory-bytes", "8G"], "--kv-cache-memory-bytes"),
+        (["--gpu-memory-utilization=0.5"], "--kv-cache-memory-bytes"),
+        (["--max_model_len=64"], "--max-model-len"),
+    ],
+)
+def test_an_option_that_was_given_is_not_overruled(pico_model, asked, tmp_path, monkeypatch, given, not_added):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    benchmark(pico_model, pico_model, out=tmp_path / "out", engine_options=given, **TINY)
+    options = asked["servers"][0][1]
+    assert options[: len(given)] == given
+    assert not_added not in options[len(given) :]
+    others = {"--no-enable-prefix-caching", "--kv-cache-memory-bytes", "--max-model-len"} - {not_added}
+    assert others <= set(options)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -334,6 +398,41 @@ def test_own_prompts_are_asked_as_they_stand(pico_model, asked, tmp_path):
     assert prompts.sha256 in workload["prompts"]
 
 
+def test_the_first_prompts_are_a_sample_of_all(pico_model, asked, tmp_path):
+    """A search for the highest rate asks a few of them in each probe, and a file may be sorted by length."""
+    file = tmp_path / "prompts.jsonl"
+    texts = [f"one {number}" for number in range(100)] + [f"two {number} " * 20 for number in range(100)]
+    file.write_text("".join(json.dumps({"prompt": text, "output_tokens": 4}) + "\n" for text in texts))
+    prompts = read_prompts(file, output_len=None, tokenizer=pico_model)
+    asked["limit"] = {str(pico_model): 3.0}
+    benchmark(pico_model, pico_model, out=tmp_path / "out", prompts=prompts, slo=Slo(ttft=500), repeats=3)
+    lines = (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()
+    assert sorted(lines) == sorted(prompts.lines)
+    first = [json.loads(line)["prompt"] for line in lines[:40]]
+    assert 10 <= sum(text.startswith("one") for text in first) <= 30
+    for side in ("original", "pruned"):
+        measured = {name: options for _, options, name in asked["loads"] if name.startswith(f"{side}-0")}
+        assert value_of("--num-prompts", measured[f"{side}-0.json"]) == "200"
+        probes = [int(value_of("--num-prompts", options)) for name, options in measured.items() if "slo" in name]
+        assert min(probes) < 100
+    benchmark(pico_model, pico_model, out=tmp_path / "again", prompts=prompts, repeats=3)
+    assert (tmp_path / "again" / "prompts.jsonl").read_text().splitlines() == lines
+
+
+def test_prompts_need_what_their_reader_needs(pico_model, asked, tmp_path, monkeypatch):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one", "output_tokens": 4}\n')
+    prompts = read_prompts(file, output_len=None, tokenizer=pico_model)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *more: None if name == "pandas" else find_spec(name, *more)
+    )
+    with pytest.raises(MissingDependencyError, match=r"pandas is not installed.*sentei\[vllm\]"):
+        benchmark(pico_model, pico_model, out=tmp_path / "out", prompts=prompts, repeats=3)
+    assert not asked["servers"]
+    benchmark(pico_model, pico_model, out=tmp_path / "out", **TINY)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -464,6 +563,14 @@ def test_onnx_servers_are_asked_for_no_more_than_one_rotary_table_holds(pico_mod
     finally:
         session.close()
     assert options == ["--max-num-seqs", "1", "--max-model-len", "32"]
+
+
+def test_of_layers_with_a_window_the_results_say_what_they_hold(asked, tmp_path):
+    make_family_pico(tmp_path / "gemma", "gemma3_text", "alternating")
+    results = benchmark(tmp_path / "gemma", tmp_path / "gemma", out=tmp_path / "out", **TINY)
+    # Two of four layers slide over 6 tokens; keys and values of 2 heads of 16 numbers.
+    assert results["models"]["pruned"]["window"] == {"tokens": 6, "kv_bytes_per_token": 2 * 2 * 2 * 16 * 4}
+    assert results["sizes"]["kv_cache_tokens"]["pruned"] is None
 
 
 def test_lengths_may_vary(pico_model, asked, tmp_path):

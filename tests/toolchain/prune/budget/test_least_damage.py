@@ -99,3 +99,14 @@ def test_a_real_size_is_solved_in_seconds():
     found = least_damage(damages, budgets)
     assert all(0.99 < budget.used(found) <= 1 for budget in budgets[:1])
     assert max(budget.used(found) for budget in budgets) <= 1
+
+
+def test_attentions_that_cost_less_together_are_counted_so():
+    """Of three attentions at 2 each, the last to stay spares 1.5: to remove one of them saves no more than 0.5."""
+    scores = np.array([[np.inf, np.inf, np.inf, 0.0]] * 3)
+    damages = Damages(widths=WIDTHS, scores=scores, curve=((0, 0), (0, 0)), attentions=(0, 0.3, 0.9))
+    costs = PartCosts(outside=1.0, attention=2.0, widths=(2, 8), ffn=(1.0, 2.0))
+    spared = (0.0, 0.0, 0.0, 1.5)
+    for most, removals in ((11.6, 0), (11.1, 1), (10.9, 2), (8.9, None)):
+        found = least_damage(damages, [Budget(costs=costs, most=most, spared=spared)])
+        assert (found and found.num_removals) == removals

@@ -1,13 +1,22 @@
 """A target is read as it was meant, or refused with what is missing."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.toolchain.costs.made import KV, TPOT, TTFT, WEIGHTS, make_costs
+from serving.forecast.model_facts import facts_of
+from tests.families import make_family_pico
+from tests.toolchain.costs.made import KV, TPOT, TTFT, WEIGHTS, counted, make_costs
 from toolchain.architecture.layout import LayerLayout
+from toolchain.checkpoint.directory import open_checkpoint
+from toolchain.cli.commands.prune import _aim
 from toolchain.errors import SenteiError
-from toolchain.prune.budget.target import budget_of, check_targets, parse_targets, predicted, unreachable
+from toolchain.model.sliding_window import sliding_window
+from toolchain.prune.budget.least_damage import Choice
+from toolchain.prune.budget.target import as_served, budget_of, check_targets, parse_targets, predicted, unreachable
 
 NARROW = tuple(LayerLayout(attention=layer != 1, intermediate_size=24) for layer in range(4))
 
@@ -97,3 +106,62 @@ def test_what_needs_no_pruning_or_cannot_be_is_refused():
     assert "tpot=2ms cannot be reached" in error.message
     assert f"{TPOT.of(NARROW):.4g} ms" in error.message
     assert unreachable(parse_targets(["speedup=1.1"]), costs, NARROW) is None
+
+
+def test_a_sliding_window_holds_no_more_than_itself_in_vllm(tmp_path):
+    """Of a model whose layers 0 and 2 slide over 6 tokens: it fits where counting all tokens says that it does not."""
+    make_family_pico(tmp_path / "model", "gemma3_text", "alternating", max_position_embeddings=8192)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    facts = facts_of(checkpoint, None, size_on_disk_bytes=0)
+    kv = replace(KV, attention=facts.kv_bytes_per_token / 4)
+    costs = make_costs(dict(checkpoint.config)).document
+    costs = costs.model_copy(update={"costs": {**costs.costs, "kv_bytes_per_token": counted(kv)}})
+
+    def asked(text, engine="vllm", *options):
+        served = costs.served.model_copy(update={"engine": engine, "engine_options": list(options)})
+        found = costs.model_copy(update={"served": served})
+        return as_served(parse_targets([text]), found, checkpoint.config), found
+
+    weights, all_tokens = WEIGHTS.of(costs.whole), 3 * 4000 * facts.kv_bytes_per_token
+    [target], _ = asked("memory=3GiB@3x4000")
+    whole = weights + 3 * facts.kv_bytes(4000)
+    assert predicted(target, costs, costs.whole).predicted * 2**30 == pytest.approx(whole)
+    assert whole < weights + 0.51 * all_tokens
+    for options in (("onnx",), ("vllm", "--disable_hybrid_kv_cache_manager")):
+        [other], _ = asked("memory=3GiB@3x4000", *options)
+        assert predicted(other, costs, costs.whole).predicted * 2**30 == pytest.approx(weights + all_tokens)
+    with pytest.raises(SenteiError, match="predicted to meet memory=9MB@3x4000"):
+        check_targets(*asked("memory=9MB@3x4000"), 8192)
+    check_targets(*asked("memory=6MB@3x4000"), 8192)
+    # Whichever attentions go in the end: not more than those that slide are counted as saved.
+    slid = 3 * 6 * kv.attention
+    for gone in (0, 1):
+        one = [replace(layer, attention=number != gone) for number, layer in enumerate(costs.whole)]
+        saved = predicted(target, costs, costs.whole).predicted - predicted(target, costs, one).predicted
+        assert saved * 2**30 == pytest.approx(slid + WEIGHTS.attention, rel=1e-3)
+    budget = budget_of(target, costs)
+    assert budget.used(Choice(widths=(48,) * 4, num_removals=1)) * budget.most == pytest.approx(
+        whole - slid - WEIGHTS.attention
+    )
+
+
+def test_the_command_counts_what_vllm_holds(tmp_path, monkeypatch):
+    make_family_pico(tmp_path / "model", "gemma3_text", "alternating")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    document = make_costs(dict(checkpoint.config)).document
+    document = document.model_copy(
+        update={"served": document.served.model_copy(update={"engine": "vllm", "precision": None})}
+    )
+    (tmp_path / "costs.json").write_text(document.to_json())
+    monkeypatch.setattr("serving.profile.measure.bench_as_profiled", lambda *given, **more: None)
+    aim = _aim(["memory=1GiB@1x200"], tmp_path / "costs.json", checkpoint, SimpleNamespace(note=print))
+    assert aim.targets[0].window == sliding_window(checkpoint.config) is not None
+
+
+def test_a_rate_whose_costs_may_be_nothing_has_no_highest_value():
+    costs = make_costs({}, spread=(0.2, 1.0, 1.8)).document
+    [target] = parse_targets(["throughput=400tok/s"])
+    assert costs.predicted("ms_per_output_token", costs.whole).low == 0
+    found = predicted(target, costs, costs.whole)
+    assert found.predicted > 0
+    assert (found.predicted_low, found.predicted_high) == (None, None)
