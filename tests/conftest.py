@@ -27,6 +27,8 @@ pytest_plugins = ["tests.compatibility", "tests.faults.table"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Before xdist's own, which would find no groups otherwise, and divide the tests of a file.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first, since two pieces run at a time and it would run alone at the end; and what is a piece."""
     items.sort(key=lambda item: item.path.name != "test_golden.py")

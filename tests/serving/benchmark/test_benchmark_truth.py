@@ -87,7 +87,8 @@ def test_figures_are_those_of_vllms_client_by_hand(demo_model, server, tmp_path)
         assert {m.name: run["original"][m.name] for m in METRICS} == {m.name: written[m.name] for m in METRICS}
     file = tmp_path / "by-hand.json"
     command = launcher_command(
-        "bench", "serve", "--base-url", server, "--model", str(demo_model), "--dataset-name", "random",
+        "bench", "serve", "--base-url", server, "--model", str(demo_model), "--served-model-name", demo_model.name,
+        "--dataset-name", "random",
         "--random-input-len", "32", "--random-output-len", "32", "--num-prompts", "8", "--max-concurrency", "1",
         "--seed", "0", "--ignore-eos", "--save-result", "--result-dir", str(tmp_path), "--result-filename", file.name,
     )  # fmt: skip
