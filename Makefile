@@ -14,7 +14,7 @@ PIP_INSTALL := $(WITH_CONSTRAINTS) $(BIN)/pip install
 # torch's CUDA builds name their version of triton (2.13.0: 3.7.1); next to a CPU build nothing else does.
 TRITON := $(if $(CONSTRAINTS),$(if $(findstring +cpu,$(TORCH)),triton==3.9.0))
 # Much of the time something starts, on one thread. conftest.py says what runs in one piece, and puts the longest first.
-TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+TWO_AT_A_TIME := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Not --quiet, which takes warnings away before --strict sees them. The variable ends a notice of the theme.
 BUILD_DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

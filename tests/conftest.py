@@ -27,19 +27,26 @@ pytest_plugins = ["tests.compatibility", "tests.faults.table"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Before xdist's own, which would find no groups otherwise, and divide the tests of a file.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, since two pieces run at a time and it would run alone at the end; and what is a piece."""
+    """The longest file first, since two pieces run at a time and it would run alone at the end."""
     items.sort(key=lambda item: item.path.name != "test_golden.py")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_piece(item)))
 
 
-def _piece(item: pytest.Item) -> str:
-    """What one process runs: a file, which shares its fixtures, or one command's faults, for there are 160 of them."""
-    command = item.callspec.params.get("command", "") if hasattr(item, "callspec") else ""
-    return f"{item.path}:{command}" if item.path.name == "test_faults.py" else str(item.path)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """What one process runs: a file, which shares its fixtures, or one command's faults, for there are 160 of them.
+
+    Not by groups (``--dist loadgroup``): xdist 3.8 names them in a place where pytest 9.2 does not look.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Pieces(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            command = test.rsplit("-", 2)[1] if file.endswith("test_faults.py") and test.count("-") > 1 else ""
+            return f"{file}:{command}"
+
+    return Pieces(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")
