@@ -33,7 +33,7 @@ def sliding_window(config: Mapping[str, Any]) -> SlidingWindow | None:
         config: Of a family that sentei knows.
 
     Raises:
-        SenteiError: Transformers cannot read it.
+        SenteiError: Transformers cannot read it, or a window is of fewer tokens than none.
     """
     num_layers = config["num_hidden_layers"]
     family = AutoConfig.for_model(config["model_type"])
@@ -46,6 +46,8 @@ def sliding_window(config: Mapping[str, Any]) -> SlidingWindow | None:
         )
     except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:
         raise SenteiError(f"config.json: its sliding window cannot be read ({reason_of(error)}).") from error
+    if (known.sliding_window or 0) < 0:
+        raise SenteiError(f"config.json: its sliding window cannot be read ({known.sliding_window} tokens).")
     kinds = getattr(known, "layer_types", None) or ["sliding_attention"] * num_layers
     layers = tuple(kind == "sliding_attention" for kind in kinds)
     return SlidingWindow(known.sliding_window, layers) if known.sliding_window and any(layers) else None

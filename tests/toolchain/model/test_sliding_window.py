@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.families import VARIANTS
@@ -54,6 +54,7 @@ def test_a_llama_does_not_slide_whatever_its_file_says():
 
 
 @given(st.sampled_from(list(FAMILIES)), st.dictionaries(KEYS, VALUES))
+@example("mistral", {"sliding_window": -1})
 def test_files_of_strangers_are_read_or_refused(family: str, settings: dict[str, Any]):
     try:
         found = sliding_window(config_of(family, **settings))
