@@ -32,7 +32,7 @@ _PLUGIN = "serving.vllm_plugin.registration:register"
 _KV_TOKENS = 2048
 # vLLM's default --gpu-memory-utilization: what it takes of a GPU, and wants to find free when it starts.
 _GPU_SHARE = 0.92
-# Of GPUs that share a model, as far as nothing is known of its shape.
+# Numbers of GPUs that are tried for a model whose shape is not known.
 _USUAL_RANKS = (1, 2, 4, 8)
 
 

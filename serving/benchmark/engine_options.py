@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from serving.forecast.model_facts import ModelFacts
 from serving.server.vllm.options import refused_remote_code
 from toolchain.errors import SenteiError
+from toolchain.given_options import given_options
 
 TENSOR_PARALLEL, KV_DTYPE = "--tensor-parallel-size", "--kv-cache-dtype"
 # Bytes of one number in the KV cache; "auto" is the model's own dtype.
@@ -76,20 +77,6 @@ def read_vllm_options(options: Sequence[str]) -> EngineShape:
                 _WHY_NOT.get(name, f"Possible are {', '.join((*MODELLED, *_NEUTRAL))}, by their whole names."),
             )
     return EngineShape(num_gpus=_num_gpus(given), kv_itemsize=_kv_itemsize(given))
-
-
-def given_options(options: Sequence[str]) -> dict[str, str]:
-    """Each option's value, by its name with dashes, which vLLM takes underscores for; the last one counts there too."""
-    pairs: dict[str, str] = {}
-    name = ""
-    for text in options:
-        if text.startswith("-"):
-            name, _, value = text.partition("=")
-            name = name.replace("_", "-")
-            pairs[name] = value
-        elif name:
-            pairs[name] = text
-    return pairs
 
 
 def _num_gpus(given: dict[str, str]) -> int:

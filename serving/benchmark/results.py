@@ -6,7 +6,6 @@ from importlib import metadata
 from statistics import median
 from typing import Any
 
-from serving.benchmark.engine_options import given_options
 from serving.benchmark.environment import describe_environment
 from serving.benchmark.goodput import GOODPUT_METRICS
 from serving.benchmark.gpu_watch import NOT_RECORDED, RECORDED
@@ -23,11 +22,10 @@ from serving.forecast.model_facts import ModelFacts, compare_sizes, expected_gai
 from serving.forecast.roofline import roofline
 from toolchain.checkpoint.directory import model_name
 from toolchain.errors import SenteiError
+from toolchain.given_options import NO_SLIDING_CACHE, given_options
 
 SCHEMA_VERSION = 1
 _KV_SIZES, _MEMORY_SHARE = {"--kv-cache-memory-bytes", "--num-gpu-blocks-override"}, "--gpu-memory-utilization"
-# With it vLLM holds all tokens in layers with a sliding window, too.
-_NO_WINDOWS = "--disable-hybrid-kv-cache-manager"
 _FLOATS = ("float32", "bfloat16", "float16")
 _PEAK_FORMULA = {
     "cpu": "highest resident memory of the process that ran the model alone, the Python runtime and libraries included",
@@ -102,11 +100,11 @@ def _model(side: Side, settings: BenchmarkSettings) -> dict[str, Any]:
 
 
 def _window(side: Side, settings: BenchmarkSettings) -> dict[str, Any] | None:
-    """Of the layers whose KV cache drops what is older; see :class:`WindowRecord`."""
-    facts = side.facts
-    if not facts.sliding_share or _NO_WINDOWS in given_options(settings.engine_options):
+    """The sliding window of a model whose KV cache holds no more than that, as ``results.json`` has it."""
+    window = side.facts.sliding
+    if window is None or NO_SLIDING_CACHE in given_options(settings.engine_options):
         return None
-    return {"tokens": facts.window, "kv_bytes_per_token": int(facts.kv_bytes_per_token * facts.sliding_share)}
+    return window.model_dump()
 
 
 def _kv_cache_tokens(side: Side, settings: BenchmarkSettings) -> int | None:

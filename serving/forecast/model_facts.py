@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from serving.forecast.estimate_document import WindowRecord, kv_bytes
 from serving.onnx_export.files import OnnxSettings, damaged, original_context, read_settings
 from serving.onnx_export.graph_check import load_graph
 from toolchain.architecture.layout import positive
@@ -43,7 +44,7 @@ END_TO_END_FORMULA = (
 # ONNX's numbers for its floating-point types.
 _FLOATS: Mapping[int, str] = {1: "float32", 10: "float16", 16: "bfloat16"}
 _DEFAULT_BITS = 4  # of MatMulNBits
-# Of vLLM's KV cache on CPUs; on GPUs blocks are smaller.
+# A block of vLLM's KV cache has so many tokens on CPUs, and fewer on GPUs.
 _BLOCK_TOKENS = 128
 _WEIGHT_FILES = (".safetensors", ".onnx", ".data")
 SIZE_FORMULAS: Mapping[str, tuple[str, str]] = {
@@ -98,6 +99,13 @@ class ModelFacts:
         """Tokens of a request that a server takes where it is told nothing else, and for which it was verified."""
         return min(self.max_len, self.original_len or self.max_len)
 
+    @property
+    def sliding(self) -> WindowRecord | None:
+        """What layers with a sliding window hold; ``None`` where all attending layers hold all tokens."""
+        if not self.sliding_share:
+            return None
+        return WindowRecord(tokens=self.window, kv_bytes_per_token=int(self.kv_bytes_per_token * self.sliding_share))
+
     def prefill_flops(self, input_len: int) -> int:
         """Floating-point operations of one prompt; see :data:`PREFILL_FORMULA`."""
         positions = input_len if self.head_every_position else 1
@@ -111,7 +119,7 @@ class ModelFacts:
 
     def kv_bytes(self, context: int) -> int:
         """Bytes of the KV cache that one sequence of ``context`` tokens needs, and that its next token reads."""
-        return int(self.kv_bytes_per_token * self.attended(context))
+        return int(kv_bytes(self.kv_bytes_per_token, self.sliding, context))
 
     def attended(self, context: int) -> Fraction:
         """Tokens of ``context`` that an attending layer attends to, on average over the layers."""

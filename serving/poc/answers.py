@@ -84,7 +84,7 @@ def quality_of(directory: Path, question_files: Sequence[str]) -> Quality:
         perplexity={each.text: interval_of(each.perplexity_ratio) for each in document.text_comparisons},
         questions=[each for name in question_files for each in kept_questions(directory, side, name)],
         metrics={each.metric: interval_of(each.score) for each in document.metrics if each.model == side},
-        # Of calibration and healing, the one that has read more.
+        # A text that both calibration and healing have read: the larger share counts.
         seen={each.text: each.share for each in sorted(document.text_overlaps, key=lambda each: each.share)},
     )
 

@@ -5,10 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from serving.benchmark.engine_options import given_options
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.side import Side
 from serving.server.vllm.kv_cache_asked import kv_cache_asked
+from toolchain.given_options import given_options
 from toolchain.memory import available_bytes
 
 CONTEXT = "--max-model-len"

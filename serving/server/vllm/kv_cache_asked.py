@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from toolchain.given_options import given_options
+
 _CPU_SPACE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)")
 _POWERS = "kmgt"
@@ -46,7 +48,7 @@ def kv_cache_asked(options: Sequence[str], *, on_cpu: bool) -> KvCacheAsked:
         options: Of ``vllm serve``.
         on_cpu: Whether vLLM runs on a CPU.
     """
-    given = _values(options)
+    given = given_options(options)
     asked_bytes = _number(given.get("--kv-cache-memory-bytes"))
     space = os.environ.get(_CPU_SPACE_GIB, "")
     if asked_bytes is None and on_cpu and space.isdecimal() and int(space):
@@ -59,16 +61,6 @@ def kv_cache_asked(options: Sequence[str], *, on_cpu: bool) -> KvCacheAsked:
         stored_otherwise=given.get("--kv-cache-dtype", "auto") != "auto",
         spread_otherwise=not _OTHER_WAYS.isdisjoint(given),
     )
-
-
-def _values(options: Sequence[str]) -> dict[str, str]:
-    """The last value of each option."""
-    found: dict[str, str] = {}
-    for option, following in zip(options, [*options, ""][1:], strict=True):
-        name, is_joined, value = option.partition("=")
-        if name.startswith("-"):
-            found[name.replace("_", "-")] = value if is_joined else following
-    return found
 
 
 def _number(text: str | None) -> int | None:

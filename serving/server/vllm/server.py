@@ -15,6 +15,7 @@ from serving.server.vllm.launcher import is_cpu_build
 from serving.server.vllm.lora_check import check_adapters
 from serving.server.vllm.options import refused_remote_code
 from toolchain.errors import MissingDependencyError
+from toolchain.given_options import given_options
 
 
 def serve(directory: Path, options: Sequence[str]) -> NoReturn:
@@ -96,7 +97,7 @@ def _serve_options(options: Sequence[str]) -> list[str]:
     An option would win over a file's host, so with a file the launcher sees to it (:mod:`serving.server.vllm.options`).
     """
     checked = checked_options(options)
-    return checked if _names(options) & {"--host", "--uds", "--config"} else ["--host", HOST, *checked]
+    return checked if given_options(options).keys() & {"--host", "--uds", "--config"} else ["--host", HOST, *checked]
 
 
 def checked_options(options: Sequence[str]) -> list[str]:
@@ -111,17 +112,13 @@ def checked_options(options: Sequence[str]) -> list[str]:
     """
     check_plugins()
     check_socket_place()
-    options, given = list(options), _names(options)
+    options, given = list(options), given_options(options)
     if "--trust-remote-code" in given:
         raise refused_remote_code("--trust-remote-code")
     if is_cpu_build() and not has_cxx_compiler() and "--enforce-eager" not in given:
         print("No C++ compiler: vLLM runs in eager mode, which is slower. Install g++ to compile.", file=sys.stderr)
         options.append("--enforce-eager")
     return options
-
-
-def _names(options: Sequence[str]) -> set[str]:
-    return {option.split("=")[0].replace("_", "-") for option in options}
 
 
 def has_cxx_compiler() -> bool:

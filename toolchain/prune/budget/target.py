@@ -11,6 +11,7 @@ from toolchain.architecture.layout import LayerLayout
 from toolchain.costs.document import CostsDocument
 from toolchain.costs.parts import add
 from toolchain.errors import SenteiError
+from toolchain.given_options import NO_SLIDING_CACHE, given_options
 from toolchain.model.sliding_window import SlidingWindow, sliding_window
 from toolchain.plan.target_record import TargetValue
 from toolchain.prune.budget.least_damage import Budget
@@ -23,8 +24,6 @@ _MEMORY = {"MB": 10**6 / _GIB, "GB": 10**9 / _GIB, "MiB": 2**20 / _GIB, "GiB": 1
 _UNITS: Mapping[str, Mapping[str, float]] = {"tpot": _MS, "ttft": _MS, "throughput": {"tok/s": 1.0}, "memory": _MEMORY}
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?|\.\d+)([a-zA-Z/]*)")
 _CACHED = re.compile(r"(\d{1,6})x(\d{1,8})")
-# With this option vLLM keeps all tokens in layers with a sliding window, too.
-_KEEPS_ALL = "--disable-hybrid-kv-cache-manager"
 _QUANTITY = {
     "speedup": "ms_per_output_token",
     "throughput": "ms_per_output_token",
@@ -135,8 +134,7 @@ def as_served(targets: Sequence[Target], costs: CostsDocument, config: Mapping[s
     Raises:
         SenteiError: Transformers cannot read the config.
     """
-    options = {option.partition("=")[0].replace("_", "-") for option in costs.served.engine_options}
-    if costs.served.engine != "vllm" or _KEEPS_ALL in options:
+    if costs.served.engine != "vllm" or NO_SLIDING_CACHE in given_options(costs.served.engine_options):
         return tuple(targets)
     window = sliding_window(config)
     return tuple(replace(target, window=window) for target in targets)
