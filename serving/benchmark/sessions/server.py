@@ -74,6 +74,7 @@ class ServerSession:
         self.both_up = bool(settings.urls)
         self._sides, self._settings, self._out = tuple(sides.values()), settings, out
         self._logs: dict[Side, Path] = {}
+        self._processes: dict[Side, re.Match[str] | None] = {}
         self._servers = SideProcesses(self._start, keep_all=self.both_up)
         self._memory_before = MemoryBefore("cpu" if self.both_up else vllm_device())
         (out / "vllm").mkdir(exist_ok=True)
@@ -162,6 +163,7 @@ class ServerSession:
         startup_s = time.monotonic() - start_s
         self._logs[side] = log
         text = log.read_text(encoding="utf-8", errors="replace")
+        self._processes[side] = _PROCESS.search(text)
         device = side.export_device or vllm_device()
         return base_url, {"device": device, "server_options": options, "startup_s": startup_s, **engine_facts(text)}
 
@@ -181,11 +183,11 @@ class ServerSession:
         return with_added(settings.engine_options, fair), running_onnx_server
 
     def _peak_memory_bytes(self, side: Side) -> int | None:
-        """Of an ONNX server on a CPU; of vLLM, which reserves what it is told to, and of a GPU, nothing is known."""
+        """The most memory an ONNX server used on a CPU. vLLM reserves what it is told to; GPUs are not looked at."""
         if not self._settings.spec.reads_onnx or side.engine_report["device"] != "cpu":
             return None
-        found = _PROCESS.search(self._logs[side].read_text(encoding="utf-8", errors="replace"))
-        return peak_resident_bytes(int(found[1])) if found else None
+        process = self._processes[side]
+        return peak_resident_bytes(int(process[1])) if process else None
 
     def _bench(self, side: Side, base_url: str, options: list[str], file: Path, idle_s: float = 0.0) -> dict[str, Any]:
         try:
