@@ -41,11 +41,10 @@ def check_when_parsed() -> None:
 
     def parse_and_check(self: Any, args: list[str] | None = None, namespace: Namespace | None = None) -> Namespace:
         parsed = parse_args(self, args, namespace)
-        if _is_server(parsed) and not parsed.uds and parsed.host is None:
-            parsed.host = HOST
         try:
+            if _is_server(parsed):
+                _complete(parsed)
             check_parsed(parsed)
-            _complete(parsed)
         except SenteiError as error:
             print(f"Error: {error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
@@ -96,11 +95,10 @@ def _is_inside(file: str, directory: str) -> bool:
 
 
 def _complete(parsed: Namespace) -> None:
-    """Names a server's model after its directory, and guards all of its paths if it has a key."""
-    options = vars(parsed)
-    if options.get("subparser") != "serve":
-        return
-    model = Path(options.get("model_tag") or parsed.model)
+    """Has a server listen on loopback, names its model after its directory, and guards all paths if it has a key."""
+    if not parsed.uds and parsed.host is None:
+        parsed.host = HOST
+    model = Path(vars(parsed).get("model_tag") or parsed.model)
     if parsed.served_model_name is None and model.is_dir():
         parsed.served_model_name = [model.resolve().name]
     if api_keys(parsed.api_key):
