@@ -1,6 +1,5 @@
 """Places that are gone, or that a library cannot use, are named; nothing else is blamed."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def test_a_place_too_long_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatch
     check_socket_place()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.usefixtures("vllm")
 def test_vllm_is_not_started_there(pico_model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLLM_RPC_BASE_PATH", f"/{_LONG}")
     refused(sentei("serve", pico_model), "cannot open sockets")

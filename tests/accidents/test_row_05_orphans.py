@@ -1,6 +1,5 @@
 """Row 5: whatever a killed server had started is gone soon after, and nothing else is."""
 
-import importlib.util
 import os
 import shlex
 import signal
@@ -73,7 +72,7 @@ def test_the_plugin_ties_only_engines_that_sentei_started(monkeypatch: pytest.Mo
 
 
 @pytest.mark.acceptance
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.usefixtures("vllm")
 @pytest.mark.parametrize("when", ["starting", "serving"])
 def test_a_killed_server_leaves_nothing(pico_model: Path, tmp_path: Path, when: str):
     """``tests/serving/server/test_vllm.py`` does the same by default to a server that it has anyway."""

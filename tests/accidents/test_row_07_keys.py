@@ -1,7 +1,6 @@
 """Row 7: a server that was given a key answers nobody without it, and one without a key says who can reach it."""
 
 import asyncio
-import importlib.util
 import json
 import os
 import subprocess
@@ -101,7 +100,7 @@ def test_the_key_is_never_printed(service: Service):
     assert "sesame" not in service.log.read_text()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.usefixtures("vllm")
 def test_vllm_asks_for_the_key_at_each_of_its_paths(pico_model: Path, tmp_path: Path):
     config, model = tmp_path / "server.yaml", str(pico_model)
     config.write_text("served-model-name: of-the-file\n")

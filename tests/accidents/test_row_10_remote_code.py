@@ -1,6 +1,5 @@
 """Row 10: in no spelling that vLLM takes do its options run code from the checkpoint, or open a server unsaid."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -41,7 +40,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.usefixtures("vllm")
 def test_every_spelling_is_refused_and_nothing_else(pico_model: Path, tmp_path: Path):
     config, harmless, public = (tmp_path / name for name in ("config.yaml", "harmless.yaml", "public.yaml"))
     config.write_text("port: 9123\ntrust_remote_code: true\n")

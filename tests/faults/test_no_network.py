@@ -1,6 +1,5 @@
 """Nothing that sentei runs asks the network for anything, or leaves an identity in the home directory."""
 
-import importlib.util
 import os
 import socket
 import subprocess
@@ -146,7 +145,7 @@ def test_the_whole_job_stays_here(offline: Offline, inputs: Path, tmp_path: Path
 
 
 @pytest.mark.acceptance
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.usefixtures("vllm")
 def test_vllms_server_stays_here(offline: Offline, inputs: Path, tmp_path: Path) -> None:
     options = ("--max-model-len", 64, "--enforce-eager", "--dtype", "float32", "--kv-cache-memory-bytes", "200M")
     with offline.server(tmp_path / "log", inputs / "pruned", "--", *options) as url:

@@ -4,7 +4,6 @@ Long, and on a machine that does nothing else: with vLLM each repeat starts two 
 benchmark change, ten runs tell more: ``SENTEI_RUNS=10`` (3) and ``SENTEI_REPEATS`` (6).
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -22,7 +21,7 @@ pytestmark = [
     pytest.mark.acceptance,
     pytest.mark.alone,
     pytest.mark.timeout(4 * 3600),
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.usefixtures("vllm"),
 ]
 RUNS, REPEATS = (int(os.environ.get(f"SENTEI_{name}", default)) for name, default in (("RUNS", "3"), ("REPEATS", "6")))
 OPTIONS = ["--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", "1G", "--no-enable-prefix-caching"]

@@ -1,6 +1,5 @@
 """The OpenAI server over a real export, with OpenAI's own client and vLLM's load generator."""
 
-import importlib.util
 import json
 import shutil
 import socket
@@ -180,7 +179,7 @@ def test_bad_chats(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.acceptance
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.usefixtures("vllm")
 def test_the_benchmark_starts_it_and_vllms_load_generator_drives_it(demo_onnx: Path, tmp_path: Path) -> None:
     from serving.benchmark.sessions.server import ServerSession
     from serving.benchmark.settings import BenchmarkSettings

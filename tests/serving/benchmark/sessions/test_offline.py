@@ -1,6 +1,5 @@
 """vLLM offline: what is asked and taken, with a script in its place; the real one is an acceptance test."""
 
-import importlib.util
 import json
 import sys
 
@@ -116,7 +115,7 @@ def test_what_cannot_be_asked_is_refused(pico_model, tmp_path):
 
 
 @pytest.mark.acceptance
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.usefixtures("vllm")
 def test_the_real_vllm(pruned_demo, tmp_path):
     options = ["--max-model-len", "128", "--enforce-eager"]
     running, sides, workload = session(pruned_demo, tmp_path, dtype="bfloat16", engine_options=options)
@@ -129,7 +128,7 @@ def test_the_real_vllm(pruned_demo, tmp_path):
 
 
 @pytest.mark.acceptance
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.usefixtures("vllm")
 def test_the_real_vllm_starts_where_the_whole_context_takes_gigabytes(demo_model, tmp_path):
     model = tmp_path / "model"
     make_pico(model, max_position_embeddings=131072, num_key_value_heads=4, head_dim=128)  # 16 KiB a token
