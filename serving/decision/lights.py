@@ -11,7 +11,7 @@ from toolchain.metrics.question_metrics import parse_question_metric
 # What pruning further makes worse, and never better.
 DAMAGE: tuple[Rail, ...] = ("perplexity", "accuracy", "group", "least_metric", "most_metric")
 GB = 10**9
-# Of a text's passages of 32 tokens: texts on the same subject may share a sentence.
+# The share of a text's passages (32 tokens each) that may be known: texts on one subject can have a sentence in common.
 MOST_SEEN = 0.01
 
 

@@ -18,7 +18,8 @@ VLLM_VERSION = "0.32.0"
 ENVOY_VERSION = "1.40.0"
 PROMETHEUS_VERSION = "3.5.0"
 GRAFANA_VERSION = "12.0.0"
-# Of what sentei needs, what vLLM does not bring; and its extra "sign". Tests hold both against pyproject.toml.
+# The packages that sentei needs and vLLM does not bring, and those of its extra "sign". Tests compare both with
+# pyproject.toml.
 _NOT_IN_VLLM = ("rich>=13", "scipy>=1.11", "typer>=0.15")
 _SIGN = ("cyclonedx-python-lib>=11", "model-signing>=1.1", "packaging", "pyopenssl")
 # Shares of the traffic that the candidate gets, in %.

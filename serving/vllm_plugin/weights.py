@@ -56,7 +56,7 @@ class CompleteWeights(nn.Module):
         Raises:
             SenteiError: A tensor is missing, left over, or of another width than the config says.
         """
-        # Before loading: vLLM's online quantisation gives a layer new parameters once its weights are there.
+        # This is asked before loading, because vLLM's online quantisation adds parameters to a layer as it loads it.
         wanted = self._wanted() if not self._complete else set()
         seen: set[str] = set()
         loaded = super().load_weights(self._observe(weights, seen))  # type: ignore[misc]
