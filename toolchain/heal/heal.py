@@ -185,6 +185,25 @@ class _Job:
         return load_model(self.teacher, dtype=self.settings.dtype, device=self.settings.device)
 
 
+def check_healing(model: Checkpoint, settings: HealSettings) -> None:
+    """Checks, before a model is pruned, that it could be healed as asked.
+
+    Args:
+        model: What it will learn from, which has the same tokenizer and context.
+        settings: See :class:`HealSettings`.
+
+    Raises:
+        SenteiError: It could not.
+        MissingDependencyError: PEFT or accelerate is not installed.
+    """
+    import toolchain.heal.distillation  # noqa: F401
+
+    _check_settings(settings, ALONE)
+    _check_rank(model, settings)
+    check_window(model.directory, model.config, settings.seq_len)
+    _num_held_out(_load_windows(model, settings))
+
+
 def _prepare(directory: Path, teacher_directory: Path, settings: HealSettings, ranks: Ranks) -> _Job:
     """Checks everything before a model is loaded.
 
@@ -306,13 +325,17 @@ def _check_pair(source: Checkpoint, teacher: Checkpoint, settings: HealSettings)
     if source.directory.resolve() == teacher.directory.resolve():
         raise SenteiError(f"{source.directory} cannot learn from itself.", "Give the original model with --against.")
     check_same_vocabulary(source, teacher, [load_tokenizer(each.directory) for each in (source, teacher)])
-    if settings.lora_rank is not None and settings.lora_rank > source.config["hidden_size"]:
-        raise SenteiError(
-            f"--lora-rank {settings.lora_rank} exceeds the model's hidden_size, {source.config['hidden_size']}.",
-            "Give a lower one, or --full, which trains all weights.",
-        )
+    _check_rank(source, settings)
     for each in (source, teacher):
         check_window(each.directory, each.config, settings.seq_len)
+
+
+def _check_rank(model: Checkpoint, settings: HealSettings) -> None:
+    if settings.lora_rank is not None and settings.lora_rank > model.config["hidden_size"]:
+        raise SenteiError(
+            f"--lora-rank {settings.lora_rank} exceeds the model's hidden_size, {model.config['hidden_size']}.",
+            "Give a lower one, or --full, which trains all weights.",
+        )
 
 
 def _num_held_out(windows: TokenWindows) -> int:
@@ -398,8 +421,8 @@ def _check_closer(before: _Comparison, after: _Comparison) -> None:
     if not after.divergence < before.divergence:
         raise CheckFailedError(
             f"Healing did not help: on held-out text the divergence from the original was {before.divergence:.4g} nats "
-            f"a token before, and is {after.divergence:.4g} now. Nothing was written.",
-            "Lower --learning-rate, or give more text.",
+            f"a token before, and is {after.divergence:.4g} now.",
+            "Nothing was written. Lower --learning-rate, or give more text.",
         )
 
 

@@ -9,7 +9,7 @@ from toolchain.outputs.claims import (
     writes_directory,
     writes_file,
 )
-from toolchain.outputs.names import BENCHMARK, HEALING, PARTS, PROFILE, SEARCH, Kind, beside
+from toolchain.outputs.names import BENCHMARK, HEALING, PARTS, PROFILE, SEARCH, UNHEALED, Kind, beside
 from toolchain.outputs.unfinished import START_OVER, Unfinished, begin_with, identity_on_disk
 from toolchain.outputs.writing import new_directory, replace_directory, whole_file, write_text
 
@@ -20,6 +20,7 @@ __all__ = [
     "PROFILE",
     "SEARCH",
     "START_OVER",
+    "UNHEALED",
     "Kind",
     "Unfinished",
     "begin_with",

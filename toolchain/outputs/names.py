@@ -46,8 +46,10 @@ BENCHMARK = Kind(
     identity_file="settings.json",
 )
 PROFILE = Kind(suffix="profile", noun="profile", signs=("inputs.json*",), identity_file="inputs.json")
+UNHEALED = Kind(suffix="unhealed", noun="pruning with healing", signs=("inputs.json*",), identity_file="inputs.json")
 
-SUFFIXES = (PARTIAL, REPLACED, LOCK, *(kind.suffix for kind in (SEARCH, HEALING, PARTS, BENCHMARK, PROFILE)))
+_KINDS = (SEARCH, HEALING, PARTS, BENCHMARK, PROFILE, UNHEALED)
+SUFFIXES = (PARTIAL, REPLACED, LOCK, *(kind.suffix for kind in _KINDS))
 
 
 def beside(out: Path, suffix: str) -> Path:

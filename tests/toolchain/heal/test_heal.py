@@ -254,3 +254,9 @@ def test_minutes_recover_a_share_of_the_loss(demo_model: Path, tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert perplexity_of(tmp_path / "healed") < 0.9 * perplexity_of(pruned)
+    for kind in ("onnx", "vllm"):
+        exported = sentei("export", kind, tmp_path / "healed", "-o", tmp_path / kind, "--quiet")
+        assert exported.returncode == 0, exported.stderr
+    # An export is compared with its own checkpoint, and must not pass for the one before it was healed.
+    assert sentei("verify", tmp_path / "onnx", "--against", tmp_path / "healed", "--quiet").returncode == 0
+    assert sentei("verify", tmp_path / "onnx", "--against", pruned, "--quiet").returncode == 1

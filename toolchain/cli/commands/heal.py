@@ -1,5 +1,7 @@
 """``sentei heal``."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +28,13 @@ from toolchain.outputs import writes_directory
 if TYPE_CHECKING:
     import torch
 
+    from toolchain.heal.heal import HealSettings
+    from toolchain.text.sources import TextSource
+
+SEQ_LEN = 512
+_BATCH_SIZE = 8
 _LORA_LEARNING_RATE, _FULL_LEARNING_RATE = 1e-3, 2e-4
-_DEFAULT_RANK, _SEQ_LEN = 32, 512
+_DEFAULT_RANK = 32
 
 
 @writes_directory
@@ -44,8 +51,8 @@ def heal(
     ],
     out: OutOption,
     steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 200,
-    batch_size: Annotated[int, typer.Option(help="Windows per update.")] = 8,
-    seq_len: Annotated[int | None, seq_len_option(default=_SEQ_LEN)] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows per update.")] = _BATCH_SIZE,
+    seq_len: Annotated[int | None, seq_len_option(default=SEQ_LEN)] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help=f"By default {_LORA_LEARNING_RATE:g}, with --full {_FULL_LEARNING_RATE:g}.")
     ] = None,
@@ -68,33 +75,59 @@ def heal(
     """Train a pruned model to answer like the original again; shapes and format stay the same."""
     output = Output(as_json=as_json, quiet=quiet)
     from toolchain.checkpoint.directory import open_checkpoint, resolve_model
-    from toolchain.heal.heal import HealSettings
     from toolchain.heal.heal import heal as run
     from toolchain.ranks.joining import join
     from toolchain.text.sources import parse_sources
 
     if full and lora_rank is not None:
         raise SenteiError("--full trains all weights, and --lora-rank adapters.", "Give one of them.")
-    picked_device = pick_device(device)
-    settings = HealSettings(
-        data=parse_sources(data),
-        steps=steps,
+    settings = replace(
+        usual_settings(
+            parse_sources(data),
+            steps=steps,
+            seq_len=window_length(output, open_checkpoint(directory), seq_len, SEQ_LEN),
+            seed=seed,
+            device=pick_device(device),
+            dtype=dtype,
+        ),
         batch_size=batch_size,
-        seq_len=window_length(output, open_checkpoint(directory), seq_len, _SEQ_LEN),
-        learning_rate=learning_rate
-        if learning_rate is not None
-        else (_FULL_LEARNING_RATE if full else _LORA_LEARNING_RATE),
-        lora_rank=None if full else _DEFAULT_RANK if lora_rank is None else lora_rank,
-        seed=seed,
-        device=picked_device,
-        dtype=_dtype(dtype, picked_device),
     )
+    if full:
+        settings = replace(settings, lora_rank=None, learning_rate=_FULL_LEARNING_RATE)
+    if lora_rank is not None:
+        settings = replace(settings, lora_rank=lora_rank)
+    if learning_rate is not None:
+        settings = replace(settings, learning_rate=learning_rate)
     with output.telling_what_stays():
         result = run(
             directory, resolve_model(against), out, settings, force=force, resume=resume, ranks=join(),
             progress=output.progress,
         )  # fmt: skip
-    output.result({"directory": str(out), **result}, lambda console: _show(console, out, result))
+    output.result({"directory": str(out), **result}, lambda console: show_healing(console, out, result))
+
+
+def usual_settings(
+    data: "Sequence[TextSource]", *, steps: int, seq_len: int, seed: int, device: str, dtype: str
+) -> "HealSettings":
+    """LoRA, as ``sentei heal`` trains where it is told nothing else.
+
+    Args:
+        data: Texts to learn from.
+        steps: Updates of the weights.
+        seq_len: Tokens per window.
+        seed: Orders the windows, and draws the adapters.
+        device: As picked.
+        dtype: As given, or ``auto``.
+
+    Raises:
+        SenteiError: The dtype is not known.
+    """
+    from toolchain.heal.heal import HealSettings
+
+    return HealSettings(
+        data=data, steps=steps, batch_size=_BATCH_SIZE, seq_len=seq_len, learning_rate=_LORA_LEARNING_RATE,
+        lora_rank=_DEFAULT_RANK, seed=seed, device=device, dtype=_dtype(dtype, device),
+    )  # fmt: skip
 
 
 def _dtype(name: str, device: str) -> "torch.dtype":
@@ -110,7 +143,8 @@ def _dtype(name: str, device: str) -> "torch.dtype":
     return picked
 
 
-def _show(console: Console, out: Path, result: dict[str, Any]) -> None:
+def show_healing(console: Console, out: Path, result: dict[str, Any]) -> None:
+    """Prints what was trained, and how much closer to the original the model came."""
     trained = f"LoRA of rank {result['lora_rank']}, merged" if result["lora_rank"] else "all weights"
     console.print(f"{out}: {result['steps']} steps of {result['batch_size']} x {result['seq_len']} tokens ({trained})")
     passes = result["steps"] * result["batch_size"] / (result["num_windows"] - result["num_held_out"])

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toolchain.cli.arguments import first_given, is_given
+from toolchain.cli.commands import heal
 from toolchain.cli.commands.profile import onnx_export
 from toolchain.cli.console import Output, compute_dtype, pick_device, window_length
 from toolchain.cli.options import (
@@ -126,6 +127,14 @@ def prune(
             rich_help_panel=_TARGET,
         ),
     ] = None,
+    heal_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Afterwards, train the result for so many steps on the text of --calibration, as sentei heal does.",
+            rich_help_panel=_TARGET,
+        ),
+    ] = None,
     attention_removals: Annotated[
         int | None,
         typer.Option(
@@ -216,10 +225,12 @@ def prune(
     _check_options(context, chosen)
     sparsities = _sparsities(sparsity, sweep, target)
     ranks = join()
-    for option, value in (("--sweep", sweep), ("--target", target)):
+    for option, value in (("--sweep", sweep), ("--target", target), ("--heal-steps", heal_steps)):
         if ranks.several and value is not None:
             raise SenteiError(f"{option} works in one process, and several were started.", "Start it without torchrun.")
     _check_target_options(context, target, costs)
+    if heal_steps is not None:
+        _check_healing_options(context)
     picked_device = pick_device(device)
     directory = resolve_model(model)
     checkpoint = open_checkpoint(directory)
@@ -264,10 +275,22 @@ def prune(
             )  # fmt: skip
             output.result({"directory": str(out), **result}, lambda console: show_sweep(console, out, result))
             return
-        summary = pipeline.prune(
-            checkpoint, out, settings, model_name=name, force=force, resume=resume, progress=output.progress,
-            ranks=ranks,
-        )  # fmt: skip
+        if heal_steps is not None:
+            from toolchain.heal.pruned_and_healed import prune_and_heal
+
+            healing = heal.usual_settings(
+                settings.calibration, steps=heal_steps, seq_len=min(heal.SEQ_LEN, settings.seq_len), seed=seed,
+                device=picked_device, dtype=dtype,
+            )  # fmt: skip
+            summary = prune_and_heal(
+                checkpoint, out, settings, healing, model_name=name, force=force, resume=resume,
+                progress=output.progress,
+            )  # fmt: skip
+        else:
+            summary = pipeline.prune(
+                checkpoint, out, settings, model_name=name, force=force, resume=resume, progress=output.progress,
+                ranks=ranks,
+            )  # fmt: skip
         output.result({"directory": str(out), **summary}, lambda console: show_summary(console, out, summary))
 
 
@@ -307,6 +330,23 @@ def _check_target_options(context: typer.Context, target: list[str] | None, cost
     if option := first_given(context, "max_degradation", "max_metric", "min_metric"):
         raise SenteiError(
             f"{option} would stop before --target is met.", "Give one of them; the curve shows the damage."
+        )
+
+
+def _check_healing_options(context: typer.Context) -> None:
+    """Refuses what cannot be healed, or would not be true of the healed model."""
+    if not is_given(context, "calibration"):
+        raise SenteiError("--heal-steps needs text to learn from.", "Give text like your users' with --calibration.")
+    if is_given(context, "sweep"):
+        raise SenteiError("--sweep writes plans, and --heal-steps trains a model.", "Leave one out.")
+    if option := first_given(context, "max_degradation", "max_metric", "min_metric"):
+        raise SenteiError(
+            f"{option} is kept by the pruned model, and --heal-steps changes it afterwards.",
+            "Leave out --heal-steps, run sentei heal on the result, and measure it with sentei evaluate.",
+        )
+    if is_given(context, "offload"):
+        raise SenteiError(
+            "--offload keeps one layer in memory, and --heal-steps trains whole models.", "Leave one out."
         )
 
 
@@ -470,6 +510,8 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
         console.print(f"  ties         {of_all} went by perplexity, as several left the same {damage['name']}")
     if summary["stopped_because"]:
         console.print(f"  stopped      {summary['stopped_because']}")
+    if healing := summary.get("healing"):
+        heal.show_healing(console, out, healing)
 
 
 def show_sweep(console: Console, out: Path, result: dict[str, Any]) -> None:
