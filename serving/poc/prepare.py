@@ -34,7 +34,8 @@ class Prepared:
         path: Of the file.
         checkpoint: The original.
         siblings: Directories of smaller models, by name.
-        models: What all steps depend on, as JSON.
+        model_identity: What all steps depend on, as JSON.
+        sibling_identities: What the steps of each sibling depend on, likewise.
         calibration_files: What making a candidate depends on, too.
         evaluation_files: What evaluating one depends on, the questions of guard rails among them.
         question_chars: Of one's own questions, each prompt once for each of its choices.
@@ -46,7 +47,8 @@ class Prepared:
     path: Path
     checkpoint: Checkpoint
     siblings: dict[str, Path]
-    models: Mapping[str, Any]
+    model_identity: Any
+    sibling_identities: Mapping[str, Any]
     calibration_files: Sequence[Any]
     evaluation_files: Sequence[Any]
     question_chars: int
@@ -60,7 +62,12 @@ class Prepared:
     def inputs_of(self, step: Step) -> Mapping[str, Any]:
         """What a step depends on beside its command. No question changes what a model is, or how fast."""
         files = self.evaluation_files if step.work == "evaluate" else self.calibration_files
-        return {**self.models, "files": files}
+        read = {
+            name: identity
+            for name, identity in self.sibling_identities.items()
+            if str(self.siblings[name]) in step.arguments
+        }
+        return {"model": self.model_identity, "siblings": read, "files": files}
 
 
 def prepare(path: Path) -> Prepared:
@@ -90,10 +97,8 @@ def prepare(path: Path) -> Prepared:
     read = [*evaluated, *questions, *tasks, *dict.fromkeys(each.file for each in metrics)]
     return Prepared(
         poc=poc, path=path, checkpoint=checkpoint, siblings=siblings,
-        models={
-            "model": _identity_of(checkpoint),
-            "siblings": {name: _identity_of(open_checkpoint(each)) for name, each in siblings.items()},
-        },
+        model_identity=_identity_of(checkpoint),
+        sibling_identities={name: _identity_of(open_checkpoint(each)) for name, each in siblings.items()},
         calibration_files=_stamps_of(files),
         evaluation_files=_stamps_of(read),
         question_chars=sum(len(each.prompt) + len(choice) for each in asked for choice in each.choices)

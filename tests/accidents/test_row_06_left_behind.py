@@ -127,6 +127,17 @@ def test_a_terminated_healing_says_how_to_go_on(pico_model: Path, text: Path, wo
     assert "out.heal holds what was done so far. The same command with --resume" in running.stderr.replace("\n", " ")
 
 
+def test_a_killed_healing_does_not_lose_the_pruning(pico_model: Path, text: Path, work: Path):
+    command = (*prune(pico_model, text, *PLAIN), "--heal-steps", 2, "-o", work / "out")
+    with stopped(work.parent / "said", *command, at="toolchain.heal.heal:_write_weights") as running:
+        running.kill(signal.SIGKILL)
+    assert {"healed.heal", "pruned"} < set(names(work / "out.unhealed"))
+    refused(sentei(*command), "out.unhealed holds an interrupted pruning with healing.", "Add --resume")
+    done = sentei(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert names(work) == ["out"]
+
+
 def test_a_terminated_comparison_says_how_to_go_on(pico_model: Path, text: Path, work: Path):
     command = ("compare-methods", pico_model, "--methods", "shortgpt", "--sparsity", 0.3, "--calibration", text)
     command = (*command, "--text", text, "--samples", 2, "--windows", 2, "--seq-len", 32, "-o", work / "out")

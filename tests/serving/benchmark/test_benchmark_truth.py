@@ -93,7 +93,8 @@ def test_figures_are_those_of_vllms_client_by_hand(demo_model, server, tmp_path)
     )  # fmt: skip
     subprocess.run(command, check=True, env=launcher_environment(), capture_output=True)
     by_hand = json.loads(file.read_text())
-    first = results["measurements"][0]["runs"][0]["original"]
+    # The one just before: machines get faster and slower within minutes.
+    last = results["measurements"][0]["runs"][-1]["original"]
     for name in ("output_throughput", "mean_ttft_ms", "mean_tpot_ms"):
-        print(f"{name}: {first[name]:.4g}, by hand {by_hand[name]:.4g}", flush=True)
-        assert first[name] == pytest.approx(by_hand[name], rel=0.25)
+        print(f"{name}: {last[name]:.4g}, by hand {by_hand[name]:.4g}", flush=True)
+        assert last[name] == pytest.approx(by_hand[name], rel=0.25)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from serving.poc import prepare, run
 from serving.poc.run_steps import StepRunner
 from serving.poc.walk import expected_steps
 from tests.command_line import refused, sentei
+from tests.conftest import make_pico
 from tests.serving.poc.world import Truth, World
+from toolchain.model.loading import load_tokenizer
 
 QUESTION = '{"prompt": "A", "choices": ["b", "c"], "answer": 0, "subject": "safety"}\n'
 
@@ -99,7 +102,7 @@ def keys_of_steps(poc: Path) -> dict[str, str]:
         directory=out, runs_in=poc.parent, inputs=prepared.inputs_of, estimate=lambda step: 1.0, upcoming=list,
         tell=lambda line: None,
     )  # fmt: skip
-    return {each.name: runner.key_of(each) for each in expected_steps(prepared.steps(out), {}, [0.25])}
+    return {each.name: runner.key_of(each) for each in expected_steps(prepared.steps(out), prepared.siblings, [0.25])}
 
 
 def test_a_new_guard_rail_of_metrics_is_measured_and_nothing_else_again(poc, tmp_path):
@@ -119,6 +122,22 @@ def test_a_new_guard_rail_of_metrics_is_measured_and_nothing_else_again(poc, tmp
     (tmp_path / "calibration.txt").write_text("Pruned in spring. " * 200)
     remade = keys_of_steps(poc)
     assert {"plans", "prune 25 %", "evaluate 25 %", "benchmark 25 %"} < {n for n in before if remade[n] != railed[n]}
+
+
+def test_a_new_sibling_is_measured_and_nothing_else_again(poc, pico_model, tmp_path):
+    before = keys_of_steps(poc)
+    shutil.copytree(pico_model, tmp_path / "small")
+    text = poc.read_text(encoding="utf-8")
+    poc.write_text(text.replace("siblings: []", "siblings: [small]"), encoding="utf-8")
+    added = keys_of_steps(poc)
+    assert added.items() > before.items()
+    assert set(added) - set(before) == {f"{verb} small" for verb in ("evaluate", "export", "benchmark")}
+    # Another small model of the same name is measured anew, and nothing else is.
+    shutil.rmtree(tmp_path / "small")
+    make_pico(tmp_path / "small", intermediate_size=64)
+    load_tokenizer(pico_model).save_pretrained(tmp_path / "small")
+    changed = keys_of_steps(poc)
+    assert {name for name in added if changed[name] != added[name]} == set(added) - set(before)
 
 
 @pytest.mark.parametrize(
