@@ -1,7 +1,6 @@
 """``sentei heal``."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,23 +80,11 @@ def heal(
 
     if full and lora_rank is not None:
         raise SenteiError("--full trains all weights, and --lora-rank adapters.", "Give one of them.")
-    settings = replace(
-        usual_settings(
-            parse_sources(data),
-            steps=steps,
-            seq_len=window_length(output, open_checkpoint(directory), seq_len, SEQ_LEN),
-            seed=seed,
-            device=pick_device(device),
-            dtype=dtype,
-        ),
-        batch_size=batch_size,
-    )
-    if full:
-        settings = replace(settings, lora_rank=None, learning_rate=_FULL_LEARNING_RATE)
-    if lora_rank is not None:
-        settings = replace(settings, lora_rank=lora_rank)
-    if learning_rate is not None:
-        settings = replace(settings, learning_rate=learning_rate)
+    settings = healing_settings(
+        parse_sources(data), steps=steps, seq_len=window_length(output, open_checkpoint(directory), seq_len, SEQ_LEN),
+        seed=seed, device=pick_device(device), dtype=dtype, batch_size=batch_size, learning_rate=learning_rate,
+        lora_rank=lora_rank, full=full,
+    )  # fmt: skip
     with output.telling_what_stays():
         result = run(
             directory, resolve_model(against), out, settings, force=force, resume=resume, ranks=join(),
@@ -106,10 +93,20 @@ def heal(
     output.result({"directory": str(out), **result}, lambda console: show_healing(console, out, result))
 
 
-def usual_settings(
-    data: "Sequence[TextSource]", *, steps: int, seq_len: int, seed: int, device: str, dtype: str
+def healing_settings(
+    data: "Sequence[TextSource]",
+    *,
+    steps: int,
+    seq_len: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    batch_size: int = _BATCH_SIZE,
+    learning_rate: float | None = None,
+    lora_rank: int | None = None,
+    full: bool = False,
 ) -> "HealSettings":
-    """LoRA, as ``sentei heal`` trains where it is told nothing else.
+    """What ``sentei heal`` was asked for; without the last four arguments, what it does by default.
 
     Args:
         data: Texts to learn from.
@@ -118,15 +115,21 @@ def usual_settings(
         seed: Orders the windows, and draws the adapters.
         device: As picked.
         dtype: As given, or ``auto``.
+        batch_size: Windows per update.
+        learning_rate: ``None`` for the usual one.
+        lora_rank: Likewise.
+        full: Train all weights instead of adapters.
 
     Raises:
         SenteiError: The dtype is not known.
     """
     from toolchain.heal.heal import HealSettings
 
+    usual_rate, usual_rank = (_FULL_LEARNING_RATE, None) if full else (_LORA_LEARNING_RATE, _DEFAULT_RANK)
     return HealSettings(
-        data=data, steps=steps, batch_size=_BATCH_SIZE, seq_len=seq_len, learning_rate=_LORA_LEARNING_RATE,
-        lora_rank=_DEFAULT_RANK, seed=seed, device=device, dtype=_dtype(dtype, device),
+        data=data, steps=steps, batch_size=batch_size, seq_len=seq_len, seed=seed, device=device,
+        dtype=_dtype(dtype, device), learning_rate=usual_rate if learning_rate is None else learning_rate,
+        lora_rank=usual_rank if lora_rank is None else lora_rank,
     )  # fmt: skip
 
 

@@ -278,7 +278,7 @@ def prune(
         if heal_steps is not None:
             from toolchain.heal.pruned_and_healed import prune_and_heal
 
-            healing = heal.usual_settings(
+            healing = heal.healing_settings(
                 settings.calibration, steps=heal_steps, seq_len=min(heal.SEQ_LEN, settings.seq_len), seed=seed,
                 device=picked_device, dtype=dtype,
             )  # fmt: skip
