@@ -3,8 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from tests.command_line import PLAIN, refused, sentei
 from tests.conftest import prune_by_hand
 from tests.families import VARIANTS, make_family_pico
 from tests.quantized import write_quantized
+from tests.toolchain.heal.stopping import Stop, stopping_at
 from toolchain.checkpoint.directory import open_checkpoint, same_bits, write_config, write_weights
 from toolchain.heal.distillation import Training, distill, divergence, order_of_windows
 from toolchain.heal.heal import HealSettings, heal
@@ -76,27 +75,6 @@ def test_a_models_own_sampling_is_kept_and_does_not_stop_it(pico_model, pruned_p
     assert (out / "generation_config.json").read_text() == said
 
 
-class _Stop(KeyboardInterrupt):
-    """Ctrl-C."""
-
-
-def stopping_at(step: int):
-    """A progress that is interrupted when so many steps are done."""
-    done = 0
-
-    @contextmanager
-    def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            if done == step:
-                raise _Stop
-
-        yield advance
-
-    return progress
-
-
 @pytest.mark.parametrize("lora_rank", [4, pytest.param(None, marks=pytest.mark.acceptance)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path, lora_rank: int | None
@@ -107,11 +85,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     )  # fmt: skip
     paths = (pruned_pico, pico_model)
     heal(*paths, tmp_path / "whole", settings)
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         heal(*paths, out := tmp_path / "out", settings, progress=stopping_at(1))
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]  # nothing to go on from
 
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         heal(*paths, out, settings, progress=stopping_at(4))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.heal", "whole"]
     # As if the interruption had come while the next checkpoint was being written.
@@ -122,7 +100,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     refused(sentei(*command, *rank, "--learning-rate", 0.001), "interrupted healing", "--resume")
     refused(sentei(*command, *rank, "--learning-rate", 0.002, "--resume"), "another learning_rate: 0.001 then")
     # Trained to the end, and interrupted while the second tensor is written.
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         heal(*paths, out, settings, resume=True, progress=stopping_at(12))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.heal", "whole"]
     done = sentei(*command, *rank, "--learning-rate", 0.001, "--resume")

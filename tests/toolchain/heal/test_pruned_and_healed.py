@@ -2,8 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from tests.command_line import PLAIN, refused, sentei
+from tests.toolchain.heal.stopping import Stop, stopping_at
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import CheckFailedError, SenteiError
 from toolchain.heal import pruned_and_healed
@@ -39,28 +38,6 @@ def healing(text: Path) -> HealSettings:
         data=[TextSource(text)], steps=4, batch_size=2, seq_len=16, learning_rate=0.003, lora_rank=4, seed=0,
         device="cpu", dtype=torch.float32,
     )  # fmt: skip
-
-
-class _Stop(KeyboardInterrupt):
-    """Ctrl-C."""
-
-
-def stopping_in(stage: str, step: int):
-    """A progress that is interrupted when so many steps of a stage are done."""
-
-    @contextmanager
-    def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-        done = 0
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            if description == stage and done == step:
-                raise _Stop
-
-        yield advance
-
-    return progress
 
 
 def names(directory: Path) -> list[str]:
@@ -108,8 +85,8 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_weights(
     model = open_checkpoint(pico_model)
     whole = prune_and_heal(model, tmp_path / "whole", pruning, healing, model_name="pico")
     out = tmp_path / "out"
-    with pytest.raises(_Stop):
-        prune_and_heal(model, out, pruning, healing, model_name="pico", progress=stopping_in(stage, step))
+    with pytest.raises(Stop):
+        prune_and_heal(model, out, pruning, healing, model_name="pico", progress=stopping_at(step, stage=stage))
     assert names(tmp_path) == ["out.unhealed", "whole"]
     with pytest.raises(SenteiError, match="interrupted pruning with healing"):
         prune_and_heal(model, out, pruning, healing, model_name="pico")
@@ -125,8 +102,10 @@ def test_what_is_pruned_is_not_pruned_again(
     pico_model: Path, tmp_path: Path, pruning: PruneSettings, healing: HealSettings, monkeypatch: pytest.MonkeyPatch
 ):
     model = open_checkpoint(pico_model)
-    with pytest.raises(_Stop):
-        prune_and_heal(model, tmp_path / "out", pruning, healing, model_name="pico", progress=stopping_in("Healing", 1))
+    with pytest.raises(Stop):
+        prune_and_heal(
+            model, tmp_path / "out", pruning, healing, model_name="pico", progress=stopping_at(1, stage="Healing")
+        )
     monkeypatch.setattr(pruned_and_healed, "prune", None)
     prune_and_heal(model, tmp_path / "out", pruning, healing, model_name="pico", resume=True)
     assert names(tmp_path) == ["out"]
@@ -138,9 +117,9 @@ def test_killed_before_the_last_step_it_only_takes_that(
     model, out = open_checkpoint(pico_model), tmp_path / "out"
 
     def stop(*_: Any, **__: Any) -> None:
-        raise _Stop
+        raise Stop
 
-    with monkeypatch.context() as patched, pytest.raises(_Stop):
+    with monkeypatch.context() as patched, pytest.raises(Stop):
         patched.setattr(pruned_and_healed, "replace_directory", stop)
         prune_and_heal(model, out, pruning, healing, model_name="pico")
     monkeypatch.setattr(pruned_and_healed, "prune", None)
@@ -170,8 +149,10 @@ def test_an_output_is_replaced_only_by_something_whole(
     (out / "old").write_text("old")
     with pytest.raises(SenteiError, match="not empty"):
         prune_and_heal(model, out, pruning, healing, model_name="pico")
-    with pytest.raises(_Stop):
-        prune_and_heal(model, out, pruning, healing, model_name="pico", force=True, progress=stopping_in("Healing", 2))
+    with pytest.raises(Stop):
+        prune_and_heal(
+            model, out, pruning, healing, model_name="pico", force=True, progress=stopping_at(2, stage="Healing")
+        )
     assert names(out) == ["old"]
     prune_and_heal(model, out, pruning, healing, model_name="pico", force=True, resume=True)
     assert "old" not in names(out)
