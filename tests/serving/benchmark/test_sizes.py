@@ -1,6 +1,5 @@
 """Start-up and KV cache: what a buyer would compare must be comparable, or say that it is not."""
 
-from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -9,27 +8,37 @@ from serving.benchmark import results as bench_results
 from serving.benchmark.journal import Journal
 from serving.benchmark.settings import BenchmarkSettings
 from serving.benchmark.workload import make_workloads
+from serving.forecast.model_facts import checkpoint_facts
+from tests.conftest import make_pico
+from tests.families import make_family_pico
 
 
-def sizes_of(tmp_path, monkeypatch, *, device, options=(), **facts):
+@pytest.fixture(scope="module")
+def model_facts(tmp_path_factory):
+    """A model's without a sliding window, and one's with it in half of its layers."""
+    full, sliding = (tmp_path_factory.mktemp("models") / name for name in ("full", "sliding"))
+    make_pico(full, vocab_size=64)
+    make_family_pico(sliding, "gemma3_text", "alternating", vocab_size=64)
+    return {model.name: checkpoint_facts(model, None) for model in (full, sliding)}
+
+
+def sizes_of(directory, facts, *, device, options=()):
     """Sizes of a benchmark whose first starts took 60 s and whose later ones took 10 and 8."""
-    monkeypatch.setattr(bench_results, "compare_sizes", lambda *facts: {})
-    journal = Journal(tmp_path)
+    journal = Journal(directory)
     for repeat in range(4):
         for side, warm_s in (("original", 10.0), ("pruned", 8.0)):
             report = {"startup_s": warm_s + (repeat == 0) * (60.0 - warm_s), "kv_cache_tokens": 1000, "device": device}
             for load in range(2):
                 journal.record((repeat, load, side), {}, report)
-    known = SimpleNamespace(**({"sliding_share": 0} | facts))
     sides = {
-        side: SimpleNamespace(facts=known, engine_report=journal.engine_report(side)) for side in ("original", "pruned")
+        side: SimpleNamespace(facts=facts, engine_report=journal.engine_report(side)) for side in ("original", "pruned")
     }
     settings = BenchmarkSettings(engine="vllm", workloads=make_workloads(engine="vllm"), engine_options=options)
     return bench_results._sizes(settings, sides, journal)
 
 
-def test_the_first_start_and_the_later_ones_are_apart_and_only_these_are_compared(tmp_path, monkeypatch):
-    sizes = sizes_of(tmp_path, monkeypatch, device="cuda")
+def test_the_first_start_and_the_later_ones_are_apart_and_only_these_are_compared(tmp_path, model_facts):
+    sizes = sizes_of(tmp_path, model_facts["full"], device="cuda")
     assert (sizes["startup_cold_s"]["original"], sizes["startup_cold_s"]["pruned"]) == (60.0, 60.0)
     # The original started first and read what the pruned model's start then found in memory.
     assert sizes["startup_cold_s"]["ratio"] is None
@@ -54,20 +63,21 @@ def test_the_first_start_and_the_later_ones_are_apart_and_only_these_are_compare
     ],
 )
 def test_a_larger_cache_is_not_called_the_same_memory_where_it_is_not(
-    tmp_path, monkeypatch, device, options, says, says_not
+    tmp_path, model_facts, device, options, says, says_not
 ):
-    formula = sizes_of(tmp_path, monkeypatch, device=device, options=options)["kv_cache_tokens"]["formula"]
+    sizes = sizes_of(tmp_path, model_facts["full"], device=device, options=options)
+    formula = sizes["kv_cache_tokens"]["formula"]
     assert says in formula
     assert says_not not in formula
 
 
-def test_tokens_of_a_cache_are_not_told_where_they_depend_on_how_long_conversations_are(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "model, options, tokens",
+    [("full", [], 1000), ("sliding", [], None), ("sliding", ["--disable-hybrid-kv-cache-manager"], 1000)],
+)
+def test_tokens_of_a_cache_are_not_told_where_they_depend_on_how_long_conversations_are(
+    tmp_path, model_facts, model, options, tokens
+):
     """The server counts requests as long as can be, of which layers with a window hold little."""
-    slides = {"sliding_share": Fraction(5, 6), "window": 512, "kv_bytes_per_token": 600}
-    for name in ("slides", "all"):
-        (tmp_path / name).mkdir()
-    sizes = sizes_of(tmp_path / "slides", monkeypatch, device="cuda", **slides)
-    assert sizes["kv_cache_tokens"]["original"] is sizes["kv_cache_tokens"]["pruned"] is None
-    options = ["--disable-hybrid-kv-cache-manager"]
-    sizes = sizes_of(tmp_path / "all", monkeypatch, device="cuda", options=options, **slides)
-    assert sizes["kv_cache_tokens"]["original"] == 1000
+    sizes = sizes_of(tmp_path, model_facts[model], device="cuda", options=options)
+    assert (sizes["kv_cache_tokens"]["original"], sizes["kv_cache_tokens"]["pruned"]) == (tokens, tokens)
