@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from statistics import fmean, geometric_mean
 from typing import Any
 
@@ -60,7 +61,9 @@ def markdown(
         rows: By name, ``original`` or a method and its target: cells by column.
         baseline: The method that others are compared with.
     """
-    parts = [f"# {settings['model']}", _before(settings, num_questions), _texts(rows, baseline)]
+    # By target, whatever was filled first; the original, which has none, before all.
+    rows = dict(sorted(rows.items(), key=lambda row: _named(row[0])[1]))
+    parts = [f"# {settings['model']}", _before(settings, num_questions, baseline), _texts(rows, baseline)]
     if tasks := list(num_questions):
         parts += [
             "Score of each task: `acc_norm` where it has one, else `acc`. In brackets, against the original's answers.",
@@ -73,12 +76,14 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def _before(settings: Mapping[str, Any], num_questions: Mapping[str, int]) -> str:
+def _before(settings: Mapping[str, Any], num_questions: Mapping[str, int], baseline: str) -> str:
     """What holds whatever comes out: protocol, test and power."""
     lines = [
         f"Calibrated on {settings['calibration']}; perplexity on {' and '.join(settings['texts'].values())}, the texts "
         f"{'for choosing' if settings['choose'] else 'that are looked at once, at the end'}. Sparsity is of the "
-        "decoder blocks' parameters. s and CPU s: seconds of pruning, by the clock and of all processors."
+        f"decoder blocks' parameters. Still lost: the part of the nats that {baseline} loses at the same target, "
+        f"`ln(perplexity / original) / ln({baseline} / original)`, mean of both texts. s and CPU s: seconds of pruning "
+        "by the clock and of all processors."
     ]
     if num_questions:
         discordant = settings["discordant"]
@@ -101,29 +106,38 @@ def _before(settings: Mapping[str, Any], num_questions: Mapping[str, int]) -> st
 
 
 def _texts(rows: Mapping[str, Cells], baseline: str) -> str:
-    header = ["method", "sparsity", "parameters", *TEXTS, f"perplexity / {baseline}", "s", "CPU s"]
+    header = ["method", "sparsity", "parameters", *TEXTS, f"perplexity / {baseline}", "still lost", "s", "CPU s"]
     lines = []
     for row, cells in rows.items():
         name, target = _named(row)
         pruning = cells.get("pruning", {})
-        ratios = [
-            cells[text]["perplexity"] / rows[other][text]["perplexity"]
-            for other in [f"{baseline} {target}"]
-            for text in TEXTS
-            if text in cells and text in rows.get(other, {})
-        ]
+        before, lost, left = map(_perplexities, (rows.get("original"), rows.get(f"{baseline} {target}"), cells))
+        ratio = share = None
+        if lost and left:
+            ratio = geometric_mean(left) / geometric_mean(lost)
+        if before and lost and left:
+            each = zip(before, lost, left, strict=True)
+            share = fmean(log(ours / whole) / log(theirs / whole) for whole, theirs, ours in each)
         lines.append(
             [
                 name,
                 _shown(pruning.get("sparsity"), ".1%"),
                 _shown(pruning.get("num_parameters"), ",d"),
                 *(_shown(cells.get(text, {}).get("perplexity"), ".2f") for text in TEXTS),
-                _shown(geometric_mean(ratios) if len(ratios) == len(TEXTS) else None, ".3f"),
+                _shown(ratio, ".3f"),
+                _shown(share, ".2f"),
                 _shown(pruning.get("seconds"), ".0f"),
                 _shown(pruning.get("cpu_seconds"), ".0f"),
             ]
         )
     return _table(header, lines)
+
+
+def _perplexities(cells: Cells | None) -> list[float] | None:
+    """A row's on all texts; ``None`` where one is missing."""
+    if cells is None or not all(text in cells for text in TEXTS):
+        return None
+    return [cells[text]["perplexity"] for text in TEXTS]
 
 
 def _scores(rows: Mapping[str, Cells], tasks: Sequence[str], score: str) -> str:

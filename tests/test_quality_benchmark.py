@@ -107,6 +107,24 @@ def test_questions_of_all_tasks_are_tested_together_and_alone(bench: SimpleNames
     assert other[-1] == ["evopress", "0.25", "", "(−0 +3)", ""]
 
 
+def test_what_is_still_lost_is_a_share_of_the_baselines_nats(bench: SimpleNamespace):
+    """By hand: of one nat and of two that the baseline loses, half a nat and 1.6 are left."""
+    e = 2.718281828459045
+    texts = {"original": (10.0, 20.0), "2ssp 0.5": (10 * e, 20 * e**2), "ours 0.5": (10 * e**0.5, 20 * e**1.6),
+             "2ssp 0.25": (10.0, 20.0), "half 0.5": (10.0, None)}  # fmt: skip
+    rows = {
+        row: {name: {"perplexity": value} for name, value in zip(bench.table.TEXTS, both, strict=True) if value}
+        for row, both in texts.items()
+    }
+    del rows["2ssp 0.25"]["c4"]
+    page = bench.table.markdown(SETTINGS, {}, rows, baseline="2ssp")
+    assert [columns(page, "ours")[0][at] for at in (5, 6)] == ["0.638", "0.65"]
+    assert [found[6] for found in columns(page, "2ssp")] == ["", "1.00"]
+    assert columns(page, "half")[0][5:7] == ["", ""]
+    # Targets stand in their order, whatever was filled first.
+    assert page.index("| 2ssp |") < page.index("27.18")
+
+
 def test_power_is_said_before_any_result(bench: SimpleNamespace):
     page = bench.table.markdown(SETTINGS, {"piqa": 1838, "mmlu": 6}, {}, baseline="2ssp")
     said, first_table = page.index("Power, stated before any result"), page.index("| method |")

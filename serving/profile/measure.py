@@ -123,13 +123,16 @@ def bench_as_profiled(
     return bench
 
 
-def measure_models(bench: Bench, layouts: Mapping[str, Sequence[LayerLayout]], directory: Path) -> dict[str, Measured]:
+def measure_models(
+    bench: Bench, layouts: Mapping[str, Sequence[LayerLayout]], directory: Path, times_over: int = 1
+) -> dict[str, Measured]:
     """Measures models in turn, and goes on with what is in ``directory``.
 
     Args:
         bench: Where and how.
         layouts: The models' layers by name. All models are on disk at once.
         directory: Keeps measurements and logs; made if need be. The models in it are deleted at the end.
+        times_over: How many times the settings' repeats are made in all.
 
     Returns:
         By name and quantity.
@@ -141,10 +144,11 @@ def measure_models(bench: Bench, layouts: Mapping[str, Sequence[LayerLayout]], d
     models = directory / "models"
     sides = {name: _side(bench, name, layout, models / name) for name, layout in layouts.items()}
     journal = Journal(directory)
-    measure_all(bench.settings, sides, journal, bench.on_progress, open_session=bench.open_session)
+    settings = replace(bench.settings, repeats=times_over * bench.settings.repeats)
+    measure_all(settings, sides, journal, bench.on_progress, open_session=bench.open_session)
     shutil.rmtree(models)
     return {
-        name: _measured(side, [journal.get((repeat, 0, name)) for repeat in range(bench.settings.repeats)])
+        name: _measured(side, [journal.get((repeat, 0, name)) for repeat in range(settings.repeats)])
         for name, side in sides.items()
     }
 

@@ -262,6 +262,7 @@ def _bought(target: TargetRecord, say: Say) -> dict[str, Any] | None:
     return {
         "served": target.served,
         "met": target.met,
+        "left_open": target.left_open,
         "values": [
             {
                 "asked": value.asked,

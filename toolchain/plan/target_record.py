@@ -68,7 +68,8 @@ class TargetRecord(Record):
     ``costs_sha256`` is over ``costs.json``; ``served`` says in words what it was measured with, and under which load.
     ``costs`` are its costs by quantity: milliseconds, ``weight_bytes`` and ``kv_bytes_per_token``.
     ``rounds`` are in the order in which they were tried, ``taken`` is the number of the one that the plan follows (from
-    0; null until it is known), and ``met`` says whether its measurements are within 3 % of the target or leave it open.
+    0; null until it is known), and ``met`` says whether its measurements are within 3 % of the target or leave it open:
+    ``left_open`` if one of them is further off, and only its interval contains the target.
     """
 
     asked: list[str]
@@ -78,6 +79,7 @@ class TargetRecord(Record):
     rounds: list[TargetRound] = Field(default_factory=list)
     taken: int | None = Field(default=None, ge=0)
     met: bool | None = None
+    left_open: bool = False
 
     @model_validator(mode="after")
     def _taken_is_there(self) -> Self:

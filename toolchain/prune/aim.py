@@ -96,6 +96,8 @@ def blank_record(aim: Aim) -> TargetRecord:
 def find_shape(aim: Aim, damages: Predicted, directory: Path, progress: Progress) -> TargetRecord:
     """Solves and measures until a shape is within 3 % of the target, or its interval does not exclude it.
 
+    Before a shape is accepted because of its interval alone, it is measured as often again.
+
     Args:
         aim: What is asked for.
         damages: Of every choice.
@@ -103,7 +105,8 @@ def find_shape(aim: Aim, damages: Predicted, directory: Path, progress: Progress
         progress: Told of every shape.
 
     Returns:
-        With the rounds, and which one is taken: the least damaging of those that meet the target, or else the nearest.
+        With the rounds, and which one is taken: the least damaging of those that meet the target, or else the nearest;
+        and whether its interval is all that speaks for it.
 
     Raises:
         SenteiError: No shape meets the target, or one cannot be measured.
@@ -135,7 +138,11 @@ def find_shape(aim: Aim, damages: Predicted, directory: Path, progress: Progress
     if not record.rounds:
         raise SenteiError(f"No shape meets {', '.join(record.asked)} as predicted.", "Ask for less.")
     taken = _best(aim.targets, record.rounds)
-    return record.model_copy(update={"taken": taken, "met": _met(aim.targets, record.rounds[taken])})
+    found = record.rounds[taken]
+    met = _met(aim.targets, found)
+    return record.model_copy(
+        update={"taken": taken, "met": met, "left_open": met and _is_left_open(aim.targets, found.values)}
+    )
 
 
 def _tried(aim: Aim, damages: Predicted, choice: Choice, directory: Path, *, timed: bool) -> TargetRound:
@@ -150,11 +157,15 @@ def _tried(aim: Aim, damages: Predicted, choice: Choice, directory: Path, *, tim
         if any(target.name == "speedup" for target in aim.targets):
             shapes["whole"] = aim.costs.document.whole
         # By its name, so that what was measured of another shape is never taken for it.
-        measured = aim.measure(shapes, directory / f"shape-{digest_of(asdict(choice))}")
-        values = [
-            with_measured(value, target, measured["shape"], measured.get("whole"))
-            for value, target in zip(values, aim.targets, strict=True)
-        ]
+        place = directory / f"shape-{digest_of(asdict(choice))}"
+        for times_over in (1, 2):
+            measured = aim.measure(shapes, place, times_over)
+            values = [
+                with_measured(value, target, measured["shape"], measured.get("whole"))
+                for value, target in zip(values, aim.targets, strict=True)
+            ]
+            if not _is_left_open(aim.targets, values):
+                break
     return TargetRound(
         intermediate_size=list(choice.widths),
         removed_attention=removed,
@@ -179,6 +190,14 @@ def _is_open(target: Target, value: TargetValue) -> bool:
     """Whether the measurement's interval does not exclude the target."""
     low, high = value.measured_low, value.measured_high
     return low is not None and high is not None and low <= target.value <= high
+
+
+def _is_left_open(targets: Sequence[Target], values: Sequence[TargetValue]) -> bool:
+    """Whether a value is off its target by more than the tolerance, and only its interval does not exclude it."""
+    return any(
+        _is_open(target, value) and abs(_share(target, value) - 1) > _TOLERANCE
+        for target, value in zip(targets, values, strict=True)
+    )
 
 
 def _met(targets: Sequence[Target], found: TargetRound) -> bool:

@@ -19,7 +19,7 @@ from toolchain.ranks.ranks import ALONE, Ranks
 _MEASURED: dict[str, Any] = {
     "target_intermediate_size": True,
     "target_attention_removals": True,
-    "target": {"rounds", "taken", "met"},
+    "target": {"rounds", "taken", "met", "left_open"},
     "metric_original": True,
     "limit": {"original", "value", "measured"},
     "stopped_because": True,

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_a_shape_is_measured_as_its_costs_were(pico_model, tmp_path):
     aim = Aim(
         targets=parse_targets(["tpot=6ms"]),
         costs=costs,
-        measure=lambda layouts, directory: measure_models(slower, layouts, directory),
+        measure=partial(measure_models, slower),
     )
     record = find_shape(aim, damages_of(), tmp_path / "target", no_progress)
     taken = record.rounds[record.taken]

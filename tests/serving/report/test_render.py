@@ -32,7 +32,7 @@ from toolchain.plan.plan import PruningPlan
 from toolchain.plan.target_record import PartCostsRecord, TargetRecord, TargetRound, TargetValue
 
 
-def target_of(widths):
+def target_of(widths, *, left_open=False):
     """One attention and some neurons of four layers of 48 for a speed-up."""
     per_token = PartCostsRecord(outside=1.0, attention=0.5, widths=[12, 48], ffn=[0.25, 1.0])
     kv = PartCostsRecord(outside=0.0, attention=64.0, widths=[12, 48], ffn=[0.0, 0.0])
@@ -51,11 +51,11 @@ def target_of(widths):
                 ],
             )
         ],
-        taken=0, met=True,
+        taken=0, met=True, left_open=left_open,
     )  # fmt: skip
 
 
-def write_plan(directory, name="tiny", *, for_a_target=False):
+def write_plan(directory, name="tiny", *, for_a_target=False, left_open=False):
     widths = [32, 40, 32, 40]
     document = PlanDocument(
         schema_version=2, sentei_version="0.1.0", method="2ssp",
@@ -64,7 +64,8 @@ def write_plan(directory, name="tiny", *, for_a_target=False):
             weights_sha256="ab" * 32,
         ),
         target_sparsity=0.25, target_intermediate_size=widths, target_attention_removals=1, align=8,
-        allocation="target" if for_a_target else "formula", target=target_of(widths) if for_a_target else None,
+        allocation="target" if for_a_target else "formula",
+        target=target_of(widths, left_open=left_open) if for_a_target else None,
         attention_removals=None, widths="uniform", protected=ProtectedRecord(),
         search="exact", metric="perplexity", metric_source=None, metric_higher_is_better=False,
         metric_original=20.0, limit=None, stopped_because=None, dtype="float32", seed=0,
@@ -226,6 +227,21 @@ def test_what_a_target_bought_with_what(everything, tmp_path, name, language, sa
     for number in ("speedup=1.3", "1.31 x (1.29–1.33)", "1.3 x (1.28–1.32)", "4 → 3", "2 → 1.5", "256 → 192", "320",
                    "192 → 144", "4 → 3", "3.33"):  # fmt: skip
         assert number in text, number
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "says"),
+    [
+        ("report.html", "en", "scatter too much to tell whether the target is met"),
+        ("report.html", "ja", "目標に届いたかどうかは判断できません"),
+        ("report.md", "en", "scatter too much to tell whether the target is met"),
+    ],
+)
+def test_a_target_that_nobody_can_say_is_met(everything, tmp_path, name, language, says):
+    for left_open in (False, True):
+        write_plan(everything, for_a_target=True, left_open=left_open)
+        text = page_text(render(everything, tmp_path / f"{left_open}-{name}", language))
+        assert (says in text) == left_open
 
 
 def render(source, out, language):

@@ -10,7 +10,7 @@ from serving.profile.measure import Bench
 from tests.command_line import refused, sentei
 from tests.toolchain.costs.made import make_costs
 from toolchain.checkpoint.directory import open_checkpoint
-from toolchain.costs.document import read_costs
+from toolchain.costs.document import CheckRecord, read_costs
 from toolchain.plan.plan import load_plan
 
 TARGET = ("--target", "speedup=1.3")
@@ -66,6 +66,18 @@ def test_a_memory_that_is_met_is_said_part_by_part(
     assert "by part, ms_per_output_token; damage before compensation:" in done.stdout
     assert "no layer's" in done.stdout
     assert load_plan(tmp_path / "out").document.search == search
+
+
+@pytest.mark.parametrize("error, warned", [(0.05, False), (0.2, True)])
+def test_a_machine_that_was_not_quiet_is_told_of(
+    pico_model: Path, costs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float, warned: bool
+):
+    found = read_costs(costs).document
+    check = [CheckRecord(model="small", quantity="tpot_ms", predicted=1.0, measured=1.0, error=error)]
+    monkeypatch.setattr("serving.profile.profile.profile", lambda *_, **__: found.model_copy(update={"check": check}))
+    done = sentei("profile", pico_model, "-o", tmp_path / "new.json", "--engine", "onnx", "--input-len", 16)
+    assert done.returncode == 0, done.stderr
+    assert ("Targets will be met no better than that" in done.stdout) == warned
 
 
 @pytest.mark.parametrize(

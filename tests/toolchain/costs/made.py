@@ -76,19 +76,22 @@ def make_costs(config, *, ttft=TTFT, tpot=TPOT, output_len=9, num_layers=4, spre
 class FakeMeasurement:
     """Measures shapes as costs predict them, times what ``distortion`` says of each layout."""
 
-    def __init__(self, costs, distortion=lambda layout: 1.0, noise=(1.0, 1.0, 1.0), fails=False):
+    def __init__(self, costs, distortion=lambda layout: 1.0, noise=(1.0, 1.0, 1.0), again=None, fails=False):
         self.costs, self.distortion, self.noise, self.fails = costs.document, distortion, noise, fails
-        self.asked = []
+        self.again, self.asked, self.times_over = noise if again is None else again, [], []
 
-    def __call__(self, layouts, directory):
+    def __call__(self, layouts, directory, times_over):
         if self.fails:
             raise KeyboardInterrupt
-        self.asked.append(dict(layouts))
-        return {name: self._times(name, layout) for name, layout in layouts.items()}
+        if times_over == 1:
+            self.asked.append(dict(layouts))
+        self.times_over.append(times_over)
+        return {name: self._times(name, layout, times_over) for name, layout in layouts.items()}
 
-    def _times(self, name, layout):
+    def _times(self, name, layout, times_over):
         factor = 1.0 if name == "whole" else self.distortion(layout)
-        noise = (1.0,) * 3 if name == "whole" else self.noise
+        noise = (*self.noise, *self.again) if times_over > 1 else self.noise
+        noise = (1.0,) * len(noise) if name == "whole" else noise
         return {
             quantity: [factor * each * parts.parts.of(layout) for each in noise]
             for quantity, parts in self.costs.costs.items()

@@ -39,6 +39,8 @@ _LOAD = "Load"
 # What one part costs is the small difference of two models: more is asked of each than in a benchmark of two.
 _BATCHES = 4
 _REPEATS = {"onnx": 3, "vllm": 1}
+# The median error of costs, of models that they were not fitted to, from which a person is warned.
+_ROUGH = 0.1
 Export = Callable[[Path, Path], object]
 
 
@@ -157,6 +159,8 @@ def _show(console: Console, out: Path, document: "CostsDocument") -> None:
                 f"  {name}: each model, predicted by costs fitted to the others, came out within {median(errors):.1%} "
                 f"(median) and {max(errors):.1%} (worst)"
             )
+            if median(errors) > _ROUGH:
+                console.print("    Targets will be met no better than that. A quieter machine or more --repeats help.")
 
 
 def _interval(record: "PartsRecord", place: int) -> str:
