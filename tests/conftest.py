@@ -1,5 +1,8 @@
 """Models every test can share: the real trained demo model, and pico models for speed."""
 
+import tests.offline  # noqa: F401  (before anything that looks at its variables when it is imported)
+
+# isort: split
 import importlib.util
 import os
 import signal
@@ -47,12 +50,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
             return f"{file}:{command}"
 
     return Pieces(config, log)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test may reach a model hub."""
-    os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path_factory.mktemp("hf")), TOKENIZERS_PARALLELISM="false")
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def steps(engine: OnnxEngine, ids: list[int], prefill: int) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(rows)).log_softmax(-1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.acceptance), "int4"])
 def test_an_unpruned_model_gives_the_vendors_own_graph(demo_model: Path, tmp_path: Path, precision: Precision) -> None:
     """Node for node and byte for byte, so one is as fast as the other: how both are placed in memory is chance."""
     source, ours, vendors = tmp_path / "source", tmp_path / "ours", tmp_path / "vendors"
@@ -187,7 +187,7 @@ def test_int4(pruned_demo: Path, demo_model: Path, ids: list[int], tmp_path: Pat
             assert (expected.argmax(-1) == logits.argmax(-1)).float().mean() >= 0.7
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int4", marks=pytest.mark.acceptance)])
 @pytest.mark.parametrize(
     "removed, width",
     [

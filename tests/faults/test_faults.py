@@ -120,7 +120,6 @@ FAULTS: Mapping[str, Fault] = {
 # Some faults on what is quickly done; "make reliability" has all of both.
 _QUICK = {
     ("Ctrl-C", "apply", "compensation"),
-    ("SIGKILL", "apply", "compensation"),
     ("disk full", "export vllm", "writing"),
     ("output read-only", "export vllm", "start"),
 }

@@ -55,6 +55,7 @@ def check_results(results, out, *, engine, repeats):
     assert results["environment"]["versions"]["torch"]
 
 
+@pytest.mark.acceptance
 def test_transformers_end_to_end(pico_model, pruned_pico, tmp_path):
     told = []
     results = benchmark(

@@ -54,9 +54,8 @@ def as_llama(demo_model: Path, ids: torch.Tensor, tmp_path_factory: pytest.TempP
     return out, plan, perplexity(demo_model, ids), perplexity(out, ids)
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen2", *(pytest.param(family, marks=pytest.mark.acceptance) for family in ("mistral", "phi3"))]
-)
+@pytest.mark.acceptance
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3"])
 def test_it_prunes_to_the_same_model(
     family: str, demo_model: Path, as_llama, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
