@@ -16,12 +16,18 @@ import torch
 import toolchain.onnx_libraries  # noqa: F401  (switches telemetry off before a test loads onnxruntime)
 
 # isort: split
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import copy_companions, open_checkpoint
 from toolchain.model.gguf import demo_gguf, import_gguf
 from toolchain.model.slicing import write_pruned
+from toolchain.text.embedded import documents
+
+SMALL_VOCABULARY = 4096
 
 pytest_plugins = ["tests.compatibility", "tests.faults.table"]
 
@@ -88,11 +94,36 @@ def demo_onnx(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def pico_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of four narrow layers with untied embeddings and the demo model's tokenizer."""
+def pico_model(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of four narrow layers with untied embeddings and a small vocabulary."""
+    directory = tmp_path_factory.mktemp("models") / "pico"
+    make_pico(directory, vocab_size=SMALL_VOCABULARY)
+    copy_companions(small_tokenizer, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def demo_pico(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the demo model's tokenizer, for what its tokens or their number decide."""
     directory = tmp_path_factory.mktemp("models") / "pico"
     make_pico(directory)
     copy_companions(demo_model, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tokenizer of few tokens; most of a pico model's time would go into the demo model's."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=SMALL_VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(documents(), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
     return directory
 
 

@@ -18,7 +18,7 @@ from serving.engines.genai import stream_tokens
 from serving.engines.onnxruntime import OnnxEngine
 from serving.engines.transformers import TransformersEngine
 from serving.onnx_export.files import check_files
-from tests.conftest import make_pico, prune_by_hand
+from tests.conftest import SMALL_VOCABULARY, make_pico, prune_by_hand
 from toolchain.architecture.layout import LayerLayout
 from toolchain.checkpoint.directory import copy_companions, open_checkpoint
 from toolchain.errors import MissingDependencyError, SenteiError
@@ -45,15 +45,15 @@ def ids(demo_model: Path) -> list[int]:
 
 
 @pytest.fixture
-def prune_pico(tmp_path: Path, demo_model: Path) -> Callable[..., Path]:
+def prune_pico(tmp_path: Path, small_tokenizer: Path) -> Callable[..., Path]:
     """Makes a pico model with heads wide enough for ONNX Runtime, and prunes it."""
 
     def make(removed: set[int] = frozenset(), width: Callable[[int], int] = lambda layer: 48, **overrides) -> Path:  # type: ignore[assignment]
         source, pruned = tmp_path / "source", tmp_path / "pruned"
         source.mkdir()
         pruned.mkdir()
-        make_pico(source, **({"head_dim": 16} | overrides))
-        copy_companions(demo_model, source)
+        make_pico(source, **({"head_dim": 16, "vocab_size": SMALL_VOCABULARY} | overrides))
+        copy_companions(small_tokenizer, source)
         prune_by_hand(source, pruned, removed_attention=removed, width=width)
         return pruned
 
@@ -187,7 +187,7 @@ def test_int4(pruned_demo: Path, demo_model: Path, ids: list[int], tmp_path: Pat
             assert (expected.argmax(-1) == logits.argmax(-1)).float().mean() >= 0.7
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("int4", marks=pytest.mark.acceptance)])
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
 @pytest.mark.parametrize(
     "removed, width",
     [
@@ -237,13 +237,13 @@ def test_layouts(
             }
         },
         {"num_key_value_heads": 4, "hidden_act": "gelu"},
-        {"num_hidden_layers": 1, "intermediate_size": 49152},
+        {"num_hidden_layers": 1, "intermediate_size": 512},
     ],
     ids=["tied", "biases", "epsilon and theta", "linear rope", "llama3 rope", "no groups", "vocabulary-wide FFN"],
 )  # fmt: skip
 def test_config_variants(prune_pico: Callable[..., Path], overrides: dict[str, object], tmp_path: Path) -> None:
     wide = "intermediate_size" in overrides
-    pruned = prune_pico(set() if wide else {1}, lambda layer: 49152 if wide else 33, **overrides)
+    pruned = prune_pico(set() if wide else {1}, lambda layer: 512 if wide else 33, **overrides)
     export_onnx(pruned, tmp_path / "out")
     expected = TransformersEngine(pruned, dtype=torch.float32).log_probabilities(IDS)
     assert (OnnxEngine(tmp_path / "out").log_probabilities(IDS) - expected).abs().max() <= 1e-4

@@ -16,23 +16,18 @@ from serving.engines.transformers import TransformersEngine
 from serving.server.onnx.continuous_batch import BatchRequest, OnnxBatch
 from serving.verify.onnx_weights import OnnxWeights
 from serving.verify.rounded import carry, distances
-from tests.conftest import prune_by_hand
+from tests.conftest import SMALL_VOCABULARY, prune_by_hand
 from tests.families import EVERY_VARIANT, VARIANTS, make_family_pico
 from toolchain.checkpoint.directory import copy_companions, open_checkpoint
 from toolchain.checkpoint.rounding_error import rounding_checks
 from toolchain.errors import SenteiError
 
 # Heads of 16, which ONNX Runtime's attention needs, or of 32 where the family's head_dim is its own.
-WIDE = {"hidden_size": 64, "vocab_size": 49152, "initializer_range": 0.1}
+WIDE = {"hidden_size": 64, "vocab_size": SMALL_VOCABULARY, "initializer_range": 0.1}
 # Longer than every sliding window, and than where long rotary factors begin.
 IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(0)).tolist()
 # The first layer has no attention, the second another width, the third no FFN, the last no attention.
 REMOVED, WIDTHS = {0, 3}, (48, 33, 0, 48)
-# Rounded and for CUDA: by default those that differ most from Llama, and Llama itself.
-BY_DEFAULT = ("llama", "gemma3_text", "phi3")
-FAMILIES_BY_COST = [
-    family if family in BY_DEFAULT else pytest.param(family, marks=pytest.mark.acceptance) for family in VARIANTS
-]
 
 
 def pruned_pico(
@@ -69,8 +64,8 @@ def steps(engine: OnnxEngine, ids: list[int], prefill: int) -> torch.Tensor:
 
 @pytest.mark.compatibility("ONNX fp32", "log-probabilities within 1e-3 of Transformers, prefill and token by token")
 @pytest.mark.parametrize("variant", EVERY_VARIANT, ids="-".join)
-def test_float32_is_transformers(variant: tuple[str, str], demo_model: Path, tmp_path: Path) -> None:
-    pruned = pruned_pico(tmp_path, demo_model, *variant)
+def test_float32_is_transformers(variant: tuple[str, str], small_tokenizer: Path, tmp_path: Path) -> None:
+    pruned = pruned_pico(tmp_path, small_tokenizer, *variant)
     export_onnx(pruned, tmp_path / "out")
     engine, reference = OnnxEngine(tmp_path / "out"), TransformersEngine(pruned, dtype=torch.float32)
     expected = reference.log_probabilities(IDS)
@@ -135,9 +130,9 @@ def carried(reference: TransformersEngine, source: Path, weights: OnnxWeights) -
         for precision in ("int8", "int4")
     ],
 )
-@pytest.mark.parametrize("family", FAMILIES_BY_COST)
-def test_rounded(family: str, precision: Precision, demo_model: Path, tmp_path: Path) -> None:
-    pruned = pruned_pico(tmp_path, demo_model, family, list(VARIANTS[family])[1])
+@pytest.mark.parametrize("family", VARIANTS)
+def test_rounded(family: str, precision: Precision, small_tokenizer: Path, tmp_path: Path) -> None:
+    pruned = pruned_pico(tmp_path, small_tokenizer, family, list(VARIANTS[family])[1])
     export_onnx(pruned, tmp_path / "out", precision=precision)
     check_graph(tmp_path / "out")
     reference = TransformersEngine(pruned, dtype=torch.float32)
@@ -153,13 +148,13 @@ def test_rounded(family: str, precision: Precision, demo_model: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("family", FAMILIES_BY_COST)
+@pytest.mark.parametrize("family", VARIANTS)
 @pytest.mark.compatibility(
     "ONNX for CUDA, not run",
     "graphs in fp16 (not Gemma 3), bf16, int8, int4 are valid and hold the weights; no GPU ran them",
 )
-def test_for_cuda(family: str, precision: Precision, demo_model: Path, tmp_path: Path) -> None:
-    pruned = pruned_pico(tmp_path, demo_model, family, list(VARIANTS[family])[1])
+def test_for_cuda(family: str, precision: Precision, small_tokenizer: Path, tmp_path: Path) -> None:
+    pruned = pruned_pico(tmp_path, small_tokenizer, family, list(VARIANTS[family])[1])
     if (family, precision) == ("gemma3_text", "fp16"):
         with pytest.raises(SenteiError, match="range of float16"):
             export_onnx(pruned, tmp_path / "out", precision=precision, device="cuda")
@@ -192,9 +187,11 @@ def test_for_cuda(family: str, precision: Precision, demo_model: Path, tmp_path:
     ],
 )
 @pytest.mark.parametrize("family", ["granite", "gemma3_text", "phi3"])
-def test_layouts(family: str, removed: set[int], widths: tuple[int, ...], demo_model: Path, tmp_path: Path) -> None:
+def test_layouts(
+    family: str, removed: set[int], widths: tuple[int, ...], small_tokenizer: Path, tmp_path: Path
+) -> None:
     """Llama, whose layers Mistral's and Qwen's are like, has its own such test."""
-    pruned = pruned_pico(tmp_path, demo_model, family, next(iter(VARIANTS[family])), removed, widths)
+    pruned = pruned_pico(tmp_path, small_tokenizer, family, next(iter(VARIANTS[family])), removed, widths)
     export_onnx(pruned, tmp_path / "out")
     graph = check_graph(tmp_path / "out")
     assert sum(node.op_type == "GroupQueryAttention" for node in graph.node) == 4 - len(removed)
@@ -204,7 +201,7 @@ def test_layouts(family: str, removed: set[int], widths: tuple[int, ...], demo_m
     assert list(stream_tokens(tmp_path / "out", IDS, 8))[:8] == engine.generate(IDS, 8)
 
 
-def test_gemma_that_looks_ahead_is_refused(demo_model: Path, tmp_path: Path) -> None:
-    pruned = pruned_pico(tmp_path, demo_model, "gemma3_text", "alternating", use_bidirectional_attention=True)
+def test_gemma_that_looks_ahead_is_refused(small_tokenizer: Path, tmp_path: Path) -> None:
+    pruned = pruned_pico(tmp_path, small_tokenizer, "gemma3_text", "alternating", use_bidirectional_attention=True)
     with pytest.raises(SenteiError, match="use_bidirectional_attention is set"):
         export_onnx(pruned, tmp_path / "out")

@@ -14,10 +14,10 @@ from toolchain.errors import CheckFailedError, SenteiError
 
 
 @pytest.fixture
-def pruned_pico(pico_model, tmp_path):
+def pruned_pico(demo_pico, tmp_path):
     directory = tmp_path / "pruned"
     directory.mkdir()
-    prune_by_hand(pico_model, directory, removed_attention={0, 2}, width=lambda layer: 48 - 4 * layer)
+    prune_by_hand(demo_pico, directory, removed_attention={0, 2}, width=lambda layer: 48 - 4 * layer)
     return directory
 
 
@@ -43,31 +43,31 @@ def test_shards_dtype_and_companions(pruned_pico, tmp_path):
     assert told["source_fingerprint"] == source.fingerprint
 
 
-def test_an_unpruned_model_is_copied_as_it_is(pico_model, tmp_path):
-    export_vllm(pico_model, tmp_path / "out")
+def test_an_unpruned_model_is_copied_as_it_is(demo_pico, tmp_path):
+    export_vllm(demo_pico, tmp_path / "out")
     written = open_checkpoint(tmp_path / "out")
-    assert written.fingerprint == open_checkpoint(pico_model).fingerprint
-    assert written.config == open_checkpoint(pico_model).config
+    assert written.fingerprint == open_checkpoint(demo_pico).fingerprint
+    assert written.config == open_checkpoint(demo_pico).config
 
 
-def test_widths_that_cannot_be_split_are_named(pico_model, tmp_path):
+def test_widths_that_cannot_be_split_are_named(demo_pico, tmp_path):
     pruned = tmp_path / "pruned"
     pruned.mkdir()
-    prune_by_hand(pico_model, pruned, removed_attention=set(), width=lambda layer: 48 - layer)
+    prune_by_hand(demo_pico, pruned, removed_attention=set(), width=lambda layer: 48 - layer)
     with pytest.raises(SenteiError, match=r"2 layers: 1 \(47\), 3 \(45\)\. Prune again with --tensor-parallel 2"):
         export_vllm(pruned, tmp_path / "out", tensor_parallel=2)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("tensor_parallel", "fits"), [(1, True), (2, True), (3, False), (4, True), (0, False)])
-def test_heads_are_checked(pico_model, tmp_path, tensor_parallel, fits):
+def test_heads_are_checked(demo_pico, tmp_path, tensor_parallel, fits):
     if fits:
-        export_vllm(pico_model, tmp_path / "out", tensor_parallel=tensor_parallel)
+        export_vllm(demo_pico, tmp_path / "out", tensor_parallel=tensor_parallel)
         return
     with pytest.raises(
         SenteiError, match=r"cannot be split over tensor_parallel = 3\. Possible here: 1, 2, 4|at least 1"
     ):
-        export_vllm(pico_model, tmp_path / "out", tensor_parallel=tensor_parallel)
+        export_vllm(demo_pico, tmp_path / "out", tensor_parallel=tensor_parallel)
 
 
 @pytest.mark.parametrize(
@@ -106,16 +106,16 @@ def test_a_weight_too_large_for_float16_is_refused(tmp_path):
     export_vllm(source, tmp_path / "out", dtype=torch.bfloat16)
 
 
-def test_bad_requests(pico_model, tmp_path):
+def test_bad_requests(demo_pico, tmp_path):
     with pytest.raises(SenteiError, match="float64 is not supported"):
-        export_vllm(pico_model, tmp_path / "out", dtype=torch.float64)
+        export_vllm(demo_pico, tmp_path / "out", dtype=torch.float64)
     with pytest.raises(SenteiError, match="positive size"):
-        export_vllm(pico_model, tmp_path / "out", max_shard_bytes=0)
+        export_vllm(demo_pico, tmp_path / "out", max_shard_bytes=0)
     with pytest.raises(SenteiError, match="would replace the input"):
-        export_vllm(pico_model, pico_model, force=True)
+        export_vllm(demo_pico, demo_pico, force=True)
 
 
-def test_what_reads_back_different_is_not_kept(pico_model, tmp_path, monkeypatch):
+def test_what_reads_back_different_is_not_kept(demo_pico, tmp_path, monkeypatch):
     from export import vllm
 
     def write_one_wrong(out, tensors, load, **options):
@@ -128,5 +128,5 @@ def test_what_reads_back_different_is_not_kept(pico_model, tmp_path, monkeypatch
     write_weights = vllm.write_weights
     monkeypatch.setattr(vllm, "write_weights", write_one_wrong)
     with pytest.raises(CheckFailedError, match=r"layers\.1\.mlp\.down_proj\.weight reads back different"):
-        export_vllm(pico_model, tmp_path / "out")
+        export_vllm(demo_pico, tmp_path / "out")
     assert not list(tmp_path.iterdir())

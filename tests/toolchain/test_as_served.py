@@ -89,11 +89,11 @@ def change_tokenizer(directory: Path, around: list[str] | None, chat_template: s
 
 
 @pytest.fixture(scope="module")
-def models(pico_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(demo_pico: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The pico model with each kind of tokenizer."""
     directory = tmp_path_factory.mktemp("served")
     for kind, around in TEMPLATES.items():
-        shutil.copytree(pico_model, directory / kind)
+        shutil.copytree(demo_pico, directory / kind)
         change_tokenizer(directory / kind, around)
     return {kind: directory / kind for kind in TEMPLATES}
 
@@ -185,8 +185,8 @@ def test_tasks_are_asked_as_they_are_served(kind: str, models: dict[str, Path], 
     assert found["num_cut"] == 0
 
 
-def test_two_tokens_in_front_are_one_sentence(models: dict[str, Path], pico_model: Path, tmp_path: Path):
-    shutil.copytree(pico_model, tmp_path / "model")
+def test_two_tokens_in_front_are_one_sentence(models: dict[str, Path], demo_pico: Path, tmp_path: Path):
+    shutil.copytree(demo_pico, tmp_path / "model")
     change_tokenizer(tmp_path / "model", [BOS, "<|im_start|>", "A"])
     with pytest.raises(SenteiError, match=r"puts 2 tokens before every text \(<\|endoftext\|> <\|im_start\|>\)"):
         bos_for(tmp_path / "model", load_tokenizer(tmp_path / "model"))

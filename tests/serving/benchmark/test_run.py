@@ -22,7 +22,7 @@ from serving.benchmark.workload import WARMUP_SEED, make_workloads
 from serving.child_process import child_process
 from serving.forecast.model_facts import checkpoint_facts, expected_gains, onnx_facts
 from tests.command_line import sentei
-from tests.conftest import make_pico, prune_by_hand
+from tests.conftest import SMALL_VOCABULARY, make_pico, prune_by_hand
 from tests.serving.benchmark.asking import ask_benchmark as benchmark
 from toolchain.checkpoint.directory import copy_companions, open_checkpoint, write_weights
 from toolchain.errors import SenteiError
@@ -183,7 +183,7 @@ def test_bad_settings_are_refused_before_work(pico_model, pruned_pico, tmp_path,
 
 
 def test_unlike_precisions_are_refused(pico_model, tmp_path):
-    make_pico(tmp_path / "half")
+    make_pico(tmp_path / "half", vocab_size=SMALL_VOCABULARY)
     checkpoint = open_checkpoint(tmp_path / "half")
     shapes = {name: (info.shape, torch.bfloat16) for name, info in checkpoint.tensors.items()}
     half = {name: checkpoint.read(name).bfloat16() for name in shapes}

@@ -29,8 +29,8 @@ LIMITS = ServerLimits(max_num_seqs=2, max_model_len=256)
 
 
 @pytest.fixture(scope="module")
-def export(pico_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pico_onnx(pico_model, tmp_path_factory.mktemp("onnx"), context=256)
+def export(demo_pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pico_onnx(demo_pico, tmp_path_factory.mktemp("onnx"), context=256)
 
 
 @pytest.fixture(scope="module")

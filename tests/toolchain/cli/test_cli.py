@@ -16,9 +16,9 @@ from toolchain.cli import console
 
 
 @pytest.fixture(scope="module")
-def pruned_pico(pico_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned_pico(demo_pico: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "pruned"
-    done = prune(pico_model, text, out)
+    done = prune(demo_pico, text, out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -28,7 +28,7 @@ def prune(model: Path, text: Path, out: Path, *more: object) -> subprocess.Compl
     return sentei("prune", model, "-o", out, "--calibration", text, *defaults, *more)
 
 
-def test_prune_show_edit_apply(pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path):
+def test_prune_show_edit_apply(demo_pico: Path, pruned_pico: Path, text: Path, tmp_path: Path):
     shown = json.loads(sentei("plan", "show", pruned_pico, "--json").stdout)
     assert [layer["layer"] for layer in shown["layers"]] == [0, 1, 2, 3]
     assert all(len(layer["kept_neurons"]) == layer["intermediate_size"] for layer in shown["layers"])
@@ -36,7 +36,7 @@ def test_prune_show_edit_apply(pico_model: Path, pruned_pico: Path, text: Path, 
     assert {"removed", "metric", "candidates"} <= set(shown["trace"][0])
 
     applied = tmp_path / "applied"
-    assert sentei("apply", pruned_pico, pico_model, "-o", applied).returncode == 0
+    assert sentei("apply", pruned_pico, demo_pico, "-o", applied).returncode == 0
     assert (applied / "model.safetensors").read_bytes() == (pruned_pico / "model.safetensors").read_bytes()
 
     edited = tmp_path / "edited"
@@ -45,7 +45,7 @@ def test_prune_show_edit_apply(pico_model: Path, pruned_pico: Path, text: Path, 
     plan["layers"][2]["intermediate_size"] = 5
     plan["layers"][3]["attention"] = "remove"
     (edited / "plan.json").write_text(json.dumps(plan))
-    done = sentei_program("apply", edited / "plan.json", pico_model, "-o", tmp_path / "again", "--json", "--quiet")
+    done = sentei_program("apply", edited / "plan.json", demo_pico, "-o", tmp_path / "again", "--json", "--quiet")
     assert done.stderr == ""
     result = json.loads(done.stdout)
     assert result["intermediate_size"][2] == 5
@@ -54,8 +54,8 @@ def test_prune_show_edit_apply(pico_model: Path, pruned_pico: Path, text: Path, 
     assert json.loads(measured.stdout)["evaluations"][0]["perplexity"] > 1
 
 
-def test_two_runs_write_the_same_plan_and_weights(pico_model: Path, pruned_pico: Path, text: Path, tmp_path: Path):
-    assert prune(pico_model, text, tmp_path / "again").returncode == 0
+def test_two_runs_write_the_same_plan_and_weights(demo_pico: Path, pruned_pico: Path, text: Path, tmp_path: Path):
+    assert prune(demo_pico, text, tmp_path / "again").returncode == 0
     for file in ("plan.json", "plan.safetensors", "model.safetensors", "config.json"):
         assert (tmp_path / "again" / file).read_bytes() == (pruned_pico / file).read_bytes()
 
@@ -123,36 +123,36 @@ def index_outside(directory: Path) -> None:
         (lambda d: (d / "tokenizer.json").unlink(), "no usable tokenizer"),
     ],
 )
-def test_damaged_models(pico_model: Path, text: Path, tmp_path: Path, damage: Callable[[Path], object], sentence: str):
-    shutil.copytree(pico_model, tmp_path / "model")
+def test_damaged_models(demo_pico: Path, text: Path, tmp_path: Path, damage: Callable[[Path], object], sentence: str):
+    shutil.copytree(demo_pico, tmp_path / "model")
     damage(tmp_path / "model")
     refused(prune(tmp_path / "model", text, tmp_path / "out"), sentence)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_too_little_text(pico_model: Path, text: Path, tmp_path: Path):
-    done = prune(pico_model, text, tmp_path / "out", "--samples", 100)
+def test_too_little_text(demo_pico: Path, text: Path, tmp_path: Path):
+    done = prune(demo_pico, text, tmp_path / "out", "--samples", 100)
     refused(done, "it has 761 tokens", "need 6400")
 
 
 @pytest.mark.parametrize("sparsity", [0, 1, -0.5])
-def test_impossible_sparsity(pico_model: Path, text: Path, tmp_path: Path, sparsity: object):
-    refused(prune(pico_model, text, tmp_path / "out", "--sparsity", sparsity), "outside (0, 1)")
+def test_impossible_sparsity(demo_pico: Path, text: Path, tmp_path: Path, sparsity: object):
+    refused(prune(demo_pico, text, tmp_path / "out", "--sparsity", sparsity), "outside (0, 1)")
 
 
-def test_unreachable_sparsity(pico_model: Path, text: Path, tmp_path: Path):
-    done = prune(pico_model, text, tmp_path / "out", "--sparsity", 0.9, "--attention-removals", 0)
+def test_unreachable_sparsity(demo_pico: Path, text: Path, tmp_path: Path):
+    done = prune(demo_pico, text, tmp_path / "out", "--sparsity", 0.9, "--attention-removals", 0)
     refused(done, "the highest is 0.")
 
 
-def test_output_is_never_lost(pico_model: Path, text: Path, tmp_path: Path):
+def test_output_is_never_lost(demo_pico: Path, text: Path, tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
-    refused(prune(pico_model, text, out), "is not empty", "--force")
-    refused(prune(pico_model, text, out, "--force", "--samples", 100), "too short")
+    refused(prune(demo_pico, text, out), "is not empty", "--force")
+    refused(prune(demo_pico, text, out, "--force", "--samples", 100), "too short")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
-    assert prune(pico_model, text, out, "--force").returncode == 0
+    assert prune(demo_pico, text, out, "--force").returncode == 0
     assert not (out / "precious").exists()
     refused(prune(out, text, out, "--force"), "would replace the input")
 
@@ -172,13 +172,13 @@ EDITS = [
 
 @pytest.mark.parametrize(("edit", "sentence"), EDITS)
 def test_plans_that_do_not_fit(
-    pico_model: Path, pruned_pico: Path, tmp_path: Path, edit: Callable[[dict], object], sentence: str
+    demo_pico: Path, pruned_pico: Path, tmp_path: Path, edit: Callable[[dict], object], sentence: str
 ):
     shutil.copytree(pruned_pico, tmp_path / "plan")
     plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
     edit(plan)
     (tmp_path / "plan" / "plan.json").write_text(json.dumps(plan))
-    refused(sentei("apply", tmp_path / "plan", pico_model, "-o", tmp_path / "out"), sentence)
+    refused(sentei("apply", tmp_path / "plan", demo_pico, "-o", tmp_path / "out"), sentence)
     assert not (tmp_path / "out").exists()
 
 
@@ -186,16 +186,16 @@ def test_a_plan_for_another_model(demo_model: Path, pruned_pico: Path, tmp_path:
     refused(sentei("apply", pruned_pico, demo_model, "-o", tmp_path / "out"), "num_hidden_layers 4", "has 30")
 
 
-def test_a_full_disk_leaves_nothing_behind(pico_model: Path, text: Path, tmp_path: Path):
+def test_a_full_disk_leaves_nothing_behind(demo_pico: Path, text: Path, tmp_path: Path):
     # A limit on file size stands for the disk: the write itself fails, in the middle of a file.
-    script = f"ulimit -f 2000; exec {PROGRAM} prune {pico_model} -o {tmp_path}/out --calibration {text} "
+    script = f"ulimit -f 2000; exec {PROGRAM} prune {demo_pico} -o {tmp_path}/out --calibration {text} "
     script += f"--sparsity 0.3 --samples 2 --seq-len 64 --align 8 --attention-removals 1 {' '.join(PLAIN)} --quiet"
     done = subprocess.run(
         ["bash", "-c", f"trap '' XFSZ; {script}"], capture_output=True, text=True, timeout=300, check=False
     )
     refused(done, "No space left on the disk")
     assert [path.name for path in tmp_path.iterdir()] == ["out.search"]  # the finished search, to be resumed
-    done = prune(pico_model, text, tmp_path / "out", "--resume")
+    done = prune(demo_pico, text, tmp_path / "out", "--resume")
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

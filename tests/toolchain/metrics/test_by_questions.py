@@ -29,10 +29,10 @@ def walk_over(directory: Path) -> LayerWalk:
 
 
 @pytest.fixture(scope="module")
-def questions(pico_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def questions(demo_pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the original answers is right, and what it writes is a refusal: it is perfect, and any change shows."""
     directory = tmp_path_factory.mktemp("questions")
-    model, tokenizer = load_model(pico_model, dtype=torch.float32), load_tokenizer(pico_model)
+    model, tokenizer = load_model(demo_pico, dtype=torch.float32), load_tokenizer(demo_pico)
     texts = dict(write_greedily(model, [tokenizer(each)["input_ids"] for each in PROMPTS], TOKENS))
     rows = [
         {
@@ -65,13 +65,13 @@ def prune(model: Path, out: Path, *options: object, sparsity: float = 0.5) -> An
     return load_plan(out).document
 
 
-def test_a_groups_floor_stops_what_the_average_allows(pico_model: Path, questions: Path, tmp_path: Path):
-    every = prune(pico_model, tmp_path / "all", "--limit-metric", f"accuracy:{questions}", "--min-metric", 0.8)
+def test_a_groups_floor_stops_what_the_average_allows(demo_pico: Path, questions: Path, tmp_path: Path):
+    every = prune(demo_pico, tmp_path / "all", "--limit-metric", f"accuracy:{questions}", "--min-metric", 0.8)
     limited = [step.limit_metric for step in (*every.stage_1, *every.trace)]
     assert limited and all(value is not None and value >= 0.8 for value in limited)
     safety = f"accuracy:{questions}#group=safety"
     options = ("--attention-removals", 2, "--limit-metric", safety, "--min-metric", 0.8)
-    done = sentei("prune", pico_model, "-o", tmp_path / "group", "--sparsity", 0.5, *SETTINGS, *options)
+    done = sentei("prune", demo_pico, "-o", tmp_path / "group", "--sparsity", 0.5, *SETTINGS, *options)
     found = load_plan(tmp_path / "group")
     assert found.document.stopped_because is not None
     assert found.document.stopped_because.startswith("accuracy would be 0.75")
@@ -82,11 +82,11 @@ def test_a_groups_floor_stops_what_the_average_allows(pico_model: Path, question
 
 
 def test_a_floor_of_what_is_written_holds_for_the_model_that_is_written(
-    pico_model: Path, questions: Path, tmp_path: Path
+    demo_pico: Path, questions: Path, tmp_path: Path
 ):
     """Phrases are what the models of stage 1 write: the first attention that goes makes one of them write otherwise."""
-    prune(pico_model, tmp_path / "free")
-    plan, walk, tokenizer = load_plan(tmp_path / "free"), walk_over(pico_model), load_tokenizer(pico_model)
+    prune(demo_pico, tmp_path / "free")
+    plan, walk, tokenizer = load_plan(tmp_path / "free"), walk_over(demo_pico), load_tokenizer(demo_pico)
     rows = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
     ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     for step in range(1, len(plan.document.stage_1) + 1):
@@ -97,7 +97,7 @@ def test_a_floor_of_what_is_written_holds_for_the_model_that_is_written(
     path = tmp_path / "written.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     metric = f"refusal_rate:{path}#wanted=refusals,tokens={TOKENS}"
-    found = prune(pico_model, tmp_path / "out", "--limit-metric", metric, "--min-metric", 1)
+    found = prune(demo_pico, tmp_path / "out", "--limit-metric", metric, "--min-metric", 1)
     assert found.stopped_because is not None and found.stopped_because.startswith("refusal_rate would be")
     assert "without the attention of layer" in found.stopped_because
     assert len(found.stage_1) == len(plan.document.stage_1) and not found.trace
@@ -106,11 +106,11 @@ def test_a_floor_of_what_is_written_holds_for_the_model_that_is_written(
 
 
 def test_a_search_goes_by_what_the_model_writes_and_says_what_that_takes(
-    pico_model: Path, questions: Path, tmp_path: Path
+    demo_pico: Path, questions: Path, tmp_path: Path
 ):
     metric = f"refusal_rate:{questions}#wanted=refusals,tokens={TOKENS}"
     options = ("--metric", metric, "--attention-removals", 2)
-    done = sentei("prune", pico_model, "-o", tmp_path / "out", "--sparsity", 0.3, *SETTINGS, *options)
+    done = sentei("prune", demo_pico, "-o", tmp_path / "out", "--sparsity", 0.3, *SETTINGS, *options)
     assert done.returncode == 0, done.stderr
     assert "writes 8 answers of at most 5 tokens (40 tokens)" in done.stderr.replace("\n", " ")
     found = load_plan(tmp_path / "out").document
@@ -119,7 +119,7 @@ def test_a_search_goes_by_what_the_model_writes_and_says_what_that_takes(
         assert step.metric == max(step.candidates.values())
         assert set(step.ties or ()) in (set(), {n for n, each in step.candidates.items() if each == step.metric})
     # The same again, to the byte.
-    sentei("prune", pico_model, "-o", tmp_path / "again", "--sparsity", 0.3, *SETTINGS, *options)
+    sentei("prune", demo_pico, "-o", tmp_path / "again", "--sparsity", 0.3, *SETTINGS, *options)
     assert (tmp_path / "again" / "plan.json").read_bytes() == (tmp_path / "out" / "plan.json").read_bytes()
     shown = sentei("plan", "why", tmp_path / "out", found.trace[0].removed).stdout
     assert ("was a tie" in shown) == any(step.ties for step in found.trace)
@@ -132,21 +132,21 @@ def _class_of(questions: Path) -> str:
     return max(CHOICES, key=answers.count)
 
 
-def test_an_evaluation_counts_the_same(pico_model: Path, questions: Path, tmp_path: Path):
-    prune(pico_model, tmp_path / "pruned")
+def test_an_evaluation_counts_the_same(demo_pico: Path, questions: Path, tmp_path: Path):
+    prune(demo_pico, tmp_path / "pruned")
     asked = [
         f"accuracy:{questions}#group=safety", f"f1:{questions}#class={_class_of(questions)}",
         f"refusal_rate:{questions}#wanted=refusals,tokens={TOKENS}",
         f"refusal_rate:{questions}#wanted=answers,tokens={TOKENS}", f"valid_json:{questions}#tokens=4",
     ]  # fmt: skip
     done = sentei(
-        "evaluate", tmp_path / "pruned", "--against", pico_model, "-o", tmp_path / "out", "--dtype", "float32",
+        "evaluate", tmp_path / "pruned", "--against", demo_pico, "-o", tmp_path / "out", "--dtype", "float32",
         *(word for each in asked for word in ("--metric", each)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(pico_model)
-    for side, directory in (("original", pico_model), ("pruned", tmp_path / "pruned")):
+    tokenizer = load_tokenizer(demo_pico)
+    for side, directory in (("original", demo_pico), ("pruned", tmp_path / "pruned")):
         walk = walk_over(directory)
         results = [each for each in found["metrics"] if each["model"] == side]
         assert [each["metric"] for each in results] == [each.replace(f"{questions.parent}/", "") for each in asked]
@@ -179,10 +179,10 @@ def test_an_evaluation_counts_the_same(pico_model: Path, questions: Path, tmp_pa
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_computed(
-    pico_model: Path, questions: Path, tmp_path: Path, options: tuple[object, ...], sentence: str
+    demo_pico: Path, questions: Path, tmp_path: Path, options: tuple[object, ...], sentence: str
 ):
     given = [each.replace("Q", str(questions)) if isinstance(each, str) else each for each in options]
-    refused(sentei("prune", pico_model, "-o", tmp_path / "out", "--sparsity", 0.3, *SETTINGS, *given), sentence)
+    refused(sentei("prune", demo_pico, "-o", tmp_path / "out", "--sparsity", 0.3, *SETTINGS, *given), sentence)
     assert not (tmp_path / "out").exists()
 
 
@@ -199,10 +199,10 @@ def test_what_makes_no_sense_is_refused_before_anything_is_computed(
     ],
 )
 def test_an_evaluation_refuses_too(
-    pico_model: Path, questions: Path, tmp_path: Path, options: tuple[object, ...], sentence: str
+    demo_pico: Path, questions: Path, tmp_path: Path, options: tuple[object, ...], sentence: str
 ):
     given = [each.replace("Q", str(questions)) if isinstance(each, str) else each for each in options]
-    refused(sentei("evaluate", pico_model, "-o", tmp_path / "out", *given), sentence)
+    refused(sentei("evaluate", demo_pico, "-o", tmp_path / "out", *given), sentence)
 
 
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid"}

@@ -39,8 +39,8 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("removed", [(), (0,), (0, 2)])
-def test_together_they_are_what_each_is_alone(pico_model: Path, prompts: list[list[int]], removed: tuple[int, ...]):
-    walk = LayerWalk(load_model(pico_model, dtype=torch.float32), LLAMA)
+def test_together_they_are_what_each_is_alone(demo_pico: Path, prompts: list[list[int]], removed: tuple[int, ...]):
+    walk = LayerWalk(load_model(demo_pico, dtype=torch.float32), LLAMA)
     for layer in removed:
         walk.layers.remove_attention(layer)
     found = dict(write_greedily(walk.model, prompts, NUM_TOKENS))
@@ -48,10 +48,10 @@ def test_together_they_are_what_each_is_alone(pico_model: Path, prompts: list[li
 
 
 def test_long_prompts_are_written_few_at_a_time(
-    pico_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    demo_pico: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ):
     """A batch of long prompts would take more memory than a model of any size has to spare."""
-    model, sizes = load_model(pico_model, dtype=torch.float32), list[int]()
+    model, sizes = load_model(demo_pico, dtype=torch.float32), list[int]()
     together = dict(write_greedily(model, prompts, NUM_TOKENS))
     monkeypatch.setattr(written, "_MOST_TOKENS", 60)
     model.register_forward_pre_hook(
@@ -61,8 +61,8 @@ def test_long_prompts_are_written_few_at_a_time(
     assert max(sizes) <= 60 and len(sizes) >= 7
 
 
-def test_an_answer_ends_where_the_model_ends_it(pico_model: Path, prompts: list[list[int]]):
-    model = load_model(pico_model, dtype=torch.float32)
+def test_an_answer_ends_where_the_model_ends_it(demo_pico: Path, prompts: list[list[int]]):
+    model = load_model(demo_pico, dtype=torch.float32)
     whole = [plainly(model, each) for each in prompts]
     end = whole[0][2]
     model.generation_config.eos_token_id = [end]
@@ -73,17 +73,17 @@ def test_an_answer_ends_where_the_model_ends_it(pico_model: Path, prompts: list[
     ]
 
 
-def test_a_model_that_is_broken_is_not_called_one_that_refuses_nothing(pico_model: Path):
-    model = load_model(pico_model, dtype=torch.float32)
+def test_a_model_that_is_broken_is_not_called_one_that_refuses_nothing(demo_pico: Path):
+    model = load_model(demo_pico, dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(SenteiError, match="NaN or Inf"):
         list(write_greedily(model, [[5, 6]], 2))
 
 
-def test_in_a_search_a_candidate_writes_as_if_its_attention_were_gone(pico_model: Path, tmp_path: Path):
+def test_in_a_search_a_candidate_writes_as_if_its_attention_were_gone(demo_pico: Path, tmp_path: Path):
     """Phrases are what the model without attention 1 writes: it alone refuses everything."""
-    model, tokenizer = load_model(pico_model, dtype=torch.float32), load_tokenizer(pico_model)
+    model, tokenizer = load_model(demo_pico, dtype=torch.float32), load_tokenizer(demo_pico)
     walk, asked = LayerWalk(model, LLAMA), ["Trees", "A gardener in winter prunes", "Fruit"]
     walk.layers.remove_attention(1)
     ids = [tokenizer(each)["input_ids"] for each in asked]
@@ -98,17 +98,17 @@ def test_in_a_search_a_candidate_writes_as_if_its_attention_were_gone(pico_model
     assert measure(walk, metric, without_attention=[0]) < 1
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_with_its_number(pico_model: Path, tmp_path: Path):
+def test_a_prompt_that_leaves_no_room_is_refused_with_its_number(demo_pico: Path, tmp_path: Path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"prompt": "short"}\n{"prompt": "%s"}\n' % ("word " * 40))
     with pytest.raises(SenteiError, match=r"q.jsonl question 2: its prompt has 4\d tokens"):
-        choose_metric(f"valid_json:{path}", torch.zeros(1, 8), load_tokenizer(pico_model), longest=140)
+        choose_metric(f"valid_json:{path}", torch.zeros(1, 8), load_tokenizer(demo_pico), longest=140)
 
 
-def test_a_chat_model_is_asked_in_its_template(pico_model: Path, tmp_path: Path):
+def test_a_chat_model_is_asked_in_its_template(demo_pico: Path, tmp_path: Path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"prompt": "Name a tree."}')
-    tokenizer = load_tokenizer(pico_model)
+    tokenizer = load_tokenizer(demo_pico)
     metric = choose_metric(f"valid_json:{path}", torch.zeros(1, 8), tokenizer, longest=256, chat_template=True)
     assert isinstance(metric, WrittenMetric)
     served = tokenizer.apply_chat_template(

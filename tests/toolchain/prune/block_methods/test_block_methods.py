@@ -60,8 +60,8 @@ def plain_states(directory: Path) -> np.ndarray:
     return torch.stack([*(before for before, _ in states), states[-1][1]]).double().numpy()
 
 
-def test_block_influence_is_equation_1(pico_model: Path):
-    states = plain_states(pico_model)
+def test_block_influence_is_equation_1(demo_pico: Path):
+    states = plain_states(demo_pico)
     expected = []
     for before, after in itertools.pairwise(states):
         cosines = [
@@ -69,7 +69,7 @@ def test_block_influence_is_equation_1(pico_model: Path):
             for x, y in zip(before.reshape(-1, 32), after.reshape(-1, 32), strict=True)
         ]
         expected.append(1 - sum(cosines) / len(cosines))
-    assert shortgpt.block_influence(walk_over(pico_model), IDS) == pytest.approx(expected, rel=1e-5)
+    assert shortgpt.block_influence(walk_over(demo_pico), IDS) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_least_influence_goes_first_and_ties_go_to_the_lower_layer():
@@ -77,8 +77,8 @@ def test_the_least_influence_goes_first_and_ties_go_to_the_lower_layer():
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3])
-def test_the_sliding_window_is_the_best_of_all_starts(pico_model: Path, num_blocks: int):
-    last = plain_states(pico_model)[:, :, -1]
+def test_the_sliding_window_is_the_best_of_all_starts(demo_pico: Path, num_blocks: int):
+    last = plain_states(demo_pico)[:, :, -1]
     by_start = {}
     for start in range(NUM_LAYERS - num_blocks + 1):
         angles = [
@@ -86,25 +86,25 @@ def test_the_sliding_window_is_the_best_of_all_starts(pico_model: Path, num_bloc
             for x, y in zip(last[start], last[start + num_blocks], strict=True)
         ]
         by_start[start] = sum(angles) / len(angles) / math.pi
-    walk = walk_over(pico_model)
+    walk = walk_over(demo_pico)
     found = sliding_window.angular_distances(sliding_window.last_token_states(walk, IDS), num_blocks, walk)
     assert found == pytest.approx(list(by_start.values()), rel=1e-4)
     assert sliding_window.most_similar(found) == min(by_start, key=by_start.__getitem__)
 
 
-def test_blockpruner_is_the_plain_greedy_search_until_nothing_is_left(pico_model: Path):
+def test_blockpruner_is_the_plain_greedy_search_until_nothing_is_left(demo_pico: Path):
     gone: frozenset[SubBlock] = frozenset()
-    for best, scores in blockpruner.removals(walk_over(pico_model), PerplexityMetric(IDS[:1])):
-        expected = {each: plain_perplexity(pico_model, gone | {each}) for each in EVERY_SUB_BLOCK if each not in gone}
+    for best, scores in blockpruner.removals(walk_over(demo_pico), PerplexityMetric(IDS[:1])):
+        expected = {each: plain_perplexity(demo_pico, gone | {each}) for each in EVERY_SUB_BLOCK if each not in gone}
         assert scores == pytest.approx(expected, rel=1e-5)
         assert best == min(expected, key=expected.__getitem__)
         gone |= {best}
     assert gone == set(EVERY_SUB_BLOCK)
 
 
-def test_blockpruner_goes_on_from_what_is_gone(pico_model: Path):
-    whole = list(blockpruner.removals(walk_over(pico_model), PerplexityMetric(IDS[:1])))
-    walk, gone = walk_over(pico_model), {best for best, _ in whole[:3]}
+def test_blockpruner_goes_on_from_what_is_gone(demo_pico: Path):
+    whole = list(blockpruner.removals(walk_over(demo_pico), PerplexityMetric(IDS[:1])))
+    walk, gone = walk_over(demo_pico), {best for best, _ in whole[:3]}
     walk.remove(gone)
     rest = list(blockpruner.removals(walk, PerplexityMetric(IDS[:1]), removed=gone))
     assert [best for best, _ in rest] == [best for best, _ in whole[3:]]
@@ -119,16 +119,16 @@ def every_removal(num_layers: int, num_blocks: int) -> Iterator[evopress.Removed
         )
 
 
-def test_evopress_finds_what_brute_force_finds(pico_model: Path):
-    original = plain_logits(pico_model, frozenset()).log_softmax(-1)
+def test_evopress_finds_what_brute_force_finds(demo_pico: Path):
+    original = plain_logits(demo_pico, frozenset()).log_softmax(-1)
 
     def divergence(removed: evopress.Removed) -> float:
-        logits = plain_logits(pico_model, removed).log_softmax(-1)
+        logits = plain_logits(demo_pico, removed).log_softmax(-1)
         return float((original.exp() * (original - logits)).sum(-1).mean())
 
     expected = {removed: divergence(removed) for removed in every_removal(NUM_LAYERS, 2)}
     models = list(expected)
-    fitness = evopress.KLFitness(walk_over(pico_model), IDS)
+    fitness = evopress.KLFitness(walk_over(demo_pico), IDS)
     assert fitness(models, range(3)) == pytest.approx(list(expected.values()), rel=1e-4)
     budget = evopress.Budget(generations_divisor=0.4, initially_generated=4, offspring=6, survivors=2, tokens=(40, 120))
     *_, best = evopress.evolve(
@@ -192,13 +192,13 @@ def prune(model: Path, text: Path, out: Path, method: str, *more: object):
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.removes_blocks])
-def test_the_plan_is_like_any_other(pico_model: Path, text: Path, tmp_path: Path, method: str):
+def test_the_plan_is_like_any_other(demo_pico: Path, text: Path, tmp_path: Path, method: str):
     """Written and measured against what was planned, shown, cut and applied again; from disk, it is the same."""
     out = tmp_path / "out"
-    done = prune(pico_model, text, out, method)
+    done = prune(demo_pico, text, out, method)
     assert done.returncode == 0, done.stderr
     plan = load_plan(out)
-    original, pruned = open_checkpoint(pico_model), open_checkpoint(out)
+    original, pruned = open_checkpoint(demo_pico), open_checkpoint(out)
     assert pruned.layout == plan.layout
     steps = plan.document.block_steps
     assert [step.num_block_parameters for step in plan.steps[1:]] == [step.num_block_parameters for step in steps]
@@ -212,7 +212,7 @@ def test_the_plan_is_like_any_other(pico_model: Path, text: Path, tmp_path: Path
     if method == "sliding-window":
         assert steps[-1].attention[1] == steps[-1].attention[0] + 1
 
-    assert sentei("apply", out, pico_model, "-o", tmp_path / "applied").returncode == 0
+    assert sentei("apply", out, demo_pico, "-o", tmp_path / "applied").returncode == 0
     assert (tmp_path / "applied" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert sentei("plan", "cut", out, "--step", 1, "-o", tmp_path / "cut").returncode == 0
     assert load_plan(tmp_path / "cut").document.block_steps == steps[:1]
@@ -222,16 +222,16 @@ def test_the_plan_is_like_any_other(pico_model: Path, text: Path, tmp_path: Path
     assert f"{plan.document.metric_at_end:.4g}" in shown
     assert json.loads(sentei("plan", "curve", out, "--json").stdout)["steps"][-1]["metric"] == steps[-1].metric
 
-    done = prune(pico_model, text, tmp_path / "disk", method, "--offload")
+    done = prune(demo_pico, text, tmp_path / "disk", method, "--offload")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "disk" / "plan.json").read_bytes() == (out / "plan.json").read_bytes()
 
 
 @pytest.mark.parametrize("method", ["shortgpt", "blockpruner", "evopress"])
 def test_interrupted_and_resumed_it_gives_the_identical_plan(
-    pico_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    demo_pico: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ):
-    assert prune(pico_model, text, tmp_path / "whole", method).returncode == 0
+    assert prune(demo_pico, text, tmp_path / "whole", method).returncode == 0
     real, saved = Search.__init__, []
 
     def interrupting(self: Search, **fields: object) -> None:
@@ -245,14 +245,14 @@ def test_interrupted_and_resumed_it_gives_the_identical_plan(
         real(self, **{**fields, "save": save})
 
     monkeypatch.setattr(Search, "__init__", interrupting)
-    done = prune(pico_model, text, tmp_path / "out", method)
+    done = prune(demo_pico, text, tmp_path / "out", method)
     assert done.returncode == 130
     assert "--resume" in done.stderr
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(Search, "__init__", real)
-    refused(prune(pico_model, text, tmp_path / "out", method), "interrupted search")
-    refused(prune(pico_model, text, tmp_path / "out", method, "--resume", "--seed", 1), "seed: 0 then, 1 now")
-    done = prune(pico_model, text, tmp_path / "out", method, "--resume")
+    refused(prune(demo_pico, text, tmp_path / "out", method), "interrupted search")
+    refused(prune(demo_pico, text, tmp_path / "out", method, "--resume", "--seed", 1), "seed: 0 then, 1 now")
+    done = prune(demo_pico, text, tmp_path / "out", method, "--resume")
     assert done.returncode == 0, done.stderr
     for file in ("plan.json", "model.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
@@ -269,14 +269,14 @@ def test_interrupted_and_resumed_it_gives_the_identical_plan(
     ],
 )
 def test_what_a_method_does_not_know_is_refused(
-    pico_model: Path, text: Path, tmp_path: Path, method: str, options: tuple, parts: tuple[str, ...]
+    demo_pico: Path, text: Path, tmp_path: Path, method: str, options: tuple, parts: tuple[str, ...]
 ):
-    refused(prune(pico_model, text, tmp_path / "out", method, *options), *parts)
+    refused(prune(demo_pico, text, tmp_path / "out", method, *options), *parts)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_why_tells_what_the_method_gave_a_layer(pico_model: Path, text: Path, tmp_path: Path):
-    assert prune(pico_model, text, tmp_path / "out", "blockpruner").returncode == 0
+def test_why_tells_what_the_method_gave_a_layer(demo_pico: Path, text: Path, tmp_path: Path):
+    assert prune(demo_pico, text, tmp_path / "out", "blockpruner").returncode == 0
     first = load_plan(tmp_path / "out").document.block_steps[0].candidates
     assert first is not None
     found = json.loads(sentei("plan", "why", tmp_path / "out", 2, "--json").stdout)

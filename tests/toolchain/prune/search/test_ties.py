@@ -34,8 +34,8 @@ class Scripted(ChoicesMetric):
 
 
 @pytest.fixture
-def walk(pico_model: Path) -> LayerWalk:
-    return LayerWalk(load_model(pico_model, dtype=torch.float32), FAMILIES["llama"])
+def walk(demo_pico: Path) -> LayerWalk:
+    return LayerWalk(load_model(demo_pico, dtype=torch.float32), FAMILIES["llama"])
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def searched(walk: LayerWalk, metric: ChoicesMetric, perplexity: PerplexityMetri
 
 @pytest.mark.parametrize("values", [[0.5, 0.25, 0.75, 0.75], [0.5, 0.5, 0.5, 0.5]])
 def test_of_equals_the_one_that_reads_best_goes(
-    pico_model: Path, walk: LayerWalk, perplexity: PerplexityMetric, values: list[float]
+    demo_pico: Path, walk: LayerWalk, perplexity: PerplexityMetric, values: list[float]
 ):
     alone = {layer: measure(walk, perplexity, without_attention=[layer]) for layer in range(4)}
-    (tried,) = searched(walk, Scripted(pico_model, values), perplexity, 1)
+    (tried,) = searched(walk, Scripted(demo_pico, values), perplexity, 1)
     tied = [layer for layer, value in enumerate(values) if value == max(values)]
     assert tried.ties == pytest.approx({layer: alone[layer] for layer in tied})
     assert tried.removed == min(tied, key=alone.__getitem__)
@@ -62,15 +62,15 @@ def test_of_equals_the_one_that_reads_best_goes(
 
 
 def test_one_that_is_best_alone_goes_whatever_it_reads_like(
-    pico_model: Path, walk: LayerWalk, perplexity: PerplexityMetric
+    demo_pico: Path, walk: LayerWalk, perplexity: PerplexityMetric
 ):
     worst = max(range(4), key=lambda layer: measure(walk, perplexity, without_attention=[layer]))
     values = [0.9 if layer == worst else 0.8 for layer in range(4)]
-    first, second = searched(walk, Scripted(pico_model, [*values, 0.1, 0.1, 0.0]), perplexity, 2)
+    first, second = searched(walk, Scripted(demo_pico, [*values, 0.1, 0.1, 0.0]), perplexity, 2)
     assert (first.removed, first.ties) == (worst, {})
     # The tie break of the second step is of the model without the first.
     left = [layer for layer in range(4) if layer != worst]
-    again = LayerWalk(load_model(pico_model, dtype=torch.float32), FAMILIES["llama"])
+    again = LayerWalk(load_model(demo_pico, dtype=torch.float32), FAMILIES["llama"])
     both = {layer: measure(again, perplexity, without_attention=[worst, layer]) for layer in left[:2]}
     assert second.ties == pytest.approx(both)
     assert second.removed == min(both, key=both.__getitem__)
