@@ -81,9 +81,9 @@ def _before(settings: Mapping[str, Any], num_questions: Mapping[str, int], basel
     lines = [
         f"Calibrated on {settings['calibration']}; perplexity on {' and '.join(settings['texts'].values())}, the texts "
         f"{'for choosing' if settings['choose'] else 'that are looked at once, at the end'}. Sparsity is of the "
-        f"decoder blocks' parameters. Still lost: the part of the nats that {baseline} loses at the same target, "
-        f"`ln(perplexity / original) / ln({baseline} / original)`, mean of both texts. s and CPU s: seconds of pruning "
-        "by the clock and of all processors."
+        "decoder blocks' parameters. Perplexity / …: geometric mean of both texts. Still lost: the part of the nats "
+        f"that {baseline} loses at the same target, `ln(perplexity / original) / ln({baseline} / original)`, mean of "
+        "both texts. s and CPU s: seconds of pruning by the clock and of all processors."
     ]
     if num_questions:
         discordant = settings["discordant"]
@@ -106,13 +106,16 @@ def _before(settings: Mapping[str, Any], num_questions: Mapping[str, int], basel
 
 
 def _texts(rows: Mapping[str, Cells], baseline: str) -> str:
-    header = ["method", "sparsity", "parameters", *TEXTS, f"perplexity / {baseline}", "still lost", "s", "CPU s"]
+    compared = ["perplexity / original", f"perplexity / {baseline}", "still lost"]
+    header = ["method", "sparsity", "parameters", *TEXTS, *compared, "s", "CPU s"]
     lines = []
     for row, cells in rows.items():
         name, target = _named(row)
         pruning = cells.get("pruning", {})
         before, lost, left = map(_perplexities, (rows.get("original"), rows.get(f"{baseline} {target}"), cells))
-        ratio = share = None
+        times = ratio = share = None
+        if before and left:
+            times = geometric_mean(left) / geometric_mean(before)
         if lost and left:
             ratio = geometric_mean(left) / geometric_mean(lost)
         if before and lost and left:
@@ -124,6 +127,7 @@ def _texts(rows: Mapping[str, Cells], baseline: str) -> str:
                 _shown(pruning.get("sparsity"), ".1%"),
                 _shown(pruning.get("num_parameters"), ",d"),
                 *(_shown(cells.get(text, {}).get("perplexity"), ".2f") for text in TEXTS),
+                _shown(times, ".2f"),
                 _shown(ratio, ".3f"),
                 _shown(share, ".2f"),
                 _shown(pruning.get("seconds"), ".0f"),
