@@ -37,6 +37,7 @@ from baseline_units import Kept, Pruned, Shape, num_parameters, pruned, read_sha
 from baselines_table import Table, perplexities
 from real_models import split_texts
 
+from serving.benchmark.environment import machine
 from toolchain.checkpoint.directory import Checkpoint, model_name, open_checkpoint
 from toolchain.errors import SenteiError
 from toolchain.metrics.perplexity import perplexity
@@ -227,7 +228,7 @@ class Bench:
             "num_parameters": self.checkpoint.num_parameters - whole + left, "sparsity": 1 - left / whole,
             "heads": model.kept.heads.sum(1).tolist(), "neurons": model.kept.neurons.sum(1).tolist(),
             "removed_heads": int((~model.kept.heads).sum()), "num_heads": model.kept.heads.size,
-            "cpu_seconds": round(model.cpu_s, 1),
+            "cpu_seconds": round(model.cpu_s, 1), "cpu": machine()["cpu"],
         }  # fmt: skip
 
     def _perplexity(self, text: str, model: Callable[[], Pruned | None]) -> dict[str, Any] | None:

@@ -165,6 +165,6 @@ _NOTES = (
     "`2ssp` come from. Removed: of the decoder blocks' parameters, as many as in the default's plan; FLAP's biases are "
     "counted as kept. A query head takes its rows of `q_proj` and its columns of `o_proj` along, and the last one of a "
     "group the key-value head. Times the original's: geometric mean of both texts. Still lost: the part of the nats "
-    "that 2SSP loses at the same sparsity, mean of both texts. CPU s: processor seconds of pruning; GISP's add up all "
-    "rounds so far."
+    "that 2SSP loses at the same sparsity, mean of both texts. CPU s: processor seconds of pruning, on the `cpu` that "
+    "the JSON names for each row; those of several processors cannot be compared. GISP's add up all rounds so far."
 )

@@ -37,7 +37,7 @@ import torch
 import typer
 from quality_table import markdown
 
-from serving.benchmark.environment import describe_environment
+from serving.benchmark.environment import describe_environment, machine
 from toolchain.checkpoint.directory import Checkpoint, model_name, open_checkpoint
 from toolchain.cli.console import pick_device
 from toolchain.errors import SenteiError
@@ -340,6 +340,7 @@ def _prune(method: Method, place: Path, asked: Asked, sparsity: float, calibrati
         "num_parameters": pruned.num_parameters,
         "sparsity": 1 - pruned.num_block_parameters / asked.model.num_block_parameters,
         "cpu_seconds": round(_cpu_s_of_children() - before_cpu_s, 1),
+        "cpu": machine()["cpu"],
     }
 
 

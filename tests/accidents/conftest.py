@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.accidents.onnx_service import KEY, TEMPLATE, Service
-from tests.conftest import make_pico
+from tests.conftest import SMALL_VOCABULARY, make_pico
 from toolchain.checkpoint.directory import copy_companions
 
 
@@ -18,7 +18,7 @@ def service(pico_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     from serving.server.onnx.server import running_server
 
     source, out = tmp_path_factory.mktemp("source") / "pico", tmp_path_factory.mktemp("onnx") / "pico"
-    make_pico(source, head_dim=16)
+    make_pico(source, head_dim=16, vocab_size=SMALL_VOCABULARY)
     copy_companions(pico_model, source)
     (source / "chat_template.jinja").write_text(TEMPLATE)
     export_onnx(source, out)

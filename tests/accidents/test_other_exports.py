@@ -8,7 +8,7 @@ import pytest
 
 from tests.accidents.onnx_service import Service
 from tests.command_line import refused, sentei
-from tests.conftest import make_pico, prune_by_hand
+from tests.conftest import SMALL_VOCABULARY, make_pico, prune_by_hand
 from toolchain.checkpoint.directory import copy_companions
 
 
@@ -16,7 +16,7 @@ from toolchain.checkpoint.directory import copy_companions
 def source(service: Service, pico_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint that the service's export was made of."""
     directory = tmp_path_factory.mktemp("source") / "pico"
-    make_pico(directory, head_dim=16)
+    make_pico(directory, head_dim=16, vocab_size=SMALL_VOCABULARY)
     copy_companions(pico_model, directory)
     return directory
 

@@ -24,11 +24,11 @@ MAX_TOKENS = 5
 
 
 @pytest.fixture(scope="module")
-def exports(pico_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def exports(demo_pico: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random model, and the same with narrower FFNs and two attentions less, both for ONNX Runtime."""
     place = tmp_path_factory.mktemp("exports")
     make_pico(place / "whole", head_dim=16, max_position_embeddings=128)
-    copy_companions(pico_model, place / "whole")
+    copy_companions(demo_pico, place / "whole")
     (place / "pruned").mkdir()
     prune_by_hand(place / "whole", place / "pruned", removed_attention={1, 2}, width=lambda layer: 32)
     for side, source in zip(SIDES, ("whole", "pruned"), strict=True):
