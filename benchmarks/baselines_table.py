@@ -1,15 +1,15 @@
 """The cells of ``baselines.py``, on disk and as tables for people."""
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, geometric_mean
+from statistics import geometric_mean
 from typing import Any
 
 import typer
+from lost_nats import still_lost
 
 from serving.benchmark.environment import describe_environment
 from toolchain.errors import SenteiError
@@ -128,12 +128,9 @@ def _final(known: Mapping[str, Any], rows: Mapping[str, Any], methods: Iterable[
 
 
 def _quality(found: Sequence[float], original: Sequence[float], lost: Sequence[float]) -> list[str]:
-    shares = [
-        math.log(ours / whole) / math.log(other / whole)
-        for whole, ours, other in zip(original, found, lost, strict=True)
-    ]
     ratio = geometric_mean(found) / geometric_mean(original)
-    return [*(f"{each:.2f}" for each in found), f"{ratio:.3f}", f"{fmean(shares):.2f}"]
+    share = still_lost(found, original=original, lost=lost)
+    return [*(f"{each:.2f}" for each in found), f"{ratio:.3f}", f"{share:.2f}"]
 
 
 def _choices(rows: Mapping[str, Any]) -> Iterable[str]:

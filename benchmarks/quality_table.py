@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log
 from statistics import fmean, geometric_mean
 from typing import Any
+
+from lost_nats import still_lost
 
 from toolchain.significance import mcnemar, smallest_difference
 
@@ -119,8 +120,7 @@ def _texts(rows: Mapping[str, Cells], baseline: str) -> str:
         if lost and left:
             ratio = geometric_mean(left) / geometric_mean(lost)
         if before and lost and left:
-            each = zip(before, lost, left, strict=True)
-            share = fmean(log(ours / whole) / log(theirs / whole) for whole, theirs, ours in each)
+            share = still_lost(left, original=before, lost=lost)
         lines.append(
             [
                 name,

@@ -17,7 +17,6 @@ Pruned models stay in ``--work``; an export is deleted when it was verified. Res
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -27,10 +26,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean, geometric_mean
+from statistics import geometric_mean
 from typing import Annotated, Any
 
 import typer
+from lost_nats import still_lost
 from measured_command import measure_sentei
 
 from serving.benchmark.environment import describe_environment
@@ -317,8 +317,8 @@ def _still_lost(rows: Mapping[str, Mapping[str, Any]], row: str) -> str:
     known = [_perplexities(rows.get(each, {})) for each in (ORIGINAL, row, published)]
     if row == published or not all(known):
         return ""
-    shares = [math.log(ours / whole) / math.log(lost / whole) for whole, ours, lost in zip(*known, strict=True)]
-    return f"{fmean(shares):.2f}"
+    original, left, lost = known
+    return f"{still_lost(left, original=original, lost=lost):.2f}"
 
 
 def _perplexities(cells: Mapping[str, Any]) -> list[float] | None:

@@ -136,10 +136,15 @@ def main(
         seconds = {"seconds": time.monotonic() - started, "processor_seconds": _processor_s() - used}
         write_text(file, json.dumps({**found, **seconds}, indent=1) + "\n")
         print(f"{name}: {seconds['seconds']:.0f} s, of processors {seconds['processor_seconds']:.0f} s", flush=True)
-    done = [name for name in jobs if (asked.work / f"{name}.json").exists()]
-    document = _document(asked, {name: read_json_object(asked.work / f"{name}.json") for name in done}, list(jobs))
+    files = {name: asked.work / f"{name}.json" for name in jobs}
+    document = _document(
+        asked, {name: read_json_object(file) for name, file in files.items() if file.exists()}, wanted=list(jobs)
+    )
     write_text(out, json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document["goals"], indent=1) if done == list(jobs) else f"done: {', '.join(done)} of {len(jobs)}")
+    if document["not_done"]:
+        print(f"still to do: {', '.join(document['not_done'])}")
+    else:
+        print(json.dumps(document["goals"], indent=1))
 
 
 def _jobs(asked: Asked) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -277,8 +282,9 @@ def _random_shape(rng: np.random.Generator, costs: CostsDocument) -> tuple[Layer
     )
 
 
-def _document(asked: Asked, cells: dict[str, dict[str, Any]], wanted: list[str]) -> dict[str, Any]:
+def _document(asked: Asked, cells: dict[str, dict[str, Any]], *, wanted: list[str]) -> dict[str, Any]:
     """What is known so far; goals are looked at when all cells are there."""
+    not_done = [name for name in wanted if name not in cells]
     known = [_costs(asked, number) for number in range(len(asked.loads)) if f"costs-{number}" in cells]
     costs = [read_costs(each).document for each in known]
     return {
@@ -291,8 +297,8 @@ def _document(asked: Asked, cells: dict[str, dict[str, Any]], wanted: list[str])
             "model": asked.model.name,
             "calibration": [Path(each.rpartition(":")[2]).name for each in asked.calibration],
         },
-        "not_done": [name for name in wanted if name not in cells],
-        "goals": _goals(asked, cells) if len(cells) == len(wanted) else None,
+        "not_done": not_done,
+        "goals": None if not_done else _goals(asked, cells),
         "cells": cells,
         "costs": [each.content() for each in costs],
         "environment": describe_environment(),

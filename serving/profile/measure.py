@@ -124,7 +124,10 @@ def bench_as_profiled(
 
 
 def measure_models(
-    bench: Bench, layouts: Mapping[str, Sequence[LayerLayout]], directory: Path, times_over: int = 1
+    bench: Bench,
+    layouts: Mapping[str, Sequence[LayerLayout]],
+    directory: Path,
+    is_too_rough: Callable[[Mapping[str, Measured]], bool] = lambda found: False,
 ) -> dict[str, Measured]:
     """Measures models in turn, and goes on with what is in ``directory``.
 
@@ -132,7 +135,7 @@ def measure_models(
         bench: Where and how.
         layouts: The models' layers by name. All models are on disk at once.
         directory: Keeps measurements and logs; made if need be. The models in it are deleted at the end.
-        times_over: How many times the settings' repeats are made in all.
+        is_too_rough: Whether what was measured is to be measured as often again.
 
     Returns:
         By name and quantity.
@@ -144,13 +147,20 @@ def measure_models(
     models = directory / "models"
     sides = {name: _side(bench, name, layout, models / name) for name, layout in layouts.items()}
     journal = Journal(directory)
-    settings = replace(bench.settings, repeats=times_over * bench.settings.repeats)
-    measure_all(settings, sides, journal, bench.on_progress, open_session=bench.open_session)
+
+    def measured(repeats: int) -> dict[str, Measured]:
+        settings = replace(bench.settings, repeats=repeats)
+        measure_all(settings, sides, journal, bench.on_progress, open_session=bench.open_session)
+        return {
+            name: _measured(side, [journal.get((repeat, 0, name)) for repeat in range(repeats)])
+            for name, side in sides.items()
+        }
+
+    found = measured(bench.settings.repeats)
+    if is_too_rough(found):
+        found = measured(2 * bench.settings.repeats)
     shutil.rmtree(models)
-    return {
-        name: _measured(side, [journal.get((repeat, 0, name)) for repeat in range(settings.repeats)])
-        for name, side in sides.items()
-    }
+    return found
 
 
 def _side(bench: Bench, name: str, layout: Sequence[LayerLayout], place: Path) -> Side:

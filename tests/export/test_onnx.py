@@ -237,13 +237,13 @@ def test_layouts(
             }
         },
         {"num_key_value_heads": 4, "hidden_act": "gelu"},
-        {"num_hidden_layers": 1, "intermediate_size": 512},
+        {"num_hidden_layers": 1, "intermediate_size": SMALL_VOCABULARY},
     ],
     ids=["tied", "biases", "epsilon and theta", "linear rope", "llama3 rope", "no groups", "vocabulary-wide FFN"],
 )  # fmt: skip
 def test_config_variants(prune_pico: Callable[..., Path], overrides: dict[str, object], tmp_path: Path) -> None:
     wide = "intermediate_size" in overrides
-    pruned = prune_pico(set() if wide else {1}, lambda layer: 512 if wide else 33, **overrides)
+    pruned = prune_pico(set() if wide else {1}, lambda layer: SMALL_VOCABULARY if wide else 33, **overrides)
     export_onnx(pruned, tmp_path / "out")
     expected = TransformersEngine(pruned, dtype=torch.float32).log_probabilities(IDS)
     assert (OnnxEngine(tmp_path / "out").log_probabilities(IDS) - expected).abs().max() <= 1e-4

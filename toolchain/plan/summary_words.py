@@ -5,8 +5,6 @@ from typing import Any
 from toolchain.plan.bought import bought, timed
 from toolchain.plan.target_record import TargetRecord
 
-# Of a target whose measurement is off, but scatters so much that it does not exclude it.
-LEFT_OPEN = "the measurements scatter too much to tell whether that is met; a quieter machine would"
 # What a kind of part is called.
 NAMES = {"outside": "no layer's", "attention": "attentions", "ffn": "FFN neurons"}
 
@@ -36,9 +34,11 @@ def target_in_words(target: dict[str, Any] | None) -> list[str]:
     """
     if target is None:
         return []
-    missed = f"; {LEFT_OPEN}" if target.get("left_open") else ""
+    missed = ""
     if not target["met"]:
         missed = f"; not met in {len(target['rounds'])} rounds, this is the nearest"
+    elif target.get("left_open"):
+        missed = "; the measurements scatter too much to tell whether that is met; a quieter machine would"
     return [
         f"{value['asked']}: predicted {_with_interval(value, 'predicted')}"
         + (f", measured {_with_interval(value, 'measured')}" if value.get("measured") is not None else "")

@@ -5,7 +5,7 @@ are measured. What they cost is compared with what was predicted, and the budget
 secant's step, which closes in fast where the error is nearly the same for shapes that are nearly the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from toolchain.progress import Progress
 from toolchain.prune.budget.allocation import Protected
 from toolchain.prune.budget.least_damage import Choice, least_damage
 from toolchain.prune.budget.target import (
+    Measured,
     Target,
     budget_of,
     check_targets,
@@ -151,21 +152,21 @@ def _tried(aim: Aim, damages: Predicted, choice: Choice, directory: Path, *, tim
         LayerLayout(attention=layer not in removed, intermediate_size=width)
         for layer, width in enumerate(choice.widths)
     ]
-    values = [predicted(target, aim.costs.document, layout) for target in aim.targets]
+    values = predictions = [predicted(target, aim.costs.document, layout) for target in aim.targets]
     if timed:
         shapes = {"shape": tuple(layout)}
         if any(target.name == "speedup" for target in aim.targets):
             shapes["whole"] = aim.costs.document.whole
         # By its name, so that what was measured of another shape is never taken for it.
         place = directory / f"shape-{digest_of(asdict(choice))}"
-        for times_over in (1, 2):
-            measured = aim.measure(shapes, place, times_over)
-            values = [
+
+        def with_times(measured: Mapping[str, Measured]) -> list[TargetValue]:
+            return [
                 with_measured(value, target, measured["shape"], measured.get("whole"))
-                for value, target in zip(values, aim.targets, strict=True)
+                for value, target in zip(predictions, aim.targets, strict=True)
             ]
-            if not _is_left_open(aim.targets, values):
-                break
+
+        values = with_times(aim.measure(shapes, place, lambda found: _is_left_open(aim.targets, with_times(found))))
     return TargetRound(
         intermediate_size=list(choice.widths),
         removed_attention=removed,

@@ -24,13 +24,15 @@ class Aim:
         targets: All of them are to be met.
         costs: What each part of the model costs where it will be served.
         measure: Measures models of random weights there, given their layers by name, a directory to keep its work in,
-            and how many times over the usual repeats are made; returns times by name and quantity, one a repeat. What
-            the directory holds is not measured again.
+            and what says whether a measurement is to be made as often again; returns times by name and quantity, one
+            per repeat.
     """
 
     targets: Sequence[Target]
     costs: Costs
-    measure: Callable[[Mapping[str, Sequence[LayerLayout]], Path, int], Mapping[str, Measured]]
+    measure: Callable[
+        [Mapping[str, Sequence[LayerLayout]], Path, Callable[[Mapping[str, Measured]], bool]], Mapping[str, Measured]
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,22 @@ def test_a_shape_is_measured_as_its_costs_were(pico_model, tmp_path):
     assert not list((tmp_path / "target").glob("*/models"))
 
 
+def test_what_is_too_rough_is_measured_as_often_again_by_the_same_models(pico_model, tmp_path):
+    told: list[str] = []
+    bench = replace(bench_of(pico_model, FakeEngine(PREFILL, DECODE)), on_progress=told.append)
+    layouts = {"shape": layout_of(*[(1, 24)] * 4), "whole": layout_of(*[(1, 48)] * 4)}
+    seen: list[int] = []
+
+    def is_too_rough(found):
+        seen.extend(len(each["tpot_ms"]) for each in found.values())
+        return True
+
+    found = measure_models(bench, layouts, tmp_path / "work", is_too_rough)
+    assert seen == [bench.settings.repeats] * 2
+    assert [len(each["tpot_ms"]) for each in found.values()] == [2 * bench.settings.repeats] * 2
+    assert [message for message in told if message.startswith("writing")] == ["writing shape", "writing whole"]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [

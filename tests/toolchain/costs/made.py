@@ -78,19 +78,21 @@ class FakeMeasurement:
 
     def __init__(self, costs, distortion=lambda layout: 1.0, noise=(1.0, 1.0, 1.0), again=None, fails=False):
         self.costs, self.distortion, self.noise, self.fails = costs.document, distortion, noise, fails
-        self.again, self.asked, self.times_over = noise if again is None else again, [], []
+        self.again, self.asked, self.was_repeated = noise if again is None else again, [], []
 
-    def __call__(self, layouts, directory, times_over):
+    def __call__(self, layouts, directory, is_too_rough):
         if self.fails:
             raise KeyboardInterrupt
-        if times_over == 1:
-            self.asked.append(dict(layouts))
-        self.times_over.append(times_over)
-        return {name: self._times(name, layout, times_over) for name, layout in layouts.items()}
+        self.asked.append(dict(layouts))
+        found = self._measured(layouts, self.noise)
+        self.was_repeated.append(is_too_rough(found))
+        return self._measured(layouts, (*self.noise, *self.again)) if self.was_repeated[-1] else found
 
-    def _times(self, name, layout, times_over):
+    def _measured(self, layouts, noise):
+        return {name: self._times(name, layout, noise) for name, layout in layouts.items()}
+
+    def _times(self, name, layout, noise):
         factor = 1.0 if name == "whole" else self.distortion(layout)
-        noise = (*self.noise, *self.again) if times_over > 1 else self.noise
         noise = (1.0,) * len(noise) if name == "whole" else noise
         return {
             quantity: [factor * each * parts.parts.of(layout) for each in noise]
