@@ -25,7 +25,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -58,31 +57,38 @@ class Method:
 
     Attributes:
         name: In the table.
-        commands: ``sentei`` commands, run in turn. Each writes ``{out}``, may read ``{before}``, which the one before
-            it wrote, and knows ``{model}``, ``{sparsity}``, ``{calibration}``, ``{samples}``, ``{seq_len}``,
-            ``{dtype}`` and ``{device}``.
+        command: A ``sentei`` command. It writes ``{out}``, and knows ``{model}``, ``{sparsity}``, ``{calibration}``,
+            ``{samples}``, ``{seq_len}``, ``{dtype}`` and ``{device}``.
+        after: The method whose result, ``{before}``, it goes on with.
     """
 
     name: str
-    commands: tuple[str, ...]
+    command: str
+    after: "Method | None" = None
+
+    @property
+    def commands(self) -> list[str]:
+        """All that are run, in turn."""
+        return [*(self.after.commands if self.after else []), self.command]
 
 
 _PRUNE = (
     "prune {model} -o {out} --sparsity {sparsity} --calibration {calibration} --samples {samples} --seq-len {seq_len} "
     "--dtype {dtype} --device {device}"
 )
-_OURS = f"{_PRUNE} --align 1 --widths ranked --compensate --search racing"
+# As many parameters as 2SSP.
+_OURS = Method(name="ours", command=f"{_PRUNE} --align 1 --widths ranked --compensate --search racing")
 METHODS = (
-    Method(name="2ssp", commands=(f"{_PRUNE} --method 2ssp --align 1",)),
-    # As many parameters.
-    Method(name="ours", commands=(_OURS,)),
-    Method(name="shortgpt", commands=(f"{_PRUNE} --method shortgpt",)),
-    Method(name="sliding-window", commands=(f"{_PRUNE} --method sliding-window",)),
-    Method(name="blockpruner", commands=(f"{_PRUNE} --method blockpruner",)),
-    Method(name="evopress", commands=(f"{_PRUNE} --method evopress --evopress-budget small",)),
+    Method(name="2ssp", command=f"{_PRUNE} --method 2ssp --align 1"),
+    _OURS,
+    Method(name="shortgpt", command=f"{_PRUNE} --method shortgpt"),
+    Method(name="sliding-window", command=f"{_PRUNE} --method sliding-window"),
+    Method(name="blockpruner", command=f"{_PRUNE} --method blockpruner"),
+    Method(name="evopress", command=f"{_PRUNE} --method evopress --evopress-budget small"),
     Method(
         name="ours+heal",
-        commands=(_OURS, "heal {before} --against {model} --data {calibration} -o {out} --steps 20 --device {device}"),
+        command="heal {before} --against {model} --data {calibration} -o {out} --steps 20 --device {device}",
+        after=_OURS,
     ),
 )
 BASELINE = "2ssp"
@@ -149,7 +155,7 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
     dtype: Annotated[str, typer.Option(help="Computed in, to prune and to evaluate.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
-    batch_size: Annotated[str, typer.Option(help="Requests that a model reads at a time: a number, or auto.")] = "4",
+    batch_size: Annotated[str, typer.Option(help="Requests that a model reads at a time: a number, or auto.")] = "16",
     discordant: Annotated[
         float,
         typer.Option(
@@ -241,27 +247,71 @@ def _fill(
         measure("original", cache(partial(_walk, asked.model.directory, asked)), {})
         for target in sparsities:
             for method in methods:
-                row = f"{method.name} {target:g}"
-                depends_on = {
-                    "commands": method.commands, "sparsity": target, "calibration": _digest(calibration),
-                    "weights": asked.model.fingerprint, "samples": asked.samples, "seq_len": asked.seq_len,
-                    "dtype": asked.dtype,
-                }  # fmt: skip
-                place = asked.work / f"{method.name}-{target:g}-{digest_of(depends_on)}"
-                prune = partial(_prune, method, place, asked, target, calibration)
-                if table.fill(row, "pruning", depends_on, prune) is not None:
-                    measure(row, cache(partial(_pruned_walk, place, asked, prune)), depends_on)
+                pruned = _Pruned(table, asked, method, target, calibration)
+                if pruned.fill() is not None:
+                    measure(pruned.row, cache(pruned.walk), pruned.depends_on)
+
+
+class _Pruned:
+    """A row's model: made once, kept, and made again where it is gone."""
+
+    def __init__(self, table: "Table", asked: Asked, method: Method, sparsity: float, calibration: Path) -> None:
+        self._table, self._asked, self._method = table, asked, method
+        self._sparsity, self._calibration = sparsity, calibration
+        self._before = _Pruned(table, asked, method.after, sparsity, calibration) if method.after else None
+        self.row = f"{method.name} {sparsity:g}"
+        self.depends_on = {
+            "commands": method.commands, "sparsity": sparsity, "calibration": _digest(calibration),
+            "weights": asked.model.fingerprint, "samples": asked.samples, "seq_len": asked.seq_len,
+            "dtype": asked.dtype,
+        }  # fmt: skip
+        self.place = asked.work / f"{method.name}-{sparsity:g}-{digest_of(self.depends_on)}"
+
+    def fill(self) -> dict[str, Any] | None:
+        """The cell that says what pruning took, of all commands; ``None`` past the deadline."""
+        if self._before and self._before.fill() is None:
+            return None
+        return self._table.fill(self.row, "pruning", self.depends_on, self._prune)
+
+    def walk(self) -> LayerWalk:
+        """The model."""
+        self._make()
+        return _walk(self.place, self._asked)
+
+    def _make(self) -> None:
+        if self.place.exists():
+            return
+        if self._before:
+            self._before._make()
+        asked = self._asked
+        command = self._method.command.split()
+        values = {
+            "model": asked.model.directory, "sparsity": self._sparsity, "calibration": self._calibration,
+            "samples": asked.samples, "seq_len": asked.seq_len, "dtype": asked.dtype, "device": asked.device,
+            "out": self.place, "before": self._before.place if self._before else None,
+        }  # fmt: skip
+        arguments = [part.format(**values) for part in command]
+        subprocess.run([sys.executable, "-c", _SENTEI, *arguments, "--quiet"], check=True)
+
+    def _prune(self) -> dict[str, Any]:
+        before = self._before.fill() if self._before else None
+        if self._before:
+            self._before._make()
+        shutil.rmtree(self.place, ignore_errors=True)
+        began, cpu_before = time.monotonic(), _cpu_s_of_children()
+        self._make()
+        used = {"seconds": time.monotonic() - began, "cpu_seconds": _cpu_s_of_children() - cpu_before}
+        pruned = open_checkpoint(self.place)
+        return {
+            "num_parameters": pruned.num_parameters,
+            "sparsity": 1 - pruned.num_block_parameters / self._asked.model.num_block_parameters,
+            **{name: round(value + (before[name] if before else 0), 1) for name, value in used.items()},
+            "cpu": machine()["cpu"],
+        }
 
 
 def _walk(directory: Path, asked: Asked) -> LayerWalk:
     return open_walk(open_checkpoint(directory), dtype=getattr(torch, asked.dtype), device=asked.device, offload=False)
-
-
-def _pruned_walk(place: Path, asked: Asked, prune: Callable[[], object]) -> LayerWalk:
-    """What a row measures, pruned again if an earlier run's model is gone."""
-    if not place.exists():
-        prune()
-    return _walk(place, asked)
 
 
 class Table:
@@ -298,7 +348,8 @@ class Table:
                 return None
             typer.echo(f"{row}: {column} ...", err=True)
             started = time.monotonic()
-            cell = {**compute(), "seconds": round(time.monotonic() - started, 1), "key": key}
+            found = compute()
+            cell = {"seconds": round(time.monotonic() - started, 1), **found, "key": key}
             self.rows.setdefault(row, {})[column] = cell
             self.save()
         return cell
@@ -317,31 +368,6 @@ class Table:
     def markdown(self) -> str:
         """The results for people."""
         return markdown(self._settings, self._num_questions, self.rows, baseline=BASELINE)
-
-
-def _prune(method: Method, place: Path, asked: Asked, sparsity: float, calibration: Path) -> dict[str, Any]:
-    """Runs a method's commands; keeps only what the last one writes."""
-    shutil.rmtree(place, ignore_errors=True)
-    before_cpu_s = _cpu_s_of_children()
-    values = {
-        "model": asked.model.directory, "sparsity": sparsity, "calibration": calibration, "samples": asked.samples,
-        "seq_len": asked.seq_len, "dtype": asked.dtype, "device": asked.device,
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=place.parent) as steps:
-        before = Path(steps) / "none"
-        for number, command in enumerate(method.commands):
-            last = number == len(method.commands) - 1
-            step = place if last else Path(steps) / str(number)
-            arguments = [part.format(**values, out=step, before=before) for part in command.split()]
-            subprocess.run([sys.executable, "-c", _SENTEI, *arguments, "--quiet"], check=True)
-            before = step
-    pruned = open_checkpoint(place)
-    return {
-        "num_parameters": pruned.num_parameters,
-        "sparsity": 1 - pruned.num_block_parameters / asked.model.num_block_parameters,
-        "cpu_seconds": round(_cpu_s_of_children() - before_cpu_s, 1),
-        "cpu": machine()["cpu"],
-    }
 
 
 def _cpu_s_of_children() -> float:

@@ -1,6 +1,7 @@
 """``benchmarks/quality.py`` keeps to its protocol, compares what was asked alike, and says first what it can find."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,6 +161,40 @@ def test_the_original_alone_goes_on_where_it_ended_and_never_with_other_settings
     assert json.loads((out / "quality_pico.json").read_text())["rows"] == found["rows"]
     with pytest.raises(SenteiError, match="'2sp' is not known"):
         bench.quality.main(pico_model, out=out, methods="2sp", **asked)
+
+
+def test_a_method_that_goes_on_with_another_does_not_do_it_again_and_counts_its_time(
+    bench: SimpleNamespace, data: Path, tmp_path: Path, pico_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ran: list[list[str]] = []
+
+    def run(command: list[str], *, check: bool) -> None:
+        ran.append(command[3:-1])
+        source = pico_model if command[3] == "prune" else Path(command[4])
+        shutil.copytree(source, command[command.index("-o") + 1])
+
+    monkeypatch.setattr(bench.quality.subprocess, "run", run)
+    monkeypatch.setattr(bench.quality, "_cpu_s_of_children", lambda: 100.0 * len(ran))
+    out, work = tmp_path / "out", tmp_path / "work"
+    asked = {"data": data, "work": work, "windows": 2, "seq_len": 16, "limit": 1, "sparsity": [0.5], "choose": True}
+    bench.quality.main(pico_model, out=out, methods="ours", **asked)
+    bench.quality.main(pico_model, out=out, methods="ours+heal", **asked)
+    assert [command[0] for command in ran] == ["prune", "heal"]
+    [healed, pruned] = (path for path in sorted(work.iterdir()) if path.is_dir())
+    assert ran[1][1] == str(pruned)
+    rows = json.loads((out / "quality_pico_choose.json").read_text())["rows"]
+    assert [rows[row]["pruning"]["cpu_seconds"] for row in ("ours 0.5", "ours+heal 0.5")] == [100, 200]
+    # A model that is gone is made again, from what is still there; what was measured of it stays.
+    shutil.rmtree(pruned)
+    shutil.rmtree(healed)
+    del rows["ours+heal 0.5"]["c4"]
+    document = json.loads((out / "quality_pico_choose.json").read_text())
+    (out / "quality_pico_choose.json").write_text(json.dumps({**document, "rows": rows}))
+    bench.quality.main(pico_model, out=out, methods="ours+heal", **asked)
+    assert [command[0] for command in ran] == ["prune", "heal", "prune", "heal"]
+    again = json.loads((out / "quality_pico_choose.json").read_text())["rows"]
+    assert again["ours+heal 0.5"]["pruning"] == rows["ours+heal 0.5"]["pruning"]
+    assert "c4" in again["ours+heal 0.5"]
 
 
 def test_another_model_of_the_same_name_is_refused(bench: SimpleNamespace, pico_model: Path, tmp_path: Path):

@@ -1,8 +1,10 @@
 """lm-eval's wrapper around a loaded model, which reads as the model is served. Imports lm-eval."""
 
 import io
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from toolchain.errors import SenteiError
 from toolchain.evaluate.task_requests import BatchSize
 from toolchain.text.chat_template import ANSWER_BEGINS, LAST_GOES_ON, ChatTemplate
 
-_BATCH_SIZES = {"cpu": 4, "cuda": 16}
+_BATCH_SIZE = 16
 
 
 def pick_batch_size(asked: BatchSize | None, device: torch.device) -> BatchSize:
@@ -24,10 +26,7 @@ def pick_batch_size(asked: BatchSize | None, device: torch.device) -> BatchSize:
         device: Where the model is. What does not fit into a CPU's memory ends the process, so there ``auto`` tries
             nothing and is the default.
     """
-    on_gpu = device.type == "cuda"
-    if asked is None or (asked == "auto" and not on_gpu):
-        return _BATCH_SIZES["cuda" if on_gpu else "cpu"]
-    return asked
+    return _BATCH_SIZE if asked is None or (asked == "auto" and device.type != "cuda") else asked
 
 
 class ServedHFLM(HFLM):
@@ -48,6 +47,7 @@ class ServedHFLM(HFLM):
     ) -> None:
         """See :func:`toolchain.evaluate.lm_eval_tasks.run_task`; without ``template``, prompts go in as they are."""
         self._bos, self._template, self.num_cut = bos, template, 0
+        self._longest_choice: int | None = None
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
@@ -107,7 +107,32 @@ class ServedHFLM(HFLM):
                 "Leave that question out.",
             )
         within = [(asked, self._cut(prompt, longest - len(choice)), choice) for asked, prompt, choice in requests]
-        return super()._loglikelihood_tokens(within, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        answer = partial(super()._loglikelihood_tokens, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        if self.batch_size == "auto":
+            # What fits is tried with all logits.
+            return answer(within)
+        by_length = defaultdict(list)
+        for place, (_, _, choice) in enumerate(within):
+            by_length[len(choice).bit_length()].append(place)
+        answers: list[Any] = [None] * len(within)
+        for places in by_length.values():
+            self._longest_choice = max(len(within[place][2]) for place in places)
+            for place, found in zip(places, answer([within[place] for place in places]), strict=True):
+                answers[place] = found
+        return answers
+
+    def _model_call(self, inps: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Logits of the last tokens, int64 ``[num_rows, num_tokens]`` in, ``[num_rows, num_kept, vocab_size]`` out.
+
+        lm-eval finds a choice by how far it is from the end, and what comes before it would be most of the memory.
+        """
+        num_kept = inps.shape[1]
+        if self._longest_choice is not None:
+            # Rows are filled up with zeros; a last token that is 0 itself is counted too, which keeps more than needed.
+            num_filled = int(inps.flip(1).eq(0).cumprod(1).sum(1).max())
+            num_kept = min(num_kept, num_filled + self._longest_choice)
+        with torch.no_grad():
+            return self.model(inps, logits_to_keep=num_kept).logits
 
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
         """A task's turns as text.

@@ -104,7 +104,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="N|auto",
-            help="Prompts per batch (4; on a GPU 16); auto: as many as fit the GPU.",
+            help="Prompts per batch (16); auto: as many as fit the GPU.",
             rich_help_panel=_TASKS,
         ),
     ] = None,
