@@ -372,7 +372,7 @@ def test_a_real_model_is_asked_with_examples_in_its_template(
     assert "Asked in the model's chat template." in done.stdout
     [task] = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
     told = ("num_fewshot", "fewshot_source", "num_questions", "batch_size", "chat_template", "num_cut")
-    assert [task[each] for each in told] == [2, "shown.jsonl", 2, 4, True, 0]
+    assert [task[each] for each in told] == [2, "shown.jsonl", 2, 16, True, 0]
     plain = json.loads(sentei(*asked[:6], "--batch-size", 1, "--json", "--quiet").stdout)["tasks"][0]
     assert [plain[each] for each in told] == [0, None, 2, 1, False, 0]
     assert task["prompts_sha256"] != plain["prompts_sha256"]
