@@ -269,9 +269,10 @@ class _Pruned:
 
     def fill(self) -> dict[str, Any] | None:
         """The cell that says what pruning took, of all commands; ``None`` past the deadline."""
-        if self._before and self._before.fill() is None:
+        before = self._before.fill() if self._before else {}
+        if before is None:
             return None
-        return self._table.fill(self.row, "pruning", self.depends_on, self._prune)
+        return self._table.fill(self.row, "pruning", self.depends_on, partial(self._prune, before))
 
     def walk(self) -> LayerWalk:
         """The model."""
@@ -284,19 +285,17 @@ class _Pruned:
         if self._before:
             self._before._make()
         asked = self._asked
-        command = self._method.command.split()
         values = {
             "model": asked.model.directory, "sparsity": self._sparsity, "calibration": self._calibration,
             "samples": asked.samples, "seq_len": asked.seq_len, "dtype": asked.dtype, "device": asked.device,
             "out": self.place, "before": self._before.place if self._before else None,
         }  # fmt: skip
-        arguments = [part.format(**values) for part in command]
+        arguments = [part.format(**values) for part in self._method.command.split()]
         subprocess.run([sys.executable, "-c", _SENTEI, *arguments, "--quiet"], check=True)
 
-    def _prune(self) -> dict[str, Any]:
-        before = self._before.fill() if self._before else None
+    def _prune(self, before: Mapping[str, Any]) -> dict[str, Any]:
         if self._before:
-            self._before._make()
+            self._before._make()  # if it is gone; its time is in ``before``
         shutil.rmtree(self.place, ignore_errors=True)
         began, cpu_before = time.monotonic(), _cpu_s_of_children()
         self._make()
@@ -305,7 +304,7 @@ class _Pruned:
         return {
             "num_parameters": pruned.num_parameters,
             "sparsity": 1 - pruned.num_block_parameters / self._asked.model.num_block_parameters,
-            **{name: round(value + (before[name] if before else 0), 1) for name, value in used.items()},
+            **{name: round(value + before.get(name, 0), 1) for name, value in used.items()},
             "cpu": machine()["cpu"],
         }
 
@@ -358,7 +357,7 @@ class Table:
         """Writes the results, as JSON and as Markdown."""
         document = {
             "schema_version": 2, "kind": "quality_benchmark", "settings": self._settings,
-            "methods": {method.name: list(method.commands) for method in METHODS}, "rows": self.rows,
+            "methods": {method.name: method.commands for method in METHODS}, "rows": self.rows,
             "environment": describe_environment(),
         }  # fmt: skip
         self._path.parent.mkdir(parents=True, exist_ok=True)
