@@ -96,17 +96,24 @@ class Heartbeats:
         """Who made the launcher end this rank; ``None`` if all were interrupted."""
         return self._culprit()
 
-    def leave(self, sentence: str, exit_code: int) -> None:
-        """Says the last word, and waits until it is out."""
+    def say_last_word(self, sentence: str, exit_code: int) -> None:
+        """Says how this rank ends, and waits until it is out."""
         self._last_word = {"sentence": sentence, "exit_code": exit_code}
         self._ended.set()
         self._thread.join(timeout=2 * _DEAD_S)
 
+    def leave(self) -> None:
+        """Tells that this rank looks at the store no more: the process that holds it need not stay for it."""
+        try:
+            self._store.set(beat_key(self._rank), json.dumps({**(self._last_word or {}), "left": True}))
+        except RuntimeError:
+            self._store_is_lost = True
+
     def wait_for_others(self) -> None:
-        """Waits for the last words of the others that are alive, for some seconds."""
+        """Waits until the others that are alive have left the store, for some seconds."""
         end = time.monotonic() + _LONGEST_WAIT_S
         while time.monotonic() < end and not self._store_is_lost:
-            if all(self._has_ended(each) or self._is_silent(each) for each in self._seen):
+            if all(seen.beat.get("left") or self._is_silent(other) for other, seen in self._seen.items()):
                 return
             self._look()
             time.sleep(BEAT_S / 5)

@@ -64,9 +64,10 @@ def last_word(sentence: str, exit_code: int) -> tuple[str, int]:
         speaks = is_first() or (_is_joining and exit_code != INTERRUPTED)
         return (sentence if speaks else ""), exit_code
     beats = _joined.heartbeats
-    beats.leave(sentence, exit_code)
+    beats.say_last_word(sentence, exit_code)
     if exit_code == INTERRUPTED and (lost := beats.why_interrupted()) is not None:
         sentence, exit_code = str(lost), lost.exit_code
+    beats.leave()
     if _joined.is_first:
         beats.wait_for_others()  # for whom the store may be in this process
     return (sentence if beats.speaks else ""), exit_code

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from safetensors.torch import load_file
 
 from tests.command_line import PROGRAM, sentei
 from tests.toolchain.ranks.processes import end_after_a_kill, free_port, start_ranks
-from toolchain.errors import SenteiError
+from toolchain.errors import INTERRUPTED, SenteiError
 from toolchain.prune.search import attention, two_stage
 from toolchain.prune.search.divided_candidates import even_ranges
 from toolchain.ranks import joining
+from toolchain.ranks.heartbeat import Heartbeats
 from toolchain.ranks.launch import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of os.fork
@@ -135,6 +137,29 @@ def test_a_rank_that_fails_is_quoted_once(pico_model: Path, tmp_path: Path):
     said = "".join(each.said for each in ranks)
     assert said.count("Error") == said.count("This machine is full. Make room.") == 1
     assert "Rank 1 of 2" in ranks[0].said
+
+
+def test_rank_0_keeps_the_store_until_the_others_have_looked(pico_model: Path, tmp_path: Path):
+    """Else a rank that is slow to look takes an interrupt for the death of rank 0."""
+
+    def is_interrupted(rank: int) -> None:
+        def interrupted(*args, **kw):
+            raise KeyboardInterrupt
+
+        two_stage.neuron_sensitivity = interrupted
+        if rank == 1:
+            real = Heartbeats._look
+
+            def look(beats):
+                time.sleep(0.5 if beats._last_word else 0)
+                real(beats)
+
+            Heartbeats._look = look
+
+    ranks = start_ranks(tmp_path, [command(pico_model, tmp_path / "out", "-q")] * 2, first=is_interrupted)
+    assert [each.end() for each in ranks] == [INTERRUPTED, INTERRUPTED], [each.said for each in ranks]
+    assert "Interrupted" in ranks[0].said and "Interrupted" not in ranks[1].said
+    assert "Error" not in ranks[0].said + ranks[1].said
 
 
 def test_ranks_with_different_models_are_refused(pico_model: Path, demo_model: Path, tmp_path: Path):
