@@ -60,16 +60,18 @@ class Steps:
         poc: What was asked for.
         model: The original's directory.
         directory: Where everything goes.
+        swept: The sparsities whose plans are searched for together; the others are searched for one by one.
     """
 
     poc: PocDocument
     model: Path
     directory: Path
+    swept: Sequence[float]
 
     @property
     def sweep(self) -> Step:
-        """The plans of all sparsities, of which none is a model yet."""
-        listed = sorted(self.poc.candidates.sparsities)
+        """The plans of several sparsities, of which none is a model yet."""
+        listed = sorted(self.swept)
         # A list of one is written with a comma too.
         asked = ",".join(f"{each:g}" for each in listed) if len(listed) > 1 else f"{listed[0]:g}:{listed[0]:g}:1"
         out = self.directory / "plans"
@@ -77,10 +79,10 @@ class Steps:
         return Step(name="plans", work="plans", arguments=arguments, out=out, resumes=True, scale=len(listed))
 
     def pruned(self, sparsity: float) -> Step:
-        """A pruned model: from its plan, or searched for where it lies between those that were asked for."""
+        """A pruned model: from its plan, or searched for where there is none."""
         out = self.directory / "models" / f"{sparsity:g}"
         name = f"prune {percent(sparsity)}"
-        if sparsity in self.poc.candidates.sparsities:
+        if f"{sparsity:g}" in {f"{each:g}" for each in self.swept}:
             plan = self.sweep.out / f"{sparsity:g}"
             texts = [word for text in self.poc.calibration.text for word in ("--calibration", text)]
             arguments = ("apply", str(plan), str(self.model), "-o", str(out), *texts)

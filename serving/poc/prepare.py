@@ -57,7 +57,10 @@ class Prepared:
 
     def steps(self, out: Path) -> Steps:
         """The steps, writing into a directory."""
-        return Steps(poc=self.poc, model=self.checkpoint.directory.resolve(), directory=out.resolve())
+        return Steps(
+            poc=self.poc, model=self.checkpoint.directory.resolve(), directory=out.resolve(),
+            swept=self.poc.candidates.sparsities,
+        )  # fmt: skip
 
     def inputs_of(self, step: Step) -> Mapping[str, Any]:
         """What a step depends on beside its command. No question changes what a model is, or how fast."""

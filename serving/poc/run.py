@@ -1,6 +1,7 @@
 """A proof of concept from beginning to end: checks, steps, and the decision; writes ``verdict.json``."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from serving.decision.capacity import as_csv, capacity_rows
@@ -10,14 +11,16 @@ from serving.decision.pareto import better_ones, points_of
 from serving.decision.verdict import decide
 from serving.poc.document import POC_FILE, PocDocument
 from serving.poc.measured import GOODPUT, gain_metric
-from serving.poc.plan_of_steps import Step, file_name
+from serving.poc.plan_of_steps import Step, Steps, file_name
 from serving.poc.prepare import Prepared, amounts_of
 from serving.poc.run_steps import StepRunner
 from serving.poc.time_needed import seconds_of
 from serving.poc.walk import Walk, expected_steps
 from toolchain.checkpoint.directory import model_name
+from toolchain.documents import read_document
 from toolchain.errors import SenteiError
 from toolchain.outputs import claimed_file, write_text
+from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument
 
 CAPACITY_FILE = "capacity.csv"
 _MARK = "steps"
@@ -59,6 +62,7 @@ def _run(prepared: Prepared, out: Path, tell: Callable[[str], None]) -> VerdictD
         estimate=lambda step: seconds_of(step, prepared.poc, amounts), tell=tell,
         upcoming=lambda: expected_steps(steps, prepared.siblings, walk.possible),
     )  # fmt: skip
+    steps = with_finished_plans(steps, runner)
     walk = Walk(steps=steps, siblings=prepared.siblings, do=runner)
     candidates = walk.candidates()
     document = decided(prepared.poc, model_name(steps.model), walk.original(), candidates, gain_metric(walk.results))
@@ -68,6 +72,22 @@ def _run(prepared: Prepared, out: Path, tell: Callable[[str], None]) -> VerdictD
         as_csv(document.capacity, document.capacity_inputs, _RATE_WORDS[document.gain_metric == GOODPUT]),
     )
     return document
+
+
+def with_finished_plans(steps: Steps, runner: StepRunner) -> Steps:
+    """The steps, with the plans of a finished sweep as they are: a sparsity that was added later is searched for alone.
+
+    A sweep of all would be another one, and every candidate is made from it: all of them would be made again.
+
+    Raises:
+        SenteiError: What the sweep wrote is damaged.
+    """
+    file = steps.sweep.out / SWEEP_FILE
+    if not file.is_file():
+        return steps
+    document = read_document(file, SweepDocument, hint="Delete its directory: the plans are made again.")
+    there = replace(steps, swept=[each.target_sparsity for each in document.plans])
+    return there if runner.is_done(there.sweep) else steps
 
 
 def decided(

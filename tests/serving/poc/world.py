@@ -78,7 +78,8 @@ class World:
 
 
 def steps_of(directory: Path, **changed: Any) -> Steps:
-    return Steps(poc=PocDocument.model_validate(POC | changed), model=Path("/models/own"), directory=directory)
+    poc = PocDocument.model_validate(POC | changed)
+    return Steps(poc=poc, model=Path("/models/own"), directory=directory, swept=poc.candidates.sparsities)
 
 
 def answers(truth: Truth, each: int = 200) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from serving.poc.walk import expected_steps
 from tests.command_line import refused, sentei
 from tests.conftest import make_pico
 from tests.serving.poc.world import Truth, World
+from toolchain.errors import SenteiError
 from toolchain.model.loading import load_tokenizer
 
 QUESTION = '{"prompt": "A", "choices": ["b", "c"], "answer": 0, "subject": "safety"}\n'
@@ -96,13 +99,18 @@ def test_what_is_there_is_gone_on_with_only_if_asked(poc, tmp_path, monkeypatch)
     assert [each.name for each in other.iterdir()] == ["thesis.txt"]
 
 
-def keys_of_steps(poc: Path) -> dict[str, str]:
-    prepared, out = prepare.prepare(poc), poc.with_name("out")
-    runner = StepRunner(
-        directory=out, runs_in=poc.parent, inputs=prepared.inputs_of, estimate=lambda step: 1.0, upcoming=list,
-        tell=lambda line: None,
+def runner_of(poc: Path) -> tuple[prepare.Prepared, StepRunner]:
+    prepared = prepare.prepare(poc)
+    return prepared, StepRunner(
+        directory=poc.with_name("out"), runs_in=poc.parent, inputs=prepared.inputs_of, estimate=lambda step: 1.0,
+        upcoming=list, tell=lambda line: None,
     )  # fmt: skip
-    return {each.name: runner.key_of(each) for each in expected_steps(prepared.steps(out), prepared.siblings, [0.25])}
+
+
+def keys_of_steps(poc: Path, sparsities: Sequence[float] = (0.25,)) -> dict[str, str]:
+    prepared, runner = runner_of(poc)
+    steps = run.with_finished_plans(prepared.steps(runner.directory), runner)
+    return {each.name: runner.key_of(each) for each in expected_steps(steps, prepared.siblings, sparsities)}
 
 
 def test_a_new_guard_rail_of_metrics_is_measured_and_nothing_else_again(poc, tmp_path):
@@ -138,6 +146,35 @@ def test_a_new_sibling_is_measured_and_nothing_else_again(poc, pico_model, tmp_p
     load_tokenizer(pico_model).save_pretrained(tmp_path / "small")
     changed = keys_of_steps(poc)
     assert {name for name in added if changed[name] != added[name]} == set(added) - set(before)
+
+
+def test_a_new_sparsity_is_made_and_nothing_else_again(poc, pico_model, wide_model, tmp_path):
+    """Each candidate takes hours, and its plan is the same whatever else is asked for."""
+
+    def asks_for(*sparsities: float) -> None:
+        listed = re.sub(r"sparsities: \[.*?\]", f"sparsities: {list(sparsities)}", poc.read_text(encoding="utf-8"))
+        poc.write_text(listed, encoding="utf-8")
+
+    poc.write_text(poc.read_text(encoding="utf-8").replace(str(pico_model), str(wide_model)), encoding="utf-8")
+    (tmp_path / "calibration.txt").write_text("Trees are pruned in winter. " * 2000)
+    asks_for(0.25, 1 / 3)
+    prepared, runner = runner_of(poc)
+    assert runner(prepared.steps(runner.directory).sweep).error is None
+    before = keys_of_steps(poc, [0.25, 1 / 3])
+    asks_for(0.25, 0.3, 1 / 3)
+    added = keys_of_steps(poc, [0.25, 0.3, 1 / 3])
+    assert added.items() > before.items()
+    assert set(added) - set(before) == {f"{verb} 30 %" for verb in ("prune", "evaluate", "export", "benchmark")}
+    asks_for(0.25)
+    assert keys_of_steps(poc).items() < before.items()
+    # What the plans are made with makes them all again.
+    (tmp_path / "calibration.txt").write_text("Pruned in spring. " * 200)
+    asks_for(0.25, 0.3, 1 / 3)
+    assert all(key != added[name] for name, key in keys_of_steps(poc, [0.25, 0.3]).items() if name.startswith("p"))
+    [sweep] = runner.directory.glob("plans/sweep.json")
+    sweep.write_text("{")
+    with pytest.raises(SenteiError, match="plans are made again"):
+        keys_of_steps(poc)
 
 
 @pytest.mark.parametrize(
