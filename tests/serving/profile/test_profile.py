@@ -128,6 +128,17 @@ def test_costs_of_elsewhere_are_refused(pico_model, tmp_path, field, value, says
         bench_as_profiled(changed, bench.checkpoint)
 
 
+def test_costs_of_other_cores_are_refused(pico_model, tmp_path, monkeypatch):
+    """One core computes half as fast as two."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    bench = bench_of(pico_model, FakeEngine(PREFILL, DECODE))
+    costs = profile(bench, tmp_path / "costs.json")
+    assert bench_as_profiled(costs, bench.checkpoint).served == costs.served
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+    with pytest.raises(SenteiError, match=r"another machine\.vllm_cpu_omp_threads_bind: '0' then, '0-1' here"):
+        bench_as_profiled(costs, bench.checkpoint)
+
+
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_noise_shows_in_the_interval_and_in_the_check(pico_model, tmp_path, repeats):
     noise = {("mixed", repeat): 1.3 for repeat in range(repeats)}
