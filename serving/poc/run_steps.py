@@ -78,7 +78,7 @@ class StepRunner:
             SenteiError: Its record is damaged.
             KeyboardInterrupt: It was interrupted.
         """
-        record, key = self._record_of(step), self.key_of(step)
+        record, key = self.record_of(step), self.key_of(step)
         same = record is not None and record.key == key
         if record is not None and same and self._is_final(record, step):
             return _outcome(record)
@@ -99,8 +99,17 @@ class StepRunner:
 
     def is_done(self, step: Step) -> bool:
         """Whether nothing is left to do."""
-        record = self._record_of(step)
+        record = self.record_of(step)
         return record is not None and record.key == self.key_of(step) and self._is_final(record, step)
+
+    def record_of(self, step: Step) -> StepRecord | None:
+        """What became of a step, whatever it depended on then; ``None`` if it was never begun.
+
+        Raises:
+            SenteiError: The record is damaged.
+        """
+        file = self._record_file(step)
+        return read_document(file, StepRecord, hint="Delete it: the step is run again.") if file.is_file() else None
 
     def key_of(self, step: Step) -> str:
         """Names everything that a step depends on."""
@@ -164,10 +173,6 @@ class StepRunner:
 
     def _record_file(self, step: Step) -> Path:
         return self.directory / "steps" / f"{file_name(step.name)}.json"
-
-    def _record_of(self, step: Step) -> StepRecord | None:
-        file = self._record_file(step)
-        return read_document(file, StepRecord, hint="Delete it: the step is run again.") if file.is_file() else None
 
     def _write(self, step: Step, key: str, arguments: list[str], **ended: Any) -> None:
         file = self._record_file(step)

@@ -96,11 +96,12 @@ class Heartbeats:
         """Who made the launcher end this rank; ``None`` if all were interrupted."""
         return self._culprit()
 
-    def say_last_word(self, sentence: str, exit_code: int) -> None:
-        """Says how this rank ends, and waits until it is out."""
+    def say_last_word(self, sentence: str, exit_code: int) -> bool:
+        """Says how this rank ends; whether it is out within some seconds. If not, whoever asks the store hangs too."""
         self._last_word = {"sentence": sentence, "exit_code": exit_code}
         self._ended.set()
         self._thread.join(timeout=2 * _DEAD_S)
+        return not self._thread.is_alive()
 
     def leave(self) -> None:
         """Tells that this rank looks at the store no more: the process that holds it need not stay for it."""

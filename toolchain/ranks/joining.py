@@ -64,7 +64,8 @@ def last_word(sentence: str, exit_code: int) -> tuple[str, int]:
         speaks = is_first() or (_is_joining and exit_code != INTERRUPTED)
         return (sentence if speaks else ""), exit_code
     beats = _joined.heartbeats
-    beats.say_last_word(sentence, exit_code)
+    if not beats.say_last_word(sentence, exit_code):
+        return sentence, exit_code
     if exit_code == INTERRUPTED and (lost := beats.why_interrupted()) is not None:
         sentence, exit_code = str(lost), lost.exit_code
     beats.leave()

@@ -54,6 +54,7 @@ MISTAKES = [
     ("[0.125, 0.25]", "[25 %]", 20, "candidates.sparsities.0 is '25 %'", "Write a number."),
     ("[0.125, 0.25]", "0.25", 20, "candidates.sparsities is 0.25", "Write a list, such as [a, b]."),
     ("[0.125, 0.25]", "[0.25, 0.25]", 20, "0.25 stands here twice", ""),
+    ("[0.125, 0.25]", "[0.25, 0.2500001]", 20, "0.25 stands here twice", ""),
     ("[0.125, 0.25]", "[]", 20, "candidates.sparsities is empty", "Write one at least."),
     ("most_perplexity: 1.2", "most_perplexity: 0.9", 15, "most_perplexity is 0.9", "at least 1"),
     ("most_perplexity: 1.2", "most_perplexity: 1,2", 15, "most_perplexity is '1,2'", "Write a number."),

@@ -4,19 +4,20 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from serving.forecast.device_probe import DevicePeaks
 from serving.poc import prepare, run
+from serving.poc.plan_of_steps import swept_by
 from serving.poc.run_steps import StepRunner
 from serving.poc.walk import expected_steps
 from tests.command_line import refused, sentei
 from tests.conftest import make_pico
 from tests.serving.poc.world import Truth, World
-from toolchain.errors import SenteiError
+from toolchain.errors import INTERRUPTED
 from toolchain.model.loading import load_tokenizer
 
 QUESTION = '{"prompt": "A", "choices": ["b", "c"], "answer": 0, "subject": "safety"}\n'
@@ -99,18 +100,13 @@ def test_what_is_there_is_gone_on_with_only_if_asked(poc, tmp_path, monkeypatch)
     assert [each.name for each in other.iterdir()] == ["thesis.txt"]
 
 
-def runner_of(poc: Path) -> tuple[prepare.Prepared, StepRunner]:
-    prepared = prepare.prepare(poc)
-    return prepared, StepRunner(
-        directory=poc.with_name("out"), runs_in=poc.parent, inputs=prepared.inputs_of, estimate=lambda step: 1.0,
-        upcoming=list, tell=lambda line: None,
+def keys_of_steps(poc: Path) -> dict[str, str]:
+    prepared, out = prepare.prepare(poc), poc.with_name("out")
+    runner = StepRunner(
+        directory=out, runs_in=poc.parent, inputs=prepared.inputs_of, estimate=lambda step: 1.0, upcoming=list,
+        tell=lambda line: None,
     )  # fmt: skip
-
-
-def keys_of_steps(poc: Path, sparsities: Sequence[float] = (0.25,)) -> dict[str, str]:
-    prepared, runner = runner_of(poc)
-    steps = run.with_finished_plans(prepared.steps(runner.directory), runner)
-    return {each.name: runner.key_of(each) for each in expected_steps(steps, prepared.siblings, sparsities)}
+    return {each.name: runner.key_of(each) for each in expected_steps(prepared.steps(out), prepared.siblings, [0.25])}
 
 
 def test_a_new_guard_rail_of_metrics_is_measured_and_nothing_else_again(poc, tmp_path):
@@ -148,33 +144,74 @@ def test_a_new_sibling_is_measured_and_nothing_else_again(poc, pico_model, tmp_p
     assert {name for name in added if changed[name] != added[name]} == set(added) - set(before)
 
 
-def test_a_new_sparsity_is_made_and_nothing_else_again(poc, pico_model, wide_model, tmp_path):
+@dataclass(kw_only=True)
+class Runs:
+    """Runs of one file with other sparsities, as they are but for the commands, whose files a :class:`World` writes."""
+
+    poc: Path
+    interrupts: set[str] = field(default_factory=set)
+    done: list[str] = field(default_factory=list)
+
+    def runner(self, **settings) -> StepRunner:
+        world = World(truths={})
+
+        class Acted(StepRunner):
+            def _run(runner, step, arguments):
+                log = runner._log(step)
+                log.parent.mkdir(exist_ok=True)
+                log.touch()
+                if step.name in self.interrupts:
+                    return INTERRUPTED
+                self.done.append(step.name)
+                if not step.out.exists():
+                    world(step)
+                    step.out.mkdir(parents=True, exist_ok=True)
+                return 0
+
+        return Acted(**settings)
+
+    def __call__(self, *sparsities: float) -> set[str]:
+        """The steps that were run."""
+        asked, text = f"sparsities: {list(sparsities)}", self.poc.read_text(encoding="utf-8")
+        self.poc.write_text(re.sub(r"sparsities: \[.*?\]", asked, text), encoding="utf-8")
+        before = len(self.done)
+        ended = sentei("poc", "run", self.poc, "-o", self.poc.with_name("out"), "--resume")
+        assert ended.returncode == (INTERRUPTED if self.interrupts else 0), ended.stderr
+        return set(self.done[before:])
+
+    @property
+    def swept(self) -> list[float]:
+        return swept_by(json.loads((self.poc.with_name("out") / "steps" / "plans.json").read_text())["command"])
+
+
+@pytest.fixture
+def runs(poc, monkeypatch) -> Runs:
+    found = Runs(poc=poc)
+    monkeypatch.setattr(run, "StepRunner", found.runner)
+    return found
+
+
+def test_a_new_sparsity_is_made_and_nothing_else_again(runs, tmp_path):
     """Each candidate takes hours, and its plan is the same whatever else is asked for."""
-
-    def asks_for(*sparsities: float) -> None:
-        listed = re.sub(r"sparsities: \[.*?\]", f"sparsities: {list(sparsities)}", poc.read_text(encoding="utf-8"))
-        poc.write_text(listed, encoding="utf-8")
-
-    poc.write_text(poc.read_text(encoding="utf-8").replace(str(pico_model), str(wide_model)), encoding="utf-8")
-    (tmp_path / "calibration.txt").write_text("Trees are pruned in winter. " * 2000)
-    asks_for(0.25, 1 / 3)
-    prepared, runner = runner_of(poc)
-    assert runner(prepared.steps(runner.directory).sweep).error is None
-    before = keys_of_steps(poc, [0.25, 1 / 3])
-    asks_for(0.25, 0.3, 1 / 3)
-    added = keys_of_steps(poc, [0.25, 0.3, 1 / 3])
-    assert added.items() > before.items()
-    assert set(added) - set(before) == {f"{verb} 30 %" for verb in ("prune", "evaluate", "export", "benchmark")}
-    asks_for(0.25)
-    assert keys_of_steps(poc).items() < before.items()
-    # What the plans are made with makes them all again.
+    assert {"plans", "prune 25 %", "benchmark 33.3333 %"} < runs(0.25, 1 / 3)
+    assert runs(0.25, 0.3, 1 / 3) == {f"{verb} 30 %" for verb in ("prune", "evaluate", "export", "benchmark")}
+    assert runs(0.25) == runs(0.3) == set()
+    shutil.rmtree(tmp_path / "out" / "plans")
+    assert runs(0.25, 0.3, 1 / 3) == {"plans"}
+    assert runs.swept == [0.25, 0.333333]
+    # What the plans are made with makes them all again, together.
     (tmp_path / "calibration.txt").write_text("Pruned in spring. " * 200)
-    asks_for(0.25, 0.3, 1 / 3)
-    assert all(key != added[name] for name, key in keys_of_steps(poc, [0.25, 0.3]).items() if name.startswith("p"))
-    [sweep] = runner.directory.glob("plans/sweep.json")
-    sweep.write_text("{")
-    with pytest.raises(SenteiError, match="plans are made again"):
-        keys_of_steps(poc)
+    assert {"plans", "prune 25 %", "benchmark 30 %"} < runs(0.25, 0.3)
+    assert runs.swept == [0.25, 0.3]
+
+
+def test_an_interrupted_sweep_is_gone_on_with_if_all_of_it_is_still_wanted(runs):
+    runs.interrupts = {"plans"}
+    runs(0.25, 0.5)
+    runs(0.25, 0.4, 0.5)
+    assert runs.swept == [0.25, 0.5]
+    runs(0.25, 0.4)
+    assert runs.swept == [0.25, 0.4]
 
 
 @pytest.mark.parametrize(

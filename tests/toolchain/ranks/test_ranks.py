@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from tests.toolchain.ranks.processes import end_after_a_kill, free_port, start_r
 from toolchain.errors import INTERRUPTED, SenteiError
 from toolchain.prune.search import attention, two_stage
 from toolchain.prune.search.divided_candidates import even_ranges
-from toolchain.ranks import joining
+from toolchain.ranks import heartbeat, joining
 from toolchain.ranks.heartbeat import Heartbeats
 from toolchain.ranks.launch import launch
+from toolchain.ranks.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of os.fork
 
@@ -160,6 +162,34 @@ def test_rank_0_keeps_the_store_until_the_others_have_looked(pico_model: Path, t
     assert [each.end() for each in ranks] == [INTERRUPTED, INTERRUPTED], [each.said for each in ranks]
     assert "Interrupted" in ranks[0].said and "Interrupted" not in ranks[1].said
     assert "Error" not in ranks[0].said + ranks[1].said
+
+
+def test_a_store_that_does_not_answer_holds_up_no_rank_that_ends(monkeypatch: pytest.MonkeyPatch):
+    """Where rank 0 was stopped, a rank that runs out of disk is to end: signals are ignored by then."""
+    busy, never = threading.Lock(), threading.Event()
+
+    class Stopped:
+        def set(self, key: str, value: str) -> None:
+            with busy:
+                pass
+
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            with busy:
+                never.wait()
+            return [b"{}"]
+
+    monkeypatch.setattr(heartbeat, "_DEAD_S", 0.5)
+    hosts = ("here", "here")
+    beats = Heartbeats(Stopped(), rank=1, hosts=hosts, silence_s=60, first_holds_store=True)
+    beats.start()
+    monkeypatch.setattr(joining, "_joined", Ranks(rank=1, size=2, hosts=hosts, heartbeats=beats))
+    for exit_code in (2, INTERRUPTED):
+        said: list[tuple[str, int]] = []
+        ending = threading.Thread(target=lambda: said.append(joining.last_word("Why.", exit_code)), daemon=True)  # noqa: B023
+        ending.start()
+        ending.join(timeout=10)
+        assert said == [("Why.", exit_code)]
+    never.set()
 
 
 def test_ranks_with_different_models_are_refused(pico_model: Path, demo_model: Path, tmp_path: Path):
