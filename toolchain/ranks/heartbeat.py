@@ -62,7 +62,7 @@ class Heartbeats:
         self._seen = {other: _Seen() for other in range(len(hosts)) if other != rank}
         self._looked = time.monotonic()
         self._store_is_lost = False
-        self._last_word: dict[str, Any] | None = None
+        self._last_word: dict[str, Any] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -97,7 +97,7 @@ class Heartbeats:
         return self._culprit()
 
     def say_last_word(self, sentence: str, exit_code: int) -> bool:
-        """Says how this rank ends; whether it is out within some seconds. If not, whoever asks the store hangs too."""
+        """Says how this rank ends; whether that is out within some seconds. If not, the store would hang the caller."""
         self._last_word = {"sentence": sentence, "exit_code": exit_code}
         self._ended.set()
         self._thread.join(timeout=2 * _DEAD_S)
@@ -106,7 +106,7 @@ class Heartbeats:
     def leave(self) -> None:
         """Tells that this rank looks at the store no more: the process that holds it need not stay for it."""
         try:
-            self._store.set(beat_key(self._rank), json.dumps({**(self._last_word or {}), "left": True}))
+            self._store.set(beat_key(self._rank), json.dumps({**self._last_word, "left": True}))
         except RuntimeError:
             self._store_is_lost = True
 
@@ -171,7 +171,7 @@ class Heartbeats:
             while True:
                 number += 1
                 ended = self._ended.wait(BEAT_S)
-                beat = {"number": number, **(self._last_word or {})}
+                beat = {"number": number, **self._last_word}
                 self._store.set(beat_key(self._rank), json.dumps(beat))
                 self._look()
                 if ended:

@@ -164,7 +164,8 @@ def test_rank_0_keeps_the_store_until_the_others_have_looked(pico_model: Path, t
     assert "Error" not in ranks[0].said + ranks[1].said
 
 
-def test_a_store_that_does_not_answer_holds_up_no_rank_that_ends(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("exit_code", [2, INTERRUPTED])
+def test_a_store_that_does_not_answer_holds_up_no_rank_that_ends(exit_code: int, monkeypatch: pytest.MonkeyPatch):
     """Where rank 0 was stopped, a rank that runs out of disk is to end: signals are ignored by then."""
     busy, never = threading.Lock(), threading.Event()
 
@@ -183,12 +184,11 @@ def test_a_store_that_does_not_answer_holds_up_no_rank_that_ends(monkeypatch: py
     beats = Heartbeats(Stopped(), rank=1, hosts=hosts, silence_s=60, first_holds_store=True)
     beats.start()
     monkeypatch.setattr(joining, "_joined", Ranks(rank=1, size=2, hosts=hosts, heartbeats=beats))
-    for exit_code in (2, INTERRUPTED):
-        said: list[tuple[str, int]] = []
-        ending = threading.Thread(target=lambda: said.append(joining.last_word("Why.", exit_code)), daemon=True)  # noqa: B023
-        ending.start()
-        ending.join(timeout=10)
-        assert said == [("Why.", exit_code)]
+    said: list[tuple[str, int]] = []
+    ending = threading.Thread(target=lambda: said.append(joining.last_word("Why.", exit_code)), daemon=True)
+    ending.start()
+    ending.join(timeout=10)
+    assert said == [("Why.", exit_code)]
     never.set()
 
 
