@@ -54,12 +54,7 @@ def _run(prepared: Prepared, out: Path, tell: Callable[[str], None]) -> VerdictD
     steps = prepared.steps(out)
     (out / _MARK).mkdir(parents=True, exist_ok=True)
     write_text(out / POC_FILE, prepared.path.read_text(encoding="utf-8-sig"))
-    amounts = amounts_of(prepared)
-    runner = StepRunner(
-        directory=out.resolve(), runs_in=prepared.path.resolve().parent, inputs=prepared.inputs_of,
-        estimate=lambda step: seconds_of(step, prepared.poc, amounts), tell=tell,
-        upcoming=lambda: expected_steps(steps, prepared.siblings, walk.possible),
-    )  # fmt: skip
+    runner = _runner(prepared, out, tell=tell, upcoming=lambda: expected_steps(steps, prepared.siblings, walk.possible))
     steps = _with_plans_that_are_there(steps, runner)
     walk = Walk(steps=steps, siblings=prepared.siblings, do=runner)
     candidates = walk.candidates()
@@ -70,6 +65,16 @@ def _run(prepared: Prepared, out: Path, tell: Callable[[str], None]) -> VerdictD
         as_csv(document.capacity, document.capacity_inputs, _RATE_WORDS[document.gain_metric == GOODPUT]),
     )
     return document
+
+
+def _runner(
+    prepared: Prepared, out: Path, *, tell: Callable[[str], None], upcoming: Callable[[], list[Step]]
+) -> StepRunner:
+    amounts = amounts_of(prepared)
+    return StepRunner(
+        directory=out.resolve(), runs_in=prepared.path.resolve().parent, inputs=prepared.inputs_of,
+        estimate=lambda step: seconds_of(step, prepared.poc, amounts), tell=tell, upcoming=upcoming,
+    )  # fmt: skip
 
 
 def _with_plans_that_are_there(steps: Steps, runner: StepRunner) -> Steps:
@@ -108,11 +113,17 @@ def decided(
     )  # fmt: skip
 
 
-def planned(prepared: Prepared, out: Path) -> list[tuple[Step, float]]:
-    """Every step with the seconds that it is estimated to take, if all sparsities hold."""
-    amounts = amounts_of(prepared)
-    expected = expected_steps(prepared.steps(out), prepared.siblings, sorted(prepared.poc.candidates.sparsities))
-    return [(step, seconds_of(step, prepared.poc, amounts)) for step in expected]
+def planned(prepared: Prepared, out: Path) -> list[tuple[Step, float, bool]]:
+    """Every step, if all sparsities hold, with its estimated seconds and whether it is finished in ``out``.
+
+    Raises:
+        SenteiError: ``out`` holds something else, or a damaged record of a step.
+    """
+    _check_out(out)
+    runner = _runner(prepared, out, tell=lambda message: None, upcoming=list)
+    steps = _with_plans_that_are_there(prepared.steps(out), runner)
+    expected = expected_steps(steps, prepared.siblings, sorted(prepared.poc.candidates.sparsities))
+    return [(step, runner.estimate(step), runner.is_done(step)) for step in expected]
 
 
 def shown_directories(document: VerdictDocument, out: Path) -> list[Path]:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,32 @@ def test_a_dry_run_says_the_steps_and_their_time_and_writes_nothing(poc, tmp_pat
     assert "benchmark 50 %" in shown.stdout and "in all" in shown.stdout
 
 
+def test_a_dry_run_says_what_is_left_of_a_run_that_was_interrupted(poc, tmp_path):
+    out = tmp_path / "out"
+    prepared = prepare.prepare(poc)
+    steps = prepared.steps(out)
+    runner = runner_of(poc)
+    for step in (steps.evaluated_original, steps.sweep):
+        step.out.mkdir(parents=True)
+        runner._write(step, runner.key_of(step), list(step.arguments), exit_code=0, error=None, seconds=1.0)
+    # Searched for by itself, since the plans of the others are there.
+    text = poc.read_text(encoding="utf-8")
+    poc.write_text(text.replace("sparsities: [", "sparsities: [0.2, "), encoding="utf-8")
+    before = sorted(out.rglob("*"))
+    done = sentei("poc", "run", poc, "-o", out, "--dry-run", "--json")
+    found = {each["name"]: each for each in json.loads(done.stdout)["steps"]}
+    assert [name for name, each in found.items() if each["done"]] == ["evaluate original", "plans"]
+    assert "prune 20 %" in found
+    left = sum(each["seconds"] for each in found.values() if not each["done"])
+    shown = " ".join(sentei("poc", "run", poc, "-o", out, "--dry-run").stdout.split())
+    assert f"About {timedelta(seconds=left)} left" in shown and "plans finished" in shown
+    assert sorted(out.rglob("*")) == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    refused(sentei("poc", "run", poc, "-o", other, "--dry-run"), "no proof of concept")
+
+
 def test_a_run_ends_with_a_verdict_a_sheet_and_a_report(poc, tmp_path, monkeypatch):
     acted(monkeypatch, **{"25 %": Truth(loss=1.5)})
     out = tmp_path / "out"
@@ -100,12 +127,15 @@ def test_what_is_there_is_gone_on_with_only_if_asked(poc, tmp_path, monkeypatch)
     assert [each.name for each in other.iterdir()] == ["thesis.txt"]
 
 
-def keys_of_steps(poc: Path) -> dict[str, str]:
-    prepared, out = prepare.prepare(poc), poc.with_name("out")
-    runner = StepRunner(
-        directory=out, runs_in=poc.parent, inputs=prepared.inputs_of, estimate=lambda step: 1.0, upcoming=list,
-        tell=lambda line: None,
+def runner_of(poc: Path) -> StepRunner:
+    return StepRunner(
+        directory=poc.with_name("out"), runs_in=poc.parent, inputs=prepare.prepare(poc).inputs_of,
+        estimate=lambda step: 1.0, upcoming=list, tell=lambda line: None,
     )  # fmt: skip
+
+
+def keys_of_steps(poc: Path) -> dict[str, str]:
+    prepared, out, runner = prepare.prepare(poc), poc.with_name("out"), runner_of(poc)
     return {each.name: runner.key_of(each) for each in expected_steps(prepared.steps(out), prepared.siblings, [0.25])}
 
 

@@ -57,7 +57,10 @@ def run(
     *,
     out: Annotated[Path, out_option("Directory for every step's output, the verdict and the report.")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the file, and show the steps and how long they take.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the file, and show the steps, how long they take and which are finished."
+        ),
     ] = False,
     resume: Annotated[bool, resume_option("run, or decide again after guard rails or prices were changed")] = False,
     as_json: JsonOption = False,
@@ -72,7 +75,9 @@ def run(
         from serving.poc.run import planned
 
         steps = planned(prepared, out)
-        told = {"steps": [{"name": step.name, "seconds": round(seconds)} for step, seconds in steps]}
+        told = {
+            "steps": [{"name": step.name, "seconds": round(seconds), "done": done} for step, seconds, done in steps]
+        }
         output.result(told, lambda console: _show_steps(console, told["steps"]))
         return
     if out.exists() and not is_empty_directory(out) and not resume:
@@ -106,7 +111,8 @@ def _show_steps(console: Console, steps: list[dict[str, Any]]) -> None:
     table.add_column("step")
     table.add_column("about", justify="right")
     for each in steps:
-        table.add_row(each["name"], str(timedelta(seconds=each["seconds"])))
+        table.add_row(each["name"], "finished" if each["done"] else str(timedelta(seconds=each["seconds"])))
     console.print(table)
-    total = timedelta(seconds=sum(each["seconds"] for each in steps))
-    console.print(f"About {total} in all, if every sparsity holds; within a factor of two or so.")
+    total = timedelta(seconds=sum(each["seconds"] for each in steps if not each["done"]))
+    left = "left" if any(each["done"] for each in steps) else "in all"
+    console.print(f"About {total} {left}, if every sparsity holds; within a factor of two or so.")
