@@ -87,7 +87,8 @@ METHODS = (
     Method(name="evopress", command=f"{_PRUNE} --method evopress --evopress-budget small"),
     Method(
         name="ours+heal",
-        command="heal {before} --against {model} --data {calibration} -o {out} --steps 20 --device {device}",
+        command="heal {before} --against {model} --data {calibration} -o {out} --steps 20 --learning-rate 3e-4 "
+        "--device {device}",
         after=_OURS,
     ),
 )
@@ -291,7 +292,8 @@ class _Pruned:
             "out": self.place, "before": self._before.place if self._before else None,
         }  # fmt: skip
         arguments = [part.format(**values) for part in self._method.command.split()]
-        subprocess.run([sys.executable, "-c", _SENTEI, *arguments, "--quiet"], check=True)
+        if code := subprocess.run([sys.executable, "-c", _SENTEI, *arguments, "--quiet"]).returncode:
+            raise SenteiError(f"{self.row}: sentei {arguments[0]} ended with exit code {code}; what it says is above.")
 
     def _prune(self, before: Mapping[str, Any]) -> dict[str, Any]:
         if self._before:

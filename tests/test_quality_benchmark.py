@@ -168,10 +168,11 @@ def test_a_method_that_goes_on_with_another_does_not_do_it_again_and_counts_its_
 ):
     ran: list[list[str]] = []
 
-    def run(command: list[str], *, check: bool) -> None:
+    def run(command: list[str]) -> SimpleNamespace:
         ran.append(command[3:-1])
         source = pico_model if command[3] == "prune" else Path(command[4])
         shutil.copytree(source, command[command.index("-o") + 1])
+        return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(bench.quality.subprocess, "run", run)
     monkeypatch.setattr(bench.quality, "_cpu_s_of_children", lambda: 100.0 * len(ran))
@@ -195,6 +196,17 @@ def test_a_method_that_goes_on_with_another_does_not_do_it_again_and_counts_its_
     again = json.loads((out / "quality_pico_choose.json").read_text())["rows"]
     assert again["ours+heal 0.5"]["pruning"] == rows["ours+heal 0.5"]["pruning"]
     assert "c4" in again["ours+heal 0.5"]
+
+
+def test_a_command_that_fails_is_named_in_one_sentence(
+    bench: SimpleNamespace, data: Path, tmp_path: Path, pico_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bench.quality.subprocess, "run", lambda command: SimpleNamespace(returncode=1))
+    with pytest.raises(SenteiError, match=r"^ours 0.5: sentei prune ended with exit code 1"):
+        bench.quality.main(
+            pico_model, out=tmp_path / "out", data=data, work=tmp_path / "work", windows=2, seq_len=16, limit=1,
+            sparsity=[0.5], choose=True, methods="ours",
+        )  # fmt: skip
 
 
 def test_another_model_of_the_same_name_is_refused(bench: SimpleNamespace, pico_model: Path, tmp_path: Path):
