@@ -85,6 +85,7 @@ METHODS = (
     Method(name="sliding-window", command=f"{_PRUNE} --method sliding-window"),
     Method(name="blockpruner", command=f"{_PRUNE} --method blockpruner"),
     Method(name="evopress", command=f"{_PRUNE} --method evopress --evopress-budget small"),
+    # With the rate, since a row that is there counts as long as its command is the same.
     Method(
         name="ours+heal",
         command="heal {before} --against {model} --data {calibration} -o {out} --steps 20 --learning-rate 3e-4 "

@@ -73,7 +73,7 @@ def test_a_dry_run_says_what_is_left_of_a_run_that_was_interrupted(poc, tmp_path
     out = tmp_path / "out"
     prepared = prepare.prepare(poc)
     steps = prepared.steps(out)
-    runner = runner_of(poc)
+    runner = runner_of(prepared, out)
     for step in (steps.evaluated_original, steps.sweep):
         step.out.mkdir(parents=True)
         runner._write(step, runner.key_of(step), list(step.arguments), exit_code=0, error=None, seconds=1.0)
@@ -127,15 +127,16 @@ def test_what_is_there_is_gone_on_with_only_if_asked(poc, tmp_path, monkeypatch)
     assert [each.name for each in other.iterdir()] == ["thesis.txt"]
 
 
-def runner_of(poc: Path) -> StepRunner:
+def runner_of(prepared: prepare.Prepared, out: Path) -> StepRunner:
     return StepRunner(
-        directory=poc.with_name("out"), runs_in=poc.parent, inputs=prepare.prepare(poc).inputs_of,
-        estimate=lambda step: 1.0, upcoming=list, tell=lambda line: None,
+        directory=out, runs_in=prepared.path.parent, inputs=prepared.inputs_of, estimate=lambda step: 1.0,
+        upcoming=list, tell=lambda line: None,
     )  # fmt: skip
 
 
 def keys_of_steps(poc: Path) -> dict[str, str]:
-    prepared, out, runner = prepare.prepare(poc), poc.with_name("out"), runner_of(poc)
+    prepared, out = prepare.prepare(poc), poc.with_name("out")
+    runner = runner_of(prepared, out)
     return {each.name: runner.key_of(each) for each in expected_steps(prepared.steps(out), prepared.siblings, [0.25])}
 
 
