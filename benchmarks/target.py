@@ -80,6 +80,7 @@ class Asked:
         unseen: Shapes that no cost was fitted to.
         engine: Options of ``sentei profile``.
         search: As for ``sentei prune``.
+        dtype: Likewise.
     """
 
     model: Path
@@ -95,6 +96,7 @@ class Asked:
     unseen: int
     engine: Sequence[str]
     search: str
+    dtype: str
 
 
 def main(
@@ -114,6 +116,7 @@ def main(
         str, typer.Option(help="Engine and options, as for sentei profile; they come last.")
     ] = "--engine onnx",
     search: Annotated[str, typer.Option(help="As for sentei prune.")] = "exact",
+    dtype: Annotated[str, typer.Option(help="As for sentei prune.")] = "float32",
     cells: Annotated[str, typer.Option(help="Only these, as in costs-0,target-0.")] = "",
 ) -> None:
     """Fills the cells, and writes the document."""
@@ -121,6 +124,7 @@ def main(
         model=model, work=out.with_name(f"{out.name}.work"), loads=[_load(each) for each in load], target=target,
         calibration=calibration, held_out=held_out, samples=samples, seq_len=seq_len, windows=windows,
         repeats=repeats, unseen=unseen, engine=engine.split(), search=search,
+        dtype=dtype,
     )  # fmt: skip
     asked.work.mkdir(parents=True, exist_ok=True)
     _check_same(asked)
@@ -202,7 +206,7 @@ def _pruned(asked: Asked, name: str, *options: str) -> dict[str, Any]:
     if not place.exists():
         _sentei(
             "prune", str(asked.model), "-o", str(place), *options, *texts, "--samples", str(asked.samples),
-            "--seq-len", str(asked.seq_len), "--dtype", "float32", "--align", str(_ALIGN), "--search",
+            "--seq-len", str(asked.seq_len), "--dtype", asked.dtype, "--align", str(_ALIGN), "--search",
             asked.search, "--resume",
         )  # fmt: skip
     summary = read_json_object(place / PRUNING_SUMMARY_FILE)
@@ -356,6 +360,7 @@ def _settings(asked: Asked) -> dict[str, Any]:
         "calibration": list(asked.calibration), "held_out": [each.name for each in asked.held_out],
         "samples": asked.samples, "seq_len": asked.seq_len, "windows": asked.windows, "repeats": asked.repeats,
         "unseen": asked.unseen, "engine": list(asked.engine), "search": asked.search,
+        "dtype": asked.dtype,
     }  # fmt: skip
 
 
@@ -376,7 +381,8 @@ def _load(text: str) -> tuple[int, int, int]:
 
 
 def _sentei(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-c", _SENTEI, *arguments], check=True)
+    if code := subprocess.run([sys.executable, "-c", _SENTEI, *arguments]).returncode:
+        raise SenteiError(f"sentei {arguments[0]} ended with exit code {code}; what it says is above.")
 
 
 def _processor_s() -> float:
@@ -386,4 +392,8 @@ def _processor_s() -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except SenteiError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)

@@ -153,6 +153,10 @@ JOBS: Mapping[str, Job] = {
         words=f"prune IN/model -o OUT --sweep 0.2:0.4:0.1 --align 8 {_CALIBRATION}",
         stages={"search": "Search for attentions"},
     ),
+    "prune --heal-steps": Job(
+        words=f"prune IN/model -o OUT --sparsity 0.3 --align 8 --attention-removals 2 --heal-steps 20 {_CALIBRATION}",
+        stages={"compensation": "Compensation", "training": "Healing"},
+    ),
     "apply": Job(
         words="apply IN/pruned IN/model -o OUT --calibration IN/text.txt", stages={"compensation": "Compensation"}
     ),

@@ -40,6 +40,7 @@ except ImportError as missing:
 
 _WARMUP = 0.05
 _SAVES = 20
+_LOOKS = 4
 # What a layer keeps of each token for the gradients: so many bytes per channel of states and FFN. Measured: 10 to 14 in
 # bfloat16 with adapters, 15 to 22 otherwise.
 _KEPT_BYTES = 20
@@ -134,6 +135,8 @@ def distill(
     *,
     ranks: Ranks = ALONE,
     on_step: Callable[[], None] = lambda: None,
+    held_out: torch.Tensor | None = None,
+    on_look: Callable[[int, float], None] = lambda step, found: None,
 ) -> Student:
     """Trains a checkpoint towards a teacher, or goes on where an interrupted training left off.
 
@@ -146,6 +149,10 @@ def distill(
         ranks: Who trains. Each reads its share of a batch; accelerate adds their gradients up (DDP). The first alone
             writes to ``directory``; all read there what an interrupted training left.
         on_step: Called after each update, for progress; and for those that were done before.
+        held_out: Windows that are not learnt from, int64 ``[num_held_out, seq_len]``; looked at after each quarter of
+            the updates but the last.
+        on_look: Called then, in all ranks, with the number of updates that are done and with the student's mean
+            divergence from the teacher on ``held_out``, in nats per token. What it raises ends the training.
 
     Raises:
         SenteiError: A rank does not see what is in ``directory``, or is lost.
@@ -160,9 +167,12 @@ def distill(
         trainer = _Distillation(
             teacher,
             model=student,
-            args=_trainer_arguments(training, directory, ranks, is_short_of_memory=is_short),
+            args=_trainer_arguments(
+                training, directory, ranks, is_short_of_memory=is_short, looks=held_out is not None
+            ),
             train_dataset=[{"input_ids": row} for row in windows[order]],
-            callbacks=[_OnStep(on_step)],
+            eval_dataset=None if held_out is None else [{"input_ids": row} for row in held_out],
+            callbacks=[_OnStep(on_step), _OnLook(on_look)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=before)
@@ -217,7 +227,7 @@ def _student_of(source: Checkpoint, training: Training) -> Any:
 
 
 def _trainer_arguments(
-    training: Training, directory: Path, ranks: Ranks, *, is_short_of_memory: bool
+    training: Training, directory: Path, ranks: Ranks, *, is_short_of_memory: bool, looks: bool
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -238,6 +248,9 @@ def _trainer_arguments(
         seed=training.seed,
         save_steps=max(1, training.steps // _SAVES),
         save_total_limit=1,
+        eval_strategy="steps" if looks else "no",
+        eval_steps=-(-training.steps // _LOOKS),
+        per_device_eval_batch_size=1,
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -278,6 +291,13 @@ class _Distillation(Trainer):
             wanted = self._teacher(**inputs, use_cache=False).logits
         return divergence(wanted, model(**inputs, use_cache=False).logits)
 
+    def prediction_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None, None]:
+        # Trainer's own takes windows without labels for windows without a loss.
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
 
 class _OnStep(TrainerCallback):
     def __init__(self, on_step: Callable[[], None]) -> None:
@@ -289,3 +309,15 @@ class _OnStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._on_step()
+
+
+class _OnLook(TrainerCallback):
+    def __init__(self, on_look: Callable[[int, float], None]) -> None:
+        self._on_look = on_look
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = False  # what is written is compared anyway
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._on_look(state.global_step, kwargs["metrics"]["eval_loss"])

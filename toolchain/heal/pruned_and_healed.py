@@ -1,5 +1,6 @@
 """Pruning and healing as one job: the pruned model waits beside the output until it is healed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def prune_and_heal(
     force: bool = False,
     resume: bool = False,
     progress: Progress = no_progress,
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Prunes a model, heals it, and writes what :func:`toolchain.heal.heal.heal` writes.
 
@@ -48,6 +50,7 @@ def prune_and_heal(
         force: Replace ``out`` if it is not empty, and what was interrupted.
         resume: Go on with what was interrupted.
         progress: Told of every window, candidate, step and tensor.
+        note: Told while it is healed how far from the original the model is.
 
     Returns:
         The summary of the pruning, and under ``healing`` the record that the plan ends with.
@@ -69,7 +72,7 @@ def prune_and_heal(
         summary = read_document(pruned / PRUNING_SUMMARY_FILE, PruningSummary, hint=START_OVER)
         try:
             if not healed.exists():
-                heal(pruned, checkpoint.directory, healed, healing, resume=resume, progress=progress)
+                heal(pruned, checkpoint.directory, healed, healing, resume=resume, progress=progress, note=note)
         except CheckFailedError as error:
             _finish(pruned, out, force=force)
             raise CheckFailedError(error.message, f"{out} holds the model as it was pruned.") from error

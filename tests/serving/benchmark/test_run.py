@@ -238,6 +238,7 @@ def before_a_question(monkeypatch, left, happens):
     monkeypatch.setattr(LocalSession, "_ask", ask_later)
 
 
+@pytest.mark.acceptance
 def test_a_worker_that_hangs_is_killed_and_counted(pico_model, pruned_pico, tmp_path, monkeypatch):
     hung = []
 

@@ -87,7 +87,13 @@ def test_a_person_is_told_what_was_recovered(pico_model: Path, text: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    "stage, step", [("Search for attentions", 1), ("Writing the checkpoint", 3), ("Healing", 1), ("Healing", 4)]
+    "stage, step",
+    [
+        pytest.param("Search for attentions", 1, marks=pytest.mark.acceptance),
+        pytest.param("Writing the checkpoint", 3, marks=pytest.mark.acceptance),
+        ("Healing", 1),
+        ("Healing", 4),
+    ],
 )
 def test_interrupted_anywhere_it_goes_on_to_the_same_weights(
     pico_model: Path, tmp_path: Path, pruning: PruneSettings, healing: HealSettings, uninterrupted: tuple[str, Any],

@@ -14,7 +14,7 @@ from tests.command_line import sentei
 from tests.toolchain.ranks.processes import end_after_a_kill, start_ranks
 from toolchain.checkpoint.directory import open_checkpoint
 from toolchain.errors import SenteiError
-from toolchain.heal import distillation  # loaded before the ranks are forked
+from toolchain.heal import distillation, heal  # loaded before the ranks are forked
 from toolchain.model.loading import load_model
 from toolchain.plan.plan import load_plan
 from toolchain.ranks import joining
@@ -109,6 +109,16 @@ def test_a_stopped_rank_ends_the_job(command: list[object], alone: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     check_same(tmp_path / "out", alone)
     assert not list(tmp_path.glob("out.*"))
+
+
+def test_what_does_not_help_ends_all_on_the_way(command: list[object], tmp_path: Path):
+    def hope_for_nothing(rank: int) -> None:
+        heal._HOPELESS = -1.0
+
+    ranks = start_ranks(tmp_path, [[*command, "-q"]] * 2, first=hope_for_nothing)
+    assert [each.end() for each in ranks] == [1, 1], [each.said for each in ranks]
+    assert "".join(each.said for each in ranks).count("did not help: after 2 of 6 steps") == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["rank-0.log", "rank-1.log"]
 
 
 def test_what_cannot_be_divided_is_refused_once(command: list[object], tmp_path: Path):
