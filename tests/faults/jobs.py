@@ -154,7 +154,8 @@ JOBS: Mapping[str, Job] = {
         stages={"search": "Search for attentions"},
     ),
     "prune --heal-steps": Job(
-        words=f"prune IN/model -o OUT --sparsity 0.3 --align 8 --attention-removals 2 --heal-steps 20 {_CALIBRATION}",
+        words="prune IN/model -o OUT --sparsity 0.3 --align 8 --attention-removals 2 --heal-steps 40 --dtype float32 "
+        f"{_CALIBRATION}",
         stages={"compensation": "Compensation", "training": "Healing"},
     ),
     "apply": Job(

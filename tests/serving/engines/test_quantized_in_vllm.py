@@ -130,6 +130,7 @@ def vllm_answers(vllm, pruned_wide, tmp_path_factory):
     return {scheme: (directory / scheme, each) for scheme, each in zip(VLLM, answers, strict=True)}
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("scheme", VLLM)
 def test_vllm_computes_with_the_rounded_matrices(pruned_wide, vllm_answers, scheme):
     directory, found = vllm_answers[scheme]
