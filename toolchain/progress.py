@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -17,3 +18,19 @@ class Progress(Protocol):
 def no_progress(description: str, total: int) -> Iterator[Callable[[], None]]:
     """A :class:`Progress` that tells nobody."""
     yield lambda: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """Who hears of long work.
+
+    Attributes:
+        progress: Of its steps.
+        note: Of what is found on the way, in sentences.
+    """
+
+    progress: Progress = no_progress
+    note: Callable[[str], None] = lambda text: None
+
+
+NOBODY = Listener()

@@ -16,6 +16,7 @@ from rich.text import Text
 from toolchain.cli.terminal import printable, takes_unicode
 from toolchain.devices import parse_device
 from toolchain.errors import SenteiError
+from toolchain.progress import Listener
 from toolchain.ranks.launch import Launch, is_first, launch
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ class Output:
     def progress(self, description: str, total: int) -> AbstractContextManager[Callable[[], None]]:
         """A :class:`toolchain.progress.Progress` that draws a bar on stderr; in a log, a line per minute as well."""
         return self._bar(description, total)
+
+    @property
+    def listener(self) -> Listener:
+        """Who hears of work that finds something on the way."""
+        return Listener(progress=self.progress, note=self.note)
 
     @contextmanager
     def _bar(self, description: str, total: int) -> Iterator[Callable[[], None]]:

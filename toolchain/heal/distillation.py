@@ -72,6 +72,20 @@ class Training:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """What is looked at after each quarter of the updates but the last.
+
+    Attributes:
+        windows: Not learnt from, int64 ``[num_windows, seq_len]``.
+        on_look: Called, in all ranks, with the number of updates that are done and the student's mean divergence from
+            the teacher on the windows, in nats per token. What it raises ends the training.
+    """
+
+    windows: torch.Tensor
+    on_look: Callable[[int, float], None]
+
+
 class Student:
     """A trained student, as the tensors of the checkpoint it came from.
 
@@ -135,8 +149,7 @@ def distill(
     *,
     ranks: Ranks = ALONE,
     on_step: Callable[[], None] = lambda: None,
-    held_out: torch.Tensor | None = None,
-    on_look: Callable[[int, float], None] = lambda step, found: None,
+    looks: Looks | None = None,
 ) -> Student:
     """Trains a checkpoint towards a teacher, or goes on where an interrupted training left off.
 
@@ -149,10 +162,7 @@ def distill(
         ranks: Who trains. Each reads its share of a batch; accelerate adds their gradients up (DDP). The first alone
             writes to ``directory``; all read there what an interrupted training left.
         on_step: Called after each update, for progress; and for those that were done before.
-        held_out: Windows that are not learnt from, int64 ``[num_held_out, seq_len]``; looked at after each quarter of
-            the updates but the last.
-        on_look: Called then, in all ranks, with the number of updates that are done and with the student's mean
-            divergence from the teacher on ``held_out``, in nats per token. What it raises ends the training.
+        looks: What is looked at on the way.
 
     Raises:
         SenteiError: A rank does not see what is in ``directory``, or is lost.
@@ -167,12 +177,10 @@ def distill(
         trainer = _Distillation(
             teacher,
             model=student,
-            args=_trainer_arguments(
-                training, directory, ranks, is_short_of_memory=is_short, looks=held_out is not None
-            ),
+            args=_trainer_arguments(training, directory, ranks, is_short_of_memory=is_short, looks=looks is not None),
             train_dataset=[{"input_ids": row} for row in windows[order]],
-            eval_dataset=None if held_out is None else [{"input_ids": row} for row in held_out],
-            callbacks=[_OnStep(on_step), _OnLook(on_look)],
+            eval_dataset=[{"input_ids": row} for row in looks.windows] if looks else None,
+            callbacks=[_OnStep(on_step), *([_OnLook(looks.on_look)] if looks else [])],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=before)

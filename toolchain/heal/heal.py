@@ -7,7 +7,7 @@ Shapes, config and plan stay what they were, so everything that reads a pruned c
 import gc
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from toolchain.outputs import (
 from toolchain.plan.document import HealingRecord
 from toolchain.plan.plan import PruningPlan, load_plan
 from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE
-from toolchain.progress import Progress, no_progress
+from toolchain.progress import NOBODY, Listener, Progress
 from toolchain.ranks.ranks import ALONE, Ranks
 from toolchain.text.fingerprints import merge_hashes
 from toolchain.text.sources import TextSource, local_paths
@@ -96,8 +96,7 @@ def heal(
     force: bool = False,
     resume: bool = False,
     ranks: Ranks = ALONE,
-    progress: Progress = no_progress,
-    note: Callable[[str], None] = lambda text: None,
+    listener: Listener = NOBODY,
 ) -> dict[str, Any]:
     """Trains a pruned checkpoint towards the original and writes it, with its plan.
 
@@ -112,8 +111,7 @@ def heal(
         force: Replace ``out`` if it is not empty, and an interrupted healing.
         resume: Go on with an interrupted healing.
         ranks: Who shares the training. The first alone measures, and writes at ``out``.
-        progress: Told of every step.
-        note: Told on the way how far from the original the model is.
+        listener: Hears of every step, and on the way how far from the original the model is.
 
     Returns:
         The record that the plan in ``out`` ends with.
@@ -130,7 +128,7 @@ def heal(
     if not ranks.is_first:
         job = _prepare(directory, teacher_directory, settings, ranks)
         with _memory_in_a_sentence():
-            _train(job, job.load_teacher(), None, HEALING.directory(out), ranks, progress, note)
+            _train(job, job.load_teacher(), None, HEALING.directory(out), ranks, listener)
         return cast(dict[str, Any], ranks.from_first()[0])
     texts = local_paths(source.text for source in settings.data)
     check_output_directory(out, force=force, inputs=[directory, teacher_directory, *texts])
@@ -139,9 +137,9 @@ def heal(
     with work.working(job.identity), _kept_if_trained(work), _memory_in_a_sentence():
         teacher = job.load_teacher()
         before = _compare(teacher, job.source, job.held_out, settings)
-        student = _train(job, teacher, before.divergence, work.directory, ranks, progress, note)
+        student = _train(job, teacher, before.divergence, work.directory, ranks, listener)
         with new_directory(out, force=force) as partial:
-            _write_weights(job.source, student, partial, progress)
+            _write_weights(job.source, student, partial, listener.progress)
             del student
             gc.collect()  # models and what trained them refer to each other, and another model is coming
             after = _compare(teacher, open_checkpoint(partial), job.held_out, settings)
@@ -250,18 +248,17 @@ def _train(
     before: float | None,
     unfinished: Path,
     ranks: Ranks,
-    progress: Progress,
-    note: Callable[[str], None],
+    listener: Listener,
 ) -> "Student":
     """Trains, or goes on; Trainer's checkpoints are in ``unfinished``. The first rank knows the divergence before."""
-    from toolchain.heal.distillation import Training, distill
+    from toolchain.heal.distillation import Looks, Training, distill
 
     settings = job.settings
     was = ranks.from_first(before)[0]
 
     def look(step: int, found: float) -> None:
         said = f"{found:.4g} nats per token from the original on held-out text, {was:.4g} before healing"
-        note(f"Healing: after {step} of {settings.steps} steps {said}.")
+        listener.note(f"Healing: after {step} of {settings.steps} steps {said}.")
         if not found - was < _HOPELESS:  # also where it is NaN
             raise CheckFailedError(
                 f"Healing did not help: after {step} of {settings.steps} steps the model is {said}.",
@@ -277,10 +274,10 @@ def _train(
         device=settings.device,
         dtype=settings.dtype,
     )
-    with progress("Healing", settings.steps) as advance:
+    with listener.progress("Healing", settings.steps) as advance:
         return distill(
             teacher, job.source, job.learnt, training, unfinished, ranks=ranks, on_step=advance,
-            held_out=job.held_out, on_look=look,
+            looks=Looks(windows=job.held_out, on_look=look),
         )  # fmt: skip
 
 

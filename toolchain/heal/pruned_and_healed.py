@@ -1,6 +1,5 @@
 """Pruning and healing as one job: the pruned model waits beside the output until it is healed."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from toolchain.outputs import (
 )
 from toolchain.plan.plan import load_plan
 from toolchain.plan.summary_document import PRUNING_SUMMARY_FILE, PruningSummary
-from toolchain.progress import Progress, no_progress
+from toolchain.progress import NOBODY, Listener
 from toolchain.prune.pipeline import prepare, prune
 from toolchain.prune.settings import PruneSettings
 from toolchain.prune.unfinished import identity_of
@@ -34,8 +33,7 @@ def prune_and_heal(
     model_name: str,
     force: bool = False,
     resume: bool = False,
-    progress: Progress = no_progress,
-    note: Callable[[str], None] = lambda text: None,
+    listener: Listener = NOBODY,
 ) -> dict[str, Any]:
     """Prunes a model, heals it, and writes what :func:`toolchain.heal.heal.heal` writes.
 
@@ -49,8 +47,7 @@ def prune_and_heal(
         model_name: What plan and model card call the original.
         force: Replace ``out`` if it is not empty, and what was interrupted.
         resume: Go on with what was interrupted.
-        progress: Told of every window, candidate, step and tensor.
-        note: Told while it is healed how far from the original the model is.
+        listener: Hears of every window, candidate, step and tensor, and of what :func:`toolchain.heal.heal.heal` says.
 
     Returns:
         The summary of the pruning, and under ``healing`` the record that the plan ends with.
@@ -68,11 +65,11 @@ def prune_and_heal(
     with work.working(identity_of(prepare(checkpoint, pruning, model_name).blank)):
         work.worth_keeping = True
         if not pruned.exists():
-            prune(checkpoint, pruned, pruning, model_name=model_name, resume=resume, progress=progress)
+            prune(checkpoint, pruned, pruning, model_name=model_name, resume=resume, progress=listener.progress)
         summary = read_document(pruned / PRUNING_SUMMARY_FILE, PruningSummary, hint=START_OVER)
         try:
             if not healed.exists():
-                heal(pruned, checkpoint.directory, healed, healing, resume=resume, progress=progress, note=note)
+                heal(pruned, checkpoint.directory, healed, healing, resume=resume, listener=listener)
         except CheckFailedError as error:
             _finish(pruned, out, force=force)
             raise CheckFailedError(error.message, f"{out} holds the model as it was pruned.") from error

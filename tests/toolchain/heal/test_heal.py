@@ -16,12 +16,13 @@ from tests.quantized import write_quantized
 from tests.toolchain.heal.stopping import Stop, stopping_at
 from toolchain.checkpoint.directory import open_checkpoint, same_bits, write_config, write_weights
 from toolchain.heal import heal as heal_module
-from toolchain.heal.distillation import Training, distill, divergence, order_of_windows
+from toolchain.heal.distillation import Looks, Training, distill, divergence, order_of_windows
 from toolchain.heal.heal import HealSettings, heal
 from toolchain.metrics.perplexity import perplexity
 from toolchain.model.disk_layers import open_walk
 from toolchain.model.loading import load_model, load_tokenizer
 from toolchain.plan.plan import load_plan
+from toolchain.progress import Listener
 from toolchain.ranks import ranks
 from toolchain.text.embedded import documents
 from toolchain.text.sources import TextSource
@@ -88,11 +89,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     paths = (pruned_pico, pico_model)
     heal(*paths, tmp_path / "whole", settings)
     with pytest.raises(Stop):
-        heal(*paths, out := tmp_path / "out", settings, progress=stopping_at(1))
+        heal(*paths, out := tmp_path / "out", settings, listener=Listener(progress=stopping_at(1)))
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]  # nothing to go on from
 
     with pytest.raises(Stop):
-        heal(*paths, out, settings, progress=stopping_at(4))
+        heal(*paths, out, settings, listener=Listener(progress=stopping_at(4)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.heal", "whole"]
     # As if the interruption had come while the next checkpoint was being written.
     (unfinished := tmp_path / "out.heal" / "checkpoint-4").mkdir()
@@ -103,7 +104,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     refused(sentei(*command, *rank, "--learning-rate", 0.002, "--resume"), "another learning_rate: 0.001 then")
     # Trained to the end, and interrupted while the second tensor is written.
     with pytest.raises(Stop):
-        heal(*paths, out, settings, resume=True, progress=stopping_at(12))
+        heal(*paths, out, settings, resume=True, listener=Listener(progress=stopping_at(12)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.heal", "whole"]
     done = sentei(*command, *rank, "--learning-rate", 0.001, "--resume")
     assert done.returncode == 0, done.stderr
@@ -195,7 +196,7 @@ def test_looking_on_the_way_says_what_is_measured_afterwards_and_changes_nothing
     source, teacher = open_checkpoint(pruned_pico), load_model(pico_model, dtype=dtype)
     looks: dict[int, float] = {}
     looked = distill(
-        teacher, source, learnt, training, tmp_path / "looked", held_out=held_out, on_look=looks.__setitem__
+        teacher, source, learnt, training, tmp_path / "looked", looks=Looks(windows=held_out, on_look=looks.__setitem__)
     )  # fmt: skip
     plain = distill(teacher, source, learnt, training, tmp_path / "plain")
     assert all(torch.equal(looked.read(name), plain.read(name)) for name in source.tensors)

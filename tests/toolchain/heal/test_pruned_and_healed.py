@@ -17,6 +17,7 @@ from toolchain.heal import pruned_and_healed
 from toolchain.heal.heal import HealSettings
 from toolchain.heal.pruned_and_healed import prune_and_heal
 from toolchain.plan.plan import load_plan
+from toolchain.progress import Listener
 from toolchain.prune.pipeline import prune
 from toolchain.prune.settings import PruneSettings
 from toolchain.text.sources import TextSource
@@ -101,7 +102,9 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_weights(
 ):  # fmt: skip
     model, out = open_checkpoint(pico_model), tmp_path / "out"
     with pytest.raises(Stop):
-        prune_and_heal(model, out, pruning, healing, model_name="pico", progress=stopping_at(step, stage=stage))
+        prune_and_heal(
+            model, out, pruning, healing, model_name="pico", listener=Listener(progress=stopping_at(step, stage=stage))
+        )
     assert names(tmp_path) == ["out.unhealed"]
     with pytest.raises(SenteiError, match="interrupted pruning with healing"):
         prune_and_heal(model, out, pruning, healing, model_name="pico")
@@ -118,7 +121,12 @@ def test_what_is_pruned_is_not_pruned_again(
     model = open_checkpoint(pico_model)
     with pytest.raises(Stop):
         prune_and_heal(
-            model, tmp_path / "out", pruning, healing, model_name="pico", progress=stopping_at(1, stage="Healing")
+            model,
+            tmp_path / "out",
+            pruning,
+            healing,
+            model_name="pico",
+            listener=Listener(progress=stopping_at(1, stage="Healing")),
         )
     monkeypatch.setattr(pruned_and_healed, "prune", None)
     prune_and_heal(model, tmp_path / "out", pruning, healing, model_name="pico", resume=True)
@@ -165,7 +173,13 @@ def test_an_output_is_replaced_only_by_something_whole(
         prune_and_heal(model, out, pruning, healing, model_name="pico")
     with pytest.raises(Stop):
         prune_and_heal(
-            model, out, pruning, healing, model_name="pico", force=True, progress=stopping_at(2, stage="Healing")
+            model,
+            out,
+            pruning,
+            healing,
+            model_name="pico",
+            force=True,
+            listener=Listener(progress=stopping_at(2, stage="Healing")),
         )
     assert names(out) == ["old"]
     prune_and_heal(model, out, pruning, healing, model_name="pico", force=True, resume=True)

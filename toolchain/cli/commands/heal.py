@@ -88,7 +88,7 @@ def heal(
     with output.telling_what_stays():
         result = run(
             directory, resolve_model(against), out, settings, force=force, resume=resume, ranks=join(),
-            progress=output.progress, note=output.note,
+            listener=output.listener,
         )  # fmt: skip
     output.result({"directory": str(out), **result}, lambda console: show_healing(console, out, result))
 

@@ -284,7 +284,7 @@ def prune(
             )  # fmt: skip
             summary = prune_and_heal(
                 checkpoint, out, settings, healing, model_name=name, force=force, resume=resume,
-                progress=output.progress, note=output.note,
+                listener=output.listener,
             )  # fmt: skip
         else:
             summary = pipeline.prune(
