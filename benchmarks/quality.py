@@ -10,7 +10,8 @@ and as tables to ``quality_<model>.md``, which says before any result which test
 **Protocol of the texts.** Documents 0 to 499 of the C4 sample calibrate, and nothing else does. Documents 500 to 599
 and WikiText-2's validation text are for choosing between variants, as often as one likes: ``--choose`` evaluates on
 them, without the tasks, which have no part for choosing, into ``quality_<model>_choose.json``. Documents 600 to 999,
-WikiText-2's test text and the tasks are looked at once, at the end: without ``--choose``.
+WikiText-2's test text and the tasks are kept back: they are looked at without ``--choose``. They are not unseen any
+more: earlier versions of the default were measured on them in November 2026.
 
 A cell is one method at one sparsity on one text or task. Cells are written as they are finished, so that the table can
 be filled over several runs, and extended by another method or size: only what is missing is computed. What changes a

@@ -81,7 +81,7 @@ def _before(settings: Mapping[str, Any], num_questions: Mapping[str, int], basel
     """What holds whatever comes out: protocol, test and power."""
     lines = [
         f"Calibrated on {settings['calibration']}; perplexity on {' and '.join(settings['texts'].values())}, the texts "
-        f"{'for choosing' if settings['choose'] else 'that are looked at once, at the end'}. Sparsity is of the "
+        f"{'for choosing' if settings['choose'] else 'that are kept back'}. Sparsity is of the "
         "decoder blocks' parameters. Perplexity / …: geometric mean of both texts. Still lost: the part of the nats "
         f"that {baseline} loses at the same target, `ln(perplexity / original) / ln({baseline} / original)`, mean of "
         "both texts. s and CPU s: seconds of pruning by the clock and of all processors."

@@ -25,6 +25,8 @@ from toolchain.significance import (
 )
 
 NUM_WORST = 10
+# Of e, near what a float64 holds.
+_LARGEST_EXPONENT = 700
 Questions = Sequence[Mapping[str, Any]]
 
 
@@ -54,10 +56,13 @@ def mean_within(values: Sequence[float], lowest: float, highest: float) -> Share
 def perplexity_ratio(original: Sequence[float], pruned: Sequence[float]) -> Change:
     """Of two perplexities, from the mean losses of the same windows in nats: ``exp`` of their mean difference."""
     found = compare_means([after - before for before, after in zip(original, pruned, strict=True)])
+    low, high = found.low, found.high
+    if high is not None and high > _LARGEST_EXPONENT:
+        low = high = None  # two windows that differ much: the interval says nothing
     return Change(
         value=math.exp(found.value),
-        low=None if found.low is None else math.exp(found.low),
-        high=None if found.high is None else math.exp(found.high),
+        low=None if low is None else math.exp(low),
+        high=None if high is None else math.exp(high),
         p_value=found.p_value,
         test="paired t-test of the windows' mean losses",
         verdict=verdict(found, higher_is_better=False),

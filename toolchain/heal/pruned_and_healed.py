@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from toolchain.checkpoint.directory import Checkpoint
+from toolchain.checkpoint.directory import Checkpoint, dtype_name
 from toolchain.documents import read_document
 from toolchain.errors import CheckFailedError
 from toolchain.heal.heal import HealSettings, check_healing, heal
@@ -62,7 +62,8 @@ def prune_and_heal(
     check_output_directory(out, force=force, inputs=[checkpoint.directory, *pruning.input_files])
     work = Unfinished(out, UNHEALED, force=force, resume=resume)
     pruned, healed = work.directory / "pruned", work.directory / "healed"
-    with work.working(identity_of(prepare(checkpoint, pruning, model_name).blank)):
+    identity = identity_of(prepare(checkpoint, pruning, model_name).blank)
+    with work.working({**identity, **_identity_of(healing)}):
         work.worth_keeping = True
         if not pruned.exists():
             prune(checkpoint, pruned, pruning, model_name=model_name, resume=resume, progress=listener.progress)
@@ -76,6 +77,19 @@ def prune_and_heal(
         record = load_plan(healed).document.healing[-1]
         _finish(healed, out, force=force)
     return {**summary.content(), "healing": record.model_dump()}
+
+
+def _identity_of(healing: HealSettings) -> dict[str, Any]:
+    """What the healed weights depend on beside the pruned ones and the text, as JSON."""
+    return {
+        "heal_steps": healing.steps,
+        "heal_batch_size": healing.batch_size,
+        "heal_seq_len": healing.seq_len,
+        "heal_learning_rate": healing.learning_rate,
+        "heal_lora_rank": healing.lora_rank,
+        "heal_seed": healing.seed,
+        "heal_dtype": dtype_name(healing.dtype),
+    }
 
 
 def _finish(directory: Path, out: Path, *, force: bool) -> None:

@@ -131,7 +131,7 @@ class CompensationRecord(_Record):
     """Output projections were re-fitted on the calibration text; ``refits`` is empty until it is done.
 
     ``final_norm_factor`` is what the norm before the head was multiplied by; null in plans from before it was.
-    ``held_out_perplexity_*`` is measured on the calibration windows that no weight was fitted to: of the original
+    ``held_out_perplexity_*`` is measured on the calibration windows that no projection was fitted to: of the original
     (which earlier versions did not write), and of the pruned model before and after.
     Where it got worse, ``taken`` is false, ``refits`` is empty, and the weights are those from before.
     """

@@ -48,7 +48,7 @@ class Compensated:
         records: One a re-fitted projection, for the plan.
         final_norm_factor: By which the norm before the head was multiplied; 1 if nothing was changed.
         perplexity: Of the compensated model on the first window.
-        held_out_perplexity_original: Of the original, on the windows that no weight was fitted to.
+        held_out_perplexity_original: Of the original, on the windows that no projection was fitted to.
         held_out_perplexity_before: Of the pruned model as it came, on the same windows.
         held_out_perplexity_after: Of the compensated model on the same windows.
     """
@@ -63,7 +63,7 @@ class Compensated:
 
     @property
     def made_worse(self) -> bool:
-        """Whether text that no weight was fitted to is predicted worse than before: too few tokens were fitted to."""
+        """Whether windows that no projection was fitted to are predicted worse than before: too few tokens."""
         return self.held_out_perplexity_after > self.held_out_perplexity_before
 
 

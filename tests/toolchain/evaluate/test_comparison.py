@@ -200,3 +200,10 @@ def test_losses_that_are_gone_are_computed_again_and_damaged_ones_are_refused(tm
     assert ask([5, np.nan])[0, 0] == 5
     with pytest.raises(SenteiError, match="holds NaN or Inf"):
         ask([1, 2])
+
+
+def test_two_windows_that_differ_much_have_no_interval() -> None:
+    """Its upper end would be more than a float holds."""
+    found = perplexity_ratio([3.0, 3.0], [3.1, 203.0])
+    assert (found.low, found.high) == (None, None)
+    assert found.value == pytest.approx(2.7e43, rel=0.05)

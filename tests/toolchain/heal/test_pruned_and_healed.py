@@ -144,6 +144,8 @@ def test_killed_before_the_last_step_it_only_takes_that(
     with monkeypatch.context() as patched, pytest.raises(Stop):
         patched.setattr(pruned_and_healed, "replace_directory", stop)
         prune_and_heal(model, out, pruning, healing, model_name="pico")
+    with pytest.raises(SenteiError, match="another heal_steps: 4 then"):
+        prune_and_heal(model, out, pruning, replace(healing, steps=40), model_name="pico", resume=True)
     monkeypatch.setattr(pruned_and_healed, "prune", None)
     monkeypatch.setattr(pruned_and_healed, "heal", None)
     assert prune_and_heal(model, out, pruning, healing, model_name="pico", resume=True)["healing"]["steps"] == 4

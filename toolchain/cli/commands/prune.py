@@ -496,7 +496,7 @@ def show_summary(console: Console, out: Path, summary: dict[str, Any]) -> None:
             original = compensation["held_out_perplexity_original"]
             console.print(
                 f"  held out     perplexity {original:.4g} → {before:.4g} → {after:.4g} (compensated), on windows that "
-                "no weight was fitted to"
+                "no projection was fitted to"
             )
         else:
             console.print(
